@@ -1,0 +1,1 @@
+"""Decides where and how a run executes. Never imports torch."""

@@ -1,0 +1,129 @@
+"""Errors that a user can act on, each kind with an exit code of its own.
+
+Anything else that escapes is a bug of ours: Python prints the traceback and exits with 1.
+A `UserError` prints its message alone. The codes are part of the interface (docs/exit-codes.md):
+a batch script may branch on them.
+"""
+
+import contextlib
+import errno
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+EXIT_REQUEUE = 75
+"""Stopped on request after saving: start the same command again to go on (sysexits' EX_TEMPFAIL)."""
+
+
+class UserError(Exception):
+    """Something outside the program is wrong; the message says what, where, and what to do."""
+
+    exit_code = 2
+
+
+class ConfigError(UserError):
+    """The configuration is wrong. Carries every problem found, not just the first."""
+
+    exit_code = 2
+
+    def __init__(self, problems: list[str]):
+        self.problems = problems
+        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        super().__init__("\n".join([f"configuration: {count}", *(f"  - {p}" for p in problems)]))
+
+
+class SourceError(UserError):
+    """A raw-data file is missing, empty, unreadable, or lacks the field that was named."""
+
+    exit_code = 10
+
+
+class EncodingError(UserError):
+    """A raw-data file is not valid UTF-8."""
+
+    exit_code = 11
+
+
+class TokenizerError(UserError):
+    """A tokenizer cannot be loaded, or lacks what training needs (an end-of-text token)."""
+
+    exit_code = 12
+
+
+class ShardError(UserError):
+    """A shard is missing, truncated or altered."""
+
+    exit_code = 13
+
+
+class VocabularyError(UserError):
+    """A token id lies outside the vocabulary."""
+
+    exit_code = 14
+
+
+class TooLittleData(UserError):
+    """Fewer samples than one optimizer step needs."""
+
+    exit_code = 15
+
+
+class DataMismatch(UserError):
+    """The shards were built by another recipe (tokenizer, packing, context) than the configuration's."""
+
+    exit_code = 16
+
+
+class RunFolderError(UserError):
+    """The run folder belongs to another configuration, or another process is using it."""
+
+    exit_code = 17
+
+
+class CheckpointError(UserError):
+    """No checkpoint verifies, or one cannot be read."""
+
+    exit_code = 18
+
+
+class DiskFull(UserError):
+    """There is no room for what has to be written."""
+
+    exit_code = 19
+
+
+class NotFinite(UserError):
+    """Loss or gradient norm became infinite or NaN; nothing was published since the last finite step."""
+
+    exit_code = 20
+
+
+class WaitError(UserError):
+    """Another process of this run failed or disappeared while this one waited for it."""
+
+    exit_code = 21
+
+
+@contextlib.contextmanager
+def disk_errors(what: str, folder: Path) -> Iterator[None]:
+    """Turn "no space left" (and a full quota, or a file-size limit) into a `DiskFull` that names the folder."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise DiskFull(
+            f"{what}: no space left in {folder} ({error.strerror}); nothing half-written is left there. "
+            "Free some space, or keep fewer checkpoints (checkpoint.keep_last, checkpoint.keep_best), "
+            "then run the same command again: it goes on where it stopped."
+        ) from error
+
+
+@contextlib.contextmanager
+def exit_with_code() -> Iterator[None]:
+    """For entry points: print a `UserError` without a traceback and leave with its exit code."""
+    try:
+        yield
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(error.exit_code)

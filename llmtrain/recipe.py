@@ -1,0 +1,22 @@
+"""What decides the bytes of a data set, and where its shards lie when nobody says."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from llmtrain.config.schema import RunConfig
+
+
+def recipe_of(config: RunConfig) -> dict[str, Any]:
+    """The settings that shards are made from: equal recipes and equal input give equal bytes."""
+    data = config.data.model_dump(mode="json", exclude={"dir", "verify"})
+    return {**data, "context": config.model.context}
+
+
+def shard_folder(config: RunConfig) -> Path:
+    """`data.dir`, or a folder named after the recipe."""
+    if config.data.dir is not None:
+        return Path(config.data.dir)
+    key = hashlib.sha256(json.dumps(recipe_of(config), sort_keys=True).encode()).hexdigest()
+    return Path("shards") / key[:12]
