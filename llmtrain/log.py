@@ -4,15 +4,21 @@ import logging
 import sys
 from pathlib import Path
 
-_FORMAT = "%(asctime)s %(message)s"
 _logger = logging.getLogger("llmtrain")
+
+
+class _CurrentStderr(logging.Handler):
+    """Looks `sys.stderr` up at each line, because a live progress line replaces it for a while."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(self.format(record), file=sys.stderr, flush=True)  # noqa: T201
 
 
 def set_up(rank: int = 0) -> None:
     """Send the project's log lines to standard error; ranks above 0 show warnings only."""
-    handler = logging.StreamHandler(sys.stderr)
+    handler = _CurrentStderr()
     prefix = f"[rank {rank}] " if rank else ""
-    handler.setFormatter(logging.Formatter(prefix + _FORMAT, "%H:%M:%S"))
+    handler.setFormatter(logging.Formatter(prefix + "%(asctime)s %(message)s", "%H:%M:%S"))
     _logger.handlers[:] = [handler]
     _logger.setLevel(logging.INFO if rank == 0 else logging.WARNING)
     _logger.propagate = False

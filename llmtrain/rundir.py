@@ -1,14 +1,14 @@
 """The run folder: the one place that knows where things lie.
 
-    DIR/NAME/
-        config.yaml             the resolved configuration
-        checkpoints/step-00000100/   model/ state/ manifest.json
-        metrics.jsonl           one line per optimizer step: the truth that TensorBoard is a view of
-        heldout.jsonl           one line per evaluation
-        samples.jsonl           generated text
-        tensorboard/            event files
-        summary.json curve.png  written at the end
-        log.txt  lock
+DIR/NAME/
+    config.yaml             the resolved configuration
+    checkpoints/step-00000100/   model/ state/ manifest.json
+    metrics.jsonl           one line per optimizer step: the truth that TensorBoard is a view of
+    heldout.jsonl           one line per evaluation
+    samples.jsonl           generated text
+    tensorboard/            event files
+    summary.json curve.png  written at the end
+    log.txt  lock
 """
 
 import fcntl

@@ -135,9 +135,7 @@ def _apply_override(values: dict[str, Any], override: str, origins: Origins) -> 
                 raise ValueError(f"'{key}' is null in the file and has no key below it")
         else:
             raise ValueError(f"there is no '{key}' to set something in")
-    if isinstance(target, list) and isinstance(last, int) and last < len(target):
-        target[last] = value
-    elif isinstance(target, dict):
+    if (isinstance(target, list) and isinstance(last, int) and last < len(target)) or isinstance(target, dict):
         target[last] = value
     else:
         raise ValueError(f"there is no '{last}' to set here")

@@ -134,8 +134,7 @@ class SplitSection(Section):
     def _leaves_something(self) -> Self:
         if self.heldout + self.test >= 1:
             raise ValueError(
-                f"heldout + test = {self.heldout + self.test:g} leaves nothing to train on; "
-                "make their sum less than 1"
+                f"heldout + test = {self.heldout + self.test:g} leaves nothing to train on; make their sum less than 1"
             )
         return self
 
@@ -256,6 +255,11 @@ class SampleSection(Section):
 class EvaluateSection(Section):
     every_steps: Annotated[int | None, Field(ge=1)] = 50
     """Held-out loss every so many steps (and at every save); null for saves alone."""
+    also_at: list[Annotated[int, Field(ge=0)]] = [0]
+    """Further steps to evaluate after; 0 is before the first one."""
+    train_rows: Annotated[int, Field(ge=0)] = 64
+    """Score this many rows of the training split in the same way each time (no dropout), so that the gap
+    to the held-out loss compares like with like; 0 for none."""
     batch_size: Annotated[int | None, Field(ge=1)] = None
     """Rows per forward pass on a rank; by default the training micro-batch. Does not change the result."""
     sample: SampleSection = SampleSection()

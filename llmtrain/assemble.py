@@ -1,0 +1,225 @@
+"""Puts a run together: configuration -> parts -> `trainer.train`. The only module that knows all others."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, Any
+
+from tokenizers import Tokenizer
+
+from llmtrain import checkpoint, log, manifest, recipe, shards, summary
+from llmtrain.batches import BatchPlan, plan_batches
+from llmtrain.config import RunConfig, load_config, resolved_yaml
+from llmtrain.config.load import Origins
+from llmtrain.data import Loader, split_batches
+from llmtrain.errors import EXIT_REQUEUE
+from llmtrain.evaluate import continue_text, score
+from llmtrain.hardware import is_bf16_fast
+from llmtrain.manifest import TrainState
+from llmtrain.metrics import Meter
+from llmtrain.models import GPT, TextGenerator, build_model
+from llmtrain.prepare import prepare_run, prepare_shards
+from llmtrain.progress import Progress
+from llmtrain.rundir import RunDir
+from llmtrain.shards import ShardFolder
+from llmtrain.stop import StopFlag
+from llmtrain.strategies import Strategy, build_strategy
+from llmtrain.tensorboard import TensorBoard
+from llmtrain.trainer import Parts, train
+from llmtrain.world import World, find_world, rank_from_environment
+
+
+def run(file: str | None, overrides: list[str]) -> int:
+    """Train as configured. Returns the exit code: 0 at the end of the plan, EXIT_REQUEUE after a stop."""
+    log.set_up(rank_from_environment())
+    config, origins = load_config(file, overrides)
+    world = find_world(config.train.device)
+    config = resolve_precision(config, world)
+    run_dir = RunDir(Path(config.run.dir) / config.run.name)
+    locks: list[IO[str]] = []  # held until the process ends
+    try:
+        prepared = world.rank0_first("prepare", lambda: prepare(config, origins, world, run_dir, locks))
+        stop = StopFlag()
+        stop.listen()
+        world.start_groups(config.strategy.timeout_s)
+        parts, state = build(config, origins, world, run_dir, stop, prepared)
+        try:
+            state = train(parts, state)
+        finally:
+            parts.meter.close()
+        if world.is_main:
+            finish(parts, state)
+        return 0 if state.step >= parts.plan.total_steps else EXIT_REQUEUE
+    finally:
+        world.close()
+
+
+def resolve_precision(config: RunConfig, world: World) -> RunConfig:
+    """Replace `auto` by what this machine does, so that the run folder says what was computed."""
+    if config.train.precision != "auto":
+        return config
+    precision = "bf16" if is_bf16_fast(world.device) else "fp32"
+    return config.model_copy(update={"train": config.train.model_copy(update={"precision": precision})})
+
+
+def prepare(config: RunConfig, origins: Origins, world: World, run_dir: RunDir, locks: list[IO[str]]) -> dict[str, Any]:
+    """On rank 0, before any process group: shards, lock, run folder, checkpoint. Returns plain data."""
+    data = prepare_shards(config)
+    plan_batches(config, origins, world.size, data.manifest.splits["train"].rows)  # fail before touching the run
+    locks.append(run_dir.lock())
+    step = prepare_run(run_dir, config, origins, data)
+    log.also_to_file(run_dir.log)
+    return {"resume_step": step, "fingerprint": data.fingerprint}
+
+
+def build(
+    config: RunConfig, origins: Origins, world: World, run_dir: RunDir, stop: StopFlag, prepared: dict[str, Any]
+) -> tuple[Parts, TrainState]:
+    """Collective. All parts of the run, and the state that it starts from."""
+    data = shards.open_folder(recipe.shard_folder(config), "size")  # rank 0 has verified every byte
+    training = data.split("train")
+    plan = plan_batches(config, origins, world.size, training.num_rows)
+    model = build_model(config.model, data.manifest.tokenizer.vocab_size, config.run.seed)
+    state, resume_step = TrainState(), prepared["resume_step"]
+    if resume_step is not None:
+        state = manifest.read(run_dir.checkpoint(resume_step)).train_state
+        model.load(run_dir.checkpoint(resume_step) / "model")
+    strategy = build_strategy(config, model, world, bf16=config.train.precision == "bf16")
+    if resume_step is not None:
+        checkpoint.load(run_dir.checkpoint(resume_step), strategy)
+    if world.is_main:
+        announce(config, world, data, plan, model, state)
+    meter = Meter(
+        run_dir,
+        world,
+        open_tensorboard(config, world, run_dir, state),
+        Progress(plan.total_steps, state.step, enabled=world.is_main),
+        plan,
+        rows_per_epoch=training.num_rows,
+        context=config.model.context,
+        flops_per_token=model.flops_per_token(),
+    )
+    isolate = config.data.packing == "bestfit"
+    parts = Parts(
+        config=config,
+        plan=plan,
+        world=world,
+        run=run_dir,
+        strategy=strategy,
+        loader=Loader(training, plan, config.run.seed, world.rank, world.size, world.device, isolate),
+        meter=meter,
+        stop=stop,
+        rows_per_epoch=training.num_rows,
+        fingerprint=prepared["fingerprint"],
+        evaluate=make_evaluate(config, data, plan, strategy, world),
+        write_sample=make_sampler(config, data, model, meter),
+        write_model=make_model_writer(data, model),
+    )
+    return parts, state
+
+
+def announce(
+    config: RunConfig, world: World, data: ShardFolder, plan: BatchPlan, model: GPT, state: TrainState
+) -> None:
+    """Say what is about to happen."""
+    split, ranks = data.manifest.splits["train"], "1 rank" if world.size == 1 else f"{world.size} ranks"
+    log.info(
+        f"run        {config.run.name} in {config.run.dir}/, {ranks} on {world.device.type}, {config.train.precision}"
+    )
+    log.info(f"data       {split.rows:,} rows, {split.tokens:,} tokens in {data.path} ({data.fingerprint[:12]})")
+    log.info(
+        f"model      GPT with {model.num_parameters() / 1e6:.1f} M parameters, {model.vocab_size:,} tokens vocabulary"
+    )
+    log.info(
+        f"batch      {plan.global_batch_size} rows = {ranks} x {plan.micro_batch_size} x {plan.accumulation} accumulated; "
+        f"{plan.total_steps:,} steps, {plan.total_steps * plan.global_batch_size / split.rows:.2f} epochs"
+    )
+    if state.step:
+        log.info(f"resuming   from step {state.step:,}")
+
+
+def open_tensorboard(config: RunConfig, world: World, run_dir: RunDir, state: TrainState) -> TensorBoard | None:
+    """The event writer, on rank 0, with the configuration as text and hparams."""
+    if not (world.is_main and config.log.tensorboard):
+        return None
+    board = TensorBoard(run_dir.tensorboard, first_step=state.step + 1 if state.step else 0)
+    if not state.step:
+        board.text(0, "configuration", "\n".join("    " + line for line in resolved_yaml(config).splitlines()))
+        board.hparams(flat_settings(config), ["heldout/loss", "heldout/bits_per_byte", "train/loss"])
+    return board
+
+
+def flat_settings(config: RunConfig) -> dict[str, float | int | str | bool]:
+    """`section.key` -> value, for the settings that describe an experiment."""
+    result: dict[str, float | int | str | bool] = {}
+
+    def walk(values: dict[str, Any], prefix: str) -> None:
+        for name, value in values.items():
+            if isinstance(value, dict):
+                walk(value, f"{prefix}{name}.")
+            elif value is not None:
+                result[prefix + name] = value if isinstance(value, (bool, int, float, str)) else str(value)
+
+    walk(config.model_dump(mode="json", include={"model", "train", "optim", "strategy", "data"}), "")
+    return result
+
+
+def make_evaluate(
+    config: RunConfig, data: ShardFolder, plan: BatchPlan, strategy: Strategy, world: World
+) -> Callable[[], dict[str, float]]:
+    """Collective when called: scores of the whole held-out split and of some training rows."""
+    heldout, training = data.split("heldout"), data.split("train")
+    batch_size = config.evaluate.batch_size or plan.micro_batch_size
+    isolate = config.data.packing == "bestfit"
+
+    def evaluate() -> dict[str, float]:
+        batches = split_batches(heldout, batch_size, world.rank, world.size, isolate)
+        result = score(strategy.loss, batches, world)
+        scores = {
+            "loss": result.loss,
+            "perplexity": result.perplexity,
+            "bits_per_byte": result.bits_per_byte(heldout.info),
+        }
+        if config.evaluate.train_rows:
+            batches = split_batches(training, batch_size, world.rank, world.size, isolate, config.evaluate.train_rows)
+            scores["train_loss"] = score(strategy.loss, batches, world).loss
+        return scores
+
+    return evaluate
+
+
+def make_sampler(config: RunConfig, data: ShardFolder, model: GPT, meter: Meter) -> Callable[[TrainState], None]:
+    """On rank 0: continue the configured prompt and write the text down."""
+    sampling, eos_id = config.evaluate.sample, data.manifest.tokenizer.eos_id
+    tokenizer = Tokenizer.from_file(str(data.tokenizer / "tokenizer.json"))
+    prompt_ids = tokenizer.encode(sampling.prompt, add_special_tokens=False).ids or [eos_id]
+
+    def write_sample(state: TrainState) -> None:
+        ids = continue_text(TextGenerator(model), prompt_ids, sampling, config.run.seed, eos_id)
+        text = tokenizer.decode(list(ids))
+        meter.sample(state, sampling.prompt, text)
+        log.info(f"sample     {sampling.prompt}{text}".replace("\n", "\\n"))
+
+    return write_sample
+
+
+def make_model_writer(data: ShardFolder, model: GPT) -> checkpoint.ModelWriter:
+    """Writes `model/`: weights, configuration and tokenizer, as transformers loads them."""
+
+    def write_model(folder: Path, weights: dict[str, Any]) -> None:
+        model.save(folder, weights, data.manifest.tokenizer.eos_id)
+        for file in sorted(data.tokenizer.iterdir()):
+            shutil.copyfile(file, folder / file.name)
+
+    return write_model
+
+
+def finish(parts: Parts, state: TrainState) -> None:
+    """On rank 0: say how it ended."""
+    if state.step < parts.plan.total_steps:
+        reason = parts.stop.signal_name or "another rank's signal"
+        log.info(f"stopped by {reason} at step {state.step:,}, saved; the same command goes on from there")
+        return
+    result = summary.write(parts.run)
+    if result is not None:
+        print("\n" + summary.describe(parts.run, result), flush=True)  # noqa: T201  the run's result

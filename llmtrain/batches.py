@@ -1,0 +1,73 @@
+"""From the global batch that the user sets to micro-batches and accumulation, and to a run's length."""
+
+import math
+from dataclasses import dataclass
+
+from llmtrain.config.load import Origins
+from llmtrain.config.schema import RunConfig
+from llmtrain.errors import ConfigError, TooLittleData
+
+_AUTO_MICRO_BATCH_TOKENS = 16_384
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """How one optimizer step is cut up: global = micro x accumulation x ranks."""
+
+    global_batch_size: int
+    micro_batch_size: int
+    accumulation: int
+    total_steps: int
+
+
+def plan_batches(config: RunConfig, origins: Origins, world_size: int, num_rows: int) -> BatchPlan:
+    """The plan for `world_size` ranks and a training split of `num_rows` rows.
+
+    Raises:
+        ConfigError: the batch does not divide; says what would.
+        TooLittleData: the split has fewer rows than one step takes.
+    """
+    batch = config.train.global_batch_size
+    if batch % world_size:
+        near = sorted({max(1, batch // world_size) * world_size, -(-batch // world_size) * world_size})
+        raise ConfigError(
+            [
+                f"{origins.describe(config, 'train.global_batch_size')}: {world_size} ranks do not divide it; "
+                f"use {' or '.join(map(str, near))}, or {_ranks(batch)} ranks"
+            ]
+        )
+    per_rank = batch // world_size
+    fitting = [m for m in range(1, per_rank + 1) if per_rank % m == 0]
+    micro = config.train.micro_batch_size
+    if micro is None:
+        most = max(1, _AUTO_MICRO_BATCH_TOKENS // config.model.context)
+        micro = max(m for m in fitting if m <= most)
+    if micro not in fitting:
+        ranks = "1 rank" if world_size == 1 else f"{world_size} ranks"
+        raise ConfigError(
+            [
+                f"{origins.describe(config, 'train.micro_batch_size')}: {ranks} x {micro} does not divide "
+                f"global_batch_size={batch}; use one of {', '.join(map(str, fitting))}"
+            ]
+        )
+    if num_rows < batch:
+        raise TooLittleData(
+            f"the training split has {num_rows} rows of {config.model.context} tokens, fewer than one optimizer step "
+            f"takes ({origins.describe(config, 'train.global_batch_size')}); use a smaller batch, a shorter "
+            "model.context, or more text"
+        )
+    return BatchPlan(batch, micro, per_rank // micro, _total_steps(config, num_rows))
+
+
+def _total_steps(config: RunConfig, num_rows: int) -> int:
+    train = config.train
+    if train.steps is not None:
+        return train.steps
+    if train.tokens is not None:
+        return math.ceil(train.tokens / (train.global_batch_size * config.model.context))
+    epochs = 1.0 if train.epochs is None else train.epochs
+    return max(1, math.ceil(epochs * num_rows / train.global_batch_size - 1e-9))
+
+
+def _ranks(batch: int) -> str:
+    return ", ".join(str(r) for r in range(1, min(batch, 64) + 1) if batch % r == 0)

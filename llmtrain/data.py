@@ -1,0 +1,224 @@
+"""Which rows make up which step, and how rows become tensors.
+
+Shapes: B rows, T = context positions.
+
+The order is a pure function of (seed, number of rows, position): position q lies in epoch q // N, and
+its row is permutation(seed, epoch)(q mod N). The permutation is a Feistel network with cycle walking
+(Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002): O(1) memory, no shuffle buffer,
+nothing to save but one integer. Rank r of R takes the rows r, r + R, ... of each step, so the number of
+ranks does not change what a step sees.
+"""
+
+import queue
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from llmtrain.batches import BatchPlan
+from llmtrain.shards import Rows, ShardSet
+
+IGNORE = -100
+"""Target of a position that is not supervised."""
+
+_ROUNDS = 6
+_DIGEST_BITS = 40  # small enough that the sum over a batch of millions fits into 63 bits
+_U64 = np.uint64
+
+
+def _mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """SplitMix64's finaliser (Steele, Lea, Flood 2014): a bijection whose bits all depend on each other."""
+    values = (values ^ (values >> _U64(30))) * _U64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> _U64(27))) * _U64(0x94D049BB133111EB)
+    return values ^ (values >> _U64(31))
+
+
+class SampleOrder:
+    """The endless sequence of row numbers that a run sees."""
+
+    def __init__(self, seed: int, num_rows: int):
+        self.num_rows = num_rows
+        self._seed = seed
+        self._half_bits = _U64(max(1, ((num_rows - 1).bit_length() + 1) // 2))
+        self._half_mask = (_U64(1) << self._half_bits) - _U64(1)
+
+    def rows(self, first: int, count: int) -> NDArray[np.int64]:
+        """Row numbers at positions first ... first + count - 1; crosses epochs where they meet."""
+        parts = []
+        while count:
+            epoch, start = divmod(first, self.num_rows)
+            length = min(count, self.num_rows - start)
+            parts.append(self._permute(np.arange(start, start + length, dtype=np.uint64), epoch))
+            first, count = first + length, count - length
+        return np.concatenate(parts)
+
+    def _permute(self, values: NDArray[np.uint64], epoch: int) -> NDArray[np.int64]:
+        keys = np.arange(_ROUNDS, dtype=np.uint64) + _U64((self._seed * 0x9E3779B97F4A7C15 + epoch) % 2**64)
+        keys = _mix(_mix(keys) + _U64(epoch % 2**64))
+        values = self._feistel(values, keys)
+        while (outside := values >= _U64(self.num_rows)).any():  # cycle walking
+            values[outside] = self._feistel(values[outside], keys)
+        return values.astype(np.int64)
+
+    def _feistel(self, values: NDArray[np.uint64], keys: NDArray[np.uint64]) -> NDArray[np.uint64]:
+        left, right = values >> self._half_bits, values & self._half_mask
+        for key in keys:
+            left, right = right, left ^ (_mix(right + key) & self._half_mask)
+        return (left << self._half_bits) | right
+
+
+@dataclass
+class Batch:
+    """Rows as the model takes them."""
+
+    input_ids: Tensor  # (B, T) int64
+    targets: Tensor  # (B, T) int64, IGNORE where not supervised
+    doc_ids: Tensor | None  # (B, T) int32: attention stays within equal numbers; None: plain causal
+    positions: Tensor | None  # (B, T) int64, restarting at 0 with each document; None: 0 ... T - 1
+    num_targets: int
+
+    def to(self, device: torch.device) -> "Batch":
+        """Copy to `device`, without waiting for the copy on a GPU."""
+        if device.type == "cpu":
+            return self
+        pin = device.type == "cuda"
+
+        def move(tensor: Tensor | None) -> Tensor | None:
+            if tensor is None:
+                return None
+            return (tensor.pin_memory() if pin else tensor).to(device, non_blocking=pin)
+
+        ids, targets = move(self.input_ids), move(self.targets)
+        assert ids is not None
+        assert targets is not None
+        return Batch(ids, targets, move(self.doc_ids), move(self.positions), self.num_targets)
+
+
+def make_batch(rows: Rows, isolate_documents: bool) -> Batch:
+    """Shift rows of context + 1 tokens into inputs and targets.
+
+    A target is supervised if it lies in the same document as its input, is no padding, and its loss
+    mask (where there is one) is 1. With `isolate_documents` attention and positions restart with
+    each document; padding counts as one more document.
+    """
+    tokens = torch.from_numpy(rows.tokens.astype(np.int64))
+    num_rows, width = tokens.shape
+    doc_of = np.empty((num_rows, width), np.int32)
+    starts = np.zeros((num_rows, width), np.int64)
+    filled = np.empty((num_rows, 1), np.int64)
+    for i, lens in enumerate(rows.doc_lens):
+        total = int(lens.sum())
+        filled[i] = total
+        doc_of[i] = np.repeat(np.arange(len(lens) + 1), [*lens, width - total])
+        starts[i] = np.repeat(np.concatenate([[0], np.cumsum(lens)]), [*lens, width - total])
+    column = np.arange(1, width)
+    supervised = (doc_of[:, 1:] == doc_of[:, :-1]) & (column < filled)
+    if rows.loss_mask is not None:
+        supervised &= rows.loss_mask[:, 1:].astype(bool)
+    targets = tokens[:, 1:].clone()
+    targets[torch.from_numpy(~supervised)] = IGNORE
+    doc_ids = positions = None
+    if isolate_documents:
+        doc_ids = torch.from_numpy(doc_of[:, :-1].copy())
+        positions = torch.from_numpy(np.arange(width - 1) - starts[:, :-1])
+    return Batch(tokens[:, :-1].contiguous(), targets, doc_ids, positions, int(supervised.sum()))
+
+
+@dataclass
+class StepData:
+    """One rank's share of one optimizer step."""
+
+    batches: list[Batch]
+    num_targets: int
+    digest: int
+    """Sum of hashes of (position, row number) over this rank's rows; summed over the ranks it tells
+    whether a step saw the samples that it should have."""
+
+
+class Loader:
+    """Reads steps ahead of the loop, in one thread (workers cost more than they give: docs/data.md)."""
+
+    def __init__(
+        self,
+        shards: ShardSet,
+        plan: BatchPlan,
+        seed: int,
+        rank: int,
+        world_size: int,
+        device: torch.device,
+        isolate_documents: bool,
+    ):
+        self._shards, self._plan, self._device, self._isolate = shards, plan, device, isolate_documents
+        self._rank, self._world_size = rank, world_size
+        self._order = SampleOrder(seed, shards.num_rows)
+        self.wait_s = 0.0
+        """Time that the loop has waited for data so far."""
+
+    def read_step(self, samples: int) -> StepData:
+        """This rank's part of the step that begins at position `samples`."""
+        ids = self._order.rows(samples, self._plan.global_batch_size)
+        places = np.arange(self._rank, len(ids), self._world_size)
+        mine = ids[places]
+        hashes = _mix(_mix((places + samples).astype(np.uint64)) + mine.astype(np.uint64))
+        micro = self._plan.micro_batch_size
+        batches = [
+            make_batch(self._shards.rows(mine[i : i + micro]), self._isolate) for i in range(0, len(mine), micro)
+        ]
+        return StepData(
+            [batch.to(self._device) for batch in batches],
+            sum(batch.num_targets for batch in batches),
+            int((hashes >> _U64(64 - _DIGEST_BITS)).sum()),
+        )
+
+    def steps(self, first_sample: int, num_steps: int) -> Iterator[StepData]:
+        """The steps from position `first_sample` on; an error while reading is raised here."""
+        ready: queue.Queue[StepData | BaseException] = queue.Queue(maxsize=2)
+        closed = threading.Event()
+
+        def put(item: StepData | BaseException) -> None:
+            while not closed.is_set():
+                try:
+                    ready.put(item, timeout=0.2)
+                    return
+                except queue.Full:
+                    continue
+
+        def read_ahead() -> None:
+            try:
+                for step in range(num_steps):
+                    if closed.is_set():
+                        return
+                    put(self.read_step(first_sample + step * self._plan.global_batch_size))
+            except BaseException as error:  # noqa: BLE001  handed to the loop, which raises it
+                put(error)
+
+        threading.Thread(target=read_ahead, name="read-ahead", daemon=True).start()
+        try:
+            for _ in range(num_steps):
+                before = time.perf_counter()
+                item = ready.get()
+                self.wait_s += time.perf_counter() - before
+                if isinstance(item, BaseException):
+                    raise item
+                yield item
+        finally:
+            closed.set()
+
+
+def split_batches(
+    shards: ShardSet,
+    batch_size: int,
+    rank: int,
+    world_size: int,
+    isolate_documents: bool,
+    limit: int | None = None,
+) -> Iterator[Batch]:
+    """This rank's rows of a whole split (or its first `limit` rows), in order, for evaluation."""
+    mine = np.arange(rank, min(shards.num_rows, limit or shards.num_rows), world_size)
+    for i in range(0, len(mine), batch_size):
+        yield make_batch(shards.rows(mine[i : i + batch_size]), isolate_documents)

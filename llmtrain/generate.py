@@ -1,0 +1,102 @@
+"""`llmtrain generate`: a checkpoint continues a prompt, streamed to the terminal."""
+
+import argparse
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+from llmtrain import summary
+from llmtrain.config.schema import SampleSection
+from llmtrain.errors import CheckpointError, ConfigError, exit_with_code
+from llmtrain.rundir import RunDir
+
+
+def find_model(path: Path) -> Path:
+    """The model folder of a run (its best checkpoint), of a checkpoint, or `path` itself.
+
+    Raises:
+        CheckpointError: there is no model in any of these places.
+    """
+    candidates = [path, path / "model"]
+    if (path / "checkpoints").is_dir():
+        run = RunDir(path)
+        found = summary.summarise(run)
+        if found is not None and found.best_checkpoint is not None:
+            candidates.append(Path(found.best_checkpoint) / "model")
+        candidates += [run.checkpoint(step) / "model" for step in reversed(run.checkpoint_steps())]
+    for candidate in candidates:
+        if (candidate / "config.json").is_file():
+            return candidate
+    raise CheckpointError(
+        f"{path}: no model here; give a run folder (its best checkpoint is taken), a checkpoint such as "
+        "runs/NAME/checkpoints/step-00000100, or a folder with config.json and model.safetensors"
+    )
+
+
+def stream_text(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
+    """Text piece by piece; bytes of a character that is not whole yet are held back."""
+    seen: list[int] = []
+    shown = ""
+    for token in ids:
+        seen.append(token)
+        text = tokenizer.decode(seen)
+        if not text.endswith("\N{REPLACEMENT CHARACTER}"):
+            yield text[len(shown) :]
+            shown = text
+    yield tokenizer.decode(seen)[len(shown) :]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="llmtrain generate", description=__doc__)
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("--prompt", default="def main(")
+    parser.add_argument("--tokens", type=int, default=200)
+    parser.add_argument("--temperature", type=float, default=0.8)
+    parser.add_argument("--top-k", type=int)
+    parser.add_argument("--top-p", type=float)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="auto")
+    options = parser.parse_args(arguments)
+    with exit_with_code():
+        generate(options)
+
+
+def generate(options: argparse.Namespace) -> None:
+    """Print the prompt and its continuation."""
+    from pydantic import ValidationError
+
+    try:
+        sampling = SampleSection(
+            prompt=options.prompt,
+            tokens=options.tokens,
+            temperature=options.temperature,
+            top_k=options.top_k,
+            top_p=options.top_p,
+        )
+    except ValidationError as error:
+        problems = [f"--{str(e['loc'][0]).replace('_', '-')}={e['input']}: {e['msg']}" for e in error.errors()]
+        raise ConfigError(problems) from None
+    folder = find_model(options.checkpoint)
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    prompt_ids = tokenizer.encode(options.prompt, add_special_tokens=False).ids
+    if not prompt_ids:
+        raise ConfigError(["--prompt is empty; give the model something to continue"])
+
+    from llmtrain.evaluate import continue_text
+    from llmtrain.models.gpt import GPT, TextGenerator
+    from llmtrain.world import find_world
+
+    device = find_world(options.device).device
+    model, eos_id = GPT.from_folder(folder)
+    ids = continue_text(TextGenerator(model.to(device)), prompt_ids, sampling, options.seed, eos_id)
+    sys.stdout.write(options.prompt)
+    for piece in stream_text(tokenizer, ids):
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+    sys.stdout.write("\n")
+
+
+if __name__ == "__main__":
+    main()

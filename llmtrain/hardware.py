@@ -1,0 +1,63 @@
+"""What the machine is doing: memory, and on NVIDIA GPUs utilisation, power and peak arithmetic."""
+
+import psutil
+import torch
+
+_PEAK_BF16_TFLOPS = {  # dense, from NVIDIA's data sheets
+    "B200": 2250.0,
+    "H200": 989.0,
+    "H100 PCIe": 756.0,
+    "H100": 989.0,
+    "A100": 312.0,
+    "L40S": 362.0,
+    "RTX 4090": 165.0,
+    "A10": 125.0,
+    "V100": 125.0,
+    "T4": 65.0,
+}
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Dense bf16 FLOP/s of a GPU that is known by name; None for others."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    known = [tflops for part, tflops in _PEAK_BF16_TFLOPS.items() if part in name]
+    return known[0] * 1e12 if known else None
+
+
+def is_bf16_fast(device: torch.device) -> bool:
+    """Whether bf16 arithmetic is done by the hardware rather than emulated."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
+        capabilities = torch.cpu.get_capabilities()
+        return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
+    return False
+
+
+class HardwareMeter:
+    """Readings for TensorBoard; each takes well under a millisecond and never waits for the GPU's queue."""
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self._process = psutil.Process()
+        self._nvml = self._handle = None
+        if device.type == "cuda":
+            import pynvml
+
+            try:
+                pynvml.nvmlInit()
+                self._handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
+                self._nvml = pynvml
+            except pynvml.NVMLError:  # a container without the driver's monitoring library
+                self._nvml = None
+
+    def read(self) -> dict[str, float]:
+        values = {"hardware/memory_gb": self._process.memory_info().rss / 1e9}
+        if self._device.type == "cuda":
+            values["hardware/gpu_memory_peak_gb"] = torch.cuda.max_memory_allocated(self._device) / 1e9
+        if self._nvml is not None:
+            values["hardware/gpu_utilisation_percent"] = self._nvml.nvmlDeviceGetUtilizationRates(self._handle).gpu
+            values["hardware/gpu_power_w"] = self._nvml.nvmlDeviceGetPowerUsage(self._handle) / 1e3
+        return values

@@ -1,0 +1,113 @@
+"""A checkpoint's manifest: every file with size and SHA-256, and the position in training.
+
+The manifest is written last, so a folder with one was finished. It also guards itself: it holds the
+hash of its own content, and a file that differs from what this module would write is rejected.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import pydantic
+
+from llmtrain import files
+from llmtrain.errors import CheckpointError
+
+NAME = "manifest.json"
+
+
+class _Record(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(extra="forbid")
+
+
+class TrainState(_Record):
+    """How far a run has come. With seed, row count, batch size and fingerprint it is the whole data state."""
+
+    step: int = 0
+    """Optimizer steps done."""
+    samples: int = 0
+    """Rows consumed since the start; the next one is at this position of the order."""
+    targets: int = 0
+    """Supervised tokens consumed."""
+
+
+class FileInfo(_Record):
+    size_bytes: int
+    sha256: str
+
+
+class Manifest(_Record):
+    format: Literal["llmtrain-checkpoint-1"] = "llmtrain-checkpoint-1"
+    train_state: TrainState
+    seed: int
+    num_rows: int
+    global_batch_size: int
+    fingerprint: str
+    """Of the data set."""
+    world_size: int
+    strategy: str
+    heldout_loss: float | None
+    """Nats per token at this step, as the training ranks computed it."""
+    files: dict[str, FileInfo]
+
+
+def write(folder: Path, manifest: Manifest) -> None:
+    """Write manifest.json into `folder`, synced to disk."""
+    files.write_atomic(folder / NAME, _render(manifest))
+
+
+def describe_files(folder: Path) -> dict[str, FileInfo]:
+    """Size and hash of every file below `folder`, by relative path; each synced to disk."""
+    result = {}
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        files.sync(path)
+        info = FileInfo(size_bytes=path.stat().st_size, sha256=files.sha256(path))
+        result[path.relative_to(folder).as_posix()] = info
+    return result
+
+
+def read(folder: Path) -> Manifest:
+    """The manifest of a checkpoint, itself checked; the files it lists are not.
+
+    Raises:
+        CheckpointError: it is missing or altered.
+    """
+    path = folder / NAME
+    try:
+        content = path.read_bytes()
+        fields: dict[str, Any] = json.loads(content)
+        fields.pop("sha256")
+        manifest = Manifest.model_validate(fields)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: missing; the folder is not a whole checkpoint") from None
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{path}: altered or unreadable ({str(error).splitlines()[0]})") from error
+    if _render(manifest) != content:
+        raise CheckpointError(f"{path}: altered: its content does not match its own hash")
+    return manifest
+
+
+def verify(folder: Path) -> Manifest:
+    """Check every file of a checkpoint against its manifest (about 1 GB/s).
+
+    Raises:
+        CheckpointError: names the file that is missing, truncated or altered.
+    """
+    manifest = read(folder)
+    for name, info in manifest.files.items():
+        path = folder / name
+        if not path.is_file():
+            raise CheckpointError(f"{path}: missing")
+        size = path.stat().st_size
+        if size != info.size_bytes:
+            raise CheckpointError(f"{path}: {size} bytes instead of {info.size_bytes}")
+        if files.sha256(path) != info.sha256:
+            raise CheckpointError(f"{path}: altered: its SHA-256 is not the manifest's")
+    return manifest
+
+
+def _render(manifest: Manifest) -> bytes:
+    fields = manifest.model_dump(mode="json")
+    own_hash = hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+    return (json.dumps({**fields, "sha256": own_hash}, indent=1) + "\n").encode()

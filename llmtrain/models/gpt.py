@@ -1,0 +1,275 @@
+"""GPT-2 (Radford et al. 2019), by configuration.
+
+Shapes: B rows, T positions, D width, H heads, K = D / H, V vocabulary.
+
+Parameter names are those of transformers' GPT-2, and `save` writes its format: the folder loads with
+`AutoModelForCausalLM.from_pretrained`. Two differences are bridged there: transformers keeps linear
+weights transposed (Conv1D), and always has a bias on query, key and value.
+"""
+
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from llmtrain.config.schema import GPTModel
+from llmtrain.data import IGNORE
+from llmtrain.errors import CheckpointError
+from llmtrain.models.loss import linear_cross_entropy
+
+WEIGHTS = "model.safetensors"
+_CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
+
+
+@dataclass
+class KVCache:
+    """Keys and values of the positions already seen, per layer, for generation."""
+
+    layers: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # (1, H, T, K) each
+
+    @property
+    def length(self) -> int:
+        return self.layers[0][0].shape[2] if self.layers else 0
+
+    def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        if layer < len(self.layers):
+            past_keys, past_values = self.layers[layer]
+            keys, values = torch.cat([past_keys, keys], 2), torch.cat([past_values, values], 2)
+            self.layers[layer] = (keys, values)
+        else:
+            self.layers.append((keys, values))
+        return keys, values
+
+
+class Attention(nn.Module):
+    def __init__(self, config: GPTModel):
+        super().__init__()
+        self.num_heads, self.dropout = config.num_heads, config.dropout
+        self.c_attn = nn.Linear(config.width, 3 * config.width, bias=config.qkv_bias)
+        self.c_proj = nn.Linear(config.width, config.width)
+
+    def forward(self, x_BTD: Tensor, mask: Tensor | None, cache: KVCache | None, layer: int) -> Tensor:
+        batch, length, width = x_BTD.shape
+        qkv = self.c_attn(x_BTD).view(batch, length, 3, self.num_heads, width // self.num_heads)
+        q_BHTK, k_BHTK, v_BHTK = qkv.permute(2, 0, 3, 1, 4)
+        if cache is not None:
+            k_BHTK, v_BHTK = cache.extend(layer, k_BHTK, v_BHTK)
+        causal = mask is None and length > 1  # one new position may look at all cached ones
+        out_BHTK = F.scaled_dot_product_attention(
+            q_BHTK, k_BHTK, v_BHTK, mask, self.dropout if self.training else 0.0, is_causal=causal
+        )
+        return self.c_proj(out_BHTK.transpose(1, 2).reshape(batch, length, width))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: GPTModel):
+        super().__init__()
+        self.c_fc = nn.Linear(config.width, 4 * config.width)
+        self.c_proj = nn.Linear(4 * config.width, config.width)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        return self.c_proj(F.gelu(self.c_fc(x_BTD), approximate="tanh"))
+
+
+class Block(nn.Module):
+    def __init__(self, config: GPTModel):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.width)
+        self.attn = Attention(config)
+        self.ln_2 = nn.LayerNorm(config.width)
+        self.mlp = MLP(config)
+        self.drop = nn.Dropout(config.dropout)
+
+    def forward(self, x_BTD: Tensor, mask: Tensor | None, cache: KVCache | None, layer: int) -> Tensor:
+        x_BTD = x_BTD + self.drop(self.attn(self.ln_1(x_BTD), mask, cache, layer))
+        return x_BTD + self.drop(self.mlp(self.ln_2(x_BTD)))
+
+
+class GPT(nn.Module):
+    """`forward` returns the summed loss of a batch, `logits` what generation needs."""
+
+    def __init__(self, config: GPTModel, vocab_size: int, seed: int = 0):
+        super().__init__()
+        self.config, self.vocab_size = config, vocab_size
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.transformer = nn.ModuleDict(
+                {
+                    "wte": nn.Embedding(vocab_size, config.width),
+                    "wpe": nn.Embedding(config.context, config.width),
+                    "drop": nn.Dropout(config.dropout),
+                    "h": nn.ModuleList(Block(config) for _ in range(config.num_layers)),
+                    "ln_f": nn.LayerNorm(config.width),
+                }
+            )
+            self.lm_head = nn.Linear(config.width, vocab_size, bias=False)
+            if config.tie_weights:
+                self.lm_head.weight = self.transformer["wte"].weight
+            if config.init == "gpt2":
+                self._init_gpt2()
+
+    def _init_gpt2(self) -> None:
+        """N(0, 0.02), biases zero; residual projections scaled by 1/sqrt(2 layers) (GPT-2, section 2.3)."""
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias"):
+                nn.init.zeros_(parameter)
+            elif parameter.ndim == 2:
+                residual = name.endswith("c_proj.weight")
+                std = 0.02 / math.sqrt(2 * self.config.num_layers) if residual else 0.02
+                nn.init.normal_(parameter, std=std)
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> "tuple[GPT, int]":
+        """The model that `save` wrote, on the CPU, and its end-of-text id.
+
+        Raises:
+            CheckpointError: the folder is not readable as one.
+        """
+        try:
+            c = json.loads((folder / "config.json").read_text())
+            if c["model_type"] != "gpt2":
+                raise CheckpointError(f"{folder / 'config.json'}: a {c['model_type']} model; only gpt2 is read here")
+            config = GPTModel(
+                num_layers=c["n_layer"],
+                num_heads=c["n_head"],
+                width=c["n_embd"],
+                context=c["n_positions"],
+                dropout=c["embd_pdrop"],
+                tie_weights=c["tie_word_embeddings"],
+                init="pytorch",
+            )
+            vocab_size, eos_id = c["vocab_size"], c["eos_token_id"]
+        except (OSError, ValueError, KeyError) as error:
+            raise CheckpointError(f"{folder / 'config.json'}: cannot be read as a GPT-2: {error}") from error
+        model = cls(config, vocab_size)
+        model.load(folder)
+        return model, eos_id
+
+    def forward(
+        self, input_ids: Tensor, targets: Tensor, doc_ids: Tensor | None = None, positions: Tensor | None = None
+    ) -> Tensor:
+        """Sum of the cross-entropies of all supervised positions, in nats (fp32 scalar)."""
+        hidden_BTD = self._hidden(input_ids, _document_mask(doc_ids), positions, None)
+        return linear_cross_entropy(hidden_BTD.flatten(0, 1), self.lm_head.weight, targets.flatten(), IGNORE)
+
+    def logits(
+        self,
+        input_ids: Tensor,
+        doc_ids: Tensor | None = None,
+        positions: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """(B, T, V). With a cache, `input_ids` continues what the cache has seen."""
+        return self.lm_head(self._hidden(input_ids, _document_mask(doc_ids), positions, cache))
+
+    def _hidden(
+        self, input_ids: Tensor, mask: Tensor | None, positions: Tensor | None, cache: KVCache | None
+    ) -> Tensor:
+        if positions is None:
+            first = cache.length if cache is not None else 0
+            positions = torch.arange(first, first + input_ids.shape[1], device=input_ids.device)
+        parts = self.transformer
+        x_BTD = parts["drop"](parts["wte"](input_ids) + parts["wpe"](positions))
+        for layer, block in enumerate(parts["h"]):
+            x_BTD = block(x_BTD, mask, cache, layer)
+        return parts["ln_f"](x_BTD)
+
+    def num_parameters(self) -> int:
+        return sum(p.numel() for p in self.parameters())
+
+    def flops_per_token(self) -> float:
+        """Forward and backward, after PaLM (Chowdhery et al. 2022, appendix B): 6 N + 12 L D T."""
+        embeddings = self.transformer["wpe"].weight.numel()
+        embeddings += 0 if self.config.tie_weights else self.transformer["wte"].weight.numel()
+        attention = 12 * self.config.num_layers * self.config.width * self.config.context
+        return 6 * (self.num_parameters() - embeddings) + attention
+
+    def save(self, folder: Path, weights: dict[str, Tensor], eos_id: int) -> None:
+        """Write `weights` (this model's parameters by name) and config.json in transformers' format."""
+        tensors: dict[str, Tensor] = {}
+        for name, tensor in weights.items():
+            if name == "lm_head.weight" and self.config.tie_weights:
+                continue
+            tensors[name] = (tensor.t() if name.endswith(_CONV1D) else tensor).contiguous()
+        if not self.config.qkv_bias:
+            for layer in range(self.config.num_layers):
+                tensors[f"transformer.h.{layer}.attn.c_attn.bias"] = torch.zeros(3 * self.config.width)
+        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+        (folder / "config.json").write_text(json.dumps(self._hf_config(eos_id), indent=1) + "\n")
+
+    def load(self, folder: Path) -> None:
+        """Fill the parameters from what `save` wrote.
+
+        Raises:
+            CheckpointError: the file's tensors are not this model's.
+        """
+        tensors = load_file(folder / WEIGHTS)
+        if not self.config.qkv_bias:
+            for layer in range(self.config.num_layers):
+                tensors.pop(f"transformer.h.{layer}.attn.c_attn.bias", None)
+        try:
+            with torch.no_grad():
+                for name, parameter in self.named_parameters():
+                    tensor = tensors.pop(name)
+                    parameter.copy_(tensor.t() if name.endswith(_CONV1D) else tensor)
+        except (KeyError, RuntimeError) as error:
+            raise CheckpointError(f"{folder / WEIGHTS}: not the weights of this model: {error}") from error
+        if tensors:
+            raise CheckpointError(f"{folder / WEIGHTS}: tensors that this model does not have: {sorted(tensors)}")
+
+    def _hf_config(self, eos_id: int) -> dict[str, Any]:
+        c = self.config
+        return {
+            "model_type": "gpt2",
+            "architectures": ["GPT2LMHeadModel"],
+            "vocab_size": self.vocab_size,
+            "n_layer": c.num_layers,
+            "n_head": c.num_heads,
+            "n_embd": c.width,
+            "n_positions": c.context,
+            "n_inner": None,
+            "activation_function": "gelu_new",
+            "embd_pdrop": c.dropout,
+            "attn_pdrop": c.dropout,
+            "resid_pdrop": c.dropout,
+            "layer_norm_epsilon": 1e-5,
+            "tie_word_embeddings": c.tie_weights,
+            "bos_token_id": eos_id,
+            "eos_token_id": eos_id,
+            "dtype": "float32",
+        }
+
+
+class TextGenerator:
+    """Continues one text with a key-value cache; past the context it starts again from the last half."""
+
+    def __init__(self, model: GPT):
+        self._model, self._cache = model, KVCache()
+        self._seen: list[int] = []
+
+    @torch.no_grad()
+    def next_logits(self, input_ids: Tensor) -> Tensor:
+        """(V,) logits of the token after `input_ids` (T,), which continue what was given before."""
+        self._model.eval()
+        context = self._model.config.context
+        self._seen += input_ids.tolist()
+        if self._cache.length + len(input_ids) > context:
+            self._cache = KVCache()
+            self._seen = self._seen[-max(1, context // 2) :]
+            input_ids = torch.tensor(self._seen)
+        device = self._model.lm_head.weight.device
+        return self._model.logits(input_ids.to(device).unsqueeze(0), cache=self._cache)[0, -1]
+
+
+def _document_mask(doc_ids: Tensor | None) -> Tensor | None:
+    """(B, 1, T, T): True where a query may see a key: not later, and in the same document."""
+    if doc_ids is None:
+        return None
+    same = doc_ids.unsqueeze(1) == doc_ids.unsqueeze(2)
+    return same.tril().unsqueeze(1)

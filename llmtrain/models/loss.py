@@ -1,0 +1,79 @@
+"""Cross-entropy of a linear output layer, without ever holding all logits.
+
+Shapes: N positions, D width, V vocabulary.
+
+The logits of one chunk of positions are made, turned into loss and gradient, and dropped: memory is
+chunk x V instead of several times N x V, and the backward pass has nothing left to compute. The gradient
+of the logits is softmax minus one-hot (Wijmans et al. 2024, "Cut Your Losses", is the same idea as a
+GPU kernel). On CPUs this is also the fast path: docs/log.md has the figures for torch's own.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+_CHUNK = {"cpu": 512}
+_CHUNK_GPU = 4096
+
+
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, ignore: int) -> Tensor:
+    """Sum (not mean) over positions of -log softmax(hidden @ weight.T)[target], in fp32.
+
+    Args:
+        hidden: (N, D); weight: (V, D); targets: (N,) int64, `ignore` where a position does not count.
+    """
+    if not torch.is_grad_enabled():
+        return _chunks(hidden, weight, targets, ignore, need_gradients=False)[0]
+    return _LinearCrossEntropy.apply(hidden, weight, targets, ignore)  # type: ignore[no-any-return]
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, ignore: int) -> Tensor:
+        loss, grad_hidden, grad_weight = _chunks(hidden, weight, targets, ignore, need_gradients=True)
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        grad_hidden, grad_weight = ctx.saved_tensors
+        return grad_hidden.mul_(grad_loss), grad_weight.mul_(grad_loss), None, None
+
+
+def _chunks(
+    hidden: Tensor, weight: Tensor, targets: Tensor, ignore: int, need_gradients: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    device = hidden.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    size = _CHUNK.get(device, _CHUNK_GPU)
+    with torch.autocast(device, enabled=False):
+        weight_c, hidden_c = weight.to(dtype), hidden.to(dtype)
+        loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        grad_hidden = torch.empty_like(hidden) if need_gradients else None
+        grad_weight = None
+        done = 0
+        for rows, chunk_targets in zip(hidden_c.split(size), targets.split(size), strict=True):
+            counts = chunk_targets != ignore
+            safe = chunk_targets.where(counts, 0).unsqueeze(1)
+            logits = (rows @ weight_c.t()).float()
+            log_sum = logits.logsumexp(1, keepdim=True)
+            loss = loss + ((log_sum - logits.gather(1, safe)).squeeze(1) * counts).sum()
+            if grad_hidden is None:
+                continue
+            probabilities = logits.sub_(log_sum).exp_()
+            probabilities.scatter_add_(1, safe, probabilities.new_full((1, 1), -1.0).expand_as(safe))
+            gradient = probabilities.mul_(counts.unsqueeze(1)).to(dtype)
+            grad_hidden[done : done + len(rows)] = gradient @ weight_c
+            done += len(rows)
+            part = gradient.t() @ rows
+            grad_weight = part.to(weight.dtype) if grad_weight is None else grad_weight.add_(part)
+    return loss, grad_hidden, grad_weight
+
+
+def reference_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, ignore: int) -> Tensor:
+    """The same sum by the textbook, with all logits in memory; for tests and benchmarks."""
+    return F.cross_entropy((hidden @ weight.t()).float(), targets, ignore_index=ignore, reduction="sum")

@@ -1,0 +1,100 @@
+"""What rank 0 does before training while the others wait: shards, run folder, where to resume."""
+
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from llmtrain import checkpoint, files, log, manifest, recipe, rundir, shards
+from llmtrain.config.load import COMMAND_LINE, Origins, fixed_differences, load_config, resolved_yaml
+from llmtrain.config.schema import RunConfig
+from llmtrain.errors import CheckpointError, ConfigError, DataMismatch, RunFolderError, disk_errors
+from llmtrain.rundir import RunDir
+from llmtrain.shards import ShardFolder
+
+
+def prepare_shards(config: RunConfig) -> ShardFolder:
+    """Open the shards, verified; build them first (in a process of the launcher's) where there are none.
+
+    Leaves with the launcher's exit code if it fails; it has said why.
+    """
+    folder = recipe.shard_folder(config)
+    if not shards.exists(folder):
+        log.info(f"no shards in {folder} yet: building them")
+        with tempfile.TemporaryDirectory() as scratch:
+            file = Path(scratch) / "config.yaml"
+            file.write_text(resolved_yaml(config), encoding="utf-8")
+            # A process border instead of an import: the core does not depend on the launcher.
+            done = subprocess.run([sys.executable, "-m", "launcher", "shard", str(file)], check=False)
+        if done.returncode:
+            raise SystemExit(done.returncode if done.returncode > 0 else 128 - done.returncode)
+    opened = shards.open_folder(folder, config.data.verify)
+    opened.check_recipe(recipe.recipe_of(config))
+    return opened
+
+
+def prepare_run(run: RunDir, config: RunConfig, origins: Origins, data: ShardFolder) -> int | None:
+    """Make the run folder ready; returns the step to resume from, None to start.
+
+    Raises:
+        RunFolderError: it holds checkpoints of another configuration.
+        DataMismatch: it holds checkpoints of other data.
+        CheckpointError: there is nothing to resume from although `run.resume=must`, or nothing verifies.
+    """
+    if config.run.resume == "never" and run.config.exists():
+        log.info(f"run.resume=never: the old run is now in {run.move_aside()}")
+    with disk_errors("run folder", run.path):
+        run.create()
+        checkpoint.remove_leftovers(run)
+        step = _resume_step(run, config, origins, data)
+        if step is None and config.run.resume == "must":
+            raise CheckpointError(
+                f"{origins.describe(config, 'run.resume')}: {run.checkpoints} holds no checkpoint to resume from"
+            )
+        last = -1 if step is None else step
+        for ledger in (run.metrics, run.heldout, run.samples):
+            rundir.rewind_jsonl(ledger, last)
+        if step is not None:
+            checkpoint.discard_after(run, step)
+        else:
+            for old in run.tensorboard.glob("events.*"):  # of a start that never saved
+                old.unlink()
+        files.write_atomic(run.config, resolved_yaml(config))
+    return step
+
+
+def _resume_step(run: RunDir, config: RunConfig, origins: Origins, data: ShardFolder) -> int | None:
+    if not run.checkpoint_steps():
+        return None
+    _check_same_run(run, config, origins)
+    step = checkpoint.newest_whole(run)
+    if step is not None:
+        described = manifest.read(run.checkpoint(step))
+        if described.fingerprint != data.fingerprint:
+            raise DataMismatch(
+                f"{run.checkpoint(step)} was trained on other data (fingerprint {described.fingerprint[:12]}, the "
+                f"shards in {data.path} have {data.fingerprint[:12]}): the source text has changed since. Give this "
+                "run another run.name, or bring the old text back and run 'llmtrain shard CONFIG --force'"
+            )
+    return step
+
+
+def _check_same_run(run: RunDir, config: RunConfig, origins: Origins) -> None:
+    try:
+        old, _ = load_config(run.config)
+    except ConfigError as error:
+        raise RunFolderError(
+            f"{run.config}: not readable by this version, so nothing can be resumed: {error}"
+        ) from None
+    differences = fixed_differences(old, config)
+    if not differences:
+        return
+    lines = [
+        f"  - {key}: the run has {before}, now {after} ({origins.of(tuple(key.split('.')))})"
+        for key, before, after in differences
+    ]
+    raise RunFolderError(
+        f"{run.path} holds checkpoints of another configuration:\n" + "\n".join(lines) + "\nResume with the old "
+        f"values, or give this run a name of its own (run.name=..., {COMMAND_LINE}), or start anew with "
+        "run.resume=never (the old folder is moved aside)"
+    )

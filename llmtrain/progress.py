@@ -1,0 +1,72 @@
+"""What the person at the terminal sees while a run goes on: a live line, or plain lines without one."""
+
+import sys
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from llmtrain import log
+
+_PLAIN_EVERY_S = 10.0
+
+
+@dataclass(frozen=True)
+class Reading:
+    """The latest figures of a run."""
+
+    step: int
+    total_steps: int
+    loss: float
+    heldout: float | None
+    tokens_per_s: float
+    seconds_left: float
+
+
+class Progress:
+    """Shows readings on rank 0; `close` leaves the last line standing."""
+
+    def __init__(self, total_steps: int, first_step: int, enabled: bool = True):
+        self._live: Any = None
+        self._enabled = enabled
+        self._last_plain = -_PLAIN_EVERY_S
+        if enabled and sys.stderr.isatty():
+            self._start_live(total_steps, first_step)
+
+    def _start_live(self, total_steps: int, first_step: int) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+        self._live = Progress(
+            TextColumn("[bold]step"),
+            MofNCompleteColumn(),
+            BarColumn(bar_width=24),
+            TextColumn("{task.fields[figures]}"),
+            console=Console(stderr=True),
+        )
+        self._task = self._live.add_task("", total=total_steps, completed=first_step, figures="")
+        self._live.start()
+
+    def show(self, reading: Reading) -> None:
+        if not self._enabled:
+            return
+        heldout = "" if reading.heldout is None else f"  held-out {reading.heldout:.4f}"
+        figures = (
+            f"loss {reading.loss:.4f}{heldout}  {reading.tokens_per_s:,.0f} tokens/s"
+            f"  {_duration(reading.seconds_left)} left"
+        )
+        if self._live is not None:
+            self._live.update(self._task, completed=reading.step, figures=figures)
+        elif time.monotonic() - self._last_plain >= _PLAIN_EVERY_S or reading.step == reading.total_steps:
+            self._last_plain = time.monotonic()
+            log.info(f"step {reading.step}/{reading.total_steps}  {figures}")
+
+    def close(self) -> None:
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

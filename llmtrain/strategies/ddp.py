@@ -1,0 +1,107 @@
+"""Every rank holds the whole model; gradients are averaged (torch's DistributedDataParallel).
+
+One process is the same with one rank and no wrapper.
+"""
+
+import contextlib
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from llmtrain.config.schema import RunConfig
+from llmtrain.data import IGNORE, Batch
+from llmtrain.errors import CheckpointError
+from llmtrain.optim import build_optimizer
+from llmtrain.world import World
+
+_STATE_KEYS = ("exp_avg", "exp_avg_sq", "step")
+
+
+class DDPStrategy:
+    def __init__(self, config: RunConfig, model: nn.Module, world: World, bf16: bool):
+        """Collective."""
+        self._world, self._bf16 = world, bf16
+        self._clip_norm = config.optim.clip_norm
+        self._module = model.to(world.device)
+        self._named = dict(self._module.named_parameters())
+        self._optimizer = build_optimizer(self._named.items(), config.optim)
+        self._forward: Any = torch.compile(self._module) if config.train.compile else self._module
+        if world.size > 1:
+            self._forward = DistributedDataParallel(
+                self._forward,
+                bucket_cap_mb=config.strategy.bucket_mb,
+                gradient_as_bucket_view=True,
+                broadcast_buffers=False,
+            )
+            self._settle_buckets(config.model.context)
+
+    def _settle_buckets(self, context: int) -> None:
+        """Collective. One backward pass on a dummy row, thrown away.
+
+        DDP sorts its buckets anew after its first backward pass, and with more than two ranks the
+        place of a gradient in its bucket decides the order in which the ranks' values are added. A
+        resumed run would take its first step with the unsorted buckets and differ in the last bit.
+        It also finds a lack of memory before the first step.
+        """
+        dummy = torch.zeros(1, context, dtype=torch.int64, device=self._world.device)
+        batch = Batch(dummy, torch.full_like(dummy, IGNORE), None, None, 0)
+        with torch.random.fork_rng():
+            for _ in range(2):  # the second forward pass is where DDP applies the new order
+                self.accumulate(batch, 1.0, last=True)
+        self._optimizer.zero_grad()
+
+    def accumulate(self, batch: Batch, scale: float, last: bool) -> Tensor:
+        """Collective if `last` (default group, inside backward)."""
+        self._module.train()
+        wait = contextlib.nullcontext() if last or self._world.size == 1 else self._forward.no_sync()
+        with wait:
+            with self._autocast():
+                loss = self._forward(batch.input_ids, batch.targets, batch.doc_ids, batch.positions)
+            # DDP divides by the number of ranks; the sum over ranks is wanted.
+            (loss * (scale * self._world.size)).backward()
+        return loss.detach()
+
+    def update(self, lr: float) -> Tensor:
+        limit = float("inf") if self._clip_norm is None else self._clip_norm
+        norm = nn.utils.clip_grad_norm_(self._named.values(), limit)
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        return norm
+
+    @torch.no_grad()
+    def loss(self, batch: Batch) -> Tensor:
+        self._module.eval()
+        batch = batch.to(self._world.device)
+        with self._autocast():
+            return self._module(batch.input_ids, batch.targets, batch.doc_ids, batch.positions)
+
+    def save_state(self) -> dict[str, Tensor]:
+        return {
+            f"{key}/{name}": self._optimizer.state[parameter][key].detach().cpu()
+            for name, parameter in self._named.items()
+            for key in _STATE_KEYS
+            if parameter in self._optimizer.state
+        }
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        for name, parameter in self._named.items():
+            try:
+                values = {key: state[f"{key}/{name}"] for key in _STATE_KEYS}
+            except KeyError as error:
+                raise CheckpointError(f"the optimizer state has no {error} for this model") from None
+            self._optimizer.state[parameter] = {
+                key: value.to(value.device if key == "step" and parameter.device.type == "cpu" else parameter.device)
+                for key, value in values.items()
+            }
+
+    def weights(self) -> dict[str, Tensor]:
+        return {name: parameter.detach().cpu() for name, parameter in self._named.items()}
+
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+        if not self._bf16:
+            return contextlib.nullcontext()
+        return torch.autocast(self._world.device.type, torch.bfloat16)

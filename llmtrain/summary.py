@@ -1,0 +1,121 @@
+"""What a run came to: the best checkpoint, where overfitting began, and a picture of it."""
+
+import json
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from llmtrain import files, rundir
+from llmtrain.rundir import RunDir
+
+_RISE = 1.01
+"""Held-out loss this much above its lowest, at the end, is called overfitting."""
+
+
+@dataclass(frozen=True)
+class Summary:
+    steps: int
+    epochs: float
+    first_heldout: float
+    last_heldout: float
+    lowest_heldout: float
+    lowest_step: int
+    lowest_epoch: float
+    best_checkpoint: str | None
+    best_checkpoint_heldout: float | None
+    overfits: bool
+    """Held-out loss turned at `lowest_step` and ended at least 1% above it."""
+    last_train_loss: float
+
+
+def summarise(run: RunDir) -> Summary | None:
+    """From the ledgers alone; None while there is no evaluation."""
+    evaluations = rundir.read_jsonl(run.heldout)
+    metrics = rundir.read_jsonl(run.metrics)
+    if not evaluations or not metrics:
+        return None
+    lowest = min(evaluations, key=lambda e: e["loss"])
+    last = evaluations[-1]
+    saved = [e for e in evaluations if e["step"] in set(run.checkpoint_steps())]
+    best = min(saved, key=lambda e: e["loss"]) if saved else None
+    return Summary(
+        steps=metrics[-1]["step"],
+        epochs=metrics[-1]["epoch"],
+        first_heldout=evaluations[0]["loss"],
+        last_heldout=last["loss"],
+        lowest_heldout=lowest["loss"],
+        lowest_step=lowest["step"],
+        lowest_epoch=lowest["epoch"],
+        best_checkpoint=str(run.checkpoint(best["step"])) if best else None,
+        best_checkpoint_heldout=best["loss"] if best else None,
+        overfits=last["loss"] > lowest["loss"] * _RISE and last["step"] > lowest["step"],
+        last_train_loss=last.get("train_loss", metrics[-1]["loss"]),
+    )
+
+
+def describe(run: RunDir, summary: Summary) -> str:
+    """The summary for a terminal."""
+    lines = [
+        f"{summary.steps} steps, {summary.epochs:.2f} epochs",
+        f"held-out loss   {summary.first_heldout:.4f} at the start -> {summary.last_heldout:.4f} at the end, "
+        f"lowest {summary.lowest_heldout:.4f} at step {summary.lowest_step} (epoch {summary.lowest_epoch:.2f})",
+    ]
+    if summary.overfits:
+        rise = summary.last_heldout / summary.lowest_heldout - 1
+        lines.append(
+            f"overfitting     began at step {summary.lowest_step} (epoch {summary.lowest_epoch:.2f}): since then the "
+            f"held-out loss rose by {rise:.1%} while the training loss went to {summary.last_train_loss:.4f}"
+        )
+    else:
+        lines.append("overfitting     none seen: the held-out loss ended at (or within 1% of) its lowest")
+    if summary.best_checkpoint is not None:
+        lines += [
+            f"best checkpoint {summary.best_checkpoint} (held-out loss {summary.best_checkpoint_heldout:.4f})",
+            f"try it          llmtrain generate {summary.best_checkpoint}",
+        ]
+    lines += [f"curves          {run.curve}", f"TensorBoard     tensorboard --logdir {run.path.parent}"]
+    return "\n".join(lines)
+
+
+def write(run: RunDir) -> Summary | None:
+    """Write summary.json and curve.png; returns the summary."""
+    summary = summarise(run)
+    if summary is not None:
+        files.write_atomic(run.summary, json.dumps(asdict(summary), indent=1) + "\n")
+        draw(run)
+    return summary
+
+
+def draw(run: RunDir) -> None:
+    """Train and held-out loss over epochs, with a second axis for tokens seen."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    metrics, evaluations = rundir.read_jsonl(run.metrics), rundir.read_jsonl(run.heldout)
+    figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+
+    def line(records: list[dict[str, Any]], key: str, **style: Any) -> None:
+        points = [(r["epoch"], r[key]) for r in records if key in r]
+        if points:
+            axes.plot(*zip(*points, strict=True), **style)
+
+    line(metrics, "loss", color="#9db8d9", linewidth=0.8, label="train (each step)")
+    line(evaluations, "train_loss", color="#2a5d9f", linewidth=1.6, label="train (scored like held-out)")
+    line(evaluations, "loss", color="#d1495b", linewidth=2, marker="o", markersize=3, label="held-out")
+    lowest = min(evaluations, key=lambda e: e["loss"])
+    axes.axvline(lowest["epoch"], color="#d1495b", linewidth=0.8, linestyle=":")
+    axes.annotate(
+        f"lowest {lowest['loss']:.3f}\nstep {lowest['step']}",
+        (lowest["epoch"], lowest["loss"]),
+        textcoords="offset points",
+        xytext=(6, 14),
+        fontsize=8,
+        color="#8c2f3b",
+    )
+    per_epoch = metrics[-1]["targets"] / metrics[-1]["epoch"]
+    axes.secondary_xaxis("top", functions=(lambda e: e * per_epoch, lambda t: t / per_epoch)).set_xlabel("tokens seen")
+    axes.set(xlabel="epochs", ylabel="loss (nats per token)", title=run.path.name)
+    axes.grid(alpha=0.25)
+    axes.legend(frameon=False)
+    figure.savefig(run.curve)

@@ -1,0 +1,169 @@
+"""The loop. Flat, no callbacks; each side effect is a line that you can see."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from llmtrain import checkpoint, log, rundir
+from llmtrain.batches import BatchPlan
+from llmtrain.config.schema import RunConfig
+from llmtrain.data import Loader
+from llmtrain.errors import NotFinite
+from llmtrain.manifest import Manifest, TrainState
+from llmtrain.metrics import Meter
+from llmtrain.optim import learning_rate
+from llmtrain.rundir import RunDir
+from llmtrain.stop import StopFlag
+from llmtrain.strategies.interface import Strategy
+from llmtrain.world import World
+
+
+@dataclass
+class Parts:
+    """What `train` drives; put together by __main__."""
+
+    config: RunConfig
+    plan: BatchPlan
+    world: World
+    run: RunDir
+    strategy: Strategy
+    loader: Loader
+    meter: Meter
+    stop: StopFlag
+    rows_per_epoch: int
+    fingerprint: str
+    evaluate: Callable[[], dict[str, float]]
+    """Collective. Scores of the held-out split, by name; "loss" is what choosing goes by."""
+    write_sample: Callable[[TrainState], None]
+    """Generate text and write it down (rank 0)."""
+    write_model: checkpoint.ModelWriter
+
+
+def train(parts: Parts, state: TrainState) -> TrainState:
+    """Train from `state` to the end of the plan, or until a stop is agreed; returns where it ended.
+
+    Collective: every rank runs the same iterations. Each branch around a collective depends on the
+    configuration, on the step, or on a sum over all ranks.
+
+    Raises:
+        NotFinite, DiskFull: nothing was published since the last good checkpoint.
+    """
+    config, strategy, meter = parts.config, parts.strategy, parts.meter
+    if state.step == 0 and 0 in config.evaluate.also_at:
+        evaluate(parts, state)
+        meter.restart_clock()
+    for data in parts.loader.steps(state.samples, parts.plan.total_steps - state.step):
+        # Collective (control group): host integers only, the GPU is not waited for.
+        targets, digest, stops = parts.world.sum_counts(data.num_targets, data.digest, int(parts.stop.requested))
+        seed_step(config.run.seed, state.step, parts.world.rank)
+        lr = learning_rate(state.step, parts.plan.total_steps, config.optim)
+        loss_sum = torch.zeros((), device=parts.world.device)
+        for number, batch in enumerate(data.batches, start=1):
+            loss_sum += strategy.accumulate(batch, scale=1 / max(1, targets), last=number == len(data.batches))
+        grad_norm = strategy.update(lr)
+        before, state = state, advanced(state, parts.plan.global_batch_size, targets)
+        meter.observe(state, targets, digest, lr, loss_sum, grad_norm)
+
+        due = what_is_due(parts, before, state, stopping=stops > 0)
+        if due.log:
+            meter.flush(parts.loader.wait_s)  # collective; the only host sync; raises if not finite
+        heldout = evaluate(parts, state)["loss"] if due.evaluate else None  # collective
+        if due.sample and parts.world.is_main:
+            parts.write_sample(state)
+        if due.save:
+            save(parts, state, heldout)  # collective
+        if due.evaluate or due.save or due.sample:
+            meter.restart_clock()
+        if stops:
+            break
+    return state
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Dropout's random numbers are a function of (seed, step, rank): nothing to save, nothing to disturb."""
+    torch.manual_seed((seed * 1_000_003 + step * 8_191 + rank * 2_654_435_761) % 2**63)
+
+
+def advanced(state: TrainState, rows: int, targets: int) -> TrainState:
+    return TrainState(step=state.step + 1, samples=state.samples + rows, targets=state.targets + targets)
+
+
+@dataclass(frozen=True)
+class Due:
+    log: bool
+    evaluate: bool
+    sample: bool
+    save: bool
+
+
+def what_is_due(parts: Parts, before: TrainState, state: TrainState, stopping: bool) -> Due:
+    """What happens after this step. Depends on configuration, step and an agreed flag, so all ranks say the same."""
+    config, step = parts.config, state.step
+    last = step == parts.plan.total_steps
+
+    def every(number: int | None) -> bool:
+        return number is not None and step % number == 0
+
+    def passed(epochs: float | None) -> bool:
+        if epochs is None:
+            return False
+        rows = epochs * parts.rows_per_epoch
+        return int(state.samples / rows + 1e-9) > int(before.samples / rows + 1e-9)
+
+    scheduled_save = last or every(config.checkpoint.every_steps) or passed(config.checkpoint.every_epochs)
+    # A save that a stop forces is not scored: the time until the process is killed may be short.
+    evaluating = not stopping and (
+        scheduled_save or every(config.evaluate.every_steps) or step in config.evaluate.also_at
+    )
+    sampling = passed(1.0) if config.evaluate.sample.every == "epoch" else evaluating
+    save_now = scheduled_save or stopping
+    return Due(
+        log=every(config.log.every_steps) or evaluating or save_now,
+        evaluate=evaluating,
+        sample=sampling and not stopping and bool(config.evaluate.sample.prompt),
+        save=save_now,
+    )
+
+
+def evaluate(parts: Parts, state: TrainState) -> dict[str, float]:
+    """Collective. Score the held-out split and write the scores down."""
+    scores = parts.evaluate()
+    if not math.isfinite(scores["loss"]):
+        raise NotFinite(
+            f"step {state.step}: the held-out loss is {scores['loss']}; nothing was saved since the last good one"
+        )
+    parts.meter.heldout(state, scores)
+    return scores
+
+
+def save(parts: Parts, state: TrainState, heldout_loss: float | None) -> None:
+    """Collective (rank 0 writes, the others wait). Save a checkpoint and delete what the rule does not keep."""
+
+    def write() -> None:
+        described = Manifest(
+            train_state=state,
+            seed=parts.config.run.seed,
+            num_rows=parts.rows_per_epoch,
+            global_batch_size=parts.plan.global_batch_size,
+            fingerprint=parts.fingerprint,
+            world_size=parts.world.size,
+            strategy=parts.config.strategy.kind,
+            heldout_loss=heldout_loss,
+            files={},
+        )
+        folder = checkpoint.save(parts.run, parts.strategy, parts.write_model, described)
+        checkpoint.prune(parts.run, heldout_losses(parts.run), parts.config.checkpoint)
+        score = "" if heldout_loss is None else f", held-out loss {heldout_loss:.4f}"
+        log.info(f"saved {folder.name}{score}")
+
+    # Polled, not a collective: writing may take longer than a collective may.
+    parts.world.rank0_first(f"save-{state.step}", write)
+
+
+def heldout_losses(run: RunDir) -> dict[int, float]:
+    """Held-out loss by step, from the ledger."""
+    records: list[dict[str, Any]] = rundir.read_jsonl(run.heldout)
+    return {record["step"]: record["loss"] for record in records}

@@ -1,0 +1,141 @@
+"""The processes of a run: who am I, how many are we, on what device, and how we agree.
+
+The only module that reads the launcher's environment variables (RANK, WORLD_SIZE, LOCAL_RANK) and
+that creates process groups. Two groups exist: the default one moves tensors (NCCL on GPUs, gloo on
+CPUs), and `control` (always gloo) moves a few integers between host processes, so that agreeing on
+a count or on stopping never waits for a GPU.
+"""
+
+import json
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from llmtrain.errors import ConfigError, UserError
+
+_POLL_S = 0.02
+
+
+def rank_from_environment() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+@dataclass
+class World:
+    """One process among `size`. With size 1 nothing distributed is ever started."""
+
+    rank: int
+    size: int
+    local_rank: int
+    device: torch.device
+    _store: Any = field(default=None, repr=False)
+    _control: Any = field(default=None, repr=False)
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def rank0_first(self, name: str, work: Callable[[], Any]) -> Any:
+        """Run `work` on rank 0 alone and give its result (plain JSON data) to every rank.
+
+        Not a collective: it works before any process group exists, and the others poll a key in the
+        store, so `work` may take hours. If `work` raises, every rank leaves with its exit code.
+        """
+        if self.size == 1:
+            return work()
+        key = f"llmtrain/{name}"
+        store = self._connect()
+        if self.is_main:
+            try:
+                result = work()
+            except UserError as error:
+                store.set(key, json.dumps({"exit_code": error.exit_code}))
+                raise
+            store.set(key, json.dumps({"result": result}))
+            return result
+        while not store.check([key]):  # rank 0 died: the launcher ends us
+            time.sleep(_POLL_S)
+        answer = json.loads(store.get(key))
+        if "exit_code" in answer:
+            raise SystemExit(answer["exit_code"])
+        return answer["result"]
+
+    def start_groups(self, timeout_s: float) -> None:
+        """Collective. Start the process groups."""
+        if self.size == 1:
+            return
+        timeout = timedelta(seconds=timeout_s)
+        dist.init_process_group(
+            "nccl" if self.device.type == "cuda" else "gloo",
+            store=self._connect(),
+            rank=self.rank,
+            world_size=self.size,
+            timeout=timeout,
+            device_id=self.device if self.device.type == "cuda" else None,
+        )
+        self._control = dist.new_group(backend="gloo", timeout=timeout)
+
+    def sum_counts(self, *counts: int) -> tuple[int, ...]:
+        """Collective (control group). Element-wise sums over all ranks; does not touch the GPU."""
+        if self.size == 1:
+            return counts
+        totals = torch.tensor(counts, dtype=torch.int64)
+        dist.all_reduce(totals, group=self._control)
+        return tuple(totals.tolist())
+
+    def sum_doubles(self, values: torch.Tensor) -> torch.Tensor:
+        """Collective (control group). Sums of a float64 CPU tensor over all ranks."""
+        if self.size > 1:
+            dist.all_reduce(values, group=self._control)
+        return values
+
+    def barrier(self) -> None:
+        """Collective (control group)."""
+        if self.size > 1:
+            dist.barrier(group=self._control)
+
+    def close(self) -> None:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+    def _connect(self) -> Any:
+        """The launcher's key-value store, shared by all ranks of this start."""
+        if self._store is None:
+            self._store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(minutes=30)))
+        return self._store
+
+
+def find_world(device_setting: str) -> World:
+    """This process's place, from the environment that torchrun (or SLURM's wrapper) sets.
+
+    Raises:
+        ConfigError: the device that was asked for is not there.
+    """
+    rank, size = rank_from_environment(), int(os.environ.get("WORLD_SIZE", "1"))
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    return World(rank, size, local_rank, _find_device(device_setting, local_rank))
+
+
+def _find_device(setting: str, local_rank: int) -> torch.device:
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    kind = setting if setting != "auto" else next(name for name, there in available.items() if there)
+    if not available[kind]:
+        there = ", ".join(name for name, is_there in available.items() if is_there)
+        raise ConfigError([f"train.device={kind}: no such device here; use auto or one of: {there}"])
+    if kind != "cuda":
+        return torch.device(kind)
+    if local_rank >= torch.cuda.device_count():
+        raise ConfigError(
+            [
+                f"local rank {local_rank} has no GPU: this machine shows {torch.cuda.device_count()}; "
+                f"start at most {torch.cuda.device_count()} processes on it (--nproc_per_node)"
+            ]
+        )
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
