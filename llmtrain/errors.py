@@ -125,5 +125,5 @@ def exit_with_code() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        print(f"error: {error}", file=sys.stderr, flush=True)  # noqa: T201
         sys.exit(error.exit_code)

@@ -20,7 +20,7 @@ _CHUNK_GPU = 4096
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, ignore: int) -> Tensor:
-    """Sum (not mean) over positions of -log softmax(hidden @ weight.T)[target], in fp32.
+    """Sum (not mean) over positions of -log softmax(hidden @ weight.T)[target]: fp32, or float64 where no gradient is wanted.
 
     Args:
         hidden: (N, D); weight: (V, D); targets: (N,) int64, `ignore` where a position does not count.
@@ -52,7 +52,9 @@ def _chunks(
     size = _CHUNK.get(device, _CHUNK_GPU)
     with torch.autocast(device, enabled=False):
         weight_c, hidden_c = weight.to(dtype), hidden.to(dtype)
-        loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        # Evaluation sums in float64, so that it does not depend on how rows are batched (MPS has none).
+        exact = torch.float32 if need_gradients or device == "mps" else torch.float64
+        loss = torch.zeros((), dtype=exact, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if need_gradients else None
         grad_weight = None
         done = 0
@@ -61,7 +63,7 @@ def _chunks(
             safe = chunk_targets.where(counts, 0).unsqueeze(1)
             logits = (rows @ weight_c.t()).float()
             log_sum = logits.logsumexp(1, keepdim=True)
-            loss = loss + ((log_sum - logits.gather(1, safe)).squeeze(1) * counts).sum()
+            loss = loss + ((log_sum - logits.gather(1, safe)).squeeze(1) * counts).sum(dtype=exact)
             if grad_hidden is None:
                 continue
             probabilities = logits.sub_(log_sum).exp_()

@@ -1,0 +1,115 @@
+"""The command line. Heavy libraries are imported inside the commands: --help must not wait for them."""
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from llmtrain.errors import UserError, exit_with_code
+
+app = typer.Typer(
+    name="llmtrain",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    help="""Train language models: from raw text to the checkpoint that does best on held-out data.
+
+    Training itself is a module, so that torchrun can start it:
+
+    - `python -m llmtrain` trains a small GPT on Python's own sources (one process)
+    - `torchrun --nproc_per_node 8 -m llmtrain CONFIG` trains on 8 GPUs
+
+    Any setting can be given on the command line as `section.key=value`.""",
+)
+
+Settings = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[CONFIG] [section.key=value]...", help="A configuration file, and settings over it."),
+]
+
+
+@app.command(epilog="Example: `llmtrain shard configs/verdict.yaml data.split.heldout=0.2`")
+def shard(
+    settings: Settings = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes; by default one per CPU.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Build again, even if finished shards are there.")] = False,
+) -> None:
+    """Turn raw text into token shards. A killed build goes on where it stopped.
+
+    Training does this by itself where the shards are missing; do it beforehand for large data.
+    """
+    with exit_with_code():
+        from launcher.sharding.build import build
+        from llmtrain.config import load_config
+
+        file, overrides = split_settings(settings or [])
+        config, _ = load_config(file, overrides)
+        try:
+            built = build(config, workers, force)
+        except KeyboardInterrupt:
+            typer.echo("stopped; what is finished is kept: the same command goes on from there", err=True)
+            raise typer.Exit(130) from None
+        if built.was_there:
+            typer.echo(f"shards     {built.folder.path} (finished before; fingerprint {built.folder.fingerprint[:12]})")
+            return
+        manifest = built.folder.manifest
+        for name, split in manifest.splits.items():
+            typer.echo(
+                f"{name:<10} {split.documents:,} documents, {split.text_bytes / 1e6:,.2f} MB -> {split.rows:,} rows, "
+                f"{split.tokens:,} tokens ({split.text_bytes / max(1, split.text_tokens):.2f} bytes a token)"
+                + (f", {split.tokens_dropped} dropped" if split.tokens_dropped else "")
+            )
+        for reason, count in manifest.skipped.items():
+            typer.echo(f"skipped    {count:,} documents: {reason}")
+        by = "tiktoken (ids proven equal)" if built.fast else "tokenizers"
+        typer.echo(f"tokenizer  {manifest.tokenizer.vocab_size:,} tokens, applied with {by}")
+        typer.echo(
+            f"shards     {built.folder.path}, {built.size_bytes / 1e6 / built.seconds:.1f} MB/s, "
+            f"fingerprint {built.folder.fingerprint[:12]}"
+        )
+
+
+@app.command(epilog="Example: `llmtrain schema > configs/schema.json`")
+def schema() -> None:
+    """Print the JSON schema of a configuration file: every setting with its type, default and meaning."""
+    from llmtrain.config.load import json_schema
+
+    typer.echo(json_schema(), nl=False)
+
+
+@app.command(epilog='Example: `llmtrain generate runs/stdlib-gpt --prompt "import " --temperature 0.7`')
+def generate(
+    checkpoint: Annotated[Path, typer.Argument(help="A run (its best checkpoint), a checkpoint, or a model folder.")],
+    prompt: Annotated[str, typer.Option(help="Text to continue.")] = "def main(",
+    tokens: Annotated[int, typer.Option(min=1, help="At most so many tokens.")] = 200,
+    temperature: Annotated[float, typer.Option(min=0, help="0 always takes the likeliest token.")] = 0.8,
+    top_k: Annotated[int | None, typer.Option(min=1, help="Choose among the k likeliest tokens.")] = None,
+    top_p: Annotated[float | None, typer.Option(min=0, max=1, help="Choose among the likeliest p of all.")] = None,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
+    device: Annotated[str, typer.Option(help="auto, cuda, mps or cpu.")] = "auto",
+) -> None:
+    """Continue a prompt with a trained model, token by token."""
+    options = {
+        "--prompt": prompt,
+        "--tokens": tokens,
+        "--temperature": temperature,
+        "--top-k": top_k,
+        "--top-p": top_p,
+        "--seed": seed,
+        "--device": device,
+    }
+    given = [f"{name}={value}" for name, value in options.items() if value is not None]
+    sys.stdout.flush()
+    # A process of the core's: this package does not import torch.
+    os.execv(sys.executable, [sys.executable, "-m", "llmtrain.generate", *given, "--", str(checkpoint)])
+
+
+def split_settings(words: list[str]) -> tuple[str | None, list[str]]:
+    """The configuration file, if one is named, and the overrides."""
+    files = [word for word in words if "=" not in word]
+    if len(files) > 1:
+        raise UserError(f"one configuration file at most, not {' and '.join(files)}")
+    return (files[0] if files else None), [word for word in words if "=" in word]

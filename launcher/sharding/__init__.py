@@ -1,0 +1,1 @@
+"""Raw data -> token shards. `build.build` is the entry."""

@@ -1,0 +1,338 @@
+"""Build a shard folder: list, tokenise, pack, publish.
+
+Work in progress lies in FOLDER/.work, one file per finished task, under a key made of the recipe and
+of every source file's size and time: a killed build goes on, a changed source starts anew. The
+manifest appears last, so a folder with one is whole. The same input gives the same bytes, for any
+number of processes.
+"""
+
+import contextlib
+import fcntl
+import functools
+import hashlib
+import itertools
+import json
+import multiprocessing
+import shutil
+import signal
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from launcher.sharding import pack, tasks, tokenize
+from launcher.sharding.progress import ShardProgress
+from launcher.sharding.sources import Unit, default_workers, group_units, list_units
+from llmtrain import files, recipe, shards
+from llmtrain.config.schema import RunConfig
+from llmtrain.errors import SourceError, TooLittleData, UserError, disk_errors
+from llmtrain.shards import ShardFolder, ShardManifest, SplitInfo, SplitName, TokenizerInfo
+
+_SHARD_BYTES = 64_000_000
+_PROOF_TEXTS = 64
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class Built:
+    """What a build came to."""
+
+    folder: ShardFolder
+    seconds: float
+    size_bytes: int
+    fast: bool
+    """Whether tiktoken did the work."""
+    was_there: bool
+
+
+def build(config: RunConfig, workers: int | None = None, force: bool = False) -> Built:
+    """Build the shards of `config`, or find them finished.
+
+    Raises:
+        SourceError, EncodingError, TokenizerError, TooLittleData: the input cannot be used.
+        DataMismatch: a finished folder of another recipe stands there (and not `force`).
+        DiskFull: no room; what was finished is kept for the next try.
+    """
+    folder = recipe.shard_folder(config)
+    with disk_errors("sharding", folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        with _exclusively(folder):
+            if shards.exists(folder) and not force:
+                opened = shards.open_folder(folder, "size")
+                opened.check_recipe(recipe.recipe_of(config))
+                return Built(opened, 0.0, 0, fast=False, was_there=True)
+            return _build(config, folder, workers or default_workers(), force)
+
+
+def _build(config: RunConfig, folder: Path, workers: int, force: bool) -> Built:
+    started, work = time.perf_counter(), folder / ".work"
+    units = list_units(config.data.sources)
+    if not units:
+        raise SourceError("the sources hold no text at all")
+    todo = group_units(units)
+    sizes = [sum(unit.size_bytes for unit in task) for task in todo]
+    _open_work(work, config, units, force)
+    with ShardProgress() as progress, _processes(workers) as run_all:
+        starts, bounds = _place_in_text(config, todo, sizes, run_all, progress)
+        tokenizer = work / shards.TOKENIZER
+        if not (work / "tokenizer-done").exists():
+            progress.stage("tokenizer", _training_bytes(config, sum(sizes)))
+            texts = _training_texts(config, todo, starts, bounds, sum(sizes), progress)
+            with contextlib.suppress(FileNotFoundError):
+                shutil.rmtree(tokenizer)
+            tokenize.prepare(config.data, tokenizer, texts)
+            sample = _training_texts(config, todo[:: max(1, len(todo) // 8)], starts, bounds, sum(sizes), None)
+            fast = tokenize.same_ids(tokenizer, (text for text, _ in zip(sample, range(_PROOF_TEXTS), strict=False)))
+            files.write_atomic(work / "tokenizer-done", json.dumps(fast))
+        fast = bool(json.loads((work / "tokenizer-done").read_text()))
+        jobs = [
+            tasks.TokeniseJob(number, config.data, task, starts[number], bounds, tokenizer, fast, work)
+            for number, task in enumerate(todo)
+        ]
+        missing = [job for job in jobs if not job.result.exists()]
+        progress.stage("tokenise", sum(sizes), sum(sizes) - sum(sizes[job.number] for job in missing))
+        for size in run_all(tasks.tokenise, missing):
+            progress.advance(size)
+        manifest = _pack(config, work, len(todo), tokenizer, run_all, progress)
+    _publish(folder, work, manifest)
+    opened = shards.open_folder(folder, "size")
+    return Built(opened, time.perf_counter() - started, sum(sizes), fast, was_there=False)
+
+
+@contextlib.contextmanager
+def _exclusively(folder: Path) -> Iterator[None]:
+    """One build at a time; a second one waits, and then finds the folder finished."""
+    with folder.with_name(folder.name + ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _open_work(work: Path, config: RunConfig, units: list[Unit], force: bool) -> None:
+    """Keep the finished tasks of an earlier try if they are of the same input."""
+    made_from = json.dumps([recipe.recipe_of(config), [asdict(unit) for unit in units]], sort_keys=True)
+    key = hashlib.sha256(made_from.encode()).hexdigest()
+    marker = work / "key"
+    if work.exists() and (force or not marker.exists() or marker.read_text() != key):
+        shutil.rmtree(work)
+    if not work.exists():
+        work.mkdir()
+        files.write_atomic(marker, key)
+
+
+RunAll = Callable[[Callable[[Any], _T], list[Any]], Iterable[_T]]
+
+
+@contextlib.contextmanager
+def _processes(workers: int) -> Iterator[RunAll[Any]]:
+    """A function that runs jobs, in this process if there is one worker, and yields results as they come."""
+    if workers == 1:
+        yield map
+        return
+    spawn = multiprocessing.get_context("spawn")  # fork is not safe beside the threads of tokenizers and pyarrow
+    pool = ProcessPoolExecutor(workers, mp_context=spawn, initializer=_ignore_ctrl_c)
+
+    def run_all(function: Callable[[Any], Any], jobs: list[Any]) -> Iterator[Any]:
+        futures = [pool.submit(function, job) for job in jobs]
+        try:
+            for future in as_completed(futures):
+                yield future.result()
+        except BrokenProcessPool:
+            raise UserError(
+                "a sharding process was killed, probably for want of memory; what is finished is kept: run the same "
+                "command again with fewer --workers"
+            ) from None
+
+    try:
+        yield run_all
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _ignore_ctrl_c() -> None:
+    """The main process handles it; a worker finishes its task."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _count(sources: list[Any], numbered: tuple[int, list[Unit]]) -> tuple[int, int]:
+    return numbered[0], tasks.count_characters(sources, numbered[1])
+
+
+def _place_in_text(
+    config: RunConfig, todo: list[list[Unit]], sizes: list[int], run_all: RunAll[Any], progress: ShardProgress
+) -> tuple[list[int], tuple[int, int]]:
+    """Where each task begins in the whole text, in characters, and the bounds of the splits (`tail` only)."""
+    if config.data.split.by == "hash":
+        return [0] * len(todo), (0, 0)
+    progress.stage("measure", sum(sizes))
+    counts = [0] * len(todo)
+    for number, count in run_all(functools.partial(_count, config.data.sources), list(enumerate(todo))):
+        counts[number] = count
+        progress.advance(sizes[number])
+    starts = [0, *np.cumsum(counts).tolist()]
+    return starts[:-1], tasks.tail_bounds(starts[-1], config.data.split)
+
+
+def _training_bytes(config: RunConfig, size_bytes: int) -> int:
+    chosen = config.data.tokenizer
+    return min(chosen.train_bytes, size_bytes) if chosen.kind == "train" else 0
+
+
+def _training_texts(
+    config: RunConfig,
+    todo: list[list[Unit]],
+    starts: list[int],
+    bounds: tuple[int, int],
+    size_bytes: int,
+    progress: ShardProgress | None,
+) -> Iterator[str]:
+    """Documents of the training split, about `train_bytes` of them, taken evenly: by their hash."""
+    chosen = config.data.tokenizer
+    share = min(1.0, chosen.train_bytes / max(1, size_bytes)) if chosen.kind == "train" else 1.0
+    for start, task in zip(starts, todo, strict=False):
+        for piece in tasks.read_pieces(config.data.sources, task, config.data.split, start, bounds, Counter()):
+            if piece.split != "train":
+                continue
+            encoded = piece.text.encode()
+            # Salted, so that it is independent of the hash that splits documents.
+            fraction = int.from_bytes(hashlib.sha256(b"tokenizer" + encoded).digest()[:8], "big") / 2**64
+            if fraction < share or share == 1.0:
+                if progress is not None:
+                    progress.advance(len(encoded))
+                yield piece.text
+
+
+def _pack(
+    config: RunConfig, work: Path, num_tasks: int, tokenizer: Path, run_all: RunAll[Any], progress: ShardProgress
+) -> ShardManifest:
+    """Write all shards into WORK/out; returns the manifest that describes them."""
+    encoder = tokenize.Encoder(tokenizer, fast=False)
+    out = work / "out"
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir()
+    streams = {name: _Stream.read(work, name, num_tasks) for name in tasks.SPLITS}
+    skipped: Counter[str] = Counter()
+    for number in range(num_tasks):
+        with np.load(tasks.task_file(work, number)) as arrays:
+            names = arrays["skipped_names"].tolist()
+            skipped.update(dict(zip(names, arrays["skipped_counts"].tolist(), strict=True)))
+    progress.stage("pack", sum(stream.text_bytes for stream in streams.values()))
+    splits: dict[SplitName, SplitInfo] = {}
+    for name in tasks.SPLITS:
+        if name == "test" and config.data.split.test == 0:
+            continue
+        jobs, dropped = _pack_jobs(config, name, streams[name], work, encoder)
+        packed = list(run_all(tasks.write_packed, jobs))
+        progress.advance(streams[name].text_bytes)
+        splits[name] = _describe(name, config, streams[name], packed, dropped)
+    return ShardManifest(
+        recipe=recipe.recipe_of(config),
+        tokenizer=TokenizerInfo(
+            sha256=files.sha256(tokenizer / "tokenizer.json"), vocab_size=encoder.vocab_size, eos_id=encoder.eos_id
+        ),
+        context=config.model.context,
+        packing=config.data.packing,
+        splits=splits,
+        skipped=dict(sorted(skipped.items())),
+    )
+
+
+@dataclass(frozen=True)
+class _Stream:
+    """A split's tokens, as the tasks hold them."""
+
+    task_starts: NDArray[np.int64]
+    doc_lens: NDArray[np.int64]
+    text_bytes: int
+
+    @classmethod
+    def read(cls, work: Path, split: SplitName, num_tasks: int) -> "_Stream":
+        lens, text_bytes = [], 0
+        for number in range(num_tasks):
+            with np.load(tasks.task_file(work, number)) as arrays:
+                lens.append(arrays[f"{split}_lens"])
+                text_bytes += int(arrays[f"{split}_bytes"][0])
+        starts = np.cumsum([0, *(int(task_lens.sum()) for task_lens in lens)])
+        return cls(starts, np.concatenate(lens), text_bytes)
+
+    @property
+    def tokens(self) -> int:
+        return int(self.task_starts[-1])
+
+
+def _pack_jobs(
+    config: RunConfig, name: SplitName, stream: _Stream, work: Path, encoder: tokenize.Encoder
+) -> tuple[list[tasks.PackJob], int]:
+    """One job per shard, and the tokens that no shard takes."""
+    context = config.model.context
+    itemsize = np.dtype(tasks.token_dtype(encoder.vocab_size)).itemsize
+    shard_rows = max(1, _SHARD_BYTES // ((context + 1) * itemsize))
+
+    def job(number: int, start: int, stop: int, doc_lens: NDArray[np.int64] | None) -> tasks.PackJob:
+        path = work / "out" / f"{name}-{number:05d}.arrow"
+        return tasks.PackJob(path, name, start, stop, doc_lens, work, stream.task_starts, context, encoder.eos_id)
+
+    if config.data.packing == "contiguous":
+        rows, dropped = pack.contiguous_rows(stream.tokens, context, keep_rest=name != "train")
+        firsts = range(0, rows, shard_rows)
+        return [
+            job(n, first * context, min(min(first + shard_rows, rows) * context + 1, stream.tokens), None)
+            for n, first in enumerate(firsts)
+        ], dropped
+    # Best fit: each shard packs the documents of a fixed amount of tokens, so shards are independent.
+    doc_ends = np.cumsum(stream.doc_lens)
+    cuts = np.searchsorted(doc_ends, np.arange(0, stream.tokens, shard_rows * (context + 1)))
+    edges = [*np.unique(cuts).tolist(), len(doc_ends)] if stream.tokens else [0]
+    jobs = []
+    for first, last in itertools.pairwise(edges):
+        if last > first and (stream.doc_lens[first:last] > 1).any():
+            start = int(doc_ends[first] - stream.doc_lens[first])
+            jobs.append(job(len(jobs), start, int(doc_ends[last - 1]), stream.doc_lens[first:last]))
+    return jobs, 0
+
+
+def _describe(
+    name: SplitName, config: RunConfig, stream: _Stream, packed: list[tasks.Packed], dropped: int
+) -> SplitInfo:
+    packed = sorted(packed, key=lambda p: p.info.file)
+    rows = sum(p.info.rows for p in packed)
+    if rows == 0:
+        raise TooLittleData(
+            f"the {name} split has {stream.tokens} tokens of {len(stream.doc_lens)} documents: not one row of "
+            f"{config.model.context} tokens. Use more text, a shorter model.context, or "
+            + (
+                "data.split.by=tail (few documents cannot be split by their hash)"
+                if config.data.split.by == "hash"
+                else f"a larger data.split.{name if name != 'train' else 'heldout'}"
+            )
+        )
+    return SplitInfo(
+        rows=rows,
+        tokens=sum(p.info.tokens for p in packed),
+        targets=sum(p.targets for p in packed),
+        documents=len(stream.doc_lens),
+        text_bytes=stream.text_bytes,
+        text_tokens=stream.tokens,
+        tokens_dropped=dropped + sum(p.dropped for p in packed),
+        shards=[p.info for p in packed],
+    )
+
+
+def _publish(folder: Path, work: Path, manifest: ShardManifest) -> None:
+    """Move the new shards into place, the manifest last; an older build is gone before."""
+    (folder / shards.MANIFEST).unlink(missing_ok=True)
+    for old in folder.glob("*.arrow"):
+        old.unlink()
+    shutil.rmtree(folder / shards.TOKENIZER, ignore_errors=True)
+    for new in sorted((work / "out").iterdir()):
+        new.rename(folder / new.name)
+    (work / shards.TOKENIZER).rename(folder / shards.TOKENIZER)
+    files.sync(folder)
+    files.write_atomic(folder / shards.MANIFEST, manifest.to_bytes())
+    shutil.rmtree(work)
