@@ -8,6 +8,7 @@ from llmtrain.config.schema import RunConfig
 from llmtrain.errors import ConfigError, TooLittleData
 
 _AUTO_MICRO_BATCH_TOKENS = 16_384
+_DEFAULT_STEPS = 400
 
 
 @dataclass(frozen=True)
@@ -65,8 +66,9 @@ def _total_steps(config: RunConfig, num_rows: int) -> int:
         return train.steps
     if train.tokens is not None:
         return math.ceil(train.tokens / (train.global_batch_size * config.model.context))
-    epochs = 1.0 if train.epochs is None else train.epochs
-    return max(1, math.ceil(epochs * num_rows / train.global_batch_size - 1e-9))
+    if train.epochs is not None:
+        return max(1, math.ceil(train.epochs * num_rows / train.global_batch_size - 1e-9))
+    return _DEFAULT_STEPS
 
 
 def _ranks(batch: int) -> str:

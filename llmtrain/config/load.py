@@ -27,7 +27,7 @@ class Origins:
     places: dict[yaml_lines.Path, str] = field(default_factory=dict)
 
     def of(self, path: yaml_lines.Path) -> str:
-        """`configs/gpt2.yaml:14`, `command line` or `default`; the nearest enclosing place that is known."""
+        """`configs/gpt2.yaml:14`, `command line` or `default`; of the nearest enclosing key that was written."""
         for end in range(len(path), 0, -1):
             if path[:end] in self.places:
                 return self.places[path[:end]]
@@ -39,7 +39,7 @@ class Origins:
         value: Any = config
         for name in path:
             value = getattr(value, name)
-        return f"{dotted}={_show(value)} ({self.of(path)})"
+        return f"{dotted}={_show(value)} ({self.places.get(path, 'default')})"
 
 
 def load_config(file: str | Path | None, overrides: Sequence[str] = ()) -> tuple[RunConfig, Origins]:

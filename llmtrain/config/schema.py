@@ -214,7 +214,7 @@ class OptimSection(Section):
 
 class TrainSection(Section):
     steps: Annotated[int | None, Field(ge=1, json_schema_extra=MAY_CHANGE)] = None
-    """Length in optimizer steps. Set one of steps, epochs and tokens; without any it is one epoch."""
+    """Length in optimizer steps. Set one of steps, epochs and tokens; without any it is 400 steps."""
     epochs: Annotated[float | None, Field(gt=0, json_schema_extra=MAY_CHANGE)] = None
     """Length in passes over the training split."""
     tokens: Annotated[int | None, Field(ge=1, json_schema_extra=MAY_CHANGE)] = None

@@ -56,6 +56,8 @@ def read(text: str, name: str) -> tuple[Any, dict[Path, int]]:
 
 def _construct(node: yaml.Node, path: Path, lines: dict[Path, int], name: str) -> Any:
     lines.setdefault(path, node.start_mark.line + 1)
+    if not node.tag.startswith("tag:yaml.org,2002:") or "python" in node.tag:
+        raise YamlError(f"{name}:{node.start_mark.line + 1}: the tag {node.tag} is not allowed")
     match node:
         case yaml.MappingNode():
             result: dict[str, Any] = {}

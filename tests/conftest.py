@@ -1,0 +1,30 @@
+"""Fixtures and options that all tests share."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.support.runs import Workplace, make_workplace
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--soak", action="store_true", help="run the long campaigns with their full counts")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--soak"):
+        for item in items:
+            if item.get_closest_marker("soak"):
+                item.add_marker(pytest.mark.skip(reason="a long campaign: make soak"))
+
+
+@pytest.fixture(scope="session")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
+    """Shared by tests that give their runs names of their own."""
+    return make_workplace(tmp_path_factory.mktemp("workplace"))
+
+
+@pytest.fixture
+def own_workplace(tmp_path: Path) -> Workplace:
+    """For tests that change shards or configuration."""
+    return make_workplace(tmp_path)

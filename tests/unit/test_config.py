@@ -1,0 +1,146 @@
+"""The configuration file: strict, typed, with every mistake named at once."""
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llmtrain.batches import plan_batches
+from llmtrain.config import RunConfig, load_config, resolved_yaml
+from llmtrain.config.load import Origins, fixed_differences, json_schema
+from llmtrain.config.yaml_lines import YamlError, read
+from llmtrain.errors import ConfigError, TooLittleData
+
+ROOT = Path(__file__).parents[2]
+
+
+def problems(tmp_path: Path, text: str, *overrides: str) -> list[str]:
+    file = tmp_path / "c.yaml"
+    file.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        load_config(file, overrides)
+    return [p.replace(str(file), "c.yaml") for p in caught.value.problems]
+
+
+def test_three_mistakes_are_all_reported_with_suggestions(tmp_path: Path):
+    found = problems(
+        tmp_path,
+        "model:\n  num_heds: 6\ntrain:\n  precision: bf61\noptim:\n  lr: fast\n",
+    )
+    assert found == [
+        "model.num_heds=6 (c.yaml:2): unknown key; did you mean model.num_heads?",
+        "train.precision=\"bf61\" (c.yaml:4): use one of 'auto', 'fp32', 'bf16'; did you mean 'bf16'?",
+        'optim.lr="fast" (c.yaml:6): must be a number, not a text',
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("trian:\n  steps: 3\n", 'trian={"steps": 3} (c.yaml:1): unknown key; did you mean train?'),
+        ("optim:\n  dropout: 0.1\n", "did you mean model.dropout?"),
+        ("model:\n  tie_weights: off\n", 'model.tie_weights="off" (c.yaml:2): must be true or false'),
+        ("model:\n  width: 64.5\n", "model.width=64.5 (c.yaml:2): must be"),
+        ("model: 3\n", "model=3 (c.yaml:1): must be a section with keys below it, not a number"),
+        ("model:\n  width: 100\n  num_heads: 7\n", "num_heads=7 does not divide width=100; use one of 1, 2, 4, 5, 10"),
+        ("data:\n  sources:\n    - kind: textt\n", 'data.sources.0.kind="textt" (c.yaml:3): use one of'),
+        ("data:\n  sources:\n    - kind: text\n", "data.sources.0.paths (c.yaml:3): missing"),
+        ("train:\n  steps: 3\n  epochs: 2\n", "steps and epochs are both set; keep one"),
+        ("data:\n  split: {heldout: 0.6, test: 0.5}\n", "leaves nothing to train on"),
+        ("train:\n  steps: 3\n  steps: 4\n", "c.yaml:3: the key 'steps' stands twice"),
+        ("train: [\n", "c.yaml:2:1:"),
+        ("- a\n", "c.yaml:1: must hold sections"),
+    ],
+)
+def test_bad_files(tmp_path: Path, text: str, expected: str):
+    assert any(expected in problem for problem in problems(tmp_path, text)), problems(tmp_path, text)
+
+
+def test_bad_overrides_are_reported_with_the_rest(tmp_path: Path):
+    found = problems(tmp_path, "model:\n  width: x\n", "nonsense", "train.step=3")
+    assert len(found) == 3
+    assert "nonsense (command line): not of the form section.key=value" in found[0]
+    assert any("train.step=3 (command line): unknown key; did you mean train.steps?" in p for p in found)
+
+
+def test_a_missing_file_names_the_others(tmp_path: Path):
+    (tmp_path / "gpt2.yaml").write_text("")
+    with pytest.raises(ConfigError, match=r"no such configuration file; there are: .*gpt2\.yaml"):
+        load_config(tmp_path / "gpt.yaml")
+
+
+def test_numbers_of_yaml_1_2():
+    assert read("a: 3e-4\nb: 1_000\nc: off\nd: 12:30\ne: 0x10\nf: -.5\ng: null", "x")[0] == {
+        "a": 3e-4, "b": "1_000", "c": "off", "d": "12:30", "e": 16, "f": -0.5, "g": None,
+    }  # fmt: skip
+    with pytest.raises(YamlError, match="x:1"):
+        read("a: !!python/object:os.system {}", "x")
+
+
+def test_overrides_win_and_know_where_they_come_from():
+    config, origins = load_config(ROOT / "configs/verdict.yaml", ["train.steps=7", "optim.lr=3e-4"])
+    assert (config.train.steps, config.train.epochs, config.optim.lr) == (7, None, 3e-4)
+    assert origins.describe(config, "optim.lr") == "optim.lr=0.0003 (command line)"
+    assert origins.describe(config, "model.width").startswith("model.width=768 (")
+    assert origins.describe(config, "optim.eps") == "optim.eps=1e-08 (default)"
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.name)
+def test_shipped_configurations_load_and_say_what_to_expect(file: Path):
+    config, _ = load_config(file)
+    header = file.read_text().split("\nrun:")[0]
+    assert all(word in header for word in ("Hardware", "Time", "Expect", "Command", str(file.relative_to(ROOT))))
+    resolved = file.parent / "never-written.yaml"
+    assert not resolved.exists()
+    assert config == RunConfig.model_validate(read(resolved_yaml(config), "resolved")[0])
+
+
+def test_the_schema_file_is_current():
+    assert (ROOT / "configs/schema.json").read_text() == json_schema(), "run: llmtrain schema > configs/schema.json"
+
+
+def test_what_may_change_on_resume():
+    old = RunConfig()
+    may, _ = load_config(None, ["train.steps=9", "log.every_steps=3", "strategy.bucket_mb=1", "run.dir=x"])
+    assert fixed_differences(old, may) == []
+    must_not, _ = load_config(None, ["optim.lr=5e-4", "train.global_batch_size=16", "data.split.heldout=0.5"])
+    assert [key for key, _, _ in fixed_differences(old, must_not)] == [
+        "data.split.heldout", "train.global_batch_size", "optim.lr",
+    ]  # fmt: skip
+
+
+@given(world=st.integers(1, 64), batch=st.integers(1, 512))
+def test_batches_divide_exactly_or_the_error_says_what_would(world: int, batch: int):
+    config, origins = load_config(None, [f"train.global_batch_size={batch}"])
+    try:
+        plan = plan_batches(config, origins, world, num_rows=1000)
+    except ConfigError as error:
+        assert batch % world
+        assert f"train.global_batch_size={batch} (command line): {world} ranks do not divide it; use " in str(error)
+    else:
+        assert plan.micro_batch_size * plan.accumulation * world == batch
+
+
+def test_micro_batch_errors_list_what_works():
+    config, origins = load_config(None, ["train.global_batch_size=512", "train.micro_batch_size=6"])
+    with pytest.raises(ConfigError) as caught:
+        plan_batches(config, origins, 8, 10_000)
+    assert (
+        "train.micro_batch_size=6 (command line): 8 ranks x 6 does not divide global_batch_size=512; "
+        "use one of 1, 2, 4, 8, 16, 32, 64"
+    ) in str(caught.value)
+
+
+def test_too_few_rows():
+    config, origins = load_config(None, [])
+    with pytest.raises(TooLittleData, match=r"31 rows .*train.global_batch_size=32 \(default\)"):
+        plan_batches(config, origins, 1, 31)
+
+
+@pytest.mark.parametrize(
+    ("length", "steps"), [("epochs=10", 90), ("epochs=0.5", 5), ("tokens=1024", 2), ("steps=7", 7)]
+)
+def test_lengths(length: str, steps: int):
+    config, _ = load_config(ROOT / "configs/verdict.yaml", [f"train.{length}"])
+    assert plan_batches(config, Origins(), 1, 18).total_steps == steps

@@ -1,0 +1,98 @@
+"""The import table of docs/architecture.md, walked."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+CONTRACTS = [
+    "errors", "log", "files", "config.yaml_lines", "config.schema", "config.load", "config", "rundir", "shards",
+    "manifest", "recipe", "batches", "summary",
+]  # fmt: skip
+PROCESS = ["world", "stop"]
+PARTS = ["models", "data", "optim", "metrics", "evaluate", "hardware", "progress", "tensorboard"]
+# Parts may use these parts: batches of data are what models and evaluation are given; metrics shows itself
+# through its two displays.
+AMONG_PARTS = {
+    "models": {"data"}, "evaluate": {"data"}, "metrics": {"hardware", "progress", "tensorboard"},
+}  # fmt: skip
+ASSEMBLY = ["strategies", "checkpoint", "prepare"]
+
+
+def modules(package: str) -> dict[str, Path]:
+    root = ROOT / package
+    names = {}
+    for path in sorted(root.rglob("*.py")):
+        parts = path.relative_to(root).with_suffix("").parts
+        names[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return names
+
+
+def imported(path: Path) -> set[str]:
+    """Names of modules that a file imports, inside functions too."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return found
+
+
+def llmtrain_imports(path: Path) -> set[str]:
+    known = modules("llmtrain")
+    names = {name.removeprefix("llmtrain.") for name in imported(path) if name.startswith("llmtrain.")}
+    return {name for name in names if name in known}
+
+
+def top(name: str) -> str:
+    return name if name in CONTRACTS else name.split(".", maxsplit=1)[0]
+
+
+@pytest.mark.parametrize("name", [name for name in modules("llmtrain") if name])
+def test_core_modules_import_only_what_their_layer_may(name: str):
+    layer = top(name)
+    uses = {top(used) for used in llmtrain_imports(modules("llmtrain")[name])} - {layer, layer.split(".")[0]}
+    if layer in CONTRACTS:
+        allowed = set(CONTRACTS[: CONTRACTS.index(layer)])
+    elif layer in PROCESS:
+        allowed = {*CONTRACTS, "world"}
+    elif layer in PARTS:
+        allowed = {*CONTRACTS, *PROCESS, *AMONG_PARTS.get(layer, set())}
+    elif layer in ASSEMBLY:
+        allowed = {*CONTRACTS, *PROCESS, "optim", "data", "strategies", "checkpoint"}
+    elif layer == "trainer":
+        allowed = {*CONTRACTS, *PROCESS, *PARTS, *ASSEMBLY} - {"models"}
+    elif layer in ("assemble", "__main__", "generate", "allocator"):
+        return
+    else:
+        pytest.fail(f"llmtrain/{name} stands in no layer: add it to this table and to docs/architecture.md")
+    assert uses <= allowed, f"{name} must not import {sorted(uses - allowed)}"
+
+
+def test_the_core_never_imports_the_launcher():
+    for name, path in modules("llmtrain").items():
+        assert not any(used.split(".")[0] == "launcher" for used in imported(path)), name
+
+
+def test_contracts_and_launcher_do_not_load_torch():
+    launcher = [f"launcher.{name}" for name in modules("launcher") if name and name != "__main__"]
+    contracts = [f"llmtrain.{name}" for name in CONTRACTS]
+    code = f"import sys, importlib\nfor m in {launcher + contracts!r}: importlib.import_module(m)\n"
+    code += "sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+def test_the_launcher_imports_only_contracts():
+    for name, path in modules("launcher").items():
+        used = {top(module) for module in llmtrain_imports(path)}
+        assert used <= set(CONTRACTS), f"launcher/{name} must not import {used - set(CONTRACTS)}"
+
+
+def test_modules_stay_small():
+    for package in ("launcher", "llmtrain"):
+        for name, path in modules(package).items():
+            assert len(path.read_text().splitlines()) <= 360, f"{package}.{name} is too long"

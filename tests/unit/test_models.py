@@ -1,0 +1,172 @@
+"""The GPT: its size, its loss, its documents, its files."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+
+from llmtrain.config.schema import GPTModel, SampleSection
+from llmtrain.data import IGNORE, make_batch
+from llmtrain.errors import CheckpointError
+from llmtrain.evaluate import continue_text, sample_token
+from llmtrain.models import GPT, TextGenerator
+from llmtrain.models.loss import linear_cross_entropy
+from llmtrain.shards import Rows
+
+SMALL = GPTModel(num_layers=2, num_heads=2, width=32, context=24, init="pytorch")
+
+
+@pytest.mark.parametrize(("tied", "millions"), [(True, 124.4), (False, 163.0)])
+def test_gpt2_small_has_the_known_number_of_parameters(tied: bool, millions: float):
+    with torch.device("meta"):
+        model = GPT(GPTModel(num_layers=12, num_heads=12, width=768, context=1024, tie_weights=tied), 50257)
+    assert round(model.num_parameters() / 1e6, 1) == millions
+
+
+def test_initial_weights_depend_on_the_seed_alone():
+    torch.manual_seed(99)
+    before = torch.get_rng_state()
+    first, again, other = GPT(SMALL, 100, seed=1), GPT(SMALL, 100, seed=1), GPT(SMALL, 100, seed=2)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), again.parameters(), strict=True))
+    assert not torch.equal(first.lm_head.weight, other.lm_head.weight)
+
+
+def test_gpt2_initialisation_scales_residual_projections():
+    model = GPT(GPTModel(num_layers=8, num_heads=2, width=128, context=16, init="gpt2"), 1000)
+    block = model.transformer["h"][0]
+    assert block.attn.c_attn.weight.std().item() == pytest.approx(0.02, rel=0.05)
+    assert block.mlp.c_proj.weight.std().item() == pytest.approx(0.02 / 4, rel=0.05)
+    assert block.attn.c_attn.bias.abs().max() == 0
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("positions", [7, 512, 1100])
+def test_chunked_loss_equals_the_textbook(positions: int, autocast: bool):
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(positions, 16, generator=generator, requires_grad=True)
+    weight = torch.randn(97, 16, generator=generator, requires_grad=True)
+    targets = torch.randint(0, 97, (positions,), generator=generator)
+    targets[::3] = IGNORE
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        loss = linear_cross_entropy(hidden, weight, targets, IGNORE)
+    (loss * 0.25).backward()
+    ours = [loss.detach(), hidden.grad, weight.grad]
+    hidden.grad = weight.grad = None
+    reference = cross_entropy(hidden @ weight.t(), targets, ignore_index=IGNORE, reduction="sum")
+    (reference * 0.25).backward()
+    tolerance = 3e-2 if autocast else 1e-5
+    for mine, theirs in zip(ours, [reference.detach(), hidden.grad, weight.grad], strict=True):
+        assert (mine - theirs).norm() <= tolerance * theirs.norm()
+
+
+def test_the_loss_without_gradients_is_exact():
+    hidden, weight = torch.randn(600, 8), torch.randn(50, 8)
+    targets = torch.randint(0, 50, (600,))
+    with torch.no_grad():
+        ours = linear_cross_entropy(hidden, weight, targets, IGNORE)
+    exact = cross_entropy((hidden.double() @ weight.double().t()), targets, reduction="sum")
+    assert ours.dtype == torch.float64
+    assert ours.item() == pytest.approx(exact.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("qkv_bias", [True, False])
+def test_transformers_gives_the_same_logits(tmp_path: Path, tied: bool, qkv_bias: bool):
+    from transformers import AutoModelForCausalLM
+
+    config = SMALL.model_copy(update={"tie_weights": tied, "qkv_bias": qkv_bias})
+    model = GPT(config, 100, seed=3).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)  # biases and norms away from 0 and 1
+    model.save(tmp_path, dict(model.named_parameters()), eos_id=7)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    ids = torch.randint(0, 100, (2, 20))
+    with torch.no_grad():
+        assert torch.allclose(theirs(ids).logits, model.logits(ids), atol=2e-5)
+    assert theirs.config.eos_token_id == 7
+
+    again, eos_id = GPT.from_folder(tmp_path)
+    with torch.no_grad():
+        assert torch.equal(again.eval().logits(ids), model.logits(ids)) or not qkv_bias
+        assert torch.allclose(again.logits(ids), model.logits(ids), atol=1e-6)
+    assert eos_id == 7
+
+
+def test_weights_of_another_model_are_refused(tmp_path: Path):
+    GPT(SMALL, 100).save(tmp_path, dict(GPT(SMALL, 100).named_parameters()), eos_id=0)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: not the weights of this model"):
+        GPT(SMALL.model_copy(update={"width": 64}), 100).load(tmp_path)
+    with pytest.raises(CheckpointError, match="tensors that this model does not have"):
+        GPT(SMALL.model_copy(update={"num_layers": 1}), 100).load(tmp_path)
+
+
+def test_packed_documents_are_computed_as_if_alone():
+    model = GPT(SMALL, 100, seed=1).eval()
+    tokens = np.random.default_rng(0).integers(0, 100, (1, 25)).astype(np.uint16)
+    lens = np.array([5, 12, 6], np.int32)
+    packed = make_batch(Rows(tokens, [lens], None), isolate_documents=True)
+    with torch.no_grad():
+        together = model.logits(packed.input_ids, packed.doc_ids, packed.positions)
+        leaky = model.logits(packed.input_ids)
+        start = 0
+        for length in lens[:-1]:
+            alone = model.logits(packed.input_ids[:, start : start + length])
+            assert torch.allclose(together[:, start : start + length], alone, atol=1e-5)
+            if start:  # the test can tell: without the mask the documents do see each other
+                assert (leaky[:, start : start + length] - alone).abs().max() > 0.01
+            start += length
+
+
+def test_packed_loss_is_the_sum_of_the_documents_losses():
+    model = GPT(SMALL, 100, seed=1).eval()
+    tokens = np.random.default_rng(1).integers(0, 100, (1, 25)).astype(np.uint16)
+    lens = np.array([5, 12, 6], np.int32)
+
+    def loss(batch):
+        with torch.no_grad():
+            return model(batch.input_ids, batch.targets, batch.doc_ids, batch.positions).item()
+
+    alone, start = 0.0, 0
+    for length in lens:
+        piece = tokens[:, start : start + length]
+        alone += loss(make_batch(Rows(piece, [np.array([length], np.int32)], None), True))
+        start += length
+    assert loss(make_batch(Rows(tokens, [lens], None), True)) == pytest.approx(alone, rel=1e-6)
+
+
+def test_generation_with_the_cache_equals_generation_without():
+    model = GPT(SMALL, 100, seed=1).eval()
+    prompt, greedy = [1, 2, 3], SampleSection(temperature=0.0, tokens=18)
+    cached = list(continue_text(TextGenerator(model), prompt, greedy, seed=0))
+    ids = list(prompt)
+    with torch.no_grad():
+        for _ in range(18):
+            ids.append(int(model.logits(torch.tensor([ids]))[0, -1].argmax()))
+    assert cached == ids[3:]
+
+
+def test_generation_goes_on_past_the_context():
+    model = GPT(SMALL, 100, seed=1).eval()
+    ids = list(continue_text(TextGenerator(model), list(range(60)), SampleSection(tokens=60), seed=0))
+    assert len(ids) == 60
+    again = list(continue_text(TextGenerator(model), list(range(60)), SampleSection(tokens=60), seed=0))
+    assert ids == again
+
+
+def test_top_k_and_top_p_cut_the_tail():
+    logits = torch.log(torch.tensor([0.5, 0.3, 0.15, 0.05]))
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(**settings) -> set[int]:
+        config = SampleSection(temperature=1.0, **settings)
+        return {sample_token(logits, config, generator) for _ in range(300)}
+
+    assert drawn(top_k=None) == {0, 1, 2, 3}
+    assert drawn(top_k=2) == {0, 1}
+    assert drawn(top_k=None, top_p=0.7) == {0, 1}
+    assert drawn(top_k=None, top_p=0.81) == {0, 1, 2}
+    assert sample_token(logits, SampleSection(temperature=0), generator) == 0
