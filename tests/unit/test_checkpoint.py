@@ -1,0 +1,131 @@
+"""Checkpoints: whole or absent, every byte guarded, kept by a rule."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llmtrain import checkpoint, manifest
+from llmtrain.config.schema import CheckpointSection
+from llmtrain.errors import CheckpointError, DiskFull
+from llmtrain.manifest import Manifest, TrainState
+from llmtrain.rundir import RunDir
+
+
+class FakeStrategy:
+    """Two tensors; enough for what is tested here (runs with real strategies: tests/integration)."""
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        return {"w": torch.arange(100.0)}
+
+    def save_state(self) -> dict[str, torch.Tensor]:
+        return {"exp_avg/w": torch.ones(100)}
+
+
+def write_model(folder: Path, weights: dict[str, torch.Tensor]) -> None:
+    (folder / "model.safetensors").write_bytes(weights["w"].numpy().tobytes())
+    (folder / "config.json").write_text("{}")
+
+
+def describe(step: int) -> Manifest:
+    return Manifest(
+        train_state=TrainState(step=step, samples=8 * step, targets=80 * step),
+        seed=1, num_rows=100, global_batch_size=8, fingerprint="f", world_size=1, strategy="ddp",
+        heldout_loss=1.0, files={},
+    )  # fmt: skip
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDir:
+    run = RunDir(tmp_path / "run")
+    run.create()
+    for step in (5, 10):
+        checkpoint.save(run, FakeStrategy(), write_model, describe(step))
+    return run
+
+
+FILES = ["manifest.json", "model/config.json", "model/model.safetensors", "state/optimizer.safetensors"]
+
+
+def test_a_checkpoint_lists_its_files_and_verifies(run: RunDir):
+    read = manifest.verify(run.checkpoint(10))
+    assert sorted([*read.files, "manifest.json"]) == FILES
+    assert read.train_state.samples == 80
+    assert checkpoint.newest_whole(run) == 10
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("where", ["first", "middle", "last"])
+def test_one_flipped_byte_rejects_it_names_the_file_and_takes_the_one_before(
+    run: RunDir, name: str, where: str, caplog: pytest.LogCaptureFixture
+):
+    path = run.checkpoint(10) / name
+    content = bytearray(path.read_bytes())
+    content[{"first": 0, "middle": len(content) // 2, "last": -1}[where]] ^= 0x20
+    path.write_bytes(content)
+    assert checkpoint.newest_whole(run) == 5
+    with pytest.raises(CheckpointError, match=name.rsplit("/", maxsplit=1)[-1]):
+        manifest.verify(run.checkpoint(10))
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_missing_or_truncated_file_rejects_it(run: RunDir, name: str):
+    path = run.checkpoint(10) / name
+    path.write_bytes(path.read_bytes()[:-1])
+    assert checkpoint.newest_whole(run) == 5
+    path.unlink()
+    assert checkpoint.newest_whole(run) == 5
+
+
+def test_nothing_whole_is_an_error_that_says_how_to_go_on(run: RunDir):
+    for step in (5, 10):
+        (run.checkpoint(step) / "model/config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"no checkpoint verifies.*run\.resume=never"):
+        checkpoint.newest_whole(run)
+
+
+def test_rejected_and_half_written_folders_get_out_of_the_way(run: RunDir):
+    shutil.copytree(run.checkpoint(10), run.checkpoints / ".writing-step-00000015")
+    shutil.copytree(run.checkpoint(10), run.checkpoints / ".deleting-step-00000001")
+    checkpoint.discard_after(run, 5)
+    assert sorted(p.name for p in run.checkpoints.iterdir()) == ["rejected-step-00000010", "step-00000005"]
+
+
+def test_a_failed_save_leaves_nothing(run: RunDir):
+    def broken(folder: Path, weights: dict[str, torch.Tensor]) -> None:
+        (folder / "half").write_text("x")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(DiskFull, match="No space left on device"):
+        checkpoint.save(run, FakeStrategy(), broken, describe(15))
+    assert sorted(p.name for p in run.checkpoints.iterdir()) == ["step-00000005", "step-00000010"]
+
+
+@given(
+    steps=st.sets(st.integers(1, 60), min_size=1, max_size=30),
+    scores=st.dictionaries(st.integers(1, 60), st.floats(0, 10)),
+    last=st.integers(1, 4),
+    best=st.integers(0, 4),
+    every=st.one_of(st.none(), st.integers(1, 10)),
+)
+def test_the_rule_keeps_exactly_what_it_says(steps, scores, last, best, every):
+    kept = checkpoint.to_keep(
+        sorted(steps), scores, CheckpointSection(keep_last=last, keep_best=best, keep_every=every)
+    )
+    ordered = sorted(steps)
+    scored = [s for s in ordered if s in scores]
+    for step in ordered:
+        newer = sum(other > step for other in ordered)
+        better = sum((scores[other], other) < (scores[step], step) for other in scored) if step in scores else best
+        wanted = newer < last or better < best or (every is not None and step % every == 0)
+        assert (step in kept) == wanted
+
+
+def test_pruning_deletes_the_others(run: RunDir):
+    for step in (15, 20):
+        checkpoint.save(run, FakeStrategy(), write_model, describe(step))
+    checkpoint.prune(run, {5: 0.5, 10: 2.0, 15: 1.0, 20: 3.0}, CheckpointSection(keep_last=1, keep_best=1))
+    assert sorted(p.name for p in run.checkpoints.iterdir()) == ["step-00000005", "step-00000020"]

@@ -1,0 +1,317 @@
+"""Raw text to rows: splits, packing, tokenizers, sources."""
+
+import hashlib
+import json
+import os
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from launcher.sharding import pack, tasks, tokenize
+from launcher.sharding.build import build
+from launcher.sharding.sources import group_units, list_units, read_documents
+from llmtrain import recipe, shards
+from llmtrain.config import RunConfig, load_config, schema
+from llmtrain.errors import EncodingError, SourceError, TokenizerError, TooLittleData
+from tests.support.data import python_sources, shared
+
+documents = st.lists(st.integers(1, 40), min_size=1, max_size=30)
+
+
+def transitions(rows: shards.Rows) -> Counter[tuple[int, int]]:
+    """Every (token, next token) that a row predicts."""
+    found: Counter[tuple[int, int]] = Counter()
+    for tokens, lens in zip(rows.tokens.tolist(), rows.doc_lens, strict=True):
+        at = 0
+        for length in lens.tolist():
+            found.update(zip(tokens[at : at + length - 1], tokens[at + 1 : at + length], strict=True))
+            at += length
+    return found
+
+
+@given(lens=documents, context=st.integers(2, 12))
+@settings(deadline=None)
+def test_bestfit_predicts_every_transition_of_every_document_once(lens: list[int], context: int):
+    stream = np.arange(sum(lens), dtype=np.uint32)
+    rows, dropped = pack.pack_bestfit(stream, np.array(lens, np.int64), context, padding_id=999)
+    ends = np.cumsum(lens)
+    wanted = Counter((i, i + 1) for i in range(sum(lens) - 1) if i + 1 not in set(ends.tolist()))
+    assert transitions(rows) == wanted
+    assert dropped == sum(length == 1 for length in lens)
+    assert all(2 <= piece for row in rows.doc_lens for piece in row)
+    assert all(row.sum() <= context + 1 for row in rows.doc_lens)
+
+
+@given(lens=documents, capacity=st.integers(41, 90))
+def test_bestfit_wastes_little(lens: list[int], capacity: int):
+    rows = pack.best_fit(np.array(lens, np.int64), capacity)
+    assert sorted(piece for row in rows for piece in row) == list(range(len(lens)))
+    used = [sum(lens[piece] for piece in row) for row in rows]
+    assert max(used) <= capacity
+    assert len(rows) <= 11 / 9 * -(-sum(lens) // capacity) + 1 + max(lens) / capacity * len(rows)
+
+
+@given(tokens=st.integers(0, 200), context=st.integers(2, 16), keep=st.booleans())
+def test_contiguous_counts(tokens: int, context: int, keep: bool):
+    rows, rest = pack.contiguous_rows(tokens, context, keep)
+    predicted = max(0, tokens - 1)
+    if keep:
+        assert rows == -(-predicted // context)
+        assert rest == (tokens if tokens == 1 else 0)
+    else:
+        assert rows == predicted // context
+        assert rest == (predicted - rows * context if rows else tokens)
+
+
+def test_contiguous_rows_overlap_by_one_token():
+    rows = pack.pack_contiguous(np.arange(10, dtype=np.uint16), 4, padding_id=99)
+    assert rows.tokens.tolist() == [[0, 1, 2, 3, 4], [4, 5, 6, 7, 8], [8, 9, 99, 99, 99]]
+    assert [lens.tolist() for lens in rows.doc_lens] == [[5], [5], [2]]
+
+
+@given(texts=st.lists(st.text(min_size=1, max_size=30), min_size=1, max_size=8), heldout=st.floats(0.05, 0.5))
+def test_the_tail_split_cuts_the_text_where_it_says(texts: list[str], heldout: float):
+    split = schema.SplitSection(by="tail", heldout=heldout, test=0.1)
+    whole = "".join(texts)
+    bounds = tasks.tail_bounds(len(whole), split)
+    start, parts, ends = 0, {"train": "", "heldout": "", "test": ""}, 0
+    for text in texts:
+        for piece in tasks.split_document(text, split, start, bounds):
+            parts[piece.split] += piece.text
+            ends += piece.ends
+        start += len(text)
+    assert parts["train"] == whole[: bounds[0]]
+    assert parts["heldout"] == whole[bounds[0] : bounds[1]]
+    assert parts["test"] == whole[bounds[1] :]
+    assert ends == len(texts)
+
+
+def test_the_hash_split_depends_on_the_document_alone():
+    split = schema.SplitSection(by="hash", heldout=0.3, test=0.2)
+    names = Counter()
+    for i in range(2000):
+        text = f"document {i}"
+        (piece,) = tasks.split_document(text, split, start=i * 17, bounds=(0, 0))
+        fraction = int(hashlib.sha256(text.encode()).hexdigest()[:16], 16) / 2**64
+        assert piece.split == ("test" if fraction < 0.2 else "heldout" if fraction < 0.5 else "train")
+        names[piece.split] += 1
+    assert abs(names["heldout"] - 600) < 80
+    assert abs(names["test"] - 400) < 70
+
+
+def configure(tmp_path: Path, sources: str, *more: str) -> RunConfig:
+    base = ["data.tokenizer.vocab_size=300", "model.context=16", "data.split.by=tail", f"data.dir={tmp_path}/shards"]
+    return load_config(None, [f"data.sources=[{sources}]", *base, *more])[0]
+
+
+TEXTS = ["The first document.\nIt has two lines.", "Second: naïve café 🙂", "", "Third, " + "word " * 60]
+
+
+def write_sources(folder: Path) -> dict[str, str]:
+    """The same documents in each format; returns the sources as YAML."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    (folder / "a.jsonl").write_text("".join(json.dumps({"id": 1, "body": t}, ensure_ascii=False) + "\n" for t in TEXTS))
+    (folder / "a.csv").write_text("id,body\n" + "".join('1,"' + t.replace('"', '""') + '"\n' for t in TEXTS))
+    pq.write_table(pa.table({"id": [1] * 4, "body": TEXTS}), folder / "a.parquet", row_group_size=1)
+    (folder / "a.txt").write_text("<|sep|>".join(TEXTS))
+    return {
+        "jsonl": f"{{kind: jsonl, paths: ['{folder}/*.jsonl'], field: body}}",
+        "csv": f"{{kind: csv, paths: ['{folder}/a.csv'], field: body}}",
+        "parquet": f"{{kind: parquet, paths: ['{folder}/a.parquet'], field: body}}",
+        "text": f"{{kind: text, paths: ['{folder}'], separator: '<|sep|>'}}",
+        "huggingface": f"{{kind: huggingface, name: json, data_files: ['{folder}/a.jsonl'], field: body}}",
+    }
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet", "text", "huggingface"])
+def test_every_kind_of_source_gives_the_same_documents(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    config = configure(tmp_path, write_sources(tmp_path)[kind])
+    skipped: Counter[str] = Counter()
+    sources = config.data.sources
+    found = [t for unit in list_units(sources) for t in read_documents(sources[unit.source], unit, skipped)]
+    assert found == [t for t in TEXTS if t]
+    assert skipped == {"empty document": 1}
+
+
+def test_a_large_jsonl_file_is_cut_between_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("launcher.sharding.sources.UNIT_BYTES", 50)
+    lines = [json.dumps({"text": "x" * (i % 70)}) for i in range(1, 40)]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines) + "\n")
+    config = configure(tmp_path, f"{{kind: jsonl, paths: ['{tmp_path}/a.jsonl']}}")
+    units = list_units(config.data.sources)
+    assert len(units) > 10
+    found = [t for unit in units for t in read_documents(config.data.sources[0], unit, Counter())]
+    assert found == [json.loads(line)["text"] for line in lines]
+
+
+def test_small_units_are_read_together():
+    config, _ = load_config(None, [])
+    units = list_units(config.data.sources)
+    grouped = group_units(units)
+    assert [unit for task in grouped for unit in task] == units
+    assert len(grouped) < len(units) / 20
+
+
+BAD = {
+    "missing": ("{kind: text, paths: [nowhere.txt, '*.nothing']}", SourceError, "nowhere.txt: no such file"),
+    "empty": ("{kind: text, paths: [empty.txt]}", SourceError, "empty.txt: the file is empty"),
+    "utf8": ("{kind: text, paths: [latin.txt]}", EncodingError, "latin.txt: not valid UTF-8 at byte 3"),
+    "utf8 jsonl": ("{kind: jsonl, paths: [latin.jsonl]}", EncodingError, "latin.jsonl: not valid UTF-8 at byte 29"),
+    "utf8 csv": ("{kind: csv, paths: [latin.csv]}", EncodingError, "latin.csv: not valid UTF-8 at byte 8"),
+    "json": ("{kind: jsonl, paths: [bad.jsonl]}", SourceError, "bad.jsonl:2: not JSON"),
+    "field": ("{kind: jsonl, paths: [bad.jsonl], field: txt}", SourceError, "no field 'txt'; there are: text"),
+    "csv field": ("{kind: csv, paths: [ok.csv], field: nope}", SourceError, "no field 'nope'; there are: id, text"),
+    "parquet": ("{kind: parquet, paths: [ok.csv]}", SourceError, "ok.csv: not a parquet file"),
+    "number": ("{kind: jsonl, paths: [number.jsonl]}", SourceError, "'text' holds a int"),
+    "hub": ("{kind: huggingface, name: json, data_files: [nowhere.json]}", SourceError, "'json' cannot be loaded"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_sources(tmp_path: Path, case: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    Path("empty.txt").touch()
+    Path("latin.txt").write_bytes(b"caf\xe9 au lait")
+    Path("latin.jsonl").write_bytes(b'{"text": "ok"}\n{"text": "caf\xe9"}\n')
+    Path("latin.csv").write_bytes(b"text\ncaf\xe9\n")
+    Path("bad.jsonl").write_text('{"text": "ok"}\n{"text": \n')
+    Path("number.jsonl").write_text('{"text": 3}\n')
+    Path("ok.csv").write_text("id,text\n1,hello\n")
+    source, kind, message = BAD[case]
+    with pytest.raises(kind) as caught:
+        build(configure(tmp_path, source), workers=1)
+    assert message in str(caught.value)
+    assert not (tmp_path / "shards" / "manifest.json").exists()
+
+
+def test_all_unusable_files_are_named_at_once(tmp_path: Path):
+    (tmp_path / "empty.txt").touch()
+    source = f"{{kind: text, paths: ['{tmp_path}/empty.txt', '{tmp_path}/gone.txt', '{tmp_path}/*.rst']}}"
+    with pytest.raises(SourceError) as caught:
+        build(configure(tmp_path, source))
+    assert all(name in str(caught.value) for name in ("empty.txt", "gone.txt", "*.rst"))
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read every file")
+def test_an_unreadable_file(tmp_path: Path):
+    (tmp_path / "a.txt").write_text("x")
+    (tmp_path / "a.txt").chmod(0)
+    with pytest.raises(SourceError, match=r"a\.txt: cannot be read \(Permission denied\)"):
+        build(configure(tmp_path, f"{{kind: text, paths: ['{tmp_path}/a.txt']}}"))
+
+
+def test_invalid_utf8_can_be_replaced_or_skipped(tmp_path: Path):
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9 " * 200)
+    (tmp_path / "good.txt").write_text("plain words " * 100)
+    for choice, skipped in (("replace", {}), ("skip", {"invalid UTF-8": 1})):
+        source = f"{{kind: text, paths: ['{tmp_path}/*.txt'], invalid_utf8: {choice}}}"
+        built = build(configure(tmp_path, source, f"data.dir={tmp_path}/{choice}"), workers=1)
+        assert built.folder.manifest.skipped == skipped
+
+
+def test_too_little_text_for_a_row(tmp_path: Path):
+    (tmp_path / "a.txt").write_text("only a few words here, not enough for held-out rows of any length")
+    with pytest.raises(TooLittleData, match="the train split has .* tokens of 1 documents: not one row of 1000 tokens"):
+        build(configure(tmp_path, f"{{kind: text, paths: ['{tmp_path}/a.txt']}}", "model.context=1000"), workers=1)
+
+
+def test_the_lecture_text_gives_the_lectures_rows(tmp_path: Path):
+    text, tokenizer = shared("the-verdict.txt"), shared("gpt2")
+    config = configure(
+        tmp_path,
+        f"{{kind: text, paths: ['{text}']}}",
+        f"data.tokenizer={{kind: folder, path: '{tokenizer}'}}",
+        "data.split={by: tail, heldout: 0.1, test: 0.0}",
+        "model.context=256",
+    )
+    built = build(config, workers=1)
+    manifest = built.folder.manifest
+    assert built.fast
+    assert manifest.splits["train"].rows == 18
+    assert sum(split.text_tokens for split in manifest.splits.values()) in range(5144, 5149)  # 5,145 uncut, and an end
+    heldout = manifest.splits["heldout"]
+    assert heldout.targets == heldout.text_tokens - 1
+
+
+def test_a_trained_tokenizer_loads_with_transformers(tmp_path: Path):
+    from transformers import AutoTokenizer
+
+    tokenize.prepare(schema.DataSection(), tmp_path, [p.read_text() for p in python_sources(3)])
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    assert theirs.eos_token == "<|endoftext|>"
+    text = "def f(x):\n    return 'é🙂'"
+    ours = tokenize.Encoder(tmp_path, fast=True)
+    assert ours.is_fast
+    assert ours.encode(text).tolist() == theirs(text)["input_ids"]
+    assert theirs.decode(ours.encode(text)) == text
+
+
+@given(text=st.text(max_size=200))
+@settings(max_examples=300, deadline=None)
+def test_tiktoken_gives_the_ids_of_tokenizers(gpt2_encoders, text: str):
+    fast, slow = gpt2_encoders
+    assert fast.encode(text).tolist() == slow.encode(text).tolist()
+
+
+@pytest.fixture(scope="module")
+def gpt2_encoders():
+    folder = shared("gpt2")
+    assert tokenize.same_ids(folder, [])
+    return tokenize.Encoder(folder, fast=True), tokenize.Encoder(folder, fast=False)
+
+
+def test_special_token_text_in_a_document_stays_text(gpt2_encoders):
+    fast, slow = gpt2_encoders
+    text = "before<|endoftext|>after"
+    assert fast.eos_id not in fast.encode(text)
+    assert slow.eos_id not in slow.encode(text)
+
+
+def test_a_tokenizer_of_another_shape_stays_on_tokenizers(tmp_path: Path):
+    tokenize.prepare(schema.DataSection(), tmp_path, ["some text to train on"])
+    spec = json.loads((tmp_path / "tokenizer.json").read_text())
+    spec["normalizer"] = {"type": "NFC"}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+    assert not tokenize.Encoder(tmp_path, fast=True).is_fast
+    assert not tokenize.same_ids(tmp_path, [])
+
+
+def test_different_ids_are_found_by_the_proof(tmp_path: Path):
+    """A split regex that looks the same from outside: digits one by one."""
+    tokenize.prepare(schema.DataSection(), tmp_path, ["12 34 567 1234567 12345"] * 50)
+    original = tokenize._GPT2_SPLIT
+    try:
+        tokenize._GPT2_SPLIT = original.replace(r" ?\p{N}++", r"\p{N}")
+        assert not tokenize.same_ids(tmp_path, ["1234567"])
+    finally:
+        tokenize._GPT2_SPLIT = original
+    assert tokenize.same_ids(tmp_path, ["1234567"])
+
+
+def test_a_tokenizer_without_an_end_is_refused(tmp_path: Path):
+    from tokenizers import Tokenizer, models
+
+    source = tmp_path / "source"
+    source.mkdir()
+    Tokenizer(models.BPE({"a": 0}, [])).save(str(source / "tokenizer.json"))
+    config = schema.DataSection(tokenizer=schema.FolderTokenizer(kind="folder", path=str(source)))
+    with pytest.raises(TokenizerError, match="no end-of-text token; set eos_token"):
+        tokenize.prepare(config, tmp_path / "out", [])
+    (source / "tokenizer.json").write_text("{}")
+    with pytest.raises(TokenizerError, match="not a tokenizer"):
+        tokenize.prepare(config, tmp_path / "out", [])
+
+
+def test_every_recipe_has_a_folder_of_its_own():
+    one, two = (load_config(None, [f"data.tokenizer.vocab_size={v}"])[0] for v in (300, 400))
+    assert recipe.shard_folder(one) != recipe.shard_folder(two)
+    same, _ = load_config(None, ["data.tokenizer.vocab_size=300", "data.verify=size", "optim.lr=0.5"])
+    assert recipe.shard_folder(one) == recipe.shard_folder(same)
