@@ -4,7 +4,7 @@ A shard folder holds
 
     manifest.json                what is in it, with size and SHA-256 of every file; written last
     tokenizer/                   tokenizer.json and tokenizer_config.json, as transformers reads them
-    train-00000.arrow ...        Arrow IPC files, readable with `datasets.Dataset.from_file`
+    train-00000.arrow ...        Arrow IPC streams, readable with `datasets.Dataset.from_file`
     heldout-00000.arrow ...  test-00000.arrow ...
 
 Each shard is one record batch with one row per training sequence:
@@ -114,7 +114,7 @@ def write_shard(path: Path, rows: Rows) -> None:
         mask = pa.array(rows.loss_mask.reshape(-1), pa.uint8())
         columns["loss_mask"] = pa.FixedSizeListArray.from_arrays(mask, width)
     batch = pa.record_batch(columns)
-    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, batch.schema) as writer:
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, batch.schema) as writer:
         writer.write_batch(batch)
     files.sync(path)
 
@@ -123,7 +123,7 @@ class _Shard:
     """One memory-mapped shard."""
 
     def __init__(self, path: Path, context: int):
-        batch = pa.ipc.open_file(pa.memory_map(str(path))).get_batch(0)
+        batch = pa.ipc.open_stream(pa.memory_map(str(path))).read_next_batch()
         self.tokens = _fixed_lists(batch.column("input_ids"), context + 1)
         doc_lens = batch.column("doc_lens")
         self.doc_offsets = doc_lens.offsets.to_numpy()
@@ -155,7 +155,7 @@ class ShardSet:
         for shard in info.shards:
             try:
                 self._shards.append(_Shard(folder / shard.file, context))
-            except (OSError, pa.ArrowException, ValueError, KeyError) as error:
+            except (OSError, StopIteration, pa.ArrowException, ValueError, KeyError) as error:
                 raise ShardError(f"{folder / shard.file}: cannot be read as a shard ({error}); {_REBUILD}") from error
         self._starts = np.cumsum([0, *(shard.rows for shard in info.shards)])
 

@@ -163,7 +163,7 @@ BAD = {
     "missing": ("{kind: text, paths: [nowhere.txt, '*.nothing']}", SourceError, "nowhere.txt: no such file"),
     "empty": ("{kind: text, paths: [empty.txt]}", SourceError, "empty.txt: the file is empty"),
     "utf8": ("{kind: text, paths: [latin.txt]}", EncodingError, "latin.txt: not valid UTF-8 at byte 3"),
-    "utf8 jsonl": ("{kind: jsonl, paths: [latin.jsonl]}", EncodingError, "latin.jsonl: not valid UTF-8 at byte 29"),
+    "utf8 jsonl": ("{kind: jsonl, paths: [latin.jsonl]}", EncodingError, "latin.jsonl: not valid UTF-8 at byte 28"),
     "utf8 csv": ("{kind: csv, paths: [latin.csv]}", EncodingError, "latin.csv: not valid UTF-8 at byte 8"),
     "json": ("{kind: jsonl, paths: [bad.jsonl]}", SourceError, "bad.jsonl:2: not JSON"),
     "field": ("{kind: jsonl, paths: [bad.jsonl], field: txt}", SourceError, "no field 'txt'; there are: text"),
