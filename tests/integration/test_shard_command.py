@@ -1,0 +1,167 @@
+"""`llmtrain shard` as a user runs it."""
+
+import hashlib
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from llmtrain import errors
+from tests.support.data import python_sources
+from tests.support.runs import environment
+
+ROOT = Path(__file__).parents[2]
+
+
+def shard(folder: Path, *words: str, code: int = 0) -> str:
+    done = subprocess.run(
+        [sys.executable, "-m", "launcher", "shard", *words],
+        cwd=folder, env=environment(), text=True, capture_output=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def settings(name: str, packing: str = "contiguous", files: int = 40) -> list[str]:
+    paths = ", ".join(f'"{path}"' for path in python_sources(files))
+    return [
+        f"data.dir={name}",
+        f"data.sources=[{{kind: text, paths: [{paths}]}}]",
+        "data.tokenizer.vocab_size=400",
+        "model.context=64",
+        f"data.packing={packing}",
+        "data.split={by: hash, heldout: 0.2, test: 0.2}",
+    ]
+
+
+def content(folder: Path) -> dict[str, str]:
+    """Hash of every file below a shard folder."""
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+
+
+@pytest.mark.parametrize("packing", ["contiguous", "bestfit"])
+def test_the_same_bytes_for_any_number_of_processes(tmp_path: Path, packing: str):
+    said = shard(tmp_path, *settings("one", packing), "--workers", "1")
+    shard(tmp_path, *settings("three", packing), "--workers", "3")
+    assert content(tmp_path / "one") == content(tmp_path / "three")
+    assert "tiktoken (ids proven equal)" in said
+    assert "fingerprint" in said
+
+
+def test_finished_shards_are_found_and_kept_unless_forced(tmp_path: Path):
+    shard(tmp_path, *settings("s"))
+    before = (tmp_path / "s/manifest.json").stat().st_mtime_ns
+    assert "finished before" in shard(tmp_path, *settings("s"))
+    assert (tmp_path / "s/manifest.json").stat().st_mtime_ns == before
+    kept = content(tmp_path / "s")
+    shard(tmp_path, *settings("s"), "--force")
+    assert (tmp_path / "s/manifest.json").stat().st_mtime_ns != before
+    assert content(tmp_path / "s") == kept
+    said = shard(tmp_path, *settings("s", "bestfit"), code=errors.DataMismatch.exit_code)
+    assert "packing: shards have contiguous, the configuration bestfit" in said
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_killed_build_goes_on_and_gives_the_same_bytes(tmp_path: Path, seed: int):
+    words = [*settings("s"), "--workers", "2"]
+    shard(tmp_path, *settings("undisturbed"), "--workers", "2")
+    draw = random.Random(seed)
+    for _ in range(3):
+        process = subprocess.Popen(
+            [sys.executable, "-m", "launcher", "shard", *words],
+            cwd=tmp_path, env=environment(), start_new_session=True, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "s/.work").exists() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(draw.uniform(0, 1.5))
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    shard(tmp_path, *words)
+    assert content(tmp_path / "s") == content(tmp_path / "undisturbed")
+
+
+def test_a_changed_source_is_not_mixed_with_work_on_the_old_one(tmp_path: Path):
+    text = tmp_path / "a.txt"
+    text.write_text("old words " * 3000)
+    words = ["data.dir=s", "data.sources=[{kind: text, paths: [a.txt]}]", "data.tokenizer.vocab_size=300",
+             "model.context=32", "data.split.by=tail"]  # fmt: skip
+    shard(tmp_path, *words)
+    (tmp_path / "s/.work").mkdir()
+    (tmp_path / "s/.work/key").write_text("of the old text")
+    (tmp_path / "s/.work/tokens-000000.npz").write_bytes(b"of the old text")
+    (tmp_path / "s/manifest.json").unlink()
+    text.write_text("new words " * 3000)
+    shard(tmp_path, *words)
+    assert not (tmp_path / "s/.work").exists()
+
+
+def test_ctrl_c_keeps_what_is_finished(tmp_path: Path):
+    process = subprocess.Popen(
+        [sys.executable, "-m", "launcher", "shard", *settings("s"), "--workers", "2"],
+        cwd=tmp_path, env=environment(), start_new_session=True, text=True, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "s/.work").exists():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "the same command goes on from there" in said
+    assert "Traceback" not in said
+    assert not (tmp_path / "s/manifest.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "kind", "message"),
+    [
+        (["data.sources=[{kind: text, paths: [gone.txt]}]"], errors.SourceError, "gone.txt: no such file"),
+        (["data.sources=[{kind: text, paths: [latin.txt]}]"], errors.EncodingError, "not valid UTF-8 at byte 3"),
+        (["data.tokenizer={kind: folder, path: nowhere}"], errors.TokenizerError, "tokenizer.json: no such file"),
+        (["data.sorces=[]"], errors.ConfigError, "did you mean data.sources?"),
+        (["data.sources=[{kind: text, paths: [tiny.txt]}]"], errors.TooLittleData, "not one row of 256 tokens"),
+    ],
+)
+def test_each_kind_of_bad_input_has_an_exit_code(
+    tmp_path: Path, words: list[str], kind: type[errors.UserError], message: str
+):
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    (tmp_path / "tiny.txt").write_text("too little text")
+    said = shard(tmp_path, "data.dir=s", "data.split.by=tail", *words, code=kind.exit_code)
+    assert message in said
+    assert "Traceback" not in said
+
+
+def test_exit_codes_differ_from_each_other_and_from_a_crash():
+    kinds = errors.UserError.__subclasses__()
+    codes = [kind.exit_code for kind in kinds if kind is not errors.ConfigError]
+    assert len(set(codes)) == len(codes)
+    assert not {0, 1, 2, 130, errors.EXIT_REQUEUE} & set(codes)
+
+
+def test_a_full_disk_is_named_and_nothing_half_written_counts(small_disk: Path):
+    said = shard(ROOT, *settings(str(small_disk / "s")), code=errors.DiskFull.exit_code)
+    assert "no space left" in said
+    assert not (small_disk / "s/manifest.json").exists()
+
+
+def test_help_is_quick_and_teaches():
+    started = time.perf_counter()
+    said = subprocess.run(
+        [sys.executable, "-m", "launcher", "--help"], cwd=ROOT, text=True, capture_output=True, check=True
+    )
+    seconds = time.perf_counter() - started
+    assert "torchrun" in said.stdout
+    # A guard against heavy imports, not a benchmark: torch alone takes longer than this.
+    assert seconds < 1.5
+    loaded = "import sys, launcher.cli; print([m for m in ('torch', 'numpy', 'pyarrow', 'tokenizers', 'datasets', "
+    loaded += "'transformers', 'pydantic') if m in sys.modules])"
+    assert subprocess.check_output([sys.executable, "-c", loaded], cwd=ROOT, text=True).strip() == "[]"
