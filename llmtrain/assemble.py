@@ -12,7 +12,7 @@ from llmtrain.batches import BatchPlan, plan_batches
 from llmtrain.config import RunConfig, load_config, resolved_yaml
 from llmtrain.config.load import Origins
 from llmtrain.data import Loader, split_batches
-from llmtrain.errors import EXIT_REQUEUE
+from llmtrain.errors import EXIT_REQUEUE, ConfigError
 from llmtrain.evaluate import continue_text, score
 from llmtrain.hardware import is_bf16_fast
 from llmtrain.manifest import TrainState
@@ -31,8 +31,14 @@ from llmtrain.world import World, find_world, rank_from_environment
 
 def run(file: str | None, overrides: list[str]) -> int:
     """Train as configured. Returns the exit code: 0 at the end of the plan, EXIT_REQUEUE after a stop."""
-    log.set_up(rank_from_environment())
-    config, origins = load_config(file, overrides)
+    rank = rank_from_environment()
+    log.set_up(rank)
+    try:
+        config, origins = load_config(file, overrides)
+    except ConfigError as error:
+        if rank == 0:
+            raise
+        raise SystemExit(error.exit_code) from None  # rank 0 says it, once
     world = find_world(config.train.device)
     config = resolve_precision(config, world)
     run_dir = RunDir(Path(config.run.dir) / config.run.name)
