@@ -137,7 +137,7 @@ def announce(
         f"model      GPT with {model.num_parameters() / 1e6:.1f} M parameters, {model.vocab_size:,} tokens vocabulary"
     )
     log.info(
-        f"batch      {plan.global_batch_size} rows = {ranks} x {plan.micro_batch_size} x {plan.accumulation} micro-batches; "
+        f"batch      {plan.global_batch_size} rows = {ranks} x {plan.micro_batch_size} x {plan.accumulation} micro; "
         f"{plan.total_steps:,} steps, {plan.total_steps * plan.global_batch_size / split.rows:.2f} epochs"
     )
     if state.step:

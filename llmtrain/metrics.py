@@ -79,7 +79,7 @@ class Meter:
         norms = sums[len(steps) :].tolist()
         seconds = time.perf_counter() - self._since
         waited_s, self._waited_s = data_wait_s - self._waited_s, data_wait_s
-        records = [
+        records: list[dict[str, Any]] = [
             {
                 "step": s.state.step,
                 "epoch": s.state.samples / self._rows_per_epoch,

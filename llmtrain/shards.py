@@ -35,7 +35,7 @@ FORMAT = "llmtrain-shards-1"
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer"
 
-Tokens = NDArray[np.uint16] | NDArray[np.uint32]
+Tokens = NDArray[np.unsignedinteger[Any]]
 SplitName = Literal["train", "heldout", "test"]
 
 
@@ -159,13 +159,17 @@ class ShardSet:
                 raise ShardError(f"{folder / shard.file}: cannot be read as a shard ({error}); {_REBUILD}") from error
         self._starts = np.cumsum([0, *(shard.rows for shard in info.shards)])
 
+    def largest_id(self) -> int:
+        """Of all tokens, padding included. Reads everything."""
+        return max((int(shard.tokens.max(initial=0)) for shard in self._shards), default=0)
+
     def rows(self, ids: NDArray[np.int64]) -> Rows:
         """Copies of the rows with these numbers, in this order."""
         shard_of = np.searchsorted(self._starts, ids, side="right") - 1
         first = self._shards[0]
-        tokens = np.empty((len(ids), self.context + 1), first.tokens.dtype)
+        tokens: Tokens = np.empty((len(ids), self.context + 1), first.tokens.dtype)
         mask = None if first.loss_mask is None else np.empty(tokens.shape, np.uint8)
-        doc_lens = []
+        doc_lens: list[NDArray[np.int32]] = []
         for i, (number, row) in enumerate(zip(shard_of, ids - self._starts[shard_of], strict=True)):
             shard = self._shards[number]
             tokens[i] = shard.tokens[row]
@@ -233,7 +237,7 @@ def open_folder(folder: Path, verify: Literal["sha256", "size"] = "sha256") -> S
             _check_shard(folder / shard.file, shard, verify)
         largest = max((shard.max_id for shard in split.shards), default=0)
         if verify == "sha256":
-            largest = max([largest, *(int(shard.tokens.max()) for shard in opened.split(name)._shards)])
+            largest = max(largest, opened.split(name).largest_id())
         if largest >= manifest.tokenizer.vocab_size:
             raise VocabularyError(
                 f"{folder}: the {name} split holds token id {largest}, but the tokenizer has only "

@@ -3,6 +3,8 @@
 import time
 from pathlib import Path
 
+# pyright: reportAttributeAccessIssue=false
+# (protobuf makes these classes when it is imported)
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
 from tensorboard.compat.proto.tensor_pb2 import TensorProto

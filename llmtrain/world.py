@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from llmtrain.errors import ConfigError, UserError
 
@@ -107,7 +108,7 @@ class World:
     def _connect(self) -> Any:
         """The launcher's key-value store, shared by all ranks of this start."""
         if self._store is None:
-            self._store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(minutes=30)))
+            self._store, _, _ = next(rendezvous("env://", timeout=timedelta(minutes=30)))
         return self._store
 
 

@@ -7,6 +7,7 @@ missing, empty or unreadable file at once; reading finds what is wrong inside.
 
 import functools
 import glob
+import importlib.util
 import json
 import os
 import sysconfig
@@ -272,10 +273,8 @@ def _load_dataset_once(name: str, config: str | None, split: str, revision: str 
 
 
 def _load_dataset(source: schema.HuggingFaceSource) -> Any:
-    try:
-        import datasets  # noqa: F401
-    except ImportError:
-        raise SourceError("a huggingface source needs the package datasets: pip install 'llmtrain[hf]'") from None
+    if importlib.util.find_spec("datasets") is None:
+        raise SourceError("a huggingface source needs the package datasets: pip install 'llmtrain[hf]'")
     files = tuple(source.data_files) if source.data_files else None
     try:
         return _load_dataset_once(source.name, source.config, source.split, source.revision, files)

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +20,7 @@ from launcher.sharding.sources import Unit, read_documents
 from launcher.sharding.tokenize import Encoder
 from llmtrain import files
 from llmtrain.config import schema
-from llmtrain.shards import ShardInfo, SplitName, write_shard
+from llmtrain.shards import ShardInfo, SplitName, Tokens, write_shard
 
 SPLITS: tuple[SplitName, ...] = ("train", "heldout", "test")
 
@@ -115,11 +116,12 @@ def tokenise(job: TokeniseJob) -> int:
         ids = encoder.encode(piece.text)
         parts[piece.split].append(np.concatenate([ids, end]) if piece.ends else ids)
         text_bytes[piece.split] += len(piece.text.encode())
-    arrays: dict[str, NDArray[np.generic]] = {
+    arrays: dict[str, Any] = {
         "skipped_names": np.array(sorted(skipped), str),
         "skipped_counts": np.array([skipped[name] for name in sorted(skipped)], np.int64),
     }
-    for name, documents in parts.items():
+    for name in SPLITS:
+        documents = parts[name]
         arrays[f"{name}_tokens"] = np.concatenate([np.zeros(0, np.uint32), *documents]).astype(dtype)
         arrays[f"{name}_lens"] = np.array([len(ids) for ids in documents], np.int64)
         arrays[f"{name}_bytes"] = np.array([text_bytes[name]], np.int64)
@@ -179,7 +181,7 @@ def write_packed(job: PackJob) -> Packed:
     return Packed(info, int((lens - 1).sum()), dropped)
 
 
-def _read_stream(job: PackJob) -> NDArray[np.uint16] | NDArray[np.uint32]:
+def _read_stream(job: PackJob) -> Tokens:
     first = int(np.searchsorted(job.task_starts, job.start, side="right")) - 1
     parts = []
     for number in range(first, len(job.task_starts) - 1):

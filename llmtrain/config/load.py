@@ -135,15 +135,15 @@ def _apply_override(values: dict[str, Any], override: str, origins: Origins) -> 
                 raise ValueError(f"'{key}' is null in the file and has no key below it")
         else:
             raise ValueError(f"there is no '{key}' to set something in")
-    if (isinstance(target, list) and isinstance(last, int) and last < len(target)) or isinstance(target, dict):
-        target[last] = value
-    else:
+    if not (isinstance(target, dict) or (isinstance(target, list) and isinstance(last, int) and last < len(target))):
         raise ValueError(f"there is no '{last}' to set here")
+    holder: Any = target
+    holder[last] = value
     origins.places[(*parents, last)] = COMMAND_LINE
     if parents == ["train"] and last in _LENGTHS and value is not None:
         for other in _LENGTHS:  # a length on the command line replaces the file's, in whatever unit
             if other != last and origins.of(("train", other)) != COMMAND_LINE:
-                target.pop(other, None)
+                holder.pop(other, None)
 
 
 def _explain(error: ErrorDetails, values: dict[str, Any], origins: Origins) -> str:

@@ -11,7 +11,7 @@ import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -110,7 +110,7 @@ class GPT(nn.Module):
             )
             self.lm_head = nn.Linear(config.width, vocab_size, bias=False)
             if config.tie_weights:
-                self.lm_head.weight = self.transformer["wte"].weight
+                self.lm_head.weight = cast(nn.Embedding, self.transformer["wte"]).weight
             if config.init == "gpt2":
                 self._init_gpt2()
 
@@ -174,7 +174,7 @@ class GPT(nn.Module):
         if positions is None:
             first = cache.length if cache is not None else 0
             positions = torch.arange(first, first + input_ids.shape[1], device=input_ids.device)
-        parts = self.transformer
+        parts: Any = self.transformer
         x_BTD = parts["drop"](parts["wte"](input_ids) + parts["wpe"](positions))
         for layer, block in enumerate(parts["h"]):
             x_BTD = block(x_BTD, mask, cache, layer)
@@ -185,8 +185,8 @@ class GPT(nn.Module):
 
     def flops_per_token(self) -> float:
         """Forward and backward, after PaLM (Chowdhery et al. 2022, appendix B): 6 N + 12 L D T."""
-        embeddings = self.transformer["wpe"].weight.numel()
-        embeddings += 0 if self.config.tie_weights else self.transformer["wte"].weight.numel()
+        parts: Any = self.transformer
+        embeddings = parts["wpe"].weight.numel() + (0 if self.config.tie_weights else parts["wte"].weight.numel())
         attention = 12 * self.config.num_layers * self.config.width * self.config.context
         return 6 * (self.num_parameters() - embeddings) + attention
 

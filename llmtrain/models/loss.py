@@ -20,14 +20,16 @@ _CHUNK_GPU = 4096
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, ignore: int) -> Tensor:
-    """Sum (not mean) over positions of -log softmax(hidden @ weight.T)[target]: fp32, or float64 where no gradient is wanted.
+    """Sum (not mean) over positions of -log softmax(hidden @ weight.T)[target].
+
+    In fp32; in float64 where no gradient is wanted.
 
     Args:
         hidden: (N, D); weight: (V, D); targets: (N,) int64, `ignore` where a position does not count.
     """
     if not torch.is_grad_enabled():
         return _chunks(hidden, weight, targets, ignore, need_gradients=False)[0]
-    return _LinearCrossEntropy.apply(hidden, weight, targets, ignore)  # type: ignore[no-any-return]
+    return _LinearCrossEntropy.apply(hidden, weight, targets, ignore)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -39,7 +41,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         grad_hidden, grad_weight = ctx.saved_tensors
         return grad_hidden.mul_(grad_loss), grad_weight.mul_(grad_loss), None, None
 

@@ -1,5 +1,7 @@
 """How ranks share the work. `build_strategy` is the only place that knows the kinds."""
 
+from torch import nn
+
 from llmtrain.config.schema import RunConfig
 from llmtrain.strategies.ddp import DDPStrategy
 from llmtrain.strategies.interface import Strategy, Trainable
@@ -8,7 +10,7 @@ from llmtrain.world import World
 __all__ = ["Strategy", "Trainable", "build_strategy"]
 
 
-def build_strategy(config: RunConfig, model: Trainable, world: World, bf16: bool) -> Strategy:
+def build_strategy(config: RunConfig, model: nn.Module, world: World, bf16: bool) -> Strategy:
     """Collective. Put `model` under the strategy that the configuration names."""
     match config.strategy.kind:
         case "ddp":

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Protocol
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from llmtrain.data import Batch
 
@@ -11,15 +11,13 @@ from llmtrain.data import Batch
 class Trainable(Protocol):
     """What a model offers: a summed loss, and its own file format. Implemented by `models/`."""
 
-    def forward(
+    def __call__(
         self, input_ids: Tensor, targets: Tensor, doc_ids: Tensor | None, positions: Tensor | None
     ) -> Tensor: ...
     def save(self, folder: Path, weights: dict[str, Tensor], eos_id: int) -> None: ...
     def load(self, folder: Path) -> None: ...
     def num_parameters(self) -> int: ...
     def flops_per_token(self) -> float: ...
-    @property
-    def module(self) -> nn.Module: ...
 
 
 class Strategy(Protocol):

@@ -42,7 +42,7 @@ def test_bestfit_predicts_every_transition_of_every_document_once(lens: list[int
     wanted = Counter((i, i + 1) for i in range(sum(lens) - 1) if i + 1 not in set(ends.tolist()))
     assert transitions(rows) == wanted
     assert dropped == sum(length == 1 for length in lens)
-    assert all(2 <= piece for row in rows.doc_lens for piece in row)
+    assert all(piece >= 2 for row in rows.doc_lens for piece in row)
     assert all(row.sum() <= context + 1 for row in rows.doc_lens)
 
 
@@ -219,7 +219,9 @@ def test_invalid_utf8_can_be_replaced_or_skipped(tmp_path: Path):
 
 def test_too_little_text_for_a_row(tmp_path: Path):
     (tmp_path / "a.txt").write_text("only a few words here, not enough for held-out rows of any length")
-    with pytest.raises(TooLittleData, match="the train split has .* tokens of 1 documents: not one row of 1000 tokens"):
+    with pytest.raises(
+        TooLittleData, match=r"the train split has .* tokens of 1 documents: not one row of 1000 tokens"
+    ):
         build(configure(tmp_path, f"{{kind: text, paths: ['{tmp_path}/a.txt']}}", "model.context=1000"), workers=1)
 
 

@@ -1,0 +1,21 @@
+# An image with llmtrain installed.
+#   docker build -t llmtrain .                                                      CUDA (default)
+#   docker build -t llmtrain:cpu --build-arg BASE=python:3.11-slim .                CPU
+#   docker run --gpus all --ipc=host -v $PWD:/work llmtrain torchrun --nproc_per_node 8 -m llmtrain CONFIG
+ARG BASE=pytorch/pytorch:2.13.0-cuda13.0-cudnn9-runtime
+FROM ${BASE}
+
+ENV PYTHONUNBUFFERED=1 PIP_NO_CACHE_DIR=1 PIP_BREAK_SYSTEM_PACKAGES=1
+WORKDIR /opt/llmtrain
+COPY pyproject.toml constraints.txt README.md LICENSE ./
+COPY launcher launcher
+COPY llmtrain llmtrain
+COPY configs configs
+# A base that already carries torch keeps it; the slim base takes the CPU build.
+RUN grep -v '^torch==' constraints.txt > /tmp/constraints.txt && pip install -c /tmp/constraints.txt ".[hf]"
+
+# Not root: run folders on shared disks belong to the user. Override with --user "$(id -u)".
+RUN useradd --create-home trainer
+USER trainer
+WORKDIR /work
+CMD ["llmtrain", "--help"]

@@ -1,0 +1,38 @@
+# Everything works from a fresh clone: each target sets up what it needs first.
+PYTHON ?= python3
+PY := .venv/bin/python
+
+.PHONY: train test soak lint bench clean
+
+train: .venv/ready  ## set up, then train the default model (about 6 minutes on 2 cores)
+	$(PY) -m llmtrain
+
+test: .venv/ready-dev  ## unit, multi-process and integration tests (under 20 minutes on 2 cores)
+	$(PY) -m pytest
+
+soak: .venv/ready-dev  ## the long campaigns with their full counts
+	$(PY) -m pytest --soak -m soak -s
+
+lint: .venv/ready-dev  ## style and types
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m pyright
+
+bench: .venv/ready-dev  ## our step against named peers, in one run (installs them into .venv-peers)
+	$(PY) -m benchmarks.step
+	$(PY) -m benchmarks.sharding
+
+clean:
+	rm -rf .venv .venv-peers build *.egg-info .pytest_cache .ruff_cache
+
+.venv/ready: pyproject.toml constraints.txt
+	@echo "Setting up .venv (once; a minute or two)"
+	@test -x $(PY) || $(PYTHON) -m venv .venv
+	@$(PY) -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	@$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	@touch $@
+
+.venv/ready-dev: .venv/ready
+	@echo "Setting up the tools for tests (once)"
+	@$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	@touch $@
