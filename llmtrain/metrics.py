@@ -55,7 +55,7 @@ class Meter:
         self.restart_clock()
 
     def restart_clock(self) -> None:
-        """Leave out of tokens/s what lies between the last `flush` and now (evaluating, saving)."""
+        """Leave what lies between the last `flush` and now (evaluating, saving) out of tokens/s."""
         self._since = time.perf_counter()
 
     def observe(
@@ -77,7 +77,8 @@ class Meter:
         sums = on_device.cpu().double()  # host sync
         loss_sums = self._world.sum_doubles(sums[: len(steps)].clone()).tolist()
         norms = sums[len(steps) :].tolist()
-        seconds = time.perf_counter() - self._since
+        now = time.perf_counter()
+        seconds, self._since = now - self._since, now  # the writing below counts as part of the next step
         waited_s, self._waited_s = data_wait_s - self._waited_s, data_wait_s
         records: list[dict[str, Any]] = [
             {
@@ -101,7 +102,6 @@ class Meter:
                     "The checkpoints saved so far are finite. A lower optim.lr, a longer "
                     "optim.schedule.warmup_steps or optim.clip_norm=1.0 usually helps"
                 )
-        self.restart_clock()
 
     def _write(self, records: list[dict[str, Any]], seconds: float, waited_s: float) -> None:
         last = records[-1]

@@ -1,0 +1,135 @@
+"""One peer trains a few steps and prints one JSON line: milliseconds of each step, last loss.
+
+Runs in the peer's own environment, so it imports nothing of this project except in the branch that
+measures a bare loop over our own model. All get the same rows of tokens, the same batch, AdamW with the same
+settings; dropout as the row says.
+"""
+
+import json
+import sys
+import time
+from typing import Any
+
+import numpy as np
+import torch
+
+
+def main() -> None:
+    job: dict[str, Any] = json.loads(sys.argv[1])
+    rows = torch.from_numpy(np.load(job["rows"]).astype(np.int64))
+    ends: list[float] = [time.perf_counter()]
+    losses: list[float] = []
+
+    def step_done(loss: float) -> None:
+        ends.append(time.perf_counter())
+        losses.append(loss)
+
+    torch.manual_seed(123)
+    globals()[f"run_{job['peer']}"](job, rows, step_done)
+    times = [1e3 * (b - a) for a, b in zip(ends, ends[1:])]  # noqa: B905, RUF007  older Pythons run this too
+    print(json.dumps({"step_ms": times, "loss": losses[-1]}))
+
+
+def batch_of(job: dict[str, Any], rows: torch.Tensor, step: int) -> torch.Tensor:
+    first = step * job["batch"]
+    return rows[torch.arange(first, first + job["batch"]) % len(rows)]
+
+
+def run_lecture(job: dict[str, Any], rows: torch.Tensor, step_done: Any) -> None:
+    """The package's own model and the statements of its `train_model_simple`."""
+    from llms_from_scratch.ch04 import GPTModel
+    from llms_from_scratch.ch05 import calc_loss_batch
+
+    m = job["model"]
+    config = {
+        "vocab_size": job["vocab_size"], "context_length": m["context"], "emb_dim": m["width"],
+        "n_heads": m["num_heads"], "n_layers": m["num_layers"], "drop_rate": m["dropout"], "qkv_bias": False,
+    }  # fmt: skip
+    model = GPTModel(config)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=4e-4, weight_decay=0.1)
+    model.train()
+    for step in range(job["steps"]):
+        batch = batch_of(job, rows, step)
+        optimizer.zero_grad()
+        loss = calc_loss_batch(batch[:, :-1], batch[:, 1:], model, torch.device("cpu"))
+        loss.backward()
+        optimizer.step()
+        step_done(loss.item())
+
+
+def run_hf(job: dict[str, Any], rows: torch.Tensor, step_done: Any) -> None:
+    """Hugging Face's Trainer with GPT-2, as shipped."""
+    import tempfile
+
+    from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments
+
+    m = job["model"]
+    model = GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=job["vocab_size"], n_positions=m["context"], n_embd=m["width"], n_layer=m["num_layers"],
+            n_head=m["num_heads"], resid_pdrop=m["dropout"], embd_pdrop=m["dropout"], attn_pdrop=m["dropout"],
+        )
+    )  # fmt: skip
+
+    class Clock(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
+            step_done(0.0)
+
+    # The Trainer shifts the labels itself: both get `context` tokens in and context - 1 (ours: context) targets.
+    data = [{"input_ids": row[:-1], "labels": row[:-1]} for row in rows]
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = TrainingArguments(
+            output_dir=folder, per_device_train_batch_size=job["batch"], max_steps=job["steps"], bf16=job["bf16"],
+            use_cpu=True, learning_rate=4e-4, weight_decay=0.1, report_to=[], save_strategy="no", logging_steps=1000,
+            disable_tqdm=True,
+        )  # fmt: skip
+        result = Trainer(model, arguments, train_dataset=data, callbacks=[Clock()]).train()
+    step_done(result.training_loss)
+
+
+def run_litgpt(job: dict[str, Any], rows: torch.Tensor, step_done: Any) -> None:
+    """litgpt's GPT (GPT-2's shape) with the statements of its pretraining loop: autocast, chunked loss, AdamW."""
+    from litgpt import GPT, Config
+    from litgpt.utils import chunked_cross_entropy
+
+    m = job["model"]
+    config = Config(
+        block_size=m["context"], vocab_size=job["vocab_size"], padded_vocab_size=job["vocab_size"],
+        n_layer=m["num_layers"], n_head=m["num_heads"], n_embd=m["width"], rotary_percentage=1.0,
+        parallel_residual=False, bias=True, norm_class_name="LayerNorm", mlp_class_name="GptNeoxMLP",
+    )  # fmt: skip
+    model = GPT(config)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=4e-4, weight_decay=0.1)
+    for step in range(job["steps"]):
+        batch = batch_of(job, rows, step)
+        with torch.autocast("cpu", torch.bfloat16, enabled=job["bf16"]):
+            loss = chunked_cross_entropy(model(batch[:, :-1]), batch[:, 1:])
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        step_done(loss.item())
+
+
+def run_bare(job: dict[str, Any], rows: torch.Tensor, step_done: Any) -> None:
+    """The shortest loop over our own model: what is left of our step without our loop."""
+    from llmtrain.config.schema import GPTModel
+    from llmtrain.models import GPT
+
+    model = GPT(GPTModel.model_validate(job["model"]), job["vocab_size"], seed=1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=4e-4, weight_decay=0.1, fused=True)
+    model.train()
+    for step in range(job["steps"]):
+        batch = batch_of(job, rows, step)
+        ids, targets = batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
+        with torch.autocast("cpu", torch.bfloat16, enabled=job["bf16"]):
+            loss = model(ids, targets)
+        (loss / targets.numel()).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        step_done(loss.item() / targets.numel())
+
+
+if __name__ == "__main__":
+    main()
