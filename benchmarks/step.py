@@ -196,9 +196,8 @@ def main() -> None:
     rounds = int(os.environ.get("ROUNDS", "3"))
     described = Path("/proc/cpuinfo").read_text().splitlines()
     cpu = next((line.split(":")[1].strip() for line in described if "model name" in line), "")
-    print(
-        f"{cpu}, {os.cpu_count()} cores; Python {platform.python_version()}, torch {torch.__version__}; {rounds} rounds\n"
-    )
+    versions = f"Python {platform.python_version()}, torch {torch.__version__}"
+    print(f"{cpu}, {os.cpu_count()} cores; {versions}; {rounds} rounds\n")
     for name in wanted:
         print(run_row(ROWS[name], rounds), flush=True)
 

@@ -98,12 +98,6 @@ class NotFinite(UserError):
     exit_code = 20
 
 
-class WaitError(UserError):
-    """Another process of this run failed or disappeared while this one waited for it."""
-
-    exit_code = 21
-
-
 @contextlib.contextmanager
 def disk_errors(what: str, folder: Path) -> Iterator[None]:
     """Turn "no space left" (and a full quota, or a file-size limit) into a `DiskFull` that names the folder."""
