@@ -1,7 +1,8 @@
 """Puts a run together: configuration -> parts -> `trainer.train`. The only module that knows all others."""
 
+import contextlib
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -12,7 +13,7 @@ from llmtrain.batches import BatchPlan, plan_batches
 from llmtrain.config import RunConfig, load_config, resolved_yaml
 from llmtrain.config.load import Origins
 from llmtrain.data import Loader, split_batches
-from llmtrain.errors import EXIT_REQUEUE, ConfigError
+from llmtrain.errors import EXIT_REQUEUE, ConfigError, NotFinite
 from llmtrain.evaluate import continue_text, score
 from llmtrain.hardware import is_bf16_fast
 from llmtrain.manifest import TrainState
@@ -33,12 +34,8 @@ def run(file: str | None, overrides: list[str]) -> int:
     """Train as configured. Returns the exit code: 0 at the end of the plan, EXIT_REQUEUE after a stop."""
     rank = rank_from_environment()
     log.set_up(rank)
-    try:
+    with said_once(rank):
         config, origins = load_config(file, overrides)
-    except ConfigError as error:
-        if rank == 0:
-            raise
-        raise SystemExit(error.exit_code) from None  # rank 0 says it, once
     world = find_world(config.train.device)
     config = resolve_precision(config, world)
     run_dir = RunDir(Path(config.run.dir) / config.run.name)
@@ -50,7 +47,8 @@ def run(file: str | None, overrides: list[str]) -> int:
         world.start_groups(config.strategy.timeout_s)
         parts, state = build(config, origins, world, run_dir, stop, prepared)
         try:
-            state = train(parts, state)
+            with said_once(rank):
+                state = train(parts, state)
         finally:
             parts.meter.close()
         if world.is_main:
@@ -58,6 +56,17 @@ def run(file: str | None, overrides: list[str]) -> int:
         return 0 if state.step >= parts.plan.total_steps else EXIT_REQUEUE
     finally:
         world.close()
+
+
+@contextlib.contextmanager
+def said_once(rank: int) -> Iterator[None]:
+    """For errors that all ranks meet at the same place: rank 0 says it, the others leave with its exit code."""
+    try:
+        yield
+    except (ConfigError, NotFinite) as error:
+        if rank == 0:
+            raise
+        raise SystemExit(error.exit_code) from None
 
 
 def resolve_precision(config: RunConfig, world: World) -> RunConfig:
@@ -142,6 +151,8 @@ def announce(
     )
     if state.step:
         log.info(f"resuming   from step {state.step:,}")
+    if state.step >= plan.total_steps:
+        log.info("finished   nothing left to do: set a larger train.steps, train.epochs or train.tokens to go on")
 
 
 def open_tensorboard(config: RunConfig, world: World, run_dir: RunDir, state: TrainState) -> TensorBoard | None:

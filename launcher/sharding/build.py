@@ -36,7 +36,7 @@ from llmtrain.errors import SourceError, TooLittleData, UserError, disk_errors
 from llmtrain.shards import ShardFolder, ShardManifest, SplitInfo, SplitName, TokenizerInfo
 
 _SHARD_BYTES = 64_000_000
-_PROOF_TEXTS = 64
+_PROOF_TASKS, _PROOF_TEXTS = 8, 16
 _T = TypeVar("_T")
 
 
@@ -88,8 +88,7 @@ def _build(config: RunConfig, folder: Path, workers: int, force: bool) -> Built:
             with contextlib.suppress(FileNotFoundError):
                 shutil.rmtree(tokenizer)
             tokenize.prepare(config.data, tokenizer, texts)
-            sample = _training_texts(config, todo[:: max(1, len(todo) // 8)], starts, bounds, sum(sizes), None)
-            fast = tokenize.same_ids(tokenizer, (text for text, _ in zip(sample, range(_PROOF_TEXTS), strict=False)))
+            fast = tokenize.same_ids(tokenizer, _proof_texts(config, todo, starts, bounds))
             files.write_atomic(work / "tokenizer-done", json.dumps(fast))
         fast = bool(json.loads((work / "tokenizer-done").read_text()))
         jobs = [
@@ -190,12 +189,12 @@ def _training_texts(
     starts: list[int],
     bounds: tuple[int, int],
     size_bytes: int,
-    progress: ShardProgress | None,
+    progress: ShardProgress,
 ) -> Iterator[str]:
     """Documents of the training split, about `train_bytes` of them, taken evenly: by their hash."""
     chosen = config.data.tokenizer
     share = min(1.0, chosen.train_bytes / max(1, size_bytes)) if chosen.kind == "train" else 1.0
-    for start, task in zip(starts, todo, strict=False):
+    for start, task in zip(starts, todo, strict=True):
         for piece in tasks.read_pieces(config.data.sources, task, config.data.split, start, bounds, Counter()):
             if piece.split != "train":
                 continue
@@ -203,9 +202,18 @@ def _training_texts(
             # Salted, so that it is independent of the hash that splits documents.
             fraction = int.from_bytes(hashlib.sha256(b"tokenizer" + encoded).digest()[:8], "big") / 2**64
             if fraction < share or share == 1.0:
-                if progress is not None:
-                    progress.advance(len(encoded))
+                progress.advance(len(encoded))
                 yield piece.text
+
+
+def _proof_texts(
+    config: RunConfig, todo: list[list[Unit]], starts: list[int], bounds: tuple[int, int]
+) -> Iterator[str]:
+    """Some documents from all over the corpus, on which the fast tokenizer has to prove itself."""
+    step = max(1, len(todo) // _PROOF_TASKS)
+    for start, task in zip(starts[::step], todo[::step], strict=True):
+        pieces = tasks.read_pieces(config.data.sources, task, config.data.split, start, bounds, Counter())
+        yield from (piece.text for piece in itertools.islice(pieces, _PROOF_TEXTS))
 
 
 def _pack(
