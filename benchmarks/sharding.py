@@ -90,10 +90,9 @@ def main() -> None:
     print(f"{os.cpu_count()} cores, {workers} processes; Python {platform.python_version()}; {_ROUNDS} rounds\n")
     print("| | MB/s, median (range) | ours / it |\n|---|---|---|")
     ratio = statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
-    print(f"| llmtrain shard, end to end | {statistics.median(ours):.1f} ({min(ours):.1f} to {max(ours):.1f}) | 1 |")
-    print(
-        f"| encode_batch to files | {statistics.median(theirs):.1f} ({min(theirs):.1f} to {max(theirs):.1f}) | {ratio:.2f} |"
-    )
+    for name, found, against in (("llmtrain shard, end to end", ours, 1.0), ("encode_batch to files", theirs, ratio)):
+        low, high = min(found), max(found)
+        print(f"| {name} | {statistics.median(found):.1f} ({low:.1f} to {high:.1f}) | {against:.2f} |")
     print(f"\n{ids:,} ids each; identical on {same} of {len(texts)} files ({json.dumps(same == len(texts))})")
 
 
