@@ -1,6 +1,7 @@
 # An image with llmtrain installed.
 #   docker build -t llmtrain .                                                      CUDA (default)
-#   docker build -t llmtrain:cpu --build-arg BASE=python:3.11-slim .                CPU
+#   docker build -t llmtrain:cpu --build-arg BASE=python:3.11-slim --build-arg TORCH_INDEX=URL .     CPU; URL is the
+#                                                         package index of PyTorch's CPU builds (without it: the CUDA build)
 #   docker run --gpus all --ipc=host -v $PWD:/work llmtrain torchrun --nproc_per_node 8 -m llmtrain CONFIG
 ARG BASE=pytorch/pytorch:2.13.0-cuda13.0-cudnn9-runtime
 FROM ${BASE}
@@ -11,7 +12,9 @@ COPY pyproject.toml constraints.txt README.md LICENSE ./
 COPY launcher launcher
 COPY llmtrain llmtrain
 COPY configs configs
-# A base that already carries torch keeps it; the slim base takes the CPU build.
+# A base that already carries torch keeps it.
+ARG TORCH_INDEX=
+RUN python -c "import torch" 2>/dev/null || pip install torch==2.13.0 ${TORCH_INDEX:+--index-url "$TORCH_INDEX"}
 RUN grep -v '^torch==' constraints.txt > /tmp/constraints.txt && pip install -c /tmp/constraints.txt ".[hf]"
 
 # Not root: run folders on shared disks belong to the user. Override with --user "$(id -u)".

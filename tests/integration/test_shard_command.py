@@ -153,15 +153,11 @@ def test_a_full_disk_is_named_and_nothing_half_written_counts(small_disk: Path):
     assert not (small_disk / "s/manifest.json").exists()
 
 
-def test_help_is_quick_and_teaches():
-    started = time.perf_counter()
+def test_help_teaches_and_loads_nothing_heavy():
     said = subprocess.run(
         [sys.executable, "-m", "launcher", "--help"], cwd=ROOT, text=True, capture_output=True, check=True
     )
-    seconds = time.perf_counter() - started
     assert "torchrun" in said.stdout
-    # A guard against heavy imports, not a benchmark: torch alone takes longer than this.
-    assert seconds < 1.5
-    loaded = "import sys, launcher.cli; print([m for m in ('torch', 'numpy', 'pyarrow', 'tokenizers', 'datasets', "
-    loaded += "'transformers', 'pydantic') if m in sys.modules])"
+    heavy = "('torch', 'numpy', 'pyarrow', 'tokenizers', 'datasets', 'transformers', 'pydantic')"
+    loaded = f"import sys, launcher.cli; print([m for m in {heavy} if m in sys.modules])"
     assert subprocess.check_output([sys.executable, "-c", loaded], cwd=ROOT, text=True).strip() == "[]"
