@@ -29,7 +29,7 @@ def prepare_shards(config: RunConfig) -> ShardFolder:
         if done.returncode:
             raise SystemExit(done.returncode if done.returncode > 0 else 128 - done.returncode)
     opened = shards.open_folder(folder, config.data.verify)
-    opened.check_recipe(recipe.recipe_of(config))
+    opened.check_recipe(recipe.recipe_of(config), recipe.tokenizer_file(config))
     return opened
 
 

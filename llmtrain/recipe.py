@@ -14,6 +14,14 @@ def recipe_of(config: RunConfig) -> dict[str, Any]:
     return {**data, "context": config.model.context}
 
 
+def tokenizer_file(config: RunConfig) -> Path | None:
+    """tokenizer.json of a tokenizer that comes from a folder, if it is there to compare with."""
+    if config.data.tokenizer.kind != "folder":
+        return None
+    file = Path(config.data.tokenizer.path) / "tokenizer.json"
+    return file if file.is_file() else None
+
+
 def shard_folder(config: RunConfig) -> Path:
     """`data.dir`, or a folder named after the recipe."""
     if config.data.dir is not None:

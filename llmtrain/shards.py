@@ -197,8 +197,12 @@ class ShardFolder:
     def split(self, name: SplitName) -> ShardSet:
         return ShardSet(self.path, self.manifest.splits[name], self.manifest.context)
 
-    def check_recipe(self, recipe: dict[str, Any]) -> None:
-        """Raises DataMismatch if these shards were made by another recipe, saying what differs."""
+    def check_recipe(self, recipe: dict[str, Any], tokenizer_file: Path | None = None) -> None:
+        """Raises DataMismatch if these shards were made by another recipe or with another tokenizer."""
+        if tokenizer_file is not None and files.sha256(tokenizer_file) != self.manifest.tokenizer.sha256:
+            raise DataMismatch(
+                f"{self.path}: built with another tokenizer than what {tokenizer_file} is now; {_REBUILD}"
+            )
         differences = [
             f"{key}: shards have {have}, the configuration {want}"
             for key in sorted({*recipe, *self.manifest.recipe})

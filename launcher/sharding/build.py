@@ -13,8 +13,10 @@ import hashlib
 import itertools
 import json
 import multiprocessing
+import os
 import shutil
 import signal
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -36,6 +38,8 @@ from llmtrain.errors import SourceError, TooLittleData, UserError, disk_errors
 from llmtrain.shards import ShardFolder, ShardManifest, SplitInfo, SplitName, TokenizerInfo
 
 _SHARD_BYTES = 64_000_000
+_SLICE = 16_384
+"""Characters; what is taken into the sample that a tokenizer is trained on, or left out of it, as one."""
 _PROOF_TASKS, _PROOF_TEXTS = 8, 16
 _T = TypeVar("_T")
 
@@ -66,7 +70,7 @@ def build(config: RunConfig, workers: int | None = None, force: bool = False) ->
         with _exclusively(folder):
             if shards.exists(folder) and not force:
                 opened = shards.open_folder(folder, "size")
-                opened.check_recipe(recipe.recipe_of(config))
+                opened.check_recipe(recipe.recipe_of(config), recipe.tokenizer_file(config))
                 return Built(opened, 0.0, 0, fast=False, was_there=True)
             return _build(config, folder, workers or default_workers(), force)
 
@@ -135,7 +139,7 @@ def _processes(workers: int) -> Iterator[RunAll[Any]]:
         yield map
         return
     spawn = multiprocessing.get_context("spawn")  # fork is not safe beside the threads of tokenizers and pyarrow
-    pool = ProcessPoolExecutor(workers, mp_context=spawn, initializer=_ignore_ctrl_c)
+    pool = ProcessPoolExecutor(workers, mp_context=spawn, initializer=_start_worker)
 
     def run_all(function: Callable[[Any], Any], jobs: list[Any]) -> Iterator[Any]:
         futures = [pool.submit(function, job) for job in jobs]
@@ -154,9 +158,17 @@ def _processes(workers: int) -> Iterator[RunAll[Any]]:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _ignore_ctrl_c() -> None:
-    """The main process handles it; a worker finishes its task."""
+def _start_worker() -> None:
+    """Ctrl-C is the main process's to handle; and if that is killed, its workers do not stay behind."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+
+    def leave_with_parent() -> None:
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=leave_with_parent, daemon=True).start()
 
 
 def _count(sources: list[Any], numbered: tuple[int, list[Unit]]) -> tuple[int, int]:
@@ -191,19 +203,22 @@ def _training_texts(
     size_bytes: int,
     progress: ShardProgress,
 ) -> Iterator[str]:
-    """Documents of the training split, about `train_bytes` of them, taken evenly: by their hash."""
+    """Text of the training split, about `train_bytes` of it, taken evenly: by its hash."""
     chosen = config.data.tokenizer
     share = min(1.0, chosen.train_bytes / max(1, size_bytes)) if chosen.kind == "train" else 1.0
     for start, task in zip(starts, todo, strict=True):
         for piece in tasks.read_pieces(config.data.sources, task, config.data.split, start, bounds, Counter()):
             if piece.split != "train":
                 continue
-            encoded = piece.text.encode()
-            # Salted, so that it is independent of the hash that splits documents.
-            fraction = int.from_bytes(hashlib.sha256(b"tokenizer" + encoded).digest()[:8], "big") / 2**64
-            if fraction < share or share == 1.0:
-                progress.advance(len(encoded))
-                yield piece.text
+            # Long documents in slices, so that one of them is neither all of the sample nor none of it.
+            for first in range(0, len(piece.text), _SLICE):
+                text = piece.text[first : first + _SLICE]
+                encoded = text.encode()
+                # Salted, so that it is independent of the hash that splits documents.
+                fraction = int.from_bytes(hashlib.sha256(b"tokenizer" + encoded).digest()[:8], "big") / 2**64
+                if fraction < share or share == 1.0:
+                    progress.advance(len(encoded))
+                    yield text
 
 
 def _proof_texts(
@@ -335,12 +350,14 @@ def _describe(
 def _publish(folder: Path, work: Path, manifest: ShardManifest) -> None:
     """Move the new shards into place, the manifest last; an older build is gone before."""
     (folder / shards.MANIFEST).unlink(missing_ok=True)
-    for old in folder.glob("*.arrow"):
-        old.unlink()
+    for split in tasks.SPLITS:
+        for old in folder.glob(f"{split}-[0-9][0-9][0-9][0-9][0-9].arrow"):
+            old.unlink()
     shutil.rmtree(folder / shards.TOKENIZER, ignore_errors=True)
+    # A copy: killed before the manifest is written, the next try needs the tokenizer in its work folder.
+    shutil.copytree(work / shards.TOKENIZER, work / "out" / shards.TOKENIZER)
     for new in sorted((work / "out").iterdir()):
         new.rename(folder / new.name)
-    (work / shards.TOKENIZER).rename(folder / shards.TOKENIZER)
     files.sync(folder)
     files.write_atomic(folder / shards.MANIFEST, manifest.to_bytes())
     shutil.rmtree(work)

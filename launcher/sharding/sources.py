@@ -211,6 +211,11 @@ def _text_of(value: Any, field: str, path: str, place: int) -> str:
         return ""
     if not isinstance(value, str):
         raise SourceError(f"{path}: '{field}' holds a {type(value).__name__} (at {place}), not text")
+    if not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:  # JSON can write half a surrogate pair, UTF-8 cannot
+            raise EncodingError(f"{path}: '{field}' (at {place}) holds half a character: {error.reason}") from None
     return value
 
 
@@ -228,6 +233,8 @@ def _read_csv(path: str, field: str) -> Iterator[str]:
         try:
             _check_field(field, list(reader.fieldnames or []), path)
             for record in reader:
+                if None in record:  # an unquoted comma in the text would cut it off in silence
+                    raise SourceError(f"{path}:{reader.line_num}: more fields than the header has; quote the text")
                 yield record[field] or ""
         except csv.Error as error:
             raise SourceError(f"{path}:{reader.line_num}: not CSV: {error}") from None

@@ -6,6 +6,7 @@ never on which process runs it.
 """
 
 import hashlib
+import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -125,7 +126,7 @@ def tokenise(job: TokeniseJob) -> int:
         arrays[f"{name}_tokens"] = np.concatenate([np.zeros(0, np.uint32), *documents]).astype(dtype)
         arrays[f"{name}_lens"] = np.array([len(ids) for ids in documents], np.int64)
         arrays[f"{name}_bytes"] = np.array([text_bytes[name]], np.int64)
-    aside = job.result.with_suffix(".tmp.npz")
+    aside = job.result.with_suffix(f".{os.getpid()}.tmp.npz")
     np.savez(aside, **arrays)
     files.sync(aside)
     aside.rename(job.result)

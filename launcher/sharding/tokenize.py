@@ -49,7 +49,9 @@ def prepare(config: schema.DataSection, folder: Path, texts: Iterable[str]) -> N
             _copy(Path(chosen.path), folder)
         case schema.HubTokenizer() as chosen:
             _download(chosen.name, chosen.revision, folder)
-    Encoder(folder, fast=False)  # finds a lacking end-of-text token now
+    encoder = Encoder(folder, fast=False)  # finds a lacking end-of-text token now
+    if not (folder / "tokenizer_config.json").exists():
+        _write_config(folder, encoder.token(encoder.eos_id))
 
 
 def _train(vocab_size: int, texts: Iterable[str], folder: Path) -> None:
@@ -66,12 +68,17 @@ def _train(vocab_size: int, texts: Iterable[str], folder: Path) -> None:
     )
     tokenizer.train_from_iterator(texts, trainer)
     tokenizer.save(str(folder / "tokenizer.json"))
+    _write_config(folder, END_OF_TEXT)
+
+
+def _write_config(folder: Path, eos: str) -> None:
+    """What transformers reads beside tokenizer.json."""
     settings = {
         "backend": "tokenizers",
-        "bos_token": END_OF_TEXT,
-        "eos_token": END_OF_TEXT,
+        "bos_token": eos,
+        "eos_token": eos,
         "tokenizer_class": "TokenizersBackend",
-        "unk_token": END_OF_TEXT,
+        "unk_token": eos,
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=1) + "\n")
 
@@ -126,6 +133,9 @@ class Encoder:
         if self._fast is not None:
             return self._fast.encode_to_numpy(text, disallowed_special=())
         return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, np.uint32)
+
+    def token(self, number: int) -> str:
+        return self._tokenizer.id_to_token(number) or ""
 
     def _find_eos(self, folder: Path) -> int:
         config = folder / "tokenizer_config.json"

@@ -1,5 +1,6 @@
 """`llmtrain shard` as a user runs it."""
 
+import contextlib
 import hashlib
 import os
 import random
@@ -9,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from llmtrain import errors
@@ -161,3 +163,22 @@ def test_help_teaches_and_loads_nothing_heavy():
     heavy = "('torch', 'numpy', 'pyarrow', 'tokenizers', 'datasets', 'transformers', 'pydantic')"
     loaded = f"import sys, launcher.cli; print([m for m in {heavy} if m in sys.modules])"
     assert subprocess.check_output([sys.executable, "-c", loaded], cwd=ROOT, text=True).strip() == "[]"
+
+
+def test_workers_do_not_outlive_a_killed_build(tmp_path: Path):
+    process = subprocess.Popen(
+        [sys.executable, "-m", "launcher", "shard", *settings("s"), "--workers", "2"],
+        cwd=tmp_path, env=environment(), stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    deadline = time.monotonic() + 60
+    children: list[psutil.Process] = []
+    while len(children) < 2 and time.monotonic() < deadline:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            found = psutil.Process(process.pid).children()
+            children = [child for child in found if "spawn_main" in " ".join(child.cmdline())]
+        time.sleep(0.01)
+    assert len(children) == 2
+    process.kill()
+    process.wait()
+    _, alive = psutil.wait_procs(children, timeout=30)
+    assert not alive

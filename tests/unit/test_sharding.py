@@ -16,7 +16,7 @@ from launcher.sharding.build import build
 from launcher.sharding.sources import group_units, list_units, read_documents
 from llmtrain import recipe, shards
 from llmtrain.config import RunConfig, load_config, schema
-from llmtrain.errors import EncodingError, SourceError, TokenizerError, TooLittleData
+from llmtrain.errors import DataMismatch, EncodingError, SourceError, TokenizerError, TooLittleData
 from tests.support.data import python_sources, shared
 
 documents = st.lists(st.integers(1, 40), min_size=1, max_size=30)
@@ -169,6 +169,12 @@ BAD = {
     "field": ("{kind: jsonl, paths: [bad.jsonl], field: txt}", SourceError, "no field 'txt'; there are: text"),
     "csv field": ("{kind: csv, paths: [ok.csv], field: nope}", SourceError, "no field 'nope'; there are: id, text"),
     "parquet": ("{kind: parquet, paths: [ok.csv]}", SourceError, "ok.csv: not a parquet file"),
+    "surrogate": (
+        "{kind: jsonl, paths: [half.jsonl]}",
+        EncodingError,
+        "half.jsonl: 'text' (at 0) holds half a character",
+    ),
+    "csv comma": ("{kind: csv, paths: [comma.csv]}", SourceError, "comma.csv:2: more fields than the header has"),
     "number": ("{kind: jsonl, paths: [number.jsonl]}", SourceError, "'text' holds a int"),
     "hub": ("{kind: huggingface, name: json, data_files: [nowhere.json]}", SourceError, "'json' cannot be loaded"),
 }
@@ -184,6 +190,8 @@ def test_bad_sources(tmp_path: Path, case: str, monkeypatch: pytest.MonkeyPatch)
     Path("latin.csv").write_bytes(b"text\ncaf\xe9\n")
     Path("bad.jsonl").write_text('{"text": "ok"}\n{"text": \n')
     Path("number.jsonl").write_text('{"text": 3}\n')
+    Path("half.jsonl").write_text('{"text": "a\\ud83d b"}\n')
+    Path("comma.csv").write_text("id,text\n1,hello, with a comma\n")
     Path("ok.csv").write_text("id,text\n1,hello\n")
     source, kind, message = BAD[case]
     with pytest.raises(kind) as caught:
@@ -317,3 +325,48 @@ def test_every_recipe_has_a_folder_of_its_own():
     assert recipe.shard_folder(one) != recipe.shard_folder(two)
     same, _ = load_config(None, ["data.tokenizer.vocab_size=300", "data.verify=size", "optim.lr=0.5"])
     assert recipe.shard_folder(one) == recipe.shard_folder(same)
+
+
+def test_a_long_document_gives_a_sample_to_train_the_tokenizer_on(tmp_path: Path):
+    (tmp_path / "a.txt").write_text("".join(p.read_text() for p in python_sources(12)))
+    source = f"{{kind: text, paths: ['{tmp_path}/a.txt']}}"
+    config = configure(tmp_path, source, "data.tokenizer={vocab_size: 500, train_bytes: 60000}")
+    assert build(config, workers=1).folder.manifest.tokenizer.vocab_size == 500
+
+
+def test_a_build_that_died_before_its_manifest_is_finished_by_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    source = ", ".join(f'"{p}"' for p in python_sources(4))
+    config = configure(tmp_path, f"{{kind: text, paths: [{source}]}}")
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    (folder / "mine.arrow").write_text("not ours to delete")
+
+    def dies(self: shards.ShardManifest) -> bytes:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(shards.ShardManifest, "to_bytes", dies)
+        with pytest.raises(KeyboardInterrupt):
+            build(config, workers=1)
+    assert not shards.exists(folder)
+    built = build(config, workers=1)
+    shards.open_folder(folder)
+    assert not built.was_there
+    assert (folder / "mine.arrow").exists()
+
+
+def test_a_tokenizer_that_changed_since_is_noticed(tmp_path: Path):
+    from transformers import AutoTokenizer
+
+    source = ", ".join(f'"{p}"' for p in python_sources(4))
+    tokenize.prepare(schema.DataSection(), tmp_path / "t", ["some text to train on"] * 10)
+    (tmp_path / "t/tokenizer_config.json").unlink()
+    config = configure(
+        tmp_path, f"{{kind: text, paths: [{source}]}}", f"data.tokenizer={{kind: folder, path: '{tmp_path}/t'}}"
+    )
+    built = build(config, workers=1)
+    assert AutoTokenizer.from_pretrained(built.folder.tokenizer).eos_token == "<|endoftext|>"
+    file = tmp_path / "t/tokenizer.json"
+    file.write_text(file.read_text() + " ")
+    with pytest.raises(DataMismatch, match="built with another tokenizer"):
+        build(config, workers=1)
