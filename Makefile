@@ -4,7 +4,7 @@ PY := .venv/bin/python
 
 .PHONY: train test soak lint bench clean
 
-train: .venv/ready  ## set up, then train the default model (about 6 minutes on 2 cores)
+train: .venv/ready  ## set up, then train the default model (about 5 minutes on 2 cores)
 	$(PY) -m llmtrain
 
 test: .venv/ready-dev  ## unit, multi-process and integration tests (under 20 minutes on 2 cores)

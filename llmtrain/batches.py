@@ -8,7 +8,7 @@ from llmtrain.config.schema import RunConfig
 from llmtrain.errors import ConfigError, TooLittleData
 
 _AUTO_MICRO_BATCH_TOKENS = 16_384
-_DEFAULT_STEPS = 400
+_DEFAULT_STEPS = 300
 
 
 @dataclass(frozen=True)

@@ -200,7 +200,7 @@ class ScheduleSection(Section):
 
 
 class OptimSection(Section):
-    lr: Annotated[float, Field(gt=0)] = 1e-3
+    lr: Annotated[float, Field(gt=0)] = 2e-3
     """Peak learning rate."""
     betas: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)] = [0.9, 0.95]
     eps: Annotated[float, Field(gt=0)] = 1e-8
@@ -214,7 +214,7 @@ class OptimSection(Section):
 
 class TrainSection(Section):
     steps: Annotated[int | None, Field(ge=1, json_schema_extra=MAY_CHANGE)] = None
-    """Length in optimizer steps. Set one of steps, epochs and tokens; without any it is 400 steps."""
+    """Length in optimizer steps. Set one of steps, epochs and tokens; without any it is 300 steps."""
     epochs: Annotated[float | None, Field(gt=0, json_schema_extra=MAY_CHANGE)] = None
     """Length in passes over the training split."""
     tokens: Annotated[int | None, Field(ge=1, json_schema_extra=MAY_CHANGE)] = None
