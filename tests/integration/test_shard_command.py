@@ -172,12 +172,12 @@ def test_workers_do_not_outlive_a_killed_build(tmp_path: Path):
     )  # fmt: skip
     deadline = time.monotonic() + 60
     children: list[psutil.Process] = []
-    while len(children) < 2 and time.monotonic() < deadline:
+    while not children and time.monotonic() < deadline:
         with contextlib.suppress(psutil.NoSuchProcess):
             found = psutil.Process(process.pid).children()
             children = [child for child in found if "spawn_main" in " ".join(child.cmdline())]
         time.sleep(0.01)
-    assert len(children) == 2
+    assert children
     process.kill()
     process.wait()
     _, alive = psutil.wait_procs(children, timeout=30)
