@@ -12,36 +12,30 @@ import functools
 import hashlib
 import itertools
 import json
-import multiprocessing
-import os
 import shutil
-import signal
-import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from launcher.sharding import pack, tasks, tokenize
+from launcher.sharding.processes import RunAll, processes
 from launcher.sharding.progress import ShardProgress
 from launcher.sharding.sources import Unit, default_workers, group_units, list_units
 from llmtrain import files, recipe, shards
 from llmtrain.config.schema import RunConfig
-from llmtrain.errors import SourceError, TooLittleData, UserError, disk_errors
+from llmtrain.errors import SourceError, TooLittleData, disk_errors
 from llmtrain.shards import ShardFolder, ShardManifest, SplitInfo, SplitName, TokenizerInfo
 
 _SHARD_BYTES = 64_000_000
 _SLICE = 16_384
 """Characters; what is taken into the sample that a tokenizer is trained on, or left out of it, as one."""
 _PROOF_TASKS, _PROOF_TEXTS = 8, 16
-_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -71,6 +65,7 @@ def build(config: RunConfig, workers: int | None = None, force: bool = False) ->
             if shards.exists(folder) and not force:
                 opened = shards.open_folder(folder, "size")
                 opened.check_recipe(recipe.recipe_of(config), recipe.tokenizer_file(config))
+                shutil.rmtree(folder / ".work", ignore_errors=True)  # of a build killed just after its manifest
                 return Built(opened, 0.0, 0, fast=False, was_there=True)
             return _build(config, folder, workers or default_workers(), force)
 
@@ -83,7 +78,7 @@ def _build(config: RunConfig, folder: Path, workers: int, force: bool) -> Built:
     todo = group_units(units)
     sizes = [sum(unit.size_bytes for unit in task) for task in todo]
     _open_work(work, config, units, force)
-    with ShardProgress() as progress, _processes(workers) as run_all:
+    with ShardProgress() as progress, processes(workers) as run_all:
         starts, bounds = _place_in_text(config, todo, sizes, run_all, progress)
         tokenizer = work / shards.TOKENIZER
         if not (work / "tokenizer-done").exists():
@@ -119,7 +114,9 @@ def _exclusively(folder: Path) -> Iterator[None]:
 
 def _open_work(work: Path, config: RunConfig, units: list[Unit], force: bool) -> None:
     """Keep the finished tasks of an earlier try if they are of the same input."""
-    made_from = json.dumps([recipe.recipe_of(config), [asdict(unit) for unit in units]], sort_keys=True)
+    file = recipe.tokenizer_file(config)
+    tokenizer = None if file is None else files.sha256(file)
+    made_from = json.dumps([recipe.recipe_of(config), tokenizer, [asdict(unit) for unit in units]], sort_keys=True)
     key = hashlib.sha256(made_from.encode()).hexdigest()
     marker = work / "key"
     if work.exists() and (force or not marker.exists() or marker.read_text() != key):
@@ -127,48 +124,6 @@ def _open_work(work: Path, config: RunConfig, units: list[Unit], force: bool) ->
     if not work.exists():
         work.mkdir()
         files.write_atomic(marker, key)
-
-
-RunAll = Callable[[Callable[[Any], _T], list[Any]], Iterable[_T]]
-
-
-@contextlib.contextmanager
-def _processes(workers: int) -> Iterator[RunAll[Any]]:
-    """A function that runs jobs, in this process if there is one worker, and yields results as they come."""
-    if workers == 1:
-        yield map
-        return
-    spawn = multiprocessing.get_context("spawn")  # fork is not safe beside the threads of tokenizers and pyarrow
-    pool = ProcessPoolExecutor(workers, mp_context=spawn, initializer=_start_worker)
-
-    def run_all(function: Callable[[Any], Any], jobs: list[Any]) -> Iterator[Any]:
-        futures = [pool.submit(function, job) for job in jobs]
-        try:
-            for future in as_completed(futures):
-                yield future.result()
-        except BrokenProcessPool:
-            raise UserError(
-                "a sharding process was killed, probably for want of memory; what is finished is kept: run the same "
-                "command again with fewer --workers"
-            ) from None
-
-    try:
-        yield run_all
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _start_worker() -> None:
-    """Ctrl-C is the main process's to handle; and if that is killed, its workers do not stay behind."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-
-    def leave_with_parent() -> None:
-        if parent is not None:
-            parent.join()
-            os._exit(1)
-
-    threading.Thread(target=leave_with_parent, daemon=True).start()
 
 
 def _count(sources: list[Any], numbered: tuple[int, list[Unit]]) -> tuple[int, int]:

@@ -162,6 +162,7 @@ def tiktoken_encoding(spec: dict[str, Any]) -> Any | None:
     plain = (
         model.get("type") == "BPE"
         and spec.get("normalizer") is None
+        and all(token.get("special") for token in spec.get("added_tokens", []))  # others are found inside text
         and not model.get("dropout")
         and not model.get("byte_fallback")
         and not model.get("ignore_merges")

@@ -41,6 +41,11 @@ def settings(name: str, packing: str = "contiguous", files: int = 40) -> list[st
     ]
 
 
+def long_settings(name: str) -> list[str]:
+    """A build that takes seconds, so that there is time to disturb it."""
+    return [f"data.dir={name}", "data.tokenizer={vocab_size: 400, train_bytes: 3000000}", "model.context=64"]
+
+
 def content(folder: Path) -> dict[str, str]:
     """Hash of every file below a shard folder."""
     files = (path for path in folder.rglob("*") if path.is_file())
@@ -49,8 +54,9 @@ def content(folder: Path) -> dict[str, str]:
 
 @pytest.mark.parametrize("packing", ["contiguous", "bestfit"])
 def test_the_same_bytes_for_any_number_of_processes(tmp_path: Path, packing: str):
-    said = shard(tmp_path, *settings("one", packing), "--workers", "1")
-    shard(tmp_path, *settings("three", packing), "--workers", "3")
+    """On 30 MB: several tasks, several shards."""
+    said = shard(tmp_path, *long_settings("one"), f"data.packing={packing}", "--workers", "1")
+    shard(tmp_path, *long_settings("three"), f"data.packing={packing}", "--workers", "3")
     assert content(tmp_path / "one") == content(tmp_path / "three")
     assert "tiktoken (ids proven equal)" in said
     assert "fingerprint" in said
@@ -69,22 +75,38 @@ def test_finished_shards_are_found_and_kept_unless_forced(tmp_path: Path):
     assert "packing: shards have contiguous, the configuration bestfit" in said
 
 
-@pytest.mark.parametrize("seed", [0, 1])
-def test_a_killed_build_goes_on_and_gives_the_same_bytes(tmp_path: Path, seed: int):
-    words = [*settings("s"), "--workers", "2"]
-    shard(tmp_path, *settings("undisturbed"), "--workers", "2")
-    draw = random.Random(seed)
-    for _ in range(3):
-        process = subprocess.Popen(
-            [sys.executable, "-m", "launcher", "shard", *words],
-            cwd=tmp_path, env=environment(), start_new_session=True, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
-        deadline = time.monotonic() + 60
-        while not (tmp_path / "s/.work").exists() and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.01)
-        time.sleep(draw.uniform(0, 1.5))
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+def start(folder: Path, *words: str) -> "subprocess.Popen[str]":
+    """A build in a process group of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "launcher", "shard", *words],
+        cwd=folder, env=environment(), start_new_session=True, text=True, stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+
+def wait_for(path: Path, process: "subprocess.Popen[str]") -> None:
+    deadline = time.monotonic() + 60
+    while not path.exists():
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def test_a_killed_build_goes_on_and_gives_the_same_bytes(tmp_path: Path):
+    words = [*long_settings("s"), "--workers", "2"]
+    shard(tmp_path, *long_settings("undisturbed"), "--workers", "2")
+    draw, kills = random.Random(0), 0
+    for _ in range(4):
+        process = start(tmp_path, *words)
+        wait_for(tmp_path / "s/.work/tokenizer-done", process)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(draw.uniform(0.3, 2.0))
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            kills += 1
+        process.communicate()
+        if (tmp_path / "s/manifest.json").exists():
+            break
+    assert kills
     shard(tmp_path, *words)
     assert content(tmp_path / "s") == content(tmp_path / "undisturbed")
 
@@ -105,21 +127,15 @@ def test_a_changed_source_is_not_mixed_with_work_on_the_old_one(tmp_path: Path):
 
 
 def test_ctrl_c_keeps_what_is_finished(tmp_path: Path):
-    process = subprocess.Popen(
-        [sys.executable, "-m", "launcher", "shard", *settings("s"), "--workers", "2"],
-        cwd=tmp_path, env=environment(), start_new_session=True, text=True, stderr=subprocess.PIPE,
-    )  # fmt: skip
-    deadline = time.monotonic() + 60
-    while not (tmp_path / "s/.work").exists():
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    process = start(tmp_path, *long_settings("s"), "--workers", "2")
+    wait_for(tmp_path / "s/.work/tokens-000000.npz", process)
     os.killpg(process.pid, signal.SIGINT)
     _, said = process.communicate(timeout=60)
-    assert process.returncode == 130
+    assert process.returncode == 130, said
     assert "the same command goes on from there" in said
     assert "Traceback" not in said
     assert not (tmp_path / "s/manifest.json").exists()
+    assert list((tmp_path / "s/.work").glob("tokens-*.npz"))
 
 
 @pytest.mark.parametrize(
@@ -166,19 +182,15 @@ def test_help_teaches_and_loads_nothing_heavy():
 
 
 def test_workers_do_not_outlive_a_killed_build(tmp_path: Path):
-    process = subprocess.Popen(
-        [sys.executable, "-m", "launcher", "shard", *settings("s"), "--workers", "2"],
-        cwd=tmp_path, env=environment(), stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    deadline = time.monotonic() + 60
-    children: list[psutil.Process] = []
-    while not children and time.monotonic() < deadline:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            found = psutil.Process(process.pid).children()
-            children = [child for child in found if "spawn_main" in " ".join(child.cmdline())]
-        time.sleep(0.01)
-    assert children
+    process = start(tmp_path, *long_settings("s"), "--workers", "2")
+    wait_for(tmp_path / "s/.work/tokenizer-done", process)
+    deadline = time.monotonic() + 30
+    workers: list[psutil.Process] = []
+    while not workers:
+        assert time.monotonic() < deadline
+        children = psutil.Process(process.pid).children()
+        workers = [child for child in children if "spawn_main" in " ".join(child.cmdline())]
     process.kill()
     process.wait()
-    _, alive = psutil.wait_procs(children, timeout=30)
+    _, alive = psutil.wait_procs(workers, timeout=30)
     assert not alive

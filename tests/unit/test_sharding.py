@@ -288,10 +288,11 @@ def test_special_token_text_in_a_document_stays_text(gpt2_encoders):
 def test_a_tokenizer_of_another_shape_stays_on_tokenizers(tmp_path: Path):
     tokenize.prepare(schema.DataSection(), tmp_path, ["some text to train on"])
     spec = json.loads((tmp_path / "tokenizer.json").read_text())
-    spec["normalizer"] = {"type": "NFC"}
-    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
-    assert not tokenize.Encoder(tmp_path, fast=True).is_fast
-    assert not tokenize.same_ids(tmp_path, [])
+    added = {**spec["added_tokens"][0], "id": 9999, "content": "RARE", "special": False}
+    for change in ({"normalizer": {"type": "NFC"}}, {"added_tokens": [*spec["added_tokens"], added]}):
+        (tmp_path / "tokenizer.json").write_text(json.dumps({**spec, **change}))
+        assert not tokenize.Encoder(tmp_path, fast=True).is_fast
+        assert not tokenize.same_ids(tmp_path, [])
 
 
 def test_different_ids_are_found_by_the_proof(tmp_path: Path):
