@@ -35,7 +35,7 @@ from llmtrain.shards import ShardFolder, ShardManifest, SplitInfo, SplitName, To
 _SHARD_BYTES = 64_000_000
 _SLICE = 16_384
 """Characters; what is taken into the sample that a tokenizer is trained on, or left out of it, as one."""
-_PROOF_TASKS, _PROOF_TEXTS = 8, 16
+_PROOF_TASKS, _PROOF_TEXTS, _PROOF_CHARACTERS = 8, 8, 8192
 
 
 @dataclass(frozen=True)
@@ -183,7 +183,7 @@ def _proof_texts(
     step = max(1, len(todo) // _PROOF_TASKS)
     for start, task in zip(starts[::step], todo[::step], strict=True):
         pieces = tasks.read_pieces(config.data.sources, task, config.data.split, start, bounds, Counter())
-        yield from (piece.text for piece in itertools.islice(pieces, _PROOF_TEXTS))
+        yield from (piece.text[:_PROOF_CHARACTERS] for piece in itertools.islice(pieces, _PROOF_TEXTS))
 
 
 def _pack(
