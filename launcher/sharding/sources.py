@@ -91,7 +91,10 @@ def read_documents(source: schema.Source, unit: Unit, skipped: Counter[str]) -> 
 def _stdlib_files() -> list[Path]:
     root = Path(sysconfig.get_paths()["stdlib"])
     foreign = {"site-packages", "dist-packages", "__pycache__"}
-    found = (path for path in root.rglob("*.py") if not foreign & set(path.relative_to(root).parts))
+    found: list[Path] = []
+    for folder, subfolders, names in os.walk(root):
+        subfolders[:] = [name for name in subfolders if name not in foreign]  # do not even look into them
+        found += [Path(folder, name) for name in names if name.endswith(".py")]
     return sorted(found, key=lambda path: path.relative_to(root).as_posix())
 
 
