@@ -158,21 +158,23 @@ def _training_texts(
     size_bytes: int,
     progress: ShardProgress,
 ) -> Iterator[str]:
-    """Text of the training split, about `train_bytes` of it, taken evenly: by its hash."""
+    """Text of the training split, at most `train_bytes` of it, taken evenly from the whole.
+
+    In slices, so that one long document is neither all of the sample nor none of it.
+    """
     chosen = config.data.tokenizer
-    share = min(1.0, chosen.train_bytes / max(1, size_bytes)) if chosen.kind == "train" else 1.0
+    left = chosen.train_bytes if chosen.kind == "train" else 0
+    share = min(1.0, left / max(1, size_bytes))
+    width, owed = max(256, min(_SLICE, left // 8)), 0.0
     for start, task in zip(starts, todo, strict=True):
         for piece in tasks.read_pieces(config.data.sources, task, config.data.split, start, bounds, Counter()):
-            if piece.split != "train":
-                continue
-            # Long documents in slices, so that one of them is neither all of the sample nor none of it.
-            for first in range(0, len(piece.text), _SLICE):
-                text = piece.text[first : first + _SLICE]
-                encoded = text.encode()
-                # Salted, so that it is independent of the hash that splits documents.
-                fraction = int.from_bytes(hashlib.sha256(b"tokenizer" + encoded).digest()[:8], "big") / 2**64
-                if fraction < share or share == 1.0:
-                    progress.advance(len(encoded))
+            for first in range(0, len(piece.text) if piece.split == "train" else 0, width):
+                text = piece.text[first : first + width]
+                size = len(text.encode())
+                owed += size * share
+                if owed >= size / 2 and size <= left:
+                    owed, left = owed - size, left - size
+                    progress.advance(size)
                     yield text
 
 

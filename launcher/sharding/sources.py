@@ -238,7 +238,9 @@ def _read_csv(path: str, field: str) -> Iterator[str]:
             for record in reader:
                 if None in record:  # an unquoted comma in the text would cut it off in silence
                     raise SourceError(f"{path}:{reader.line_num}: more fields than the header has; quote the text")
-                yield record[field] or ""
+                if record[field] is None:
+                    raise SourceError(f"{path}:{reader.line_num}: the row ends before its '{field}'")
+                yield record[field]
         except csv.Error as error:
             raise SourceError(f"{path}:{reader.line_num}: not CSV: {error}") from None
         except UnicodeDecodeError:

@@ -107,7 +107,8 @@ def tokenise(job: TokeniseJob) -> int:
 
     The file holds, per split, `tokens`, `lens` (tokens per document, end-of-text included) and `bytes`.
     """
-    encoder = _encoders.setdefault((job.tokenizer, job.fast), Encoder(job.tokenizer, job.fast))
+    key = (job.tokenizer, job.fast)
+    encoder = _encoders.get(key) or _encoders.setdefault(key, Encoder(*key))
     skipped: Counter[str] = Counter()
     dtype = token_dtype(encoder.vocab_size)
     end = np.array([encoder.eos_id], np.uint32)

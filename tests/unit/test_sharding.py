@@ -331,7 +331,7 @@ def test_every_recipe_has_a_folder_of_its_own():
 def test_a_long_document_gives_a_sample_to_train_the_tokenizer_on(tmp_path: Path):
     (tmp_path / "a.txt").write_text("".join(p.read_text() for p in python_sources(12)))
     source = f"{{kind: text, paths: ['{tmp_path}/a.txt']}}"
-    config = configure(tmp_path, source, "data.tokenizer={vocab_size: 500, train_bytes: 60000}")
+    config = configure(tmp_path, source, "data.tokenizer={vocab_size: 500, train_bytes: 30000}")
     assert build(config, workers=1).folder.manifest.tokenizer.vocab_size == 500
 
 
