@@ -29,6 +29,9 @@ def run_until_killed(workplace: Workplace, name: str, ranks: int, draw: random.R
             break
         time.sleep(0.002)
     time.sleep(draw.uniform(0, 0.15))
+    if draw.random() < 0.5:  # half of them inside a save: a save of so small a model is over in milliseconds
+        while process.poll() is None and not any((workplace.run_folder(name) / "checkpoints").glob(".writing-*")):
+            pass
     killed = process.poll() is None
     if killed:
         os.killpg(process.pid, signal.SIGKILL)
