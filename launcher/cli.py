@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from llmtrain.errors import UserError, exit_with_code
+from llmtrain.errors import exit_with_code
 
 app = typer.Typer(
     name="llmtrain",
@@ -44,6 +44,7 @@ def shard(
     with exit_with_code():
         from launcher.sharding.build import build
         from llmtrain.config import load_config
+        from llmtrain.config.load import split_settings
 
         file, overrides = split_settings(settings or [])
         config, _ = load_config(file, overrides)
@@ -105,11 +106,3 @@ def generate(
     sys.stdout.flush()
     # A process of the core's: this package does not import torch.
     os.execv(sys.executable, [sys.executable, "-m", "llmtrain.generate", *given, "--", str(checkpoint)])
-
-
-def split_settings(words: list[str]) -> tuple[str | None, list[str]]:
-    """The configuration file, if one is named, and the overrides."""
-    files = [word for word in words if "=" not in word]
-    if len(files) > 1:
-        raise UserError(f"one configuration file at most, not {' and '.join(files)}")
-    return (files[0] if files else None), [word for word in words if "=" in word]

@@ -26,13 +26,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("settings", nargs="*", metavar="CONFIG | section.key=value")
     words: list[str] = parser.parse_args(arguments).settings
-    files = [word for word in words if "=" not in word]
-    if len(files) > 1:
-        parser.error(f"one configuration file at most, not {' and '.join(files)}")
     with exit_with_code():
+        from llmtrain.config.load import split_settings
+
+        file, overrides = split_settings(words)
         from llmtrain.assemble import run  # imports torch: not before --help and argument errors
 
-        sys.exit(run(files[0] if files else None, [word for word in words if "=" in word]))
+        sys.exit(run(file, overrides))
 
 
 if __name__ == "__main__":

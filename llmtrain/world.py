@@ -96,11 +96,6 @@ class World:
             dist.all_reduce(values, group=self._control)
         return values
 
-    def barrier(self) -> None:
-        """Collective (control group)."""
-        if self.size > 1:
-            dist.barrier(group=self._control)
-
     def close(self) -> None:
         if dist.is_initialized():
             dist.destroy_process_group()

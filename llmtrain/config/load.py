@@ -42,6 +42,18 @@ class Origins:
         return f"{dotted}={_show(value)} ({self.places.get(path, 'default')})"
 
 
+def split_settings(words: Sequence[str]) -> tuple[str | None, list[str]]:
+    """A command line's configuration file, if one is named, and its overrides.
+
+    Raises:
+        ConfigError: it names several files.
+    """
+    files = [word for word in words if "=" not in word]
+    if len(files) > 1:
+        raise ConfigError([f"one configuration file at most, not {' and '.join(files)}"])
+    return (files[0] if files else None), [word for word in words if "=" in word]
+
+
 def load_config(file: str | Path | None, overrides: Sequence[str] = ()) -> tuple[RunConfig, Origins]:
     """The configuration of `file` (None: all defaults) with `section.key=value` overrides applied.
 

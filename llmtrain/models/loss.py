@@ -11,7 +11,6 @@ GPU kernel). On CPUs this is also the fast path: docs/log.md has the figures for
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -76,8 +75,3 @@ def _chunks(
             part = gradient.t() @ rows
             grad_weight = part.to(weight.dtype) if grad_weight is None else grad_weight.add_(part)
     return loss, grad_hidden, grad_weight
-
-
-def reference_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, ignore: int) -> Tensor:
-    """The same sum by the textbook, with all logits in memory; for tests and benchmarks."""
-    return F.cross_entropy((hidden @ weight.t()).float(), targets, ignore_index=ignore, reduction="sum")

@@ -64,8 +64,10 @@ class DDPStrategy:
         return loss.detach()
 
     def update(self, lr: float) -> Tensor:
-        limit = float("inf") if self._clip_norm is None else self._clip_norm
-        norm = nn.utils.clip_grad_norm_(self._named.values(), limit)
+        if self._clip_norm is None:  # the norm alone: clipping to infinity would write every gradient once more
+            norm = nn.utils.get_total_norm([p.grad for p in self._named.values() if p.grad is not None])
+        else:
+            norm = nn.utils.clip_grad_norm_(self._named.values(), self._clip_norm)
         for group in self._optimizer.param_groups:
             group["lr"] = lr
         self._optimizer.step()
