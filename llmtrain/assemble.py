@@ -1,6 +1,7 @@
 """Puts a run together: configuration -> parts -> `trainer.train`. The only module that knows all others."""
 
 import contextlib
+import json
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import IO, Any
 
 from tokenizers import Tokenizer
 
-from llmtrain import checkpoint, log, manifest, recipe, shards, summary
+from llmtrain import checkpoint, files, log, manifest, recipe, shards, summary
 from llmtrain.batches import BatchPlan, plan_batches
 from llmtrain.config import RunConfig, load_config, resolved_yaml
 from llmtrain.config.load import Origins
@@ -22,9 +23,10 @@ from llmtrain.models import GPT, TextGenerator, build_model
 from llmtrain.prepare import prepare_run, prepare_shards
 from llmtrain.progress import Progress
 from llmtrain.rundir import RunDir
+from llmtrain.saver import Saver
 from llmtrain.shards import ShardFolder
 from llmtrain.stop import StopFlag
-from llmtrain.strategies import Strategy, build_strategy
+from llmtrain.strategies import Strategy, build_strategy, deepspeed_config
 from llmtrain.tensorboard import TensorBoard
 from llmtrain.trainer import Parts, train
 from llmtrain.world import World, find_world, rank_from_environment
@@ -44,15 +46,18 @@ def run(file: str | None, overrides: list[str]) -> int:
         prepared = world.rank0_first("prepare", lambda: prepare(config, origins, world, run_dir, locks))
         stop = StopFlag()
         stop.listen()
-        world.start_groups(config.strategy.timeout_s)
-        parts, state = build(config, origins, world, run_dir, stop, prepared)
-        try:
-            with said_once(rank):
+        world.start_groups(config.strategy.timeout_s, even_alone=config.strategy.kind == "zero2")
+        with said_once(rank):
+            parts, state = build(config, origins, world, run_dir, stop, prepared)
+            try:
                 state = train(parts, state)
-        finally:
-            parts.meter.close()
+            except NotFinite:
+                parts.saver.wait()  # what is being written is of an earlier, finite step
+                raise
+            finally:
+                parts.meter.close()
         if world.is_main:
-            finish(parts, state)
+            finish(parts, run_dir, state)
         return 0 if state.step >= parts.plan.total_steps else EXIT_REQUEUE
     finally:
         world.close()
@@ -94,7 +99,8 @@ def build(
     data = shards.open_folder(recipe.shard_folder(config), "size")  # rank 0 has verified every byte
     training = data.split("train")
     plan = plan_batches(config, origins, world.size, training.num_rows)
-    model = build_model(config.model, data.manifest.tokenizer.vocab_size, config.run.seed)
+    vocab_size = data.manifest.tokenizer.vocab_size
+    model = build_model(config.model, vocab_size, config.run.seed, config.train.activation_checkpointing)
     state, resume_step = TrainState(), prepared["resume_step"]
     if resume_step is not None:
         state = manifest.read(run_dir.checkpoint(resume_step)).train_state
@@ -103,6 +109,8 @@ def build(
     if resume_step is not None:
         checkpoint.load(run_dir.checkpoint(resume_step), strategy)
     if world.is_main:
+        if config.strategy.kind == "zero2":
+            files.write_atomic(run_dir.deepspeed, json.dumps(deepspeed_config(config), indent=2) + "\n")
         announce(config, world, data, plan, model, state)
     meter = Meter(
         run_dir,
@@ -119,7 +127,6 @@ def build(
         config=config,
         plan=plan,
         world=world,
-        run=run_dir,
         strategy=strategy,
         loader=Loader(training, plan, config.run.seed, world.rank, world.size, world.device, isolate),
         meter=meter,
@@ -128,7 +135,7 @@ def build(
         fingerprint=prepared["fingerprint"],
         evaluate=make_evaluate(config, data, plan, strategy, world),
         write_sample=make_sampler(config, data, model, meter),
-        write_model=make_model_writer(data, model),
+        saver=Saver(run_dir, world, strategy, make_model_writer(data, model), config.checkpoint),
     )
     return parts, state
 
@@ -140,6 +147,7 @@ def announce(
     split, ranks = data.manifest.splits["train"], "1 rank" if world.size == 1 else f"{world.size} ranks"
     log.info(
         f"run        {config.run.name} in {config.run.dir}/, {ranks} on {world.device.type}, {config.train.precision}"
+        + (", ZeRO-2" if config.strategy.kind == "zero2" else "")
     )
     log.info(f"data       {split.rows:,} rows, {split.tokens:,} tokens in {data.path} ({data.fingerprint[:12]})")
     log.info(
@@ -231,12 +239,12 @@ def make_model_writer(data: ShardFolder, model: GPT) -> checkpoint.ModelWriter:
     return write_model
 
 
-def finish(parts: Parts, state: TrainState) -> None:
+def finish(parts: Parts, run_dir: RunDir, state: TrainState) -> None:
     """On rank 0: say how it ended."""
     if state.step < parts.plan.total_steps:
         reason = parts.stop.signal_name or "another rank's signal"
         log.info(f"stopped by {reason} at step {state.step:,}, saved; the same command goes on from there")
         return
-    result = summary.write(parts.run)
+    result = summary.write(run_dir)
     if result is not None:
-        print("\n" + summary.describe(parts.run, result), flush=True)  # noqa: T201  the run's result
+        print("\n" + summary.describe(run_dir, result), flush=True)  # noqa: T201  the run's result

@@ -1,8 +1,10 @@
 """Checkpoints: written aside, hashed, synced, renamed; found again, verified, pruned.
 
     step-00000100/model/       weights and tokenizer, as transformers loads them
-    step-00000100/state/       optimizer.safetensors
+    step-00000100/state/       optimizer-RANK-of-RANKS.safetensors, each rank's share (fragments.py)
     step-00000100/manifest.json
+
+`saver.py` says when these functions run, and on which rank.
 
 Nothing random is saved: dropout's generator is seeded from (seed, step, rank) at every step
 (`trainer.seed_step`), and the schedule is a pure function of the step.
@@ -12,61 +14,56 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from llmtrain import files, log, manifest
+from llmtrain import files, fragments, log, manifest
 from llmtrain.config.schema import CheckpointSection
-from llmtrain.errors import CheckpointError, DiskFull, disk_errors
-from llmtrain.manifest import Manifest
+from llmtrain.errors import CheckpointError, DiskFull
+from llmtrain.fragments import Fragment, FragmentReader
+from llmtrain.manifest import FileInfo, Manifest
 from llmtrain.rundir import RunDir
 from llmtrain.strategies.interface import Strategy
 
-_OPTIMIZER = "optimizer.safetensors"
 _ASIDE = ".writing-"
 _DOOMED = ".deleting-"
 
 ModelWriter = Callable[[Path, dict[str, Tensor]], None]
 
 
-def save(run: RunDir, strategy: Strategy, write_model: ModelWriter, described: Manifest) -> Path:
-    """Write the checkpoint of `described.train_state.step`; it appears under its name when it is whole.
+def aside(run: RunDir, step: int) -> Path:
+    """The folder in which the checkpoint of a step is written before it is renamed."""
+    return run.checkpoints / f"{_ASIDE}{run.checkpoint(step).name}"
 
-    Raises:
-        DiskFull: there is no room; nothing is left behind, earlier checkpoints are untouched.
-    """
-    final = run.checkpoint(described.train_state.step)
-    aside = run.checkpoints / f"{_ASIDE}{final.name}"
-    if final.exists():  # a resumed run may save the same step once more
-        return final
-    shutil.rmtree(aside, ignore_errors=True)
-    try:
-        with disk_errors(f"checkpoint {final.name}", run.checkpoints):
-            weights, state = strategy.weights(), strategy.save_state()
-            _check_room(run, weights, state)
-            (aside / "model").mkdir(parents=True)
-            (aside / "state").mkdir()
-            write_model(aside / "model", weights)
-            save_file(state, aside / "state" / _OPTIMIZER)
-            whole = described.model_copy(update={"files": manifest.describe_files(aside)})
-            manifest.write(aside, whole)
-            for folder in (aside / "model", aside / "state", aside):
-                files.sync(folder)
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
-    aside.rename(final)
+
+def write_model(folder: Path, weights: dict[str, Tensor], write: ModelWriter) -> dict[str, FileInfo]:
+    """Write `model/`; returns its files, synced to disk."""
+    (folder / "model").mkdir(parents=True, exist_ok=True)
+    write(folder / "model", weights)
+    return _synced(folder, sorted((folder / "model").iterdir()))
+
+
+def write_share(folder: Path, share: list[Fragment], rank: int, size: int) -> dict[str, FileInfo]:
+    """Write one rank's file in `state/`; returns it, synced to disk. Ranks write at the same time."""
+    path = folder / "state" / fragments.file_name(rank, size)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fragments.write(path, share)
+    return _synced(folder, [path])
+
+
+def publish(run: RunDir, folder: Path, whole: Manifest) -> Path:
+    """Finish what all ranks have written: manifest last, then one rename."""
+    manifest.write(folder, whole)
+    for written in (folder / "model", folder / "state", folder):
+        files.sync(written)
+    final = run.checkpoint(whole.train_state.step)
+    folder.rename(final)
     files.sync(run.checkpoints)
     return final
 
 
 def load(folder: Path, strategy: Strategy) -> None:
     """Give the saved optimizer state to `strategy`. The weights are loaded by the model, before."""
-    path = folder / "state" / _OPTIMIZER
-    try:
-        strategy.load_state(load_file(path))
-    except CheckpointError as error:
-        raise CheckpointError(f"{path}: {error}") from None
+    strategy.load_state(FragmentReader(folder / "state"))
 
 
 def newest_whole(run: RunDir) -> int | None:
@@ -129,8 +126,12 @@ def prune(run: RunDir, heldout: dict[int, float], rule: CheckpointSection) -> No
         shutil.rmtree(doomed)
 
 
-def _check_room(run: RunDir, weights: dict[str, Tensor], state: dict[str, Tensor]) -> None:
-    needed = sum(t.numel() * t.element_size() for t in (*weights.values(), *state.values()))
+def check_room(run: RunDir, needed: int) -> None:
+    """Before anything is written.
+
+    Raises:
+        DiskFull: fewer than `needed` bytes are free.
+    """
     free = shutil.disk_usage(run.checkpoints).free
     if needed > free:
         raise DiskFull(
@@ -138,3 +139,9 @@ def _check_room(run: RunDir, weights: dict[str, Tensor], state: dict[str, Tensor
             "free some space or keep fewer (checkpoint.keep_last, checkpoint.keep_best), then run the same "
             "command again: it goes on from the last checkpoint"
         )
+
+
+def _synced(folder: Path, paths: list[Path]) -> dict[str, FileInfo]:
+    for path in paths:
+        files.sync(path)
+    return manifest.describe_files(folder, paths)

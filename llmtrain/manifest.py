@@ -57,14 +57,12 @@ def write(folder: Path, manifest: Manifest) -> None:
     files.write_atomic(folder / NAME, _render(manifest))
 
 
-def describe_files(folder: Path) -> dict[str, FileInfo]:
-    """Size and hash of every file below `folder`, by relative path; each synced to disk."""
-    result = {}
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        files.sync(path)
-        info = FileInfo(size_bytes=path.stat().st_size, sha256=files.sha256(path))
-        result[path.relative_to(folder).as_posix()] = info
-    return result
+def describe_files(folder: Path, paths: list[Path]) -> dict[str, FileInfo]:
+    """Size and hash of files below `folder`, by relative path."""
+    return {
+        path.relative_to(folder).as_posix(): FileInfo(size_bytes=path.stat().st_size, sha256=files.sha256(path))
+        for path in paths
+    }
 
 
 def read(folder: Path) -> Manifest:

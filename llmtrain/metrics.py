@@ -141,6 +141,11 @@ class Meter:
         if self._tensorboard is not None:
             self._tensorboard.scalars(state.step, {f"heldout/{name}": value for name, value in record.items()})
 
+    def save_waited(self, state: TrainState, seconds: float) -> None:
+        """Note how long training stood still for a checkpoint."""
+        if self._tensorboard is not None:
+            self._tensorboard.scalars(state.step, {"speed/save_wait_s": seconds})
+
     def sample(self, state: TrainState, prompt: str, text: str) -> None:
         """Write a generated text. It came out of a model, so it is shown as quoted code."""
         rundir.append_jsonl(self._run.samples, [{"step": state.step, "prompt": prompt, "text": text}])

@@ -8,6 +8,11 @@ from torch import nn
 
 from llmtrain.config.schema import OptimSection
 
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""AdamW's state, one element per element of a parameter; the names of the files too."""
+STEPS = "step"
+"""How many steps AdamW has taken: one number."""
+
 
 def build_optimizer(named_parameters: Iterable[tuple[str, nn.Parameter]], config: OptimSection) -> torch.optim.AdamW:
     """Fused AdamW (Loshchilov and Hutter 2019); weight decay on matrices alone, unless `decay: all`."""

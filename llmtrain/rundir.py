@@ -2,6 +2,7 @@
 
 DIR/NAME/
     config.yaml             the resolved configuration
+    deepspeed.json          what DeepSpeed is told (strategy.kind=zero2)
     checkpoints/step-00000100/   model/ state/ manifest.json
     metrics.jsonl           one line per optimizer step: the truth that TensorBoard is a view of
     heldout.jsonl           one line per evaluation
@@ -34,6 +35,10 @@ class RunDir:
     @property
     def config(self) -> Path:
         return self.path / "config.yaml"
+
+    @property
+    def deepspeed(self) -> Path:
+        return self.path / "deepspeed.json"
 
     @property
     def checkpoints(self) -> Path:
@@ -128,3 +133,8 @@ def rewind_jsonl(path: Path, last_step: int) -> None:
     if path.exists():
         kept = [record for record in read_jsonl(path) if record["step"] <= last_step]
         files.write_atomic(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept))
+
+
+def heldout_losses(run: RunDir) -> dict[int, float]:
+    """Held-out loss by step, from the ledger."""
+    return {record["step"]: record["loss"] for record in read_jsonl(run.heldout)}

@@ -3,11 +3,9 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
-from llmtrain import checkpoint, log, rundir
 from llmtrain.batches import BatchPlan
 from llmtrain.config.schema import RunConfig
 from llmtrain.data import Loader
@@ -15,7 +13,7 @@ from llmtrain.errors import NotFinite
 from llmtrain.manifest import Manifest, TrainState
 from llmtrain.metrics import Meter
 from llmtrain.optim import learning_rate
-from llmtrain.rundir import RunDir
+from llmtrain.saver import Saver
 from llmtrain.stop import StopFlag
 from llmtrain.strategies.interface import Strategy
 from llmtrain.world import World
@@ -28,7 +26,6 @@ class Parts:
     config: RunConfig
     plan: BatchPlan
     world: World
-    run: RunDir
     strategy: Strategy
     loader: Loader
     meter: Meter
@@ -39,7 +36,7 @@ class Parts:
     """Collective. Scores of the held-out split, by name; "loss" is what choosing goes by."""
     write_sample: Callable[[TrainState], None]
     """Generate text and write it down (rank 0)."""
-    write_model: checkpoint.ModelWriter
+    saver: Saver
 
 
 def train(parts: Parts, state: TrainState) -> TrainState:
@@ -49,7 +46,8 @@ def train(parts: Parts, state: TrainState) -> TrainState:
     configuration, on the step, or on a sum over all ranks.
 
     Raises:
-        NotFinite, DiskFull: nothing was published since the last good checkpoint.
+        NotFinite: nothing was published since the last good checkpoint.
+        DiskFull, SaveFailed: a checkpoint could not be written; the earlier ones are untouched.
     """
     config, strategy, meter = parts.config, parts.strategy, parts.meter
     if state.step == 0 and 0 in config.evaluate.also_at:
@@ -57,7 +55,11 @@ def train(parts: Parts, state: TrainState) -> TrainState:
         meter.restart_clock()
     for data in parts.loader.steps(state.samples, parts.plan.total_steps - state.step):
         # Collective (control group): host integers only, the GPU is not waited for.
-        targets, digest, stops = parts.world.sum_counts(data.num_targets, data.digest, int(parts.stop.requested))
+        targets, digest, stops, failures = parts.world.sum_counts(
+            data.num_targets, data.digest, int(parts.stop.requested), int(parts.saver.has_failed)
+        )
+        if failures:
+            parts.saver.wait()  # raises, on every rank
         seed_step(config.run.seed, state.step, parts.world.rank)
         lr = learning_rate(state.step, parts.plan.total_steps, config.optim)
         loss_sum = torch.zeros((), device=parts.world.device)
@@ -74,11 +76,12 @@ def train(parts: Parts, state: TrainState) -> TrainState:
         if due.sample and parts.world.is_main:
             parts.write_sample(state)
         if due.save:
-            save(parts, state, heldout)  # collective
+            save(parts, state, heldout)  # host sync: the copy; writing goes on beside the next steps
         if due.evaluate or due.save or due.sample:
             meter.restart_clock()
         if stops:
             break
+    parts.saver.wait()
     return state
 
 
@@ -140,30 +143,16 @@ def evaluate(parts: Parts, state: TrainState) -> dict[str, float]:
 
 
 def save(parts: Parts, state: TrainState, heldout_loss: float | None) -> None:
-    """Collective (rank 0 writes, the others wait). Save a checkpoint and delete what the rule does not keep."""
-
-    def write() -> None:
-        described = Manifest(
-            train_state=state,
-            seed=parts.config.run.seed,
-            num_rows=parts.rows_per_epoch,
-            global_batch_size=parts.plan.global_batch_size,
-            fingerprint=parts.fingerprint,
-            world_size=parts.world.size,
-            strategy=parts.config.strategy.kind,
-            heldout_loss=heldout_loss,
-            files={},
-        )
-        folder = checkpoint.save(parts.run, parts.strategy, parts.write_model, described)
-        checkpoint.prune(parts.run, heldout_losses(parts.run), parts.config.checkpoint)
-        score = "" if heldout_loss is None else f", held-out loss {heldout_loss:.4f}"
-        log.info(f"saved {folder.name}{score}")
-
-    # Polled, not a collective: writing may take longer than a collective may.
-    parts.world.rank0_first(f"save-{state.step}", write)
-
-
-def heldout_losses(run: RunDir) -> dict[int, float]:
-    """Held-out loss by step, from the ledger."""
-    records: list[dict[str, Any]] = rundir.read_jsonl(run.heldout)
-    return {record["step"]: record["loss"] for record in records}
+    """Begin a checkpoint; waits for the copy to host memory, and for the last checkpoint if it is still written."""
+    described = Manifest(
+        train_state=state,
+        seed=parts.config.run.seed,
+        num_rows=parts.rows_per_epoch,
+        global_batch_size=parts.plan.global_batch_size,
+        fingerprint=parts.fingerprint,
+        world_size=parts.world.size,
+        strategy=parts.config.strategy.kind,
+        heldout_loss=heldout_loss,
+        files={},
+    )
+    parts.meter.save_waited(state, parts.saver.save(described))

@@ -29,7 +29,7 @@ def rank_from_environment() -> int:
 
 @dataclass
 class World:
-    """One process among `size`. With size 1 nothing distributed is ever started."""
+    """One process among `size`. With size 1 no launcher is needed."""
 
     rank: int
     size: int
@@ -50,26 +50,25 @@ class World:
         """
         if self.size == 1:
             return work()
-        key = f"llmtrain/{name}"
-        store = self._connect()
         if self.is_main:
             try:
                 result = work()
             except UserError as error:
-                store.set(key, json.dumps({"exit_code": error.exit_code}))
+                self.post(name, {"exit_code": error.exit_code})
                 raise
-            store.set(key, json.dumps({"result": result}))
+            self.post(name, {"result": result})
             return result
-        while not store.check([key]):  # rank 0 died: the launcher ends us
-            time.sleep(_POLL_S)
-        answer = json.loads(store.get(key))
+        answer = self.wait_for(name)
         if "exit_code" in answer:
             raise SystemExit(answer["exit_code"])
         return answer["result"]
 
-    def start_groups(self, timeout_s: float) -> None:
-        """Collective. Start the process groups."""
+    def start_groups(self, timeout_s: float, even_alone: bool = False) -> None:
+        """Collective. Start the process groups; a single process needs one only if `even_alone`."""
         if self.size == 1:
+            if even_alone:
+                backend = "nccl" if self.device.type == "cuda" else "gloo"
+                dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
             return
         timeout = timedelta(seconds=timeout_s)
         dist.init_process_group(
@@ -95,6 +94,17 @@ class World:
         if self.size > 1:
             dist.all_reduce(values, group=self._control)
         return values
+
+    def post(self, name: str, message: dict[str, Any]) -> None:
+        """Leave a message for other ranks' `wait_for`. From any thread; not a collective. More than one rank only."""
+        self._connect().set(f"llmtrain/{name}", json.dumps(message))
+
+    def wait_for(self, name: str) -> dict[str, Any]:
+        """The message of that name, once it is there, however long that takes. From any thread."""
+        key, store = f"llmtrain/{name}", self._connect()
+        while not store.check([key]):  # a rank that died: the launcher ends us
+            time.sleep(_POLL_S)
+        return json.loads(store.get(key))
 
     def close(self) -> None:
         if dist.is_initialized():

@@ -230,6 +230,9 @@ class TrainSection(Section):
     """auto: a GPU if there is one, else Apple's MPS, else the CPU."""
     compile: Annotated[bool, Field(json_schema_extra=MAY_CHANGE)] = False
     """Compile the model with torch.compile: faster on GPUs after a minute of start-up."""
+    activation_checkpointing: Annotated[bool, Field(json_schema_extra=MAY_CHANGE)] = False
+    """Keep only each layer's input and compute the rest anew in the backward pass: a third more
+    arithmetic, a fraction of the memory, the same numbers."""
 
     @model_validator(mode="after")
     def _one_length(self) -> Self:
@@ -276,6 +279,9 @@ class CheckpointSection(Section):
     """and those with the lowest held-out loss,"""
     keep_every: Annotated[int | None, Field(ge=1)] = None
     """and every one whose step is a multiple of this. All others are deleted."""
+    background: bool = True
+    """Copy to host memory and go on training while a thread writes. false: no copy, training waits for
+    the disk."""
 
 
 class LogSection(Section):
@@ -285,10 +291,17 @@ class LogSection(Section):
 
 
 class StrategySection(Section):
-    kind: Literal["ddp"] = "ddp"
-    """How ranks share the work. ddp: every rank holds the model; gradients are averaged."""
+    kind: Literal["ddp", "zero2"] = "ddp"
+    """How ranks share the work. ddp: every rank holds the model and the optimizer's state. zero2: DeepSpeed's
+    ZeRO-2, every rank holds the model and its share of gradients and optimizer state; for models whose
+    optimizer state does not fit. A run can change between them when it is resumed."""
     bucket_mb: Annotated[float, Field(gt=0)] = 25.0
     """Gradients are reduced in buckets of this size while the backward pass goes on."""
+    overlap: bool = True
+    """zero2 only: reduce a bucket while the next one fills, which takes a second bucket of memory. ddp
+    always does."""
+    offload_optimizer: Literal["none", "cpu"] = "none"
+    """zero2 only. cpu: optimizer state and step in host memory; the GPU keeps weights and gradients."""
     timeout_s: Annotated[float, Field(gt=0)] = 1800.0
     """A collective that takes longer ends the run."""
 

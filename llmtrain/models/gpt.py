@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from llmtrain.config.schema import GPTModel
 from llmtrain.data import IGNORE
@@ -94,9 +95,10 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """`forward` returns the summed loss of a batch, `logits` what generation needs."""
 
-    def __init__(self, config: GPTModel, vocab_size: int, seed: int = 0):
+    def __init__(self, config: GPTModel, vocab_size: int, seed: int = 0, activation_checkpointing: bool = False):
         super().__init__()
         self.config, self.vocab_size = config, vocab_size
+        self.activation_checkpointing = activation_checkpointing
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.transformer = nn.ModuleDict(
@@ -176,8 +178,12 @@ class GPT(nn.Module):
             positions = torch.arange(first, first + input_ids.shape[1], device=input_ids.device)
         parts: Any = self.transformer
         x_BTD = parts["drop"](parts["wte"](input_ids) + parts["wpe"](positions))
+        recompute = self.activation_checkpointing and torch.is_grad_enabled()
         for layer, block in enumerate(parts["h"]):
-            x_BTD = block(x_BTD, mask, cache, layer)
+            if recompute:  # restores dropout's random numbers: the same loss and gradients, bit for bit
+                x_BTD = checkpoint(block, x_BTD, mask, cache, layer, use_reentrant=False)
+            else:
+                x_BTD = block(x_BTD, mask, cache, layer)
         return parts["ln_f"](x_BTD)
 
     def num_parameters(self) -> int:

@@ -5,9 +5,10 @@ from torch import nn
 from llmtrain.config.schema import RunConfig
 from llmtrain.strategies.ddp import DDPStrategy
 from llmtrain.strategies.interface import Strategy, Trainable
+from llmtrain.strategies.zero2 import ZeRO2Strategy, deepspeed_config
 from llmtrain.world import World
 
-__all__ = ["Strategy", "Trainable", "build_strategy"]
+__all__ = ["Strategy", "Trainable", "build_strategy", "deepspeed_config"]
 
 
 def build_strategy(config: RunConfig, model: nn.Module, world: World, bf16: bool) -> Strategy:
@@ -15,3 +16,5 @@ def build_strategy(config: RunConfig, model: nn.Module, world: World, bf16: bool
     match config.strategy.kind:
         case "ddp":
             return DDPStrategy(config, model, world, bf16)
+        case "zero2":
+            return ZeRO2Strategy(config, model, world, bf16)

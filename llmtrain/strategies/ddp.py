@@ -12,11 +12,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from llmtrain.config.schema import RunConfig
 from llmtrain.data import IGNORE, Batch
-from llmtrain.errors import CheckpointError
-from llmtrain.optim import build_optimizer
+from llmtrain.fragments import Fragment, FragmentReader, equal_share
+from llmtrain.optim import MOMENTS, STEPS, build_optimizer
 from llmtrain.world import World
-
-_STATE_KEYS = ("exp_avg", "exp_avg_sq", "step")
 
 
 class DDPStrategy:
@@ -81,27 +79,32 @@ class DDPStrategy:
         with self._autocast():
             return self._module(batch.input_ids, batch.targets, batch.doc_ids, batch.positions)
 
-    def save_state(self) -> dict[str, Tensor]:
-        return {
-            f"{key}/{name}": self._optimizer.state[parameter][key].detach().cpu()
+    def save_state(self) -> list[Fragment]:
+        moments = {
+            f"{kind}/{name}": self._optimizer.state[parameter][kind]
+            for kind in MOMENTS
             for name, parameter in self._named.items()
-            for key in _STATE_KEYS
-            if parameter in self._optimizer.state
+            if parameter.requires_grad
         }
+        share = list(equal_share(moments, self._world.rank, self._world.size))
+        if self._world.is_main:  # the same number for every parameter
+            steps = next(iter(self._optimizer.state.values()))["step"]
+            share.append(Fragment(STEPS, 0, steps.detach().reshape(1)))
+        return share
 
-    def load_state(self, state: dict[str, Tensor]) -> None:
+    def load_state(self, saved: FragmentReader) -> None:
+        steps = saved.read(STEPS, 0, 1)[0]
         for name, parameter in self._named.items():
-            try:
-                values = {key: state[f"{key}/{name}"] for key in _STATE_KEYS}
-            except KeyError as error:
-                raise CheckpointError(f"the optimizer state has no {error} for this model") from None
-            self._optimizer.state[parameter] = {
-                key: value.to(value.device if key == "step" and parameter.device.type == "cpu" else parameter.device)
-                for key, value in values.items()
-            }
+            if not parameter.requires_grad:
+                continue
+            state = self._optimizer.state[parameter]
+            for kind in MOMENTS:
+                values = saved.read(f"{kind}/{name}", 0, parameter.numel())
+                state[kind] = values.reshape(parameter.shape).to(parameter.device, copy=True)
+            state["step"] = steps.to(parameter.device, copy=True)
 
     def weights(self) -> dict[str, Tensor]:
-        return {name: parameter.detach().cpu() for name, parameter in self._named.items()}
+        return {name: parameter.detach() for name, parameter in self._named.items()}
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         if not self._bf16:

@@ -6,6 +6,7 @@ from typing import Protocol
 from torch import Tensor
 
 from llmtrain.data import Batch
+from llmtrain.fragments import Fragment, FragmentReader
 
 
 class Trainable(Protocol):
@@ -26,27 +27,33 @@ class Strategy(Protocol):
     def accumulate(self, batch: Batch, scale: float, last: bool) -> Tensor:
         """Add the gradient of `scale` x (loss summed over the batch and over all ranks).
 
-        Collective if `last`: then gradients are summed over the ranks.
+        Collective: if `last` under DDP, always under ZeRO-2. Gradients are summed over the ranks.
         Returns this rank's summed loss, detached, on the device.
         """
         ...
 
     def update(self, lr: float) -> Tensor:
-        """Clip, take the optimizer step, clear the gradients. Returns the gradient norm on the device."""
+        """Clip, take the optimizer step, clear the gradients. Returns the gradient norm on the device.
+
+        Collective under ZeRO-2.
+        """
         ...
 
     def loss(self, batch: Batch) -> Tensor:
         """Summed loss of a batch without gradients and without dropout, on the device."""
         ...
 
-    def save_state(self) -> dict[str, Tensor]:
-        """The optimizer's state on the CPU, keyed `exp_avg/PARAMETER` and so on."""
+    def save_state(self) -> list[Fragment]:
+        """This rank's share of the optimizer's state: views on it, valid until the next `update`.
+
+        The shares of all ranks together are the whole state, each element once.
+        """
         ...
 
-    def load_state(self, state: dict[str, Tensor]) -> None:
-        """Take over what `save_state` gave."""
+    def load_state(self, saved: FragmentReader) -> None:
+        """Take over the part of a saved state that this rank needs, whichever strategy wrote it."""
         ...
 
     def weights(self) -> dict[str, Tensor]:
-        """The parameters by name, fp32, on the CPU."""
+        """All parameters by name, fp32, on the device: views, valid until the next `update`."""
         ...

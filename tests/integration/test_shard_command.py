@@ -80,6 +80,8 @@ def start(folder: Path, *words: str) -> "subprocess.Popen[str]":
     return subprocess.Popen(
         [sys.executable, "-m", "launcher", "shard", *words],
         cwd=folder, env=environment(), start_new_session=True, text=True, stderr=subprocess.PIPE,
+        # A shell that starts the tests in the background makes them, and all that they start, ignore Ctrl-C.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # noqa: PLW1509
     )  # fmt: skip
 
 

@@ -135,13 +135,13 @@ def test_resume_must_find_something(workplace: Workplace):
 
 def test_a_corrupt_newest_checkpoint_is_named_and_the_one_before_used(workplace: Workplace, undisturbed: str):
     workplace.train("run.name=corrupt", "train.steps=24")
-    path = workplace.run_folder("corrupt") / "checkpoints/step-00000024/state/optimizer.safetensors"
+    path = workplace.run_folder("corrupt") / "checkpoints/step-00000024/state/optimizer-00000-of-00001.safetensors"
     content = bytearray(path.read_bytes())
     content[-5] ^= 1
     path.write_bytes(content)
     output = workplace.train("run.name=corrupt")
     assert "checkpoint step-00000024 rejected" in output
-    assert "optimizer.safetensors: altered" in output
+    assert "optimizer-00000-of-00001.safetensors: altered" in output
     assert "resuming   from step 20" in output
     assert workplace.weights("corrupt") == workplace.weights(undisturbed)
     assert (workplace.run_folder("corrupt") / "checkpoints/rejected-step-00000024").is_dir()

@@ -71,7 +71,7 @@ class Workplace:
         """The bytes of the newest checkpoint's weights and optimizer."""
         newest = max((self.run_folder(name) / "checkpoints").glob("step-*"))
         return b"".join(
-            (newest / file).read_bytes() for file in ("model/model.safetensors", "state/optimizer.safetensors")
+            path.read_bytes() for path in [newest / "model/model.safetensors", *sorted((newest / "state").iterdir())]
         )
 
 

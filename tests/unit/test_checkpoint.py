@@ -1,6 +1,7 @@
 """Checkpoints: whole or absent, every byte guarded, kept by a rule."""
 
 import shutil
+import threading
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,11 @@ from hypothesis import strategies as st
 from llmtrain import checkpoint, manifest
 from llmtrain.config.schema import CheckpointSection
 from llmtrain.errors import CheckpointError, DiskFull
+from llmtrain.fragments import Fragment, FragmentReader
 from llmtrain.manifest import Manifest, TrainState
 from llmtrain.rundir import RunDir
+from llmtrain.saver import Saver
+from llmtrain.world import World
 
 
 class FakeStrategy:
@@ -21,8 +25,8 @@ class FakeStrategy:
     def weights(self) -> dict[str, torch.Tensor]:
         return {"w": torch.arange(100.0)}
 
-    def save_state(self) -> dict[str, torch.Tensor]:
-        return {"exp_avg/w": torch.ones(100)}
+    def save_state(self) -> list[Fragment]:
+        return [Fragment("exp_avg/w", 0, torch.ones(100))]
 
 
 def write_model(folder: Path, weights: dict[str, torch.Tensor]) -> None:
@@ -38,16 +42,23 @@ def describe(step: int) -> Manifest:
     )  # fmt: skip
 
 
+def save(run: RunDir, step: int, write=write_model, rule: CheckpointSection | None = None) -> None:
+    world = World(0, 1, 0, torch.device("cpu"))
+    saver = Saver(run, world, FakeStrategy(), write, rule or CheckpointSection(keep_last=9))
+    saver.save(describe(step))
+    saver.wait()
+
+
 @pytest.fixture
 def run(tmp_path: Path) -> RunDir:
     run = RunDir(tmp_path / "run")
     run.create()
     for step in (5, 10):
-        checkpoint.save(run, FakeStrategy(), write_model, describe(step))
+        save(run, step)
     return run
 
 
-FILES = ["manifest.json", "model/config.json", "model/model.safetensors", "state/optimizer.safetensors"]
+FILES = ["manifest.json", "model/config.json", "model/model.safetensors", "state/optimizer-00000-of-00001.safetensors"]
 
 
 def test_a_checkpoint_lists_its_files_and_verifies(run: RunDir):
@@ -100,7 +111,7 @@ def test_a_failed_save_leaves_nothing(run: RunDir):
         raise OSError(28, "No space left on device")
 
     with pytest.raises(DiskFull, match="No space left on device"):
-        checkpoint.save(run, FakeStrategy(), broken, describe(15))
+        save(run, 15, broken)
     assert sorted(p.name for p in run.checkpoints.iterdir()) == ["step-00000005", "step-00000010"]
 
 
@@ -124,8 +135,46 @@ def test_the_rule_keeps_exactly_what_it_says(steps, scores, last, best, every):
         assert (step in kept) == wanted
 
 
+def test_what_is_saved_is_the_state_when_the_save_began(run: RunDir):
+    """Training goes on while a thread writes: the tensors change under it."""
+
+    class Training(FakeStrategy):
+        moment = torch.ones(100)
+
+        def save_state(self) -> list[Fragment]:
+            return [Fragment("exp_avg/w", 0, self.moment)]
+
+    writing, go_on = threading.Event(), threading.Event()
+
+    def slow(folder: Path, weights: dict[str, torch.Tensor]) -> None:
+        writing.set()
+        assert go_on.wait(10)
+        write_model(folder, weights)
+
+    strategy = Training()
+    saver = Saver(run, World(0, 1, 0, torch.device("cpu")), strategy, slow, CheckpointSection())
+    saver.save(describe(15))
+    assert writing.wait(10)
+    strategy.moment.zero_()
+    assert 15 not in run.checkpoint_steps()
+    go_on.set()
+    saver.wait()
+    saved = FragmentReader(manifest.verify(run.checkpoint(15)) and run.checkpoint(15) / "state")
+    assert saved.read("exp_avg/w", 0, 100).sum() == 100
+
+
+def test_a_failed_save_is_raised_by_the_next_one_too(run: RunDir):
+    def broken(folder: Path, weights: dict[str, torch.Tensor]) -> None:
+        raise OSError(28, "No space left on device")
+
+    saver = Saver(run, World(0, 1, 0, torch.device("cpu")), FakeStrategy(), broken, CheckpointSection())
+    saver.save(describe(15))
+    with pytest.raises(DiskFull):
+        saver.save(describe(20))
+
+
 def test_pruning_deletes_the_others(run: RunDir):
     for step in (15, 20):
-        checkpoint.save(run, FakeStrategy(), write_model, describe(step))
+        save(run, step)
     checkpoint.prune(run, {5: 0.5, 10: 2.0, 15: 1.0, 20: 3.0}, CheckpointSection(keep_last=1, keep_best=1))
     assert sorted(p.name for p in run.checkpoints.iterdir()) == ["step-00000005", "step-00000020"]

@@ -19,7 +19,7 @@ PARTS = ["models", "data", "optim", "metrics", "evaluate", "hardware", "progress
 AMONG_PARTS = {
     "models": {"data"}, "evaluate": {"data"}, "metrics": {"hardware", "progress", "tensorboard"},
 }  # fmt: skip
-ASSEMBLY = ["strategies", "checkpoint", "prepare"]
+ASSEMBLY = ["fragments", "strategies", "checkpoint", "saver", "prepare"]
 
 
 def modules(package: str) -> dict[str, Path]:
@@ -63,7 +63,7 @@ def test_core_modules_import_only_what_their_layer_may(name: str):
     elif layer in PARTS:
         allowed = {*CONTRACTS, *PROCESS, *AMONG_PARTS.get(layer, set())}
     elif layer in ASSEMBLY:
-        allowed = {*CONTRACTS, *PROCESS, "optim", "data", "strategies", "checkpoint"}
+        allowed = {*CONTRACTS, *PROCESS, "optim", "data", *ASSEMBLY}
     elif layer == "trainer":
         allowed = {*CONTRACTS, *PROCESS, *PARTS, *ASSEMBLY} - {"models"}
     elif layer in ("assemble", "__main__", "generate", "allocator"):

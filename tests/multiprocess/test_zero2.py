@@ -1,0 +1,114 @@
+"""ZeRO-2 against DDP: the same numbers, state that any of them reads, less memory, no compiler."""
+
+import random
+import shutil
+
+import pytest
+
+from tests.support.runs import Workplace, environment, make_workplace
+
+ZERO2 = "strategy.kind=zero2"
+KINDS = ["ddp", "zero2"]
+RANKS = [1, 2, 4]
+CELLS = [(a, m, b, n) for a in KINDS for m in RANKS for b in KINDS for n in RANKS]
+DIAGONAL = [cell for cell in CELLS if cell[:2] == cell[2:]]
+CROSSINGS = [cell for cell in CELLS if cell not in DIAGONAL]
+DRAW = random.Random(3).sample(CROSSINGS, 5)
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
+    """No dropout: the losses of different numbers of ranks can be compared."""
+    workplace = make_workplace(tmp_path_factory.mktemp("zero2"))
+    text = workplace.config.read_text()
+    workplace.config.write_text(text.replace("dropout: 0.1", "dropout: 0.0"))
+    return workplace
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_the_losses_and_norms_are_those_of_ddp(plain: Workplace, ranks: int, accumulation: int):
+    batch = 16
+    length = [
+        "train.steps=50", "evaluate.every_steps=null", "checkpoint.every_steps=null",
+        f"train.global_batch_size={batch}", f"train.micro_batch_size={batch // ranks // accumulation}",
+    ]  # fmt: skip
+    names = {kind: f"{kind}-{ranks}-{accumulation}" for kind in KINDS}
+    for kind, name in names.items():
+        plain.train(f"run.name={name}", f"strategy.kind={kind}", *length, ranks=ranks)
+    ddp, zero2 = (plain.ledger(names[kind]) for kind in KINDS)
+    assert len(zero2) == 50
+    assert [r["digest"] for r in zero2] == [r["digest"] for r in ddp]
+    for mine, theirs in zip(zero2, ddp, strict=True):
+        assert mine["loss"] == pytest.approx(theirs["loss"], abs=1e-6)
+        assert mine["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-5)
+    mine, theirs = (plain.ledger(names[kind], "heldout")[-1]["loss"] for kind in KINDS)
+    assert mine == pytest.approx(theirs, abs=1e-6)
+    assert (plain.run_folder(names["zero2"]) / "deepspeed.json").exists()
+
+
+class Matrix:
+    """Runs of 16 steps under each strategy and number of ranks, whose first half others continue."""
+
+    def __init__(self, workplace: Workplace):
+        self.workplace = workplace
+
+    def undisturbed(self, kind: str, ranks: int) -> str:
+        name = f"whole-{kind}-{ranks}"
+        if not self.workplace.run_folder(name).exists():
+            self.workplace.train(f"run.name={name}", f"strategy.kind={kind}", *self.settings, ranks=ranks)
+        return name
+
+    def resumed(self, from_kind: str, from_ranks: int, kind: str, ranks: int) -> str:
+        whole = self.workplace.run_folder(self.undisturbed(from_kind, from_ranks))
+        name = f"from-{from_kind}-{from_ranks}-to-{kind}-{ranks}"
+        shutil.copytree(whole, self.workplace.run_folder(name))
+        shutil.rmtree(self.workplace.run_folder(name) / "checkpoints/step-00000016")
+        output = self.workplace.train(f"run.name={name}", f"strategy.kind={kind}", *self.settings, ranks=ranks)
+        assert "resuming   from step 8" in output
+        return name
+
+    settings = ("train.steps=16", "checkpoint.every_steps=8", "evaluate.every_steps=8")
+
+    def check(self, from_kind: str, from_ranks: int, kind: str, ranks: int) -> None:
+        name, whole = self.resumed(from_kind, from_ranks, kind, ranks), self.undisturbed(from_kind, from_ranks)
+        mine, theirs = self.workplace.ledger(name), self.workplace.ledger(whole)
+        assert [r["digest"] for r in mine] == [r["digest"] for r in theirs]
+        assert len(mine) == 16
+        for a, b in zip(mine, theirs, strict=True):
+            assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
+        if (from_kind, from_ranks) == (kind, ranks):
+            assert mine == theirs
+            assert self.workplace.weights(name) == self.workplace.weights(whole)
+
+
+@pytest.fixture(scope="module")
+def matrix(plain: Workplace) -> Matrix:
+    return Matrix(plain)
+
+
+@pytest.mark.parametrize(("from_kind", "from_ranks", "kind", "ranks"), [*DIAGONAL, *DRAW])
+def test_a_checkpoint_is_continued_by_any_strategy_on_any_number_of_ranks(
+    matrix: Matrix, from_kind: str, from_ranks: int, kind: str, ranks: int
+):
+    matrix.check(from_kind, from_ranks, kind, ranks)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize(("from_kind", "from_ranks", "kind", "ranks"), [c for c in CROSSINGS if c not in DRAW])
+def test_every_other_cell_of_the_matrix(matrix: Matrix, from_kind: str, from_ranks: int, kind: str, ranks: int):
+    matrix.check(from_kind, from_ranks, kind, ranks)
+
+
+def test_nothing_is_compiled(plain: Workplace, monkeypatch: pytest.MonkeyPatch):
+    """No compiler to be found, and no cache of an earlier build either."""
+    nowhere = plain.folder / "empty"
+    nowhere.mkdir()
+    monkeypatch.setenv("PATH", str(nowhere))
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(nowhere))
+    for variable in ("CC", "CXX"):
+        monkeypatch.delenv(variable, raising=False)
+    assert shutil.which("g++", path=environment()["PATH"]) is None
+    output = plain.train("run.name=bare", ZERO2, "train.steps=2", ranks=2)
+    assert "held-out loss" in output
+    assert not list(nowhere.iterdir())
