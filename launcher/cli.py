@@ -73,6 +73,35 @@ def shard(
         )
 
 
+@app.command(epilog="Example: `llmtrain plan configs/gpt2.yaml --gpus 8 --gpu-memory 80 strategy.kind=zero2`")
+def plan(
+    settings: Settings = None,
+    gpus: Annotated[int, typer.Option(min=1, help="Ranks: one per GPU.")] = 1,
+    gpu_memory: Annotated[
+        float | None, typer.Option(min=0.1, help="GB of one GPU; by default this machine's first GPU.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cuda or cpu: what to plan for.")] = "auto",
+    vocab_size: Annotated[
+        int | None, typer.Option(min=1, help="Where neither shards nor a local tokenizer tell.")
+    ] = None,
+) -> None:
+    """Say what a run would take: steps, disk, and the memory of a rank under DDP and ZeRO-2, part by part.
+
+    Starts nothing. Where it does not fit, says which settings would. Exit code 3 if it does not fit.
+    """
+    with exit_with_code():
+        from rich.console import Console
+
+        from launcher.plan import find_machine, show
+        from llmtrain.config import load_config
+        from llmtrain.config.load import split_settings
+
+        config, origins = load_config(*split_settings(settings or []))
+        machine = find_machine(gpus, gpu_memory, device)
+        if not show(config, origins, machine, vocab_size, Console()):
+            raise typer.Exit(3)
+
+
 @app.command(epilog="Example: `llmtrain schema > configs/schema.json`")
 def schema() -> None:
     """Print the JSON schema of a configuration file: every setting with its type, default and meaning."""

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore
 from torch.distributed.rendezvous import rendezvous
 
 from llmtrain.errors import ConfigError, UserError
@@ -68,7 +69,7 @@ class World:
         if self.size == 1:
             if even_alone:
                 backend = "nccl" if self.device.type == "cuda" else "gloo"
-                dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+                dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
             return
         timeout = timedelta(seconds=timeout_s)
         dist.init_process_group(

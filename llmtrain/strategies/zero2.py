@@ -156,7 +156,10 @@ def _import_deepspeed(world: World) -> Any:
             from deepspeed.ops import __compatible_ops__
     except ImportError as error:
         raise ConfigError(
-            [f"strategy.kind=zero2 needs DeepSpeed, which cannot be imported ({error}): pip install deepspeed==0.19.8, or use strategy.kind=ddp"]
+            [
+                f"strategy.kind=zero2 needs DeepSpeed, which cannot be imported here ({error}); "
+                "pip install deepspeed==0.19.8, or use strategy.kind=ddp"
+            ]
         ) from error
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # A private name (deepspeed is pinned; tests/multiprocess/test_zero2.py fails where it has moved): without

@@ -1,0 +1,215 @@
+"""`llmtrain plan`: what a run would take, before anything is started."""
+
+import itertools
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+from rich.console import Console
+from rich.table import Table
+
+from llmtrain import memory, recipe, shards
+from llmtrain.batches import BatchPlan, plan_batches
+from llmtrain.config.load import Origins
+from llmtrain.config.schema import FolderTokenizer, RunConfig, TrainedTokenizer
+from llmtrain.errors import ConfigError
+from llmtrain.memory import Device, Part
+
+KINDS = {"ddp": "DDP", "zero2": "ZeRO-2"}
+_GB = 1e9
+_SPARE = 0.95
+"""Of a GPU's memory; allocators lose some of the rest to fragmentation."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    device: Device
+    ranks: int
+    memory_bytes: float
+    """That one rank may take."""
+    told: str
+
+
+def find_machine(gpus: int, gpu_memory_gb: float | None, device: str) -> Machine:
+    """The GPUs that were described, or that are here; without any, this machine's CPU."""
+    if device == "cpu" or (device == "auto" and gpu_memory_gb is None and _gpu_memory() is None):
+        total = float(psutil.virtual_memory().total)
+        return Machine("cpu", gpus, total / gpus, f"{total / _GB:.0f} GB of host memory, {gpus} ranks")
+    size = gpu_memory_gb * _GB if gpu_memory_gb is not None else _gpu_memory()
+    if size is None:
+        raise ConfigError(["there is no GPU on this machine to ask: give --gpu-memory in GB, or --device cpu"])
+    return Machine("cuda", gpus, size, f"{gpus} GPU{'s' * (gpus > 1)} with {size / _GB:.0f} GB")
+
+
+def _gpu_memory() -> float | None:
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+        return float(pynvml.nvmlDeviceGetMemoryInfo(pynvml.nvmlDeviceGetHandleByIndex(0)).total)
+    except pynvml.NVMLError:
+        return None
+
+
+def uses_bf16(config: RunConfig, device: Device) -> bool:
+    """As training decides it."""
+    if config.train.precision != "auto":
+        return config.train.precision == "bf16"
+    cpuinfo = Path("/proc/cpuinfo")
+    flags = cpuinfo.read_text() if device == "cpu" and cpuinfo.exists() else ""
+    return device == "cuda" or "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+def vocab_size(config: RunConfig, told: int | None) -> int:
+    """As told; else from the shards if they exist, else from the tokenizer's settings.
+
+    Raises:
+        ConfigError: it would take a download to know.
+    """
+    if told is not None:
+        return told
+    folder, tokenizer = recipe.shard_folder(config), config.data.tokenizer
+    if shards.exists(folder):
+        return shards.open_folder(folder, "size").manifest.tokenizer.vocab_size
+    if isinstance(tokenizer, TrainedTokenizer):
+        return tokenizer.vocab_size
+    if isinstance(tokenizer, FolderTokenizer):
+        from tokenizers import Tokenizer
+
+        path = Path(tokenizer.path) / "tokenizer.json"
+        if not path.is_file():
+            raise ConfigError([f"data.tokenizer.path={tokenizer.path}: there is no tokenizer.json in it"])
+        return Tokenizer.from_file(str(path)).get_vocab_size()
+    raise ConfigError(
+        [
+            f"the vocabulary of {tokenizer.name} is not known yet: "
+            "run 'llmtrain shard CONFIG' first, or give --vocab-size"
+        ]
+    )
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """What `plan` says about one way to run."""
+
+    kind: str
+    parts: list[Part]
+
+    @property
+    def total(self) -> float:
+        return sum(part.size_bytes for part in self.parts)
+
+
+def outlook(config: RunConfig, vocab: int, plan: BatchPlan, machine: Machine, kind: str) -> Outlook:
+    bf16 = uses_bf16(config, machine.device)
+    parts = memory.estimate(config, vocab, plan, machine.ranks, kind, bf16, machine.device)
+    if machine.device == "cpu":  # GPUs' copies for saving are in host memory
+        copy = memory.host_copy(config, vocab, machine.ranks)
+        parts.append(Part("save buffers", copy, "checkpoint.background: host copy of what is written"))
+    return Outlook(kind, parts)
+
+
+def remedies(
+    config: RunConfig, origins: Origins, vocab: int, plan: BatchPlan, machine: Machine, rows: int
+) -> list[str]:
+    """The smallest changes with which the run would fit, as settings for the command line."""
+    micros = [m for m in range(plan.micro_batch_size, 0, -1) if plan.global_batch_size // machine.ranks % m == 0]
+    found: dict[tuple[str, str, bool], str] = {}  # the largest micro-batch of each kind of change
+    choices = itertools.product(("none", "cpu"), micros, (False, True), KINDS)
+    for offload, micro, recompute, kind in sorted(choices, key=lambda c: (c[0] == "cpu", c[2], -c[1])):
+        if (offload == "cpu" and (kind == "ddp" or machine.device == "cpu")) or (kind, offload, recompute) in found:
+            continue
+        changed = _changed(config, kind, micro, recompute, offload)
+        replanned = plan_batches(changed, origins, machine.ranks, rows)
+        if outlook(changed, vocab, replanned, machine, kind).total <= _SPARE * machine.memory_bytes:
+            settings = {
+                "strategy.kind": (kind, config.strategy.kind),
+                "strategy.offload_optimizer": (offload, config.strategy.offload_optimizer),
+                "train.micro_batch_size": (micro, plan.micro_batch_size),
+                "train.activation_checkpointing": (
+                    str(recompute).lower(),
+                    str(config.train.activation_checkpointing).lower(),
+                ),
+            }
+            changes = " ".join(f"{name}={new}" for name, (new, old) in settings.items() if new != old)
+            found[kind, offload, recompute] = changes
+    return list(found.values())[:3]
+
+
+def _changed(config: RunConfig, kind: str, micro: int, recompute: bool, offload: str) -> RunConfig:
+    strategy: Any = {"kind": kind, "offload_optimizer": offload}
+    return config.model_copy(
+        update={
+            "strategy": config.strategy.model_copy(update=strategy),
+            "train": config.train.model_copy(update={"micro_batch_size": micro, "activation_checkpointing": recompute}),
+        }
+    )
+
+
+def show(config: RunConfig, origins: Origins, machine: Machine, vocabulary: int | None, console: Console) -> bool:
+    """Print the plan; returns whether the configured run fits."""
+    folder = recipe.shard_folder(config)
+    known = shards.exists(folder)
+    rows = shards.open_folder(folder, "size").manifest.splits["train"].rows if known else None
+    vocab = vocab_size(config, vocabulary)
+    plan = plan_batches(config, origins, machine.ranks, rows if rows is not None else 2**62)
+    parameters = memory.num_parameters(config.model, vocab)
+
+    def say(name: str, text: str) -> None:
+        console.print(f"{name:<12} {text}", highlight=False, soft_wrap=True)
+
+    say(
+        "model",
+        f"GPT, {parameters / 1e6:,.1f} M parameters, {vocab:,} tokens vocabulary, context {config.model.context:,}",
+    )
+    say("data", f"{rows:,} rows in {folder}" if rows is not None else f"not sharded yet ({folder}): no row count")
+    say(
+        "batch",
+        f"{plan.global_batch_size} rows = {machine.ranks} ranks x {plan.micro_batch_size} x {plan.accumulation} micro",
+    )
+    if rows is None and config.train.epochs is not None:
+        say("steps", f"{config.train.epochs:g} epochs; the number is known once 'llmtrain shard' has run")
+    else:
+        tokens = plan.total_steps * plan.global_batch_size * config.model.context
+        epochs = "" if rows is None else f", {plan.total_steps * plan.global_batch_size / rows:.2f} epochs"
+        say("steps", f"{plan.total_steps:,}, {tokens:,} tokens{epochs}")
+    kept, size = config.checkpoint.keep_last + config.checkpoint.keep_best, 12 * parameters / _GB
+    forever = "" if config.checkpoint.keep_every is None else f", and every {config.checkpoint.keep_every}th for good"
+    say(
+        "disk",
+        f"{size:.2f} GB a checkpoint, {size * (kept + 1):.1f} GB with {kept} kept and one being written{forever}",
+    )
+
+    outlooks = [outlook(config, vocab, plan, machine, kind) for kind in KINDS]
+    console.print(_table(outlooks, machine))
+    chosen = next(o for o in outlooks if o.kind == config.strategy.kind)
+    taken = f"takes {chosen.total / _GB:.1f} of {machine.memory_bytes / _GB:.1f} GB"
+    if chosen.total <= _SPARE * machine.memory_bytes:
+        say("fits", f"{KINDS[chosen.kind]} {taken}")
+        return True
+    say("too large", f"{KINDS[chosen.kind]} {taken}")
+    ways = remedies(config, origins, vocab, plan, machine, rows if rows is not None else 2**62)
+    for way in ways:
+        say("  it fits with", way)
+    if not ways:
+        say(
+            "  ", "no setting here makes it fit: use a smaller model, a shorter model.context, or more GPUs with ZeRO-2"
+        )
+    return False
+
+
+def _table(outlooks: list[Outlook], machine: Machine) -> Table:
+    table = Table(title=f"Memory of one rank at its peak, GB ({machine.told})", title_justify="left", show_footer=True)
+    names = list(dict.fromkeys(part.name for o in outlooks for part in o.parts))
+    table.add_column("", footer="total")
+    for o in outlooks:
+        full = o.total > _SPARE * machine.memory_bytes
+        footer = f"[red]{o.total / _GB:.2f}, too large[/red]" if full else f"[green]{o.total / _GB:.2f}[/green]"
+        table.add_column(KINDS[o.kind], footer=footer, justify="right")
+    table.add_column("", style="dim", overflow="fold")
+    for name in names:
+        parts = [next((p for p in o.parts if p.name == name), Part(name, 0)) for o in outlooks]
+        notes = [parts[0].note] if parts[0].note == parts[1].note else [parts[0].note, f"ZeRO-2: {parts[1].note}"]
+        table.add_row(name, *(f"{part.size_bytes / _GB:.2f}" for part in parts), "; ".join(notes))
+    return table

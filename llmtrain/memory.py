@@ -1,0 +1,105 @@
+"""How much memory a rank needs, counted before anything is started. No torch.
+
+Bytes, per rank. P parameters, R ranks, N positions of a micro-batch (rows x context), D width, H heads,
+L layers, V vocabulary. Weights and optimizer state are fp32; bf16 means autocast.
+
+What a layer keeps for its backward pass was counted with `torch.autograd.graph.saved_tensors_hooks`
+(tests/unit/test_memory.py counts again); what the rest takes was fitted to measured peaks
+(docs/performance.md has both).
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from llmtrain.batches import BatchPlan
+from llmtrain.config.schema import GPTModel, RunConfig
+
+LOSS_CHUNK = {"cpu": 512, "cuda": 4096, "mps": 4096}
+"""Positions whose logits exist at the same time (models/loss.py)."""
+
+_RUNTIME_MB = {"cpu": 420, "cuda": 900, "mps": 600}
+"""Python, torch and what a process of ours has loaded; on GPUs the CUDA context and cuBLAS workspaces."""
+_DEEPSPEED_MB = 110
+"""What importing DeepSpeed adds on the CPU."""
+
+Device = Literal["cpu", "cuda", "mps"]
+
+
+@dataclass(frozen=True)
+class Part:
+    name: str
+    size_bytes: float
+    note: str = ""
+
+
+def num_parameters(model: GPTModel, vocab_size: int) -> int:
+    """Trainable parameters; equal to `GPT(model, vocab_size).num_parameters()`."""
+    width = model.width
+    layer = 12 * width**2 + 10 * width + (3 * width if model.qkv_bias else 0)
+    tables = (vocab_size * (1 if model.tie_weights else 2) + model.context) * width
+    return tables + model.num_layers * layer + 2 * width
+
+
+def layer_activations(model: GPTModel, positions: int, bf16: bool, device: Device) -> float:
+    """What one transformer layer keeps for its backward pass."""
+    width, dropout = model.width, model.dropout > 0
+    kept = (36 if bf16 else 64) * width
+    if dropout:
+        kept += (10 if bf16 else 8) * width
+        if device == "cpu":  # no fused attention with dropout there: three T x T matrices in fp32
+            kept += 12 * model.context * model.num_heads
+    return float(kept * positions)
+
+
+def estimate(
+    config: RunConfig, vocab_size: int, plan: BatchPlan, ranks: int, kind: str, bf16: bool, device: Device
+) -> list[Part]:
+    """The parts of a rank's peak, which is reached in the backward pass of a step after the first."""
+    model = config.model
+    parameters = num_parameters(model, vocab_size)
+    positions = plan.micro_batch_size * model.context
+    sharded = ranks if kind == "zero2" else 1
+    bucket = config.strategy.bucket_mb * 1e6
+    head = vocab_size * model.width
+
+    parts = [Part("weights", 4 * parameters, "fp32, whole on each rank")]
+    if kind == "zero2":
+        buckets = bucket * (2 if config.strategy.overlap else 1)
+        parts.append(
+            Part("gradients", 4 * parameters / sharded + buckets, f"1/{ranks}, and buckets of {bucket / 1e6:g} MB")
+        )
+        offloaded = config.strategy.offload_optimizer == "cpu" and device != "cpu"
+        state = 0 if offloaded else 12 * parameters / sharded
+        note = "in host memory" if offloaded else f"1/{ranks} of fp32 weights and two moments"
+        parts.append(Part("optimizer", state, note))
+    else:
+        parts.append(Part("gradients", 4 * parameters, "fp32"))
+        parts.append(Part("optimizer", 8 * parameters, "two moments, fp32"))
+
+    parts.append(_activations(model, positions, bf16, device, config.train.activation_checkpointing))
+    chunk = min(positions, LOSS_CHUNK[device])
+    logits = chunk * vocab_size * ((2 + 4 + 2) if bf16 else (4 + 4))
+    casts = 2 * head if bf16 else 0
+    parts.append(Part("loss", logits + casts + 4 * head, f"logits of {chunk:,} positions, the output layer's gradient"))
+    runtime = _RUNTIME_MB[device] + (_DEEPSPEED_MB if kind == "zero2" and device == "cpu" else 0)
+    parts.append(
+        Part("runtime", runtime * 1e6, "Python and libraries" if device == "cpu" else "CUDA context, libraries")
+    )
+    return parts
+
+
+def _activations(model: GPTModel, positions: int, bf16: bool, device: Device, recompute: bool) -> Part:
+    layer = layer_activations(model, positions, bf16, device)
+    weights_bf16 = 12 * model.width**2 * 2 if bf16 else 0  # autocast's copies live until the backward pass
+    around = (12 if model.dropout else 8) * model.width * positions
+    if recompute:
+        kept = model.num_layers * 4 * model.width * positions + layer + weights_bf16 + around
+        return Part("activations", kept, "each layer's input, one layer whole")
+    return Part("activations", model.num_layers * (layer + weights_bf16) + around, f"{model.num_layers} layers, whole")
+
+
+def host_copy(config: RunConfig, vocab_size: int, ranks: int) -> float:
+    """Host memory of rank 0 for saving beside training: the weights and its share of two moments."""
+    if not config.checkpoint.background:
+        return 0.0
+    return num_parameters(config.model, vocab_size) * (4 + 8 / ranks)
