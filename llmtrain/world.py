@@ -70,6 +70,7 @@ class World:
             if even_alone:
                 backend = "nccl" if self.device.type == "cuda" else "gloo"
                 dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
+                os.environ.setdefault("LOCAL_RANK", str(self.local_rank))  # DeepSpeed insists on it
             return
         timeout = timedelta(seconds=timeout_s)
         dist.init_process_group(

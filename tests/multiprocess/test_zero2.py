@@ -60,13 +60,15 @@ class Matrix:
         return name
 
     def resumed(self, from_kind: str, from_ranks: int, kind: str, ranks: int) -> str:
-        whole = self.workplace.run_folder(self.undisturbed(from_kind, from_ranks))
-        name = f"from-{from_kind}-{from_ranks}-to-{kind}-{ranks}"
-        shutil.copytree(whole, self.workplace.run_folder(name))
-        shutil.rmtree(self.workplace.run_folder(name) / "checkpoints/step-00000016")
-        output = self.workplace.train(f"run.name={name}", f"strategy.kind={kind}", *self.settings, ranks=ranks)
+        whole = self.undisturbed(from_kind, from_ranks)
+        folder = f"from-{whole}-to-{kind}-{ranks}"  # another run.dir: the name is part of the run
+        copy = self.workplace.run_folder(folder) / whole
+        shutil.copytree(self.workplace.run_folder(whole), copy)
+        shutil.rmtree(copy / "checkpoints/step-00000016")
+        settings = [f"run.name={whole}", f"run.dir=runs/{folder}", f"strategy.kind={kind}", *self.settings]
+        output = self.workplace.train(*settings, ranks=ranks)
         assert "resuming   from step 8" in output
-        return name
+        return f"{folder}/{whole}"
 
     settings = ("train.steps=16", "checkpoint.every_steps=8", "evaluate.every_steps=8")
 
