@@ -189,15 +189,19 @@ def run_row(row: Row, rounds: int) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main() -> None:
+def machine() -> str:
+    """What the figures were measured on."""
     import torch
 
-    wanted = sys.argv[1:] or list(ROWS)
-    rounds = int(os.environ.get("ROUNDS", "3"))
     described = Path("/proc/cpuinfo").read_text().splitlines()
     cpu = next((line.split(":")[1].strip() for line in described if "model name" in line), "")
-    versions = f"Python {platform.python_version()}, torch {torch.__version__}"
-    print(f"{cpu}, {os.cpu_count()} cores; {versions}; {rounds} rounds\n")
+    return f"{cpu}, {os.cpu_count()} cores; Python {platform.python_version()}, torch {torch.__version__}"
+
+
+def main() -> None:
+    wanted = sys.argv[1:] or list(ROWS)
+    rounds = int(os.environ.get("ROUNDS", "3"))
+    print(f"{machine()}; {rounds} rounds\n")
     for name in wanted:
         print(run_row(ROWS[name], rounds), flush=True)
 

@@ -22,6 +22,7 @@ class DDPStrategy:
         """Collective."""
         self._world, self._bf16 = world, bf16
         self._clip_norm = config.optim.clip_norm
+        self._accumulates = False
         self._module = model.to(world.device)
         self._named = dict(self._module.named_parameters())
         self._optimizer = build_optimizer(self._named.items(), config.optim)
@@ -48,11 +49,12 @@ class DDPStrategy:
         with torch.random.fork_rng():
             for _ in range(2):  # the second forward pass is where DDP applies the new order
                 self.accumulate(batch, 1.0, last=True)
-        self._optimizer.zero_grad()
+        self._optimizer.zero_grad(set_to_none=False)
 
     def accumulate(self, batch: Batch, scale: float, last: bool) -> Tensor:
         """Collective if `last` (default group, inside backward)."""
         self._module.train()
+        self._accumulates |= not last
         wait = contextlib.nullcontext() if last or self._world.size == 1 else self._forward.no_sync()
         with wait:
             with self._autocast():
@@ -69,7 +71,9 @@ class DDPStrategy:
         for group in self._optimizer.param_groups:
             group["lr"] = lr
         self._optimizer.step()
-        self._optimizer.zero_grad()
+        # Emptied gradients lie outside DDP's buckets until the last micro-step copies them there: twice the
+        # memory. Zeroed ones stay views of the buckets, at the price of writing zeros.
+        self._optimizer.zero_grad(set_to_none=self._world.size == 1 or not self._accumulates)
         return norm
 
     @torch.no_grad()

@@ -42,6 +42,12 @@ class ZeRO2Strategy:
             dist_init_required=False,
         )[0]
         self._zero: Any = self._engine.optimizer
+        if config.strategy.offload_optimizer == "none":
+            # Gradients are added to one flat buffer, as DeepSpeed does for bf16 weights. For fp32 ones it keeps a
+            # tensor for each parameter and flattens them at the step: the gradients of this rank twice.
+            self._zero._use_compact_grad_partition_buffer = lambda group: True
+        if world.device.type == "cpu":
+            _gather_in_buckets()
         if config.train.compile:
             self._engine.compile()
 
@@ -135,6 +141,17 @@ def deepspeed_config(config: RunConfig) -> dict[str, Any]:
         },
         "steps_per_print": None,
     }
+
+
+def _gather_in_buckets() -> None:
+    """On CPUs, gather the updated weights bucket by bucket.
+
+    DeepSpeed gathers all at once, which is right for NCCL. gloo makes a second copy of what it gathers: a
+    copy of the whole model, at the very peak of memory.
+    """
+    import deepspeed.comm.comm
+
+    deepspeed.comm.comm.cdb.all_gather_function = None  # private, like the other names
 
 
 def _bucket_elements(strategy: StrategySection) -> int:

@@ -1,10 +1,12 @@
 """SIGKILL at random moments: nothing is lost, and the end is the same to the last bit."""
 
+import contextlib
 import os
 import random
 import signal
 import time
 
+import psutil
 import pytest
 
 from tests.support.runs import TIMEOUT_S, Workplace
@@ -18,47 +20,75 @@ def newest_step(workplace: Workplace, name: str) -> int:
     return max(steps, default=0)
 
 
-def run_until_killed(workplace: Workplace, name: str, ranks: int, draw: random.Random) -> tuple[bool, bool]:
+def writing(workplace: Workplace, name: str) -> set[str]:
+    """Half-written checkpoints that a kill left, or that are being written."""
+    return {path.name for path in (workplace.run_folder(name) / "checkpoints").glob(".writing-*")}
+
+
+def kill_all(pid: int) -> None:
+    """SIGKILL for a process and all that it started: torchrun gives its workers sessions of their own."""
+    agent = psutil.Process(pid)
+    for victim in [*agent.children(recursive=True), agent]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            victim.kill()
+
+
+def run_until_killed(
+    workplace: Workplace, name: str, settings: list[str], ranks: int, draw: random.Random, always_inside: bool
+) -> tuple[bool, bool]:
     """Kill the whole process group some time after it has begun to train; returns (killed, inside a save)."""
     ledger = workplace.run_folder(name) / "metrics.jsonl"
     before = newest_step(workplace, name)
-    process = workplace.start(f"run.name={name}", *SETTINGS, ranks=ranks)
+    process = workplace.start(f"run.name={name}", *settings, ranks=ranks)
     deadline = time.monotonic() + TIMEOUT_S
     while process.poll() is None and time.monotonic() < deadline:
         if ledger.exists() and ledger.stat().st_size and (newest_step(workplace, name) > before or not before):
             break
         time.sleep(0.002)
     time.sleep(draw.uniform(0, 0.15))
-    if draw.random() < 0.5:  # half of them inside a save: a save of so small a model is over in milliseconds
-        while process.poll() is None and not any((workplace.run_folder(name) / "checkpoints").glob(".writing-*")):
+    if always_inside or draw.random() < 0.5:  # a save of so small a model is over in milliseconds
+        while process.poll() is None and not writing(workplace, name):
             pass
     killed = process.poll() is None
     if killed:
-        os.killpg(process.pid, signal.SIGKILL)
+        kill_all(process.pid)
     process.communicate()
-    inside = any((workplace.run_folder(name) / "checkpoints").glob(".*"))
-    return killed, inside
+    return killed, bool(writing(workplace, name))  # each start removes what the kill before left
 
 
-def campaign(workplace: Workplace, ranks: int, kills: int, seed: int) -> None:
-    reference, name = f"calm-{ranks}", f"killed-{ranks}-{seed}"
+def campaign(
+    workplace: Workplace, ranks: int, kills: int, seed: int, kind: str = "ddp", always_inside: bool = False
+) -> None:
+    settings = [*SETTINGS, f"strategy.kind={kind}"]
+    reference, name = f"calm-{kind}-{ranks}", f"killed-{kind}-{ranks}-{seed}"
     if not workplace.run_folder(reference).exists():
-        workplace.train(f"run.name={reference}", *SETTINGS, ranks=ranks)
+        workplace.train(f"run.name={reference}", *settings, ranks=ranks)
     draw = random.Random(seed)
-    done = [run_until_killed(workplace, name, ranks, draw) for _ in range(kills)]
-    workplace.train(f"run.name={name}", *SETTINGS, ranks=ranks)
-    print(f"{sum(k for k, _ in done)} kills, {sum(i for _, i in done)} of them inside a save")
+    done = [run_until_killed(workplace, name, settings, ranks, draw, always_inside) for _ in range(kills)]
+    workplace.train(f"run.name={name}", *settings, ranks=ranks)
+    inside = sum(i for _, i in done)
+    print(f"{sum(k for k, _ in done)} kills, {inside} of them inside a save")
     assert any(killed for killed, _ in done)
+    assert inside or not always_inside
     assert workplace.weights(name) == workplace.weights(reference)
     assert workplace.ledger(name) == workplace.ledger(reference)
     assert workplace.ledger(name, "heldout") == workplace.ledger(reference, "heldout")
-    leftovers = [p.name for p in (workplace.run_folder(name) / "checkpoints").iterdir() if p.name.startswith(".")]
-    assert not leftovers
+    assert not writing(workplace, name)
 
 
 @pytest.mark.parametrize("ranks", [1, 4])
 def test_three_kills(workplace: Workplace, ranks: int):
     campaign(workplace, ranks, kills=3, seed=ranks)
+
+
+def test_five_kills_inside_a_save_under_zero2(workplace: Workplace):
+    campaign(workplace, ranks=2, kills=5, seed=5, kind="zero2", always_inside=True)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("seed", range(200, 203))
+def test_ten_kills_inside_a_save_under_zero2(workplace: Workplace, seed: int):
+    campaign(workplace, ranks=4, kills=10, seed=seed, kind="zero2", always_inside=True)
 
 
 @pytest.mark.soak

@@ -1,11 +1,15 @@
 """ZeRO-2 against DDP: the same numbers, state that any of them reads, less memory, no compiler."""
 
+import json
 import random
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
-from tests.support.runs import Workplace, environment, make_workplace
+from tests.support.runs import TIMEOUT_S, Workplace, environment, free_port, make_workplace
 
 ZERO2 = "strategy.kind=zero2"
 KINDS = ["ddp", "zero2"]
@@ -45,6 +49,17 @@ def test_the_losses_and_norms_are_those_of_ddp(plain: Workplace, ranks: int, acc
     mine, theirs = (plain.ledger(names[kind], "heldout")[-1]["loss"] for kind in KINDS)
     assert mine == pytest.approx(theirs, abs=1e-6)
     assert (plain.run_folder(names["zero2"]) / "deepspeed.json").exists()
+
+
+def test_an_offloaded_optimizer_gives_the_same_run_and_resumes(plain: Workplace):
+    settings = ["train.steps=8", "checkpoint.every_steps=4", ZERO2]
+    plain.train("run.name=here", *settings, ranks=2)
+    plain.train("run.name=there", *settings, "strategy.offload_optimizer=cpu", ranks=2)
+    assert plain.ledger("here")[-1]["loss"] == pytest.approx(plain.ledger("there")[-1]["loss"], abs=1e-6)
+    whole = plain.weights("there")
+    shutil.rmtree(plain.run_folder("there") / "checkpoints/step-00000008")
+    plain.train("run.name=there", *settings, "strategy.offload_optimizer=cpu", ranks=2)
+    assert plain.weights("there") == whole
 
 
 class Matrix:
@@ -100,6 +115,30 @@ def test_a_checkpoint_is_continued_by_any_strategy_on_any_number_of_ranks(
 @pytest.mark.parametrize(("from_kind", "from_ranks", "kind", "ranks"), [c for c in CROSSINGS if c not in DRAW])
 def test_every_other_cell_of_the_matrix(matrix: Matrix, from_kind: str, from_ranks: int, kind: str, ranks: int):
     matrix.check(from_kind, from_ranks, kind, ranks)
+
+
+# Large blocks go back to the kernel when they are freed, so that resident memory is what is in use.
+PRECISE = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+
+
+def memory_taken(kind: str, folder: Path) -> float:
+    """Bytes of a rank's peak for gradients and optimizer, of four; for each parameter."""
+    port = ["--master_port", str(free_port())]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "4", *port]
+    done = subprocess.run(
+        [*command, "-m", "tests.support.memory_probe", kind],
+        cwd=folder, env={**environment(), **PRECISE}, text=True, capture_output=True, timeout=TIMEOUT_S, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
+    return found["bytes"] / found["parameters"]
+
+
+def test_gradients_and_optimizer_take_a_share_of_the_memory(tmp_path: Path):
+    taken = {kind: memory_taken(kind, tmp_path) for kind in KINDS}
+    print(f"bytes a parameter on each of 4 ranks: DDP {taken['ddp']:.2f}, ZeRO-2 {taken['zero2']:.2f}")
+    assert taken["ddp"] > 11  # 4 for gradients, 8 for two moments
+    assert taken["zero2"] <= 0.4 * taken["ddp"]
 
 
 def test_nothing_is_compiled(plain: Workplace, monkeypatch: pytest.MonkeyPatch):

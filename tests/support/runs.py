@@ -28,7 +28,7 @@ class Workplace:
         start = [sys.executable, "-m", "llmtrain"]
         if ranks > 1:
             # One run, one port: several tests may run at the same time.
-            torchrun = ["torch.distributed.run", "--nproc_per_node", str(ranks), "--master_port", str(_free_port())]
+            torchrun = ["torch.distributed.run", "--nproc_per_node", str(ranks), "--master_port", str(free_port())]
             start = [sys.executable, "-m", *torchrun, "-m", "llmtrain"]
         return [*start, str(self.config), *settings]
 
@@ -103,7 +103,7 @@ def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
