@@ -8,7 +8,9 @@ The ranks' threads talk through the launcher's store, not through collectives: t
 training thread. An error on any rank ends the save on all of them; nothing half-written stays.
 """
 
+import os
 import shutil
+import sys
 import threading
 import time
 import traceback
@@ -25,6 +27,8 @@ from llmtrain.manifest import FileInfo, Manifest
 from llmtrain.rundir import RunDir
 from llmtrain.strategies.interface import Strategy
 from llmtrain.world import World
+
+_NICENESS = 10
 
 
 class SaveFailed(UserError):
@@ -97,6 +101,9 @@ class Saver:
         return self._error is not None
 
     def _guarded(self, described: Manifest, weights: dict[str, Tensor], share: list[Fragment], waited: str) -> None:
+        if sys.platform == "linux" and self._rule.background:
+            # Of this thread alone: where training computes on the same cores it goes first.
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
         try:
             self._save(described, weights, share, waited)
         except BaseException as error:  # noqa: BLE001  `wait` raises it in the training thread
