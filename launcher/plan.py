@@ -184,7 +184,7 @@ def show(config: RunConfig, origins: Origins, machine: Machine, vocabulary: int 
     outlooks = [outlook(config, vocab, plan, machine, kind) for kind in KINDS]
     console.print(_table(outlooks, machine))
     chosen = next(o for o in outlooks if o.kind == config.strategy.kind)
-    taken = f"takes {chosen.total / _GB:.1f} of {machine.memory_bytes / _GB:.1f} GB"
+    taken = f"takes {chosen.total / _GB:.2f} of {machine.memory_bytes / _GB:.1f} GB"
     if chosen.total <= _SPARE * machine.memory_bytes:
         say("fits", f"{KINDS[chosen.kind]} {taken}")
         return True

@@ -225,6 +225,22 @@ def test_a_full_disk_keeps_what_was_saved(own_workplace: Workplace, small_disk: 
     assert "resuming   from step" in own_workplace.train(f"run.dir={small_disk}", *room, "train.steps=8")
 
 
+def test_a_full_disk_is_said_once_by_two_ranks(own_workplace: Workplace, small_disk: Path):
+    settings = [f"run.dir={small_disk}", "checkpoint.keep_last=100", "checkpoint.every_steps=1"]
+    output = own_workplace.train(*settings, ranks=2, code=1)  # torchrun's own code
+    assert output.count("error: ") == 1
+    assert f"exitcode  : {errors.DiskFull.exit_code}" in output
+    left = [path.name for path in (small_disk / "run/checkpoints").iterdir()]
+    assert left
+    assert all(name.startswith("step-") for name in left)
+
+
+def test_waiting_for_the_disk_gives_the_same_files(workplace: Workplace):
+    workplace.train("run.name=beside")
+    workplace.train("run.name=waiting", "checkpoint.background=false")
+    assert workplace.weights("beside") == workplace.weights("waiting")
+
+
 def test_help_and_argument_errors_do_not_wait_for_torch():
     said = subprocess.run(
         [sys.executable, "-X", "importtime", "-m", "llmtrain", "--help"], env=environment(), text=True,

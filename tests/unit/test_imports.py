@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 CONTRACTS = [
     "errors", "log", "files", "config.yaml_lines", "config.schema", "config.load", "config", "rundir", "shards",
-    "manifest", "recipe", "batches", "summary",
+    "manifest", "recipe", "batches", "memory", "summary",
 ]  # fmt: skip
 PROCESS = ["world", "stop"]
 PARTS = ["models", "data", "optim", "metrics", "evaluate", "hardware", "progress", "tensorboard"]

@@ -170,3 +170,29 @@ def test_top_k_and_top_p_cut_the_tail():
     assert drawn(top_k=None, top_p=0.7) == {0, 1}
     assert drawn(top_k=None, top_p=0.81) == {0, 1, 2}
     assert sample_token(logits, SampleSection(temperature=0), generator) == 0
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_activation_checkpointing_changes_memory_not_numbers(bf16: bool):
+    """Dropout on: the second forward pass has to draw the same random numbers."""
+    config = SMALL.model_copy(update={"dropout": 0.2})
+    ids = torch.randint(0, 100, (2, 24), generator=torch.Generator().manual_seed(0))
+    found: list[list[torch.Tensor]] = []
+    kept: list[int] = []
+    for recompute in (False, True):
+        model = GPT(config, 100, seed=3, activation_checkpointing=recompute)
+        seen: dict[int, int] = {}
+
+        def note(tensor: torch.Tensor, seen: dict[int, int] = seen) -> torch.Tensor:
+            seen[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        torch.manual_seed(7)
+        hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
+        with hooks, torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            loss = model(ids, ids)
+        kept.append(sum(seen.values()))
+        loss.backward()
+        found.append([loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    assert kept[1] < kept[0] / 2

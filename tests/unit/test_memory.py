@@ -1,0 +1,71 @@
+"""What `llmtrain plan` counts, counted again on real models."""
+
+import pytest
+import torch
+
+from llmtrain.batches import BatchPlan
+from llmtrain.config.schema import GPTModel, RunConfig, TrainSection
+from llmtrain.memory import estimate, host_copy, layer_activations, num_parameters
+from llmtrain.models import GPT
+
+PLAN = BatchPlan(global_batch_size=8, micro_batch_size=8, accumulation=1, total_steps=10)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_number_of_parameters_is_the_models(tied: bool, bias: bool):
+    config = GPTModel(num_layers=3, num_heads=2, width=48, context=40, tie_weights=tied, qkv_bias=bias)
+    assert num_parameters(config, 321) == GPT(config, 321).num_parameters()
+
+
+def kept_bytes(config: GPTModel, bf16: bool) -> int:
+    """What autograd keeps of one forward pass over 4 rows, without the parameters."""
+    model = GPT(config, 512)
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    seen: dict[int, int] = {}
+    alive: list[torch.Tensor] = []
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            seen[storage.data_ptr()] = storage.nbytes()
+            alive.append(tensor)
+        return tensor
+
+    ids = torch.zeros(4, config.context, dtype=torch.int64)
+    hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
+    with hooks, torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        loss = model(ids, ids)
+    assert loss.requires_grad
+    return sum(seen.values())
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_what_a_layer_keeps_is_what_autograd_keeps(bf16: bool, dropout: float):
+    two, four = (GPTModel(num_layers=layers, num_heads=4, width=256, context=128, dropout=dropout) for layers in (2, 4))
+    measured = (kept_bytes(four, bf16) - kept_bytes(two, bf16)) / 2
+    casts = 12 * 256**2 * 2 if bf16 else 0
+    assert layer_activations(two, 4 * 128, bf16, "cpu") + casts == pytest.approx(measured, rel=0.02)
+
+
+def total(kind: str, ranks: int = 1, **train: object) -> float:
+    config = RunConfig(train=TrainSection.model_validate(train), model=GPTModel(num_layers=12, width=768, num_heads=12))
+    parts = estimate(config, 50257, PLAN, ranks, kind, bf16=True, device="cuda")
+    assert all(part.size_bytes >= 0 for part in parts)
+    return sum(part.size_bytes for part in parts)
+
+
+def test_zero2_takes_less_the_more_ranks_there_are():
+    assert total("zero2", 64) < total("zero2", 8) < total("ddp", 8) == total("ddp", 64)
+
+
+def test_activation_checkpointing_takes_less():
+    assert total("ddp", activation_checkpointing=True) < total("ddp")
+
+
+def test_saving_without_background_takes_no_host_memory():
+    config = RunConfig()
+    assert host_copy(config, 8192, 1) == 12 * num_parameters(config.model, 8192)
+    plain = config.model_copy(update={"checkpoint": config.checkpoint.model_copy(update={"background": False})})
+    assert host_copy(plain, 8192, 1) == 0
