@@ -49,7 +49,10 @@ ROWS = {
         "GPT-2, 124 M, 8 x 256, bf16, no dropout",
         {**_LARGE, "dropout": 0.0}, 8, 50257, ("bf16",), ("hf", "litgpt"), 7,
     ),
-    "small": Row("Small GPT, 7 M, 16 x 256, bf16", _SMALL, 16, 8192, ("bf16",), ("hf", "litgpt", "bare"), 30),
+    "small": Row("Small GPT, 7 M, 16 x 256, bf16", _SMALL, 16, 8192, ("bf16",), ("hf", "litgpt"), 30),
+    "overhead": Row(
+        "Small GPT, 7 M, 16 x 256, bf16: the framework's own overhead", _SMALL, 16, 8192, ("bf16",), ("bare",), 30
+    ),
     "tiny": Row(
         "Tiny GPT (2 layers, width 64), 8 x 64, fp32: the loop's own overhead",
         {"num_layers": 2, "num_heads": 2, "width": 64, "context": 64, "dropout": 0.0},

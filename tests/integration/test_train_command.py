@@ -156,13 +156,21 @@ def test_two_processes_cannot_train_in_one_folder(workplace: Workplace):
     process.communicate()
 
 
-def test_a_run_that_is_not_finite_publishes_nothing(workplace: Workplace):
-    settings = ["run.name=nan", "optim.lr=1e30", "optim.clip_norm=null", "checkpoint.every_steps=1"]
+@pytest.mark.parametrize("kind", ["ddp", "zero2"])
+def test_a_run_that_is_not_finite_publishes_nothing(workplace: Workplace, kind: str):
+    name = f"nan-{kind}"
+    settings = [
+        f"run.name={name}",
+        f"strategy.kind={kind}",
+        "optim.lr=1e30",
+        "optim.clip_norm=null",
+        "checkpoint.every_steps=1",
+    ]
     output = workplace.train(*settings, "evaluate.also_at=[]", code=errors.NotFinite.exit_code)
     assert "A lower optim.lr" in output or "held-out loss is" in output
     assert "Traceback" not in output
-    last = workplace.ledger("nan")[-1]["step"]
-    checkpoints = sorted((workplace.run_folder("nan") / "checkpoints").iterdir())
+    last = workplace.ledger(name)[-1]["step"]
+    checkpoints = sorted((workplace.run_folder(name) / "checkpoints").iterdir())
     assert all(int(p.name.removeprefix("step-")) < last or last == 1 for p in checkpoints)
 
 
