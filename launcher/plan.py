@@ -35,11 +35,15 @@ def find_machine(gpus: int, gpu_memory_gb: float | None, device: str) -> Machine
     """The GPUs that were described, or that are here; without any, this machine's CPU."""
     if device == "cpu" or (device == "auto" and gpu_memory_gb is None and _gpu_memory() is None):
         total = float(psutil.virtual_memory().total)
-        return Machine("cpu", gpus, total / gpus, f"{total / _GB:.0f} GB of host memory, {gpus} ranks")
+        return Machine("cpu", gpus, total / gpus, f"{total / _GB:.0f} GB of host memory, {_ranks(gpus)}")
     size = gpu_memory_gb * _GB if gpu_memory_gb is not None else _gpu_memory()
     if size is None:
         raise ConfigError(["there is no GPU on this machine to ask: give --gpu-memory in GB, or --device cpu"])
     return Machine("cuda", gpus, size, f"{gpus} GPU{'s' * (gpus > 1)} with {size / _GB:.0f} GB")
+
+
+def _ranks(count: int) -> str:
+    return "1 rank" if count == 1 else f"{count} ranks"
 
 
 def _gpu_memory() -> float | None:
@@ -166,7 +170,7 @@ def show(config: RunConfig, origins: Origins, machine: Machine, vocabulary: int 
     say("data", f"{rows:,} rows in {folder}" if rows is not None else f"not sharded yet ({folder}): no row count")
     say(
         "batch",
-        f"{plan.global_batch_size} rows = {machine.ranks} ranks x {plan.micro_batch_size} x {plan.accumulation} micro",
+        f"{plan.global_batch_size} rows = {_ranks(machine.ranks)} x {plan.micro_batch_size} x {plan.accumulation} micro",
     )
     if rows is None and config.train.epochs is not None:
         say("steps", f"{config.train.epochs:g} epochs; the number is known once 'llmtrain shard' has run")

@@ -17,10 +17,12 @@ from llmtrain.config.schema import GPTModel, RunConfig
 LOSS_CHUNK = {"cpu": 512, "cuda": 4096, "mps": 4096}
 """Positions whose logits exist at the same time (models/loss.py)."""
 
-_RUNTIME_MB = {"cpu": 420, "cuda": 900, "mps": 600}
+_RUNTIME_MB = {"cpu": 465, "cuda": 900, "mps": 600}
 """Python, torch and what a process of ours has loaded; on GPUs the CUDA context and cuBLAS workspaces."""
-_DEEPSPEED_MB = 110
-"""What importing DeepSpeed adds on the CPU."""
+_DEEPSPEED_MB = 145
+"""What DeepSpeed and what it imports add on the CPU."""
+_FRAGMENTATION = 0.05
+"""Of all else: memory that an allocator holds and cannot use."""
 
 Device = Literal["cpu", "cuda", "mps"]
 
@@ -81,11 +83,14 @@ def estimate(
     logits = chunk * vocab_size * ((2 + 4 + 2) if bf16 else (4 + 4))
     casts = 2 * head if bf16 else 0
     parts.append(Part("loss", logits + casts + 4 * head, f"logits of {chunk:,} positions, the output layer's gradient"))
+    backward = 3 * 4 * 4 * model.width * positions  # three gradients of an MLP's inside, fp32
+    parts.append(Part("temporaries", backward, "of one layer's backward pass"))
     runtime = _RUNTIME_MB[device] + (_DEEPSPEED_MB if kind == "zero2" and device == "cpu" else 0)
     parts.append(
         Part("runtime", runtime * 1e6, "Python and libraries" if device == "cpu" else "CUDA context, libraries")
     )
-    return parts
+    lost = _FRAGMENTATION * sum(part.size_bytes for part in parts)
+    return [*parts, Part("fragmentation", lost, f"{_FRAGMENTATION:.0%} of the above")]
 
 
 def _activations(model: GPTModel, positions: int, bf16: bool, device: Device, recompute: bool) -> Part:
