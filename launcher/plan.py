@@ -170,7 +170,7 @@ def show(config: RunConfig, origins: Origins, machine: Machine, vocabulary: int 
     say("data", f"{rows:,} rows in {folder}" if rows is not None else f"not sharded yet ({folder}): no row count")
     say(
         "batch",
-        f"{plan.global_batch_size} rows = {_ranks(machine.ranks)} x {plan.micro_batch_size} x {plan.accumulation} micro",
+        f"{plan.global_batch_size} rows = {_ranks(machine.ranks)} x {plan.micro_batch_size} x {plan.accumulation}",
     )
     if rows is None and config.train.epochs is not None:
         say("steps", f"{config.train.epochs:g} epochs; the number is known once 'llmtrain shard' has run")
