@@ -21,7 +21,7 @@ from torch import Tensor
 
 from llmtrain import checkpoint, log, rundir
 from llmtrain.config.schema import CheckpointSection
-from llmtrain.errors import UserError, disk_errors
+from llmtrain.errors import ConfigError, UserError, disk_errors
 from llmtrain.fragments import Fragment
 from llmtrain.manifest import FileInfo, Manifest
 from llmtrain.rundir import RunDir
@@ -31,12 +31,12 @@ from llmtrain.world import World
 _NICENESS = 10
 
 
-class SaveFailed(UserError):
-    """Another rank could not write its share; carries that rank's message and exit code."""
-
-    def __init__(self, message: str, exit_code: int):
-        super().__init__(message)
-        self.exit_code = exit_code
+def _error_of_another_rank(message: str, exit_code: int) -> Exception:
+    """What rank 0 raises for a rank that could not write: the same kind of error, or a crash."""
+    for kind in UserError.__subclasses__():
+        if kind.exit_code == exit_code and kind is not ConfigError:
+            return kind(message)
+    return RuntimeError(message)
 
 
 class Saver:
@@ -63,7 +63,7 @@ class Saver:
         `checkpoint.background` is off.
 
         Raises:
-            DiskFull, SaveFailed: the last save failed; on other ranks than 0, SystemExit with its code.
+            DiskFull: the last save failed; on other ranks than 0, SystemExit with its code.
         """
         began = time.perf_counter()
         self.wait()
@@ -86,7 +86,7 @@ class Saver:
         """Until nothing is being saved. Not a collective, but a save ends on all ranks or on none.
 
         Raises:
-            DiskFull, SaveFailed: the save failed; on other ranks than 0, SystemExit with its code.
+            DiskFull: the save failed; on other ranks than 0, SystemExit with its code.
         """
         if self._thread is not None:
             self._thread.join()
@@ -134,7 +134,7 @@ class Saver:
     def _write_all(self, folder: Path, described: Manifest, weights: dict[str, Tensor], share: list[Fragment]) -> None:
         """On rank 0: its own part, then everybody's together."""
         world, step = self._world, described.train_state.step
-        failed: SaveFailed | None = None
+        failed: Exception | None = None
         own: dict[str, FileInfo] = {}
         try:
             with disk_errors(f"checkpoint of step {step}", self._run.checkpoints):
@@ -145,7 +145,7 @@ class Saver:
             reports = [world.wait_for(f"share-{step}-{rank}") for rank in range(1, world.size)]
         for report in reports:
             if "exit_code" in report:
-                failed = failed or SaveFailed(report["error"], report["exit_code"])
+                failed = failed or _error_of_another_rank(report["error"], report["exit_code"])
             else:
                 own |= {name: FileInfo.model_validate(info) for name, info in report["files"].items()}
         if failed is not None:

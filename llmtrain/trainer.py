@@ -47,7 +47,7 @@ def train(parts: Parts, state: TrainState) -> TrainState:
 
     Raises:
         NotFinite: nothing was published since the last good checkpoint.
-        DiskFull, SaveFailed: a checkpoint could not be written; the earlier ones are untouched.
+        DiskFull: a checkpoint could not be written; the earlier ones are untouched.
     """
     config, strategy, meter = parts.config, parts.strategy, parts.meter
     if state.step == 0 and 0 in config.evaluate.also_at:
