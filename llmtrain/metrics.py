@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmtrain import rundir
+from llmtrain import log, rundir
 from llmtrain.batches import BatchPlan
 from llmtrain.errors import NotFinite
 from llmtrain.hardware import HardwareMeter, peak_flops
@@ -135,6 +135,9 @@ class Meter:
         self._heldout = record["loss"]
         if not self._world.is_main:
             return
+        self._progress.show_heldout(record["loss"])
+        if not state.step:
+            log.info(f"held-out   loss {record['loss']:.4f} before the first step")
         epoch = state.samples / self._rows_per_epoch
         entry = {"step": state.step, "epoch": epoch, "targets": state.targets, **record}
         rundir.append_jsonl(self._run.heldout, [entry])

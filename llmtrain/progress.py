@@ -1,5 +1,6 @@
 """What the person at the terminal sees while a run goes on: a live line, or plain lines without one."""
 
+import dataclasses
 import sys
 import time
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ class Progress:
     def __init__(self, total_steps: int, first_step: int, enabled: bool = True):
         self._live: Any = None
         self._enabled = enabled
+        self._last: Reading | None = None
         self._last_plain = -_PLAIN_EVERY_S
         if enabled and sys.stderr.isatty():
             self._start_live(total_steps, first_step)
@@ -46,9 +48,15 @@ class Progress:
         self._task = self._live.add_task("", total=total_steps, completed=first_step, figures="")
         self._live.start()
 
+    def show_heldout(self, loss: float) -> None:
+        """A new held-out loss: the live line takes it up at once."""
+        if self._live is not None and self._last is not None:
+            self.show(dataclasses.replace(self._last, heldout=loss))
+
     def show(self, reading: Reading) -> None:
         if not self._enabled:
             return
+        self._last = reading
         heldout = "" if reading.heldout is None else f"  held-out {reading.heldout:.4f}"
         figures = (
             f"loss {reading.loss:.4f}{heldout}  {reading.tokens_per_s:,.0f} tokens/s"

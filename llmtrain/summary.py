@@ -104,6 +104,7 @@ def draw(run: RunDir) -> None:
     line(evaluations, "train_loss", color="#2a5d9f", linewidth=1.6, label="train (scored like held-out)")
     line(evaluations, "loss", color="#d1495b", linewidth=2, marker="o", markersize=3, label="held-out")
     lowest = min(evaluations, key=lambda e: e["loss"])
+    axes.margins(x=0.15)  # room for the label of a lowest point at the end
     axes.axvline(lowest["epoch"], color="#d1495b", linewidth=0.8, linestyle=":")
     axes.annotate(
         f"lowest {lowest['loss']:.3f}\nstep {lowest['step']}",
