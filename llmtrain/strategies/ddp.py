@@ -14,6 +14,7 @@ from llmtrain.config.schema import RunConfig
 from llmtrain.data import IGNORE, Batch
 from llmtrain.fragments import Fragment, FragmentReader, equal_share
 from llmtrain.optim import MOMENTS, STEPS, build_optimizer
+from llmtrain.strategies.forward import autocast, evaluation_loss
 from llmtrain.world import World
 
 
@@ -57,7 +58,7 @@ class DDPStrategy:
         self._accumulates |= not last
         wait = contextlib.nullcontext() if last or self._world.size == 1 else self._forward.no_sync()
         with wait:
-            with self._autocast():
+            with autocast(self._world.device, self._bf16):
                 loss = self._forward(batch.input_ids, batch.targets, batch.doc_ids, batch.positions)
             # DDP divides by the number of ranks; the sum over ranks is wanted.
             (loss * (scale * self._world.size)).backward()
@@ -76,12 +77,8 @@ class DDPStrategy:
         self._optimizer.zero_grad(set_to_none=self._world.size == 1 or not self._accumulates)
         return norm
 
-    @torch.no_grad()
     def loss(self, batch: Batch) -> Tensor:
-        self._module.eval()
-        batch = batch.to(self._world.device)
-        with self._autocast():
-            return self._module(batch.input_ids, batch.targets, batch.doc_ids, batch.positions)
+        return evaluation_loss(self._module, batch, self._world.device, self._bf16)
 
     def save_state(self) -> list[Fragment]:
         moments = {
@@ -109,8 +106,3 @@ class DDPStrategy:
 
     def weights(self) -> dict[str, Tensor]:
         return {name: parameter.detach() for name, parameter in self._named.items()}
-
-    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
-        if not self._bf16:
-            return contextlib.nullcontext()
-        return torch.autocast(self._world.device.type, torch.bfloat16)

@@ -10,7 +10,6 @@ offloaded to the CPU, and DeepSpeed's shared-memory collectives, which it would 
 CPUs, are switched off.
 """
 
-import contextlib
 import logging
 import os
 import warnings
@@ -25,6 +24,7 @@ from llmtrain.data import Batch
 from llmtrain.errors import ConfigError
 from llmtrain.fragments import Fragment, FragmentReader
 from llmtrain.optim import MOMENTS, STEPS, build_optimizer
+from llmtrain.strategies.forward import autocast, evaluation_loss
 from llmtrain.world import World
 
 
@@ -54,7 +54,7 @@ class ZeRO2Strategy:
     def accumulate(self, batch: Batch, scale: float, last: bool) -> Tensor:
         """Collective (default group, inside backward): each micro-batch's gradients are reduced to their owners."""
         self._module.train()
-        with self._autocast():
+        with autocast(self._world.device, self._bf16):
             loss = self._engine(batch.input_ids, batch.targets, batch.doc_ids, batch.positions)
         # DeepSpeed divides by the number of ranks; the sum over ranks is wanted.
         self._engine.backward(loss * (scale * self._world.size), scale_wrt_gas=False)
@@ -71,12 +71,8 @@ class ZeRO2Strategy:
         self._engine.step()
         return torch.as_tensor(self._engine.get_global_grad_norm(), dtype=torch.float32, device=self._world.device)
 
-    @torch.no_grad()
     def loss(self, batch: Batch) -> Tensor:
-        self._module.eval()
-        batch = batch.to(self._world.device)
-        with self._autocast():
-            return self._module(batch.input_ids, batch.targets, batch.doc_ids, batch.positions)
+        return evaluation_loss(self._module, batch, self._world.device, self._bf16)
 
     def save_state(self) -> list[Fragment]:
         share: list[Fragment] = []
@@ -111,11 +107,6 @@ class ZeRO2Strategy:
                 mine, flat = mapping.lp_fragment_address, mapping.hp_fragment_address
                 pieces.append((names[parameter], mine.start, slice(flat.start, flat.start + flat.numel)))
         return pieces
-
-    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
-        if not self._bf16:
-            return contextlib.nullcontext()
-        return torch.autocast(self._world.device.type, torch.bfloat16)
 
 
 def deepspeed_config(config: RunConfig) -> dict[str, Any]:
