@@ -15,6 +15,7 @@ from llmtrain.config.load import Origins
 from llmtrain.config.schema import FolderTokenizer, RunConfig, TrainedTokenizer
 from llmtrain.errors import ConfigError
 from llmtrain.memory import Device, Part
+from llmtrain.shards import ShardManifest
 
 KINDS = {"ddp": "DDP", "zero2": "ZeRO-2"}
 _GB = 1e9
@@ -65,17 +66,17 @@ def uses_bf16(config: RunConfig, device: Device) -> bool:
     return device == "cuda" or "avx512_bf16" in flags or "amx_bf16" in flags
 
 
-def vocab_size(config: RunConfig, told: int | None) -> int:
-    """As told; else from the shards if they exist, else from the tokenizer's settings.
+def vocab_size(config: RunConfig, told: int | None, built: ShardManifest | None) -> int:
+    """As told; else from the shards if they are built, else from the tokenizer's settings.
 
     Raises:
         ConfigError: it would take a download to know.
     """
     if told is not None:
         return told
-    folder, tokenizer = recipe.shard_folder(config), config.data.tokenizer
-    if shards.exists(folder):
-        return shards.open_folder(folder, "size").manifest.tokenizer.vocab_size
+    if built is not None:
+        return built.tokenizer.vocab_size
+    tokenizer = config.data.tokenizer
     if isinstance(tokenizer, TrainedTokenizer):
         return tokenizer.vocab_size
     if isinstance(tokenizer, FolderTokenizer):
@@ -154,9 +155,9 @@ def _changed(config: RunConfig, kind: str, micro: int, recompute: bool, offload:
 def show(config: RunConfig, origins: Origins, machine: Machine, vocabulary: int | None, console: Console) -> bool:
     """Print the plan; returns whether the configured run fits."""
     folder = recipe.shard_folder(config)
-    known = shards.exists(folder)
-    rows = shards.open_folder(folder, "size").manifest.splits["train"].rows if known else None
-    vocab = vocab_size(config, vocabulary)
+    built = shards.open_folder(folder, "size").manifest if shards.exists(folder) else None
+    rows = None if built is None else built.splits["train"].rows
+    vocab = vocab_size(config, vocabulary, built)
     plan = plan_batches(config, origins, machine.ranks, rows if rows is not None else 2**62)
     parameters = memory.num_parameters(config.model, vocab)
 

@@ -15,7 +15,7 @@ from llmtrain.batches import BatchPlan
 from llmtrain.config.schema import GPTModel, RunConfig
 
 LOSS_CHUNK = {"cpu": 512, "cuda": 4096, "mps": 4096}
-"""Positions whose logits exist at the same time (models/loss.py)."""
+"""Positions whose logits exist at the same time; models/loss.py works in chunks of this size."""
 
 _RUNTIME_MB = {"cpu": 465, "cuda": 900, "mps": 600}
 """Python, torch and what a process of ours has loaded; on GPUs the CUDA context and cuBLAS workspaces."""
