@@ -36,6 +36,7 @@ def shard(
     settings: Settings = None,
     workers: Annotated[int | None, typer.Option(min=1, help="Processes; by default one per CPU.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Build again, even if finished shards are there.")] = False,
+    show: Annotated[int, typer.Option(min=0, help="Print so many samples, with what will be learned in colour.")] = 0,
 ) -> None:
     """Turn raw text into token shards. A killed build goes on where it stopped.
 
@@ -43,6 +44,7 @@ def shard(
     """
     with exit_with_code():
         from launcher.sharding.build import build
+        from launcher.sharding.show import describe, show_samples
         from llmtrain.config import load_config
         from llmtrain.config.load import split_settings
 
@@ -53,24 +55,12 @@ def shard(
         except KeyboardInterrupt:
             typer.echo("stopped; what is finished is kept: the same command goes on from there", err=True)
             raise typer.Exit(130) from None
-        if built.was_there:
-            typer.echo(f"shards     {built.folder.path} (finished before; fingerprint {built.folder.fingerprint[:12]})")
-            return
-        manifest = built.folder.manifest
-        for name, split in manifest.splits.items():
-            typer.echo(
-                f"{name:<10} {split.documents:,} documents, {split.text_bytes / 1e6:,.2f} MB -> {split.rows:,} rows, "
-                f"{split.tokens:,} tokens ({split.text_bytes / max(1, split.text_tokens):.2f} bytes a token)"
-                + (f", {split.tokens_dropped} dropped" if split.tokens_dropped else "")
-            )
-        for reason, count in manifest.skipped.items():
-            typer.echo(f"skipped    {count:,} documents: {reason}")
-        by = "tiktoken (ids proven equal)" if built.fast else "tokenizers"
-        typer.echo(f"tokenizer  {manifest.tokenizer.vocab_size:,} tokens, applied with {by}")
-        typer.echo(
-            f"shards     {built.folder.path}, {built.size_bytes / 1e6 / built.seconds:.1f} MB/s, "
-            f"fingerprint {built.folder.fingerprint[:12]}"
-        )
+        for line in describe(built):
+            typer.echo(line)
+        if show:
+            from rich.console import Console
+
+            show_samples(built.folder, show, Console())
 
 
 @app.command(epilog="Example: `llmtrain plan configs/gpt2.yaml --gpus 8 --gpu-memory 80 strategy.kind=zero2`")

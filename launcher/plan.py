@@ -12,7 +12,8 @@ from rich.table import Table
 from llmtrain import memory, recipe, shards
 from llmtrain.batches import BatchPlan, plan_batches
 from llmtrain.config.load import Origins
-from llmtrain.config.schema import FolderTokenizer, RunConfig, TrainedTokenizer
+from llmtrain.config.data_sections import FolderTokenizer, TrainedTokenizer
+from llmtrain.config.schema import RunConfig
 from llmtrain.errors import ConfigError
 from llmtrain.memory import Device, Part
 from llmtrain.shards import ShardManifest

@@ -11,6 +11,8 @@ from llmtrain.config.schema import RunConfig
 def recipe_of(config: RunConfig) -> dict[str, Any]:
     """The settings that shards are made from: equal recipes and equal input give equal bytes."""
     data = config.data.model_dump(mode="json", exclude={"dir", "verify"})
+    if config.data.format.kind == "text":
+        del data["format"]  # so that shards of text keep the recipe that they had before there were formats
     return {**data, "context": config.model.context}
 
 

@@ -61,7 +61,7 @@ class SplitInfo(_Record):
     """Tokens that are predicted and count in the loss."""
     documents: int
     text_bytes: int
-    """UTF-8 bytes of the text that the tokens came from; for bits per byte."""
+    """UTF-8 bytes of the text to be learned; for bits per byte."""
     text_tokens: int
     """Tokens of that text (end-of-text tokens included), before packing dropped or repeated any."""
     tokens_dropped: int
@@ -82,10 +82,12 @@ class ShardManifest(_Record):
     """What the shards were made from: `recipe_of` the configuration."""
     tokenizer: TokenizerInfo
     context: int
-    packing: Literal["contiguous", "bestfit"]
+    packing: Literal["contiguous", "bestfit", "none"]
     splits: dict[SplitName, SplitInfo]
     skipped: dict[str, int] = {}
     """Documents left out, by reason."""
+    cut: int = 0
+    """Samples whose prompt lacks its beginning, to fit into the context."""
 
     def to_bytes(self) -> bytes:
         return (self.model_dump_json(indent=1) + "\n").encode()

@@ -26,8 +26,10 @@ from numpy.typing import NDArray
 from launcher.sharding import pack, tasks, tokenize
 from launcher.sharding.processes import RunAll, processes
 from launcher.sharding.progress import ShardProgress
-from launcher.sharding.sources import Unit, default_workers, group_units, list_units
+from launcher.sharding.records import Unit
+from launcher.sharding.sources import default_workers, group_units, list_units
 from llmtrain import files, recipe, shards
+from llmtrain.config.data_sections import DataSection
 from llmtrain.config.schema import RunConfig
 from llmtrain.errors import SourceError, TooLittleData, disk_errors
 from llmtrain.shards import ShardFolder, ShardManifest, SplitInfo, SplitName, TokenizerInfo
@@ -72,7 +74,7 @@ def build(config: RunConfig, workers: int | None = None, force: bool = False) ->
 
 def _build(config: RunConfig, folder: Path, workers: int, force: bool) -> Built:
     started, work = time.perf_counter(), folder / ".work"
-    units = list_units(config.data.sources)
+    units = list_units(config.data.sources, config.data.format)
     if not units:
         raise SourceError("the sources hold no text at all")
     todo = group_units(units)
@@ -91,7 +93,7 @@ def _build(config: RunConfig, folder: Path, workers: int, force: bool) -> Built:
             files.write_atomic(work / "tokenizer-done", json.dumps(fast))
         fast = bool(json.loads((work / "tokenizer-done").read_text()))
         jobs = [
-            tasks.TokeniseJob(number, config.data, task, starts[number], bounds, tokenizer, fast, work)
+            tasks.TokeniseJob(number, config.data, task, starts[number], bounds, config.model.context, tokenizer, fast, work)
             for number, task in enumerate(todo)
         ]
         missing = [job for job in jobs if not job.result.exists()]
@@ -126,8 +128,8 @@ def _open_work(work: Path, config: RunConfig, units: list[Unit], force: bool) ->
         files.write_atomic(marker, key)
 
 
-def _count(sources: list[Any], numbered: tuple[int, list[Unit]]) -> tuple[int, int]:
-    return numbered[0], tasks.count_characters(sources, numbered[1])
+def _count(data: DataSection, numbered: tuple[int, list[Unit]]) -> tuple[int, int]:
+    return numbered[0], tasks.count_characters(data, numbered[1])
 
 
 def _place_in_text(
@@ -138,7 +140,7 @@ def _place_in_text(
         return [0] * len(todo), (0, 0)
     progress.stage("measure", sum(sizes))
     counts = [0] * len(todo)
-    for number, count in run_all(functools.partial(_count, config.data.sources), list(enumerate(todo))):
+    for number, count in run_all(functools.partial(_count, config.data), list(enumerate(todo))):
         counts[number] = count
         progress.advance(sizes[number])
     starts = [0, *np.cumsum(counts).tolist()]
@@ -167,7 +169,7 @@ def _training_texts(
     share = min(1.0, left / max(1, size_bytes))
     width, owed = max(256, min(_SLICE, left // 8)), 0.0
     for start, task in zip(starts, todo, strict=True):
-        for piece in tasks.read_pieces(config.data.sources, task, config.data.split, start, bounds, Counter()):
+        for piece in tasks.read_pieces(config.data, task, start, bounds, Counter()):
             for first in range(0, len(piece.text) if piece.split == "train" else 0, width):
                 text = piece.text[first : first + width]
                 size = len(text.encode())
@@ -184,7 +186,7 @@ def _proof_texts(
     """Some documents from all over the corpus, on which the fast tokenizer has to prove itself."""
     step = max(1, len(todo) // _PROOF_TASKS)
     for start, task in zip(starts[::step], todo[::step], strict=True):
-        pieces = tasks.read_pieces(config.data.sources, task, config.data.split, start, bounds, Counter())
+        pieces = tasks.read_pieces(config.data, task, start, bounds, Counter())
         yield from (piece.text[:_PROOF_CHARACTERS] for piece in itertools.islice(pieces, _PROOF_TEXTS))
 
 
@@ -198,8 +200,10 @@ def _pack(
     out.mkdir()
     streams = {name: _Stream.read(work, name, num_tasks) for name in tasks.SPLITS}
     skipped: Counter[str] = Counter()
+    cut = 0
     for number in range(num_tasks):
         with np.load(tasks.task_file(work, number)) as arrays:
+            cut += int(arrays["cut"][0])
             names = arrays["skipped_names"].tolist()
             skipped.update(dict(zip(names, arrays["skipped_counts"].tolist(), strict=True)))
     progress.stage("pack", sum(stream.text_bytes for stream in streams.values()))
@@ -220,6 +224,7 @@ def _pack(
         packing=config.data.packing,
         splits=splits,
         skipped=dict(sorted(skipped.items())),
+        cut=cut,
     )
 
 
@@ -230,16 +235,20 @@ class _Stream:
     task_starts: NDArray[np.int64]
     doc_lens: NDArray[np.int64]
     text_bytes: int
+    text_tokens: int
+    masked: bool
 
     @classmethod
     def read(cls, work: Path, split: SplitName, num_tasks: int) -> "_Stream":
-        lens, text_bytes = [], 0
+        lens, text_bytes, text_tokens, masked = [], 0, 0, False
         for number in range(num_tasks):
             with np.load(tasks.task_file(work, number)) as arrays:
                 lens.append(arrays[f"{split}_lens"])
                 text_bytes += int(arrays[f"{split}_bytes"][0])
+                text_tokens += int(arrays[f"{split}_text_tokens"][0])
+                masked |= len(arrays[f"{split}_learned"]) > 0
         starts = np.cumsum([0, *(int(task_lens.sum()) for task_lens in lens)])
-        return cls(starts, np.concatenate(lens), text_bytes)
+        return cls(starts, np.concatenate(lens), text_bytes, text_tokens, masked)
 
     @property
     def tokens(self) -> int:
@@ -256,7 +265,10 @@ def _pack_jobs(
 
     def job(number: int, start: int, stop: int, doc_lens: NDArray[np.int64] | None) -> tasks.PackJob:
         path = work / "out" / f"{name}-{number:05d}.arrow"
-        return tasks.PackJob(path, name, start, stop, doc_lens, work, stream.task_starts, context, encoder.eos_id)
+        return tasks.PackJob(
+            path, name, start, stop, doc_lens, work, stream.task_starts, context, encoder.eos_id,
+            together=config.data.packing == "bestfit", masked=stream.masked,
+        )  # fmt: skip
 
     if config.data.packing == "contiguous":
         rows, dropped = pack.contiguous_rows(stream.tokens, context, keep_rest=name != "train")
@@ -265,9 +277,12 @@ def _pack_jobs(
             job(n, first * context, min(min(first + shard_rows, rows) * context + 1, stream.tokens), None)
             for n, first in enumerate(firsts)
         ], dropped
-    # Best fit: each shard packs the documents of a fixed amount of tokens, so shards are independent.
+    # Each shard packs the documents of a fixed amount of tokens (or a fixed number), so shards are independent.
     doc_ends = np.cumsum(stream.doc_lens)
-    cuts = np.searchsorted(doc_ends, np.arange(0, stream.tokens, shard_rows * (context + 1)))
+    if config.data.packing == "bestfit":
+        cuts = np.searchsorted(doc_ends, np.arange(0, stream.tokens, shard_rows * (context + 1)))
+    else:
+        cuts = np.arange(0, len(doc_ends), shard_rows)
     edges = [*np.unique(cuts).tolist(), len(doc_ends)] if stream.tokens else [0]
     jobs = []
     for first, last in itertools.pairwise(edges):
@@ -298,7 +313,7 @@ def _describe(
         targets=sum(p.targets for p in packed),
         documents=len(stream.doc_lens),
         text_bytes=stream.text_bytes,
-        text_tokens=stream.tokens,
+        text_tokens=stream.text_tokens,
         tokens_dropped=dropped + sum(p.dropped for p in packed),
         shards=[p.info for p in packed],
     )

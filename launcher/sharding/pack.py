@@ -76,17 +76,44 @@ def best_fit(lengths: NDArray[np.int64], capacity: int) -> list[list[int]]:
     return rows
 
 
-def pack_bestfit(stream: Tokens, doc_lens: NDArray[np.int64], context: int, padding_id: int) -> tuple[Rows, int]:
-    """Rows of whole documents, and how many tokens were dropped (documents of one token)."""
+def pack_documents(
+    stream: Tokens,
+    learned: NDArray[np.uint8] | None,
+    doc_lens: NDArray[np.int64],
+    context: int,
+    padding_id: int,
+    together: bool,
+) -> tuple[Rows, int]:
+    """Rows of whole documents, and how many tokens were dropped (documents of one token).
+
+    Args:
+        learned: 1 for each token of the stream that is to be learned; None: all are.
+        together: several documents a row, best fit; else one.
+    """
     starts, lengths, dropped = split_long(doc_lens, context)
-    plan = best_fit(lengths, context + 1)
+    plan = best_fit(lengths, context + 1) if together else [[piece] for piece in range(len(lengths))]
     tokens = np.full((len(plan), context + 1), padding_id, stream.dtype)
+    mask = None if learned is None else np.zeros(tokens.shape, np.uint8)
     row_lens: list[Lengths] = []
     for row, pieces in enumerate(plan):
         at = 0
         for piece in pieces:
             start, length = int(starts[piece]), int(lengths[piece])
             tokens[row, at : at + length] = stream[start : start + length]
+            if mask is not None and learned is not None:
+                mask[row, at : at + length] = learned[start : start + length]
             at += length
         row_lens.append(lengths[pieces].astype(np.int32))
-    return Rows(tokens, row_lens, None), dropped
+    return Rows(tokens, row_lens, mask), dropped
+
+
+def count_targets(rows: Rows) -> int:
+    """Tokens that are predicted and count in the loss."""
+    total = 0
+    for row, lens in enumerate(rows.doc_lens):
+        if rows.loss_mask is None:
+            total += int((lens - 1).sum())
+        else:
+            firsts = np.cumsum(lens) - lens  # nothing predicts a document's first token
+            total += int(rows.loss_mask[row, : lens.sum()].sum()) - int(rows.loss_mask[row, firsts].sum())
+    return total

@@ -17,11 +17,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from launcher.sharding import pack
-from launcher.sharding.sources import Unit, read_documents
+from launcher.sharding.records import Document, Unit, read_documents
+from launcher.sharding.samples import NotUsable, Sample, SampleMaker
 from launcher.sharding.tokenize import Encoder
 from llmtrain import files
-from llmtrain.config import schema
-from llmtrain.shards import ShardInfo, SplitName, Tokens, write_shard
+from llmtrain.config import data_sections as schema
+from llmtrain.shards import ShardInfo, SplitName, write_shard
 
 SPLITS: tuple[SplitName, ...] = ("train", "heldout", "test")
 
@@ -32,12 +33,19 @@ class Piece:
 
     split: SplitName
     text: str
+    begins: bool
     ends: bool
     """Whether the document ends here: then an end-of-text token follows."""
+    document: Document
 
 
-def count_characters(sources: list[schema.Source], task: list[Unit]) -> int:
-    return sum(len(text) for unit in task for text in read_documents(sources[unit.source], unit, Counter()))
+def count_characters(data: schema.DataSection, task: list[Unit]) -> int:
+    return sum(len(document.text) for document in _documents(data, task, Counter()))
+
+
+def _documents(data: schema.DataSection, task: list[Unit], skipped: Counter[str]) -> Iterator[Document]:
+    for unit in task:
+        yield from read_documents(data.sources[unit.source], unit, data.format, skipped)
 
 
 def tail_bounds(total: int, split: schema.SplitSection) -> tuple[int, int]:
@@ -46,35 +54,39 @@ def tail_bounds(total: int, split: schema.SplitSection) -> tuple[int, int]:
     return train, total if split.test == 0 else int(total * (1 - split.test) + 1e-6)
 
 
-def split_document(text: str, split: schema.SplitSection, start: int, bounds: tuple[int, int]) -> Iterator[Piece]:
-    """The pieces of a document that begins `start` characters into the whole text (`tail` alone uses that)."""
+def split_document(
+    document: Document, split: schema.SplitSection, start: int, bounds: tuple[int, int]
+) -> Iterator[Piece]:
+    """The pieces of a document that begins `start` characters into the whole text (`tail` alone uses that).
+
+    A record stays whole: under `tail` it goes where its first character lies.
+    """
+    text = document.text
     if split.by == "hash":
         fraction = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
         name: SplitName = (
             "test" if fraction < split.test else "heldout" if fraction < split.test + split.heldout else "train"
         )
-        yield Piece(name, text, ends=True)
+        yield Piece(name, text, begins=True, ends=True, document=document)
+        return
+    if document.record is not None:
+        name = SPLITS[sum(start >= bound for bound in bounds)]
+        yield Piece(name, text, begins=True, ends=True, document=document)
         return
     end = start + len(text)
     for name, low, high in zip(SPLITS, (0, *bounds), (*bounds, max(end, bounds[1])), strict=True):
         piece = text[max(low, start) - start : max(min(high, end) - start, 0)]
         if piece and low < end and high > start:
-            yield Piece(name, piece, ends=high >= end)
+            yield Piece(name, piece, begins=low <= start, ends=high >= end, document=document)
 
 
 def read_pieces(
-    sources: list[schema.Source],
-    task: list[Unit],
-    split: schema.SplitSection,
-    start: int,
-    bounds: tuple[int, int],
-    skipped: Counter[str],
+    data: schema.DataSection, task: list[Unit], start: int, bounds: tuple[int, int], skipped: Counter[str]
 ) -> Iterator[Piece]:
     """All pieces of a task whose text begins `start` characters into the whole."""
-    for unit in task:
-        for text in read_documents(sources[unit.source], unit, skipped):
-            yield from split_document(text, split, start, bounds)
-            start += len(text)
+    for document in _documents(data, task, skipped):
+        yield from split_document(document, data.split, start, bounds)
+        start += len(document.text)
 
 
 @dataclass(frozen=True)
@@ -86,6 +98,7 @@ class TokeniseJob:
     task: list[Unit]
     start: int
     bounds: tuple[int, int]
+    context: int
     tokenizer: Path
     fast: bool
     work: Path
@@ -105,33 +118,75 @@ _encoders: dict[tuple[Path, bool], Encoder] = {}  # loading one takes longer tha
 def tokenise(job: TokeniseJob) -> int:
     """Write the task's tokens; returns the bytes of text done.
 
-    The file holds, per split, `tokens`, `lens` (tokens per document, end-of-text included) and `bytes`.
+    The file holds, per split, `tokens`, `lens` (tokens per document, end-of-text included), `bytes` and
+    `text_tokens` (what is learned, and the tokens that stand for it), and `learned`, a flag for each token, where
+    not all are to be learned.
     """
     key = (job.tokenizer, job.fast)
     encoder = _encoders.get(key) or _encoders.setdefault(key, Encoder(*key))
-    skipped: Counter[str] = Counter()
-    dtype = token_dtype(encoder.vocab_size)
-    end = np.array([encoder.eos_id], np.uint32)
-    parts: dict[str, list[NDArray[np.uint32]]] = {name: [] for name in SPLITS}
-    text_bytes = dict.fromkeys(SPLITS, 0)
-    for piece in read_pieces(job.data.sources, job.task, job.data.split, job.start, job.bounds, skipped):
-        ids = encoder.encode(piece.text)
-        parts[piece.split].append(np.concatenate([ids, end]) if piece.ends else ids)
-        text_bytes[piece.split] += len(piece.text.encode())
+    prefix, skipped = encoder.prefix_ids, Counter[str]()
+    tokens = {name: _Tokens() for name in SPLITS}
+    format, cut = job.data.format, 0
+    maker = None
+    if not isinstance(format, schema.TextFormat):
+        maker = SampleMaker(format, encoder, job.tokenizer, limit=job.context + 1)
+    for piece in read_pieces(job.data, job.task, job.start, job.bounds, skipped):
+        if maker is None:
+            before = prefix if piece.begins else []
+            after = [encoder.eos_id] if piece.ends else []
+            ids = np.concatenate([np.array(before, np.uint32), encoder.encode(piece.text), np.array(after, np.uint32)])
+            tokens[piece.split].add(ids, piece.text)
+            continue
+        try:
+            sample = maker.make(piece.document)
+        except NotUsable as reason:
+            skipped[str(reason)] += 1
+            continue
+        cut += sample.cut
+        tokens[piece.split].add_sample(sample)
     arrays: dict[str, Any] = {
         "skipped_names": np.array(sorted(skipped), str),
         "skipped_counts": np.array([skipped[name] for name in sorted(skipped)], np.int64),
+        "cut": np.array([cut]),
     }
     for name in SPLITS:
-        documents = parts[name]
-        arrays[f"{name}_tokens"] = np.concatenate([np.zeros(0, np.uint32), *documents]).astype(dtype)
-        arrays[f"{name}_lens"] = np.array([len(ids) for ids in documents], np.int64)
-        arrays[f"{name}_bytes"] = np.array([text_bytes[name]], np.int64)
+        arrays |= {f"{name}_{key}": array for key, array in tokens[name].arrays(encoder.vocab_size).items()}
     aside = job.result.with_suffix(f".{os.getpid()}.tmp.npz")
     np.savez(aside, **arrays)
     files.sync(aside)
     aside.rename(job.result)
     return sum(unit.size_bytes for unit in job.task)
+
+
+class _Tokens:
+    """The tokens of a task that go into one split."""
+
+    def __init__(self) -> None:
+        self._ids: list[NDArray[np.uint32]] = []
+        self._learned: list[NDArray[np.uint8]] = []
+        self._bytes = self._text_tokens = 0
+
+    def add(self, ids: NDArray[np.uint32], text: str) -> None:
+        self._ids.append(ids)
+        self._bytes += len(text.encode())
+        self._text_tokens += len(ids)
+
+    def add_sample(self, sample: Sample) -> None:
+        self._ids.append(sample.ids)
+        self._learned.append(sample.learned)
+        self._bytes += sample.learned_bytes
+        self._text_tokens += int(sample.learned.sum())
+
+    def arrays(self, vocab_size: int) -> dict[str, NDArray[Any]]:
+        """Flags are written where any were given."""
+        nothing = np.zeros(0, np.uint32)
+        return {
+            "tokens": np.concatenate([nothing, *self._ids]).astype(token_dtype(vocab_size)),
+            "lens": np.array([len(ids) for ids in self._ids], np.int64),
+            "learned": np.concatenate([nothing, *self._learned]).astype(np.uint8),
+            "bytes": np.array([self._bytes], np.int64),
+            "text_tokens": np.array([self._text_tokens], np.int64),
+        }
 
 
 def token_dtype(vocab_size: int) -> type[np.uint16] | type[np.uint32]:
@@ -147,12 +202,16 @@ class PackJob:
     start: int
     stop: int
     doc_lens: NDArray[np.int64] | None
-    """Of the documents in the range, for best-fit packing; None for contiguous."""
+    """Of the documents in the range; None for contiguous packing."""
     work: Path
     task_starts: NDArray[np.int64]
     """Where each task's tokens begin in the stream; one more entry for the end."""
     context: int
     padding_id: int
+    together: bool
+    """Several documents a row."""
+    masked: bool
+    """Some tokens are not to be learned."""
 
 
 @dataclass(frozen=True)
@@ -164,26 +223,28 @@ class Packed:
 
 def write_packed(job: PackJob) -> Packed:
     """Write one shard and describe it."""
-    stream = _read_stream(job)
+    stream = _read_stream(job, "tokens")
     dropped = 0
     if job.doc_lens is None:
         rows = pack.pack_contiguous(stream, job.context, job.padding_id)
     else:
-        rows, dropped = pack.pack_bestfit(stream, job.doc_lens, job.context, job.padding_id)
+        learned = _read_stream(job, "learned") if job.masked else None
+        rows, dropped = pack.pack_documents(
+            stream, learned, job.doc_lens, job.context, job.padding_id, together=job.together
+        )
     write_shard(job.path, rows)
-    lens = np.concatenate([np.zeros(0, np.int32), *rows.doc_lens])
     info = ShardInfo(
         file=job.path.name,
         size_bytes=job.path.stat().st_size,
         sha256=files.sha256(job.path),
         rows=len(rows.tokens),
-        tokens=int(lens.sum()),
+        tokens=sum(int(lens.sum()) for lens in rows.doc_lens),
         max_id=int(rows.tokens.max(initial=0)),
     )
-    return Packed(info, int((lens - 1).sum()), dropped)
+    return Packed(info, pack.count_targets(rows), dropped)
 
 
-def _read_stream(job: PackJob) -> Tokens:
+def _read_stream(job: PackJob, kind: str) -> NDArray[Any]:
     first = int(np.searchsorted(job.task_starts, job.start, side="right")) - 1
     parts = []
     for number in range(first, len(job.task_starts) - 1):
@@ -191,5 +252,5 @@ def _read_stream(job: PackJob) -> Tokens:
         if begin >= job.stop:
             break
         with np.load(task_file(job.work, number)) as arrays:
-            parts.append(arrays[f"{job.split}_tokens"][max(0, job.start - begin) : job.stop - begin])
+            parts.append(arrays[f"{job.split}_{kind}"][max(0, job.start - begin) : job.stop - begin])
     return np.concatenate(parts)

@@ -6,6 +6,7 @@ chosen to be difficult; anything else stays on `tokenizers`.
 """
 
 import contextlib
+import functools
 import json
 import re
 import shutil
@@ -16,7 +17,7 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from llmtrain.config import schema
+from llmtrain.config import data_sections as schema
 from llmtrain.errors import TokenizerError
 
 END_OF_TEXT = "<|endoftext|>"
@@ -89,16 +90,14 @@ def _copy(source: Path, folder: Path) -> None:
         raise TokenizerError(
             f"{source / 'tokenizer.json'}: no such file; data.tokenizer.path must be a folder with one"
         )
-    for name in ("tokenizer.json", "tokenizer_config.json"):
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
 
 
 def _download(name: str, revision: str | None, folder: Path) -> None:
-    try:
-        from transformers import AutoTokenizer
-    except ImportError:
-        raise TokenizerError("a tokenizer from the Hub needs transformers: pip install 'llmtrain[hf]'") from None
+    from transformers import AutoTokenizer
+
     try:
         AutoTokenizer.from_pretrained(name, revision=revision, use_fast=True).save_pretrained(str(folder))
     except Exception as error:
@@ -124,6 +123,8 @@ class Encoder:
         self._tokenizer.encode_special_tokens = True
         self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
         self.eos_id = self._find_eos(folder)
+        self._with_special: Any = None
+        self._folder = folder
         self._fast = tiktoken_encoding(self._spec) if fast else None
 
     @property
@@ -135,6 +136,27 @@ class Encoder:
             with contextlib.suppress(ValueError):  # its regex gives up on, say, a million spaces before a word
                 return self._fast.encode_to_numpy(text, disallowed_special=())
         return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, np.uint32)
+
+    def encode_special(self, text: str) -> NDArray[np.uint32]:
+        """Ids of a text in which special tokens count as such (what a chat template wrote)."""
+        if self._with_special is None:
+            from tokenizers import Tokenizer
+
+            self._with_special = Tokenizer.from_file(str(self._folder / "tokenizer.json"))
+            self._with_special.no_truncation()
+            self._with_special.no_padding()
+        return np.array(self._with_special.encode(text, add_special_tokens=False).ids, np.uint32)
+
+    @functools.cached_property
+    def prefix_ids(self) -> list[int]:
+        """What the tokenizer itself puts before a text: [the id of <s>] for Llama's, nothing for GPT-2's."""
+        plain = self._tokenizer.encode("a", add_special_tokens=False).ids
+        whole = self._tokenizer.encode("a", add_special_tokens=True).ids
+        return whole[: whole.index(plain[0])] if plain and plain[0] in whole else []
+
+    @functools.cached_property
+    def special_tokens(self) -> list[str]:
+        return [token["content"] for token in self._spec.get("added_tokens", []) if token.get("special")]
 
     def token(self, number: int) -> str:
         return self._tokenizer.id_to_token(number) or ""

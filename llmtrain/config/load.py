@@ -13,7 +13,8 @@ from pydantic import BaseModel
 from pydantic_core import ErrorDetails
 
 from llmtrain.config import yaml_lines
-from llmtrain.config.schema import MAY_CHANGE, RunConfig
+from llmtrain.config.schema import RunConfig
+from llmtrain.config.section import MAY_CHANGE
 from llmtrain.errors import ConfigError
 
 COMMAND_LINE = "command line"
@@ -181,7 +182,7 @@ def _explain(error: ErrorDetails, values: dict[str, Any], origins: Origins) -> s
         case "missing":
             return f"{dotted} ({origins.of(path)}): missing; it has no default"
         case "value_error":
-            return f"{dotted} ({origins.of(path)}): {context['error']}"
+            return f"{dotted} ({origins.of(path)}): {context['error']}" if path else str(context["error"])
         case "model_type" | "model_attributes_type":
             return f"{head}: must be a section with keys below it, not a {_kind(error['input'])}"
         case "bool_type":
@@ -252,7 +253,9 @@ def _nearest_key(path: yaml_lines.Path, model: type[BaseModel] | None) -> str:
     near = difflib.get_close_matches(name, siblings, n=1, cutoff=0.6)
     if near:
         return f"did you mean {prefix + '.' if prefix else ''}{near[0]}?"
-    everywhere = {dotted.rsplit(".", 1)[-1]: dotted for dotted in _all_keys(RunConfig)}
+    everywhere: dict[str, str] = {}
+    for dotted in _all_keys(RunConfig):
+        everywhere.setdefault(dotted.rsplit(".", 1)[-1], dotted)
     near = difflib.get_close_matches(name, everywhere, n=1, cutoff=0.75)
     known = f"'{prefix}' has: " if prefix else "the sections are: "
     meant = f"did you mean {everywhere[near[0]]}? " if near else ""

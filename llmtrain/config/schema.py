@@ -9,18 +9,14 @@ because it would change which samples are seen or what is computed from them.
 """
 
 import math
+from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-MAY_CHANGE: dict[str, Any] = {"may_change_on_resume": True}
-"""Marks a field (or a whole section) that may differ between a checkpoint and the run resuming from it."""
-
-
-class Section(BaseModel):
-    """Strict: unknown keys and wrong types are errors; `3` is a valid float, `"3"` is not."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
+from llmtrain.config.data_sections import DataSection
+from llmtrain.config.model_sections import QLORA_DEFAULTS, GPTModel, Model
+from llmtrain.config.section import MAY_CHANGE, Section
 
 
 class RunSection(Section):
@@ -35,159 +31,6 @@ class RunSection(Section):
     and start anew. must: fail where there is no checkpoint."""
 
 
-class StdlibSource(Section):
-    kind: Literal["stdlib"] = "stdlib"
-    """The Python standard library's own sources: text that every machine already has (about 30 MB)."""
-
-
-class TextSource(Section):
-    kind: Literal["text"]
-    paths: Annotated[list[str], Field(min_length=1)]
-    """Files, folders or globs (`**` allowed); folders mean all `*.txt` and `*.md` below them."""
-    separator: Annotated[str, Field(min_length=1)] | None = None
-    """Text between two documents of a file, e.g. "<|endoftext|>"; without it a file is one document."""
-    invalid_utf8: Literal["error", "replace", "skip"] = "error"
-    """What to do with a file that is not valid UTF-8."""
-
-
-class JsonlSource(Section):
-    kind: Literal["jsonl"]
-    paths: Annotated[list[str], Field(min_length=1)]
-    """Files or globs; one JSON object a line."""
-    field: str = "text"
-    """The object's key that holds the text."""
-
-
-class CsvSource(Section):
-    kind: Literal["csv"]
-    paths: Annotated[list[str], Field(min_length=1)]
-    """Files or globs with a header line."""
-    field: str = "text"
-    """The column that holds the text."""
-
-
-class ParquetSource(Section):
-    kind: Literal["parquet"]
-    paths: Annotated[list[str], Field(min_length=1)]
-    """Files or globs."""
-    field: str = "text"
-    """The column that holds the text."""
-
-
-class HuggingFaceSource(Section):
-    kind: Literal["huggingface"]
-    name: str
-    """A dataset's name on the Hub, or what `datasets.load_dataset` takes as its first argument
-    ("json", "parquet", a local folder)."""
-    config: str | None = None
-    """The dataset's configuration (subset)."""
-    split: str = "train"
-    """The dataset's split, e.g. "train" or "train[:10%]"."""
-    revision: str | None = None
-    """Branch, tag or commit; pin a commit for byte-identical shards."""
-    data_files: list[str] | None = None
-    """Files to load, for the generic builders ("json", "csv", "parquet", "text")."""
-    field: str = "text"
-    """The column that holds the text."""
-
-
-Source = Annotated[
-    StdlibSource | TextSource | JsonlSource | CsvSource | ParquetSource | HuggingFaceSource,
-    Field(discriminator="kind"),
-]
-
-
-class TrainedTokenizer(Section):
-    kind: Literal["train"] = "train"
-    """Train a byte-level BPE on the corpus' training documents."""
-    vocab_size: Annotated[int, Field(ge=260, le=1_000_000)] = 8192
-    train_bytes: Annotated[int, Field(ge=1)] = 20_000_000
-    """Train on at most this much text, taken evenly from the corpus."""
-
-
-class FolderTokenizer(Section):
-    kind: Literal["folder"]
-    path: str
-    """A folder with tokenizer.json (Hugging Face format)."""
-
-
-class HubTokenizer(Section):
-    kind: Literal["hub"]
-    name: str
-    """A model or tokenizer on the Hugging Face Hub, e.g. "openai-community/gpt2"."""
-    revision: str | None = None
-
-
-Tokenizer = Annotated[TrainedTokenizer | FolderTokenizer | HubTokenizer, Field(discriminator="kind")]
-
-
-class SplitSection(Section):
-    by: Literal["tail", "hash"] = "hash"
-    """tail: held-out and test are the last shares of the text, in order. hash: each document goes where
-    its SHA-256 says, so a document keeps its split when others come or go."""
-    heldout: Annotated[float, Field(gt=0, lt=1)] = 0.02
-    """Share of the text used for choosing a checkpoint."""
-    test: Annotated[float, Field(ge=0, lt=1)] = 0.01
-    """Share of the text that choosing never sees; 0 for none."""
-
-    @model_validator(mode="after")
-    def _leaves_something(self) -> Self:
-        if self.heldout + self.test >= 1:
-            raise ValueError(
-                f"heldout + test = {self.heldout + self.test:g} leaves nothing to train on; make their sum less than 1"
-            )
-        return self
-
-
-class DataSection(Section):
-    sources: Annotated[list[Source], Field(min_length=1)] = [StdlibSource()]
-    """Where the text comes from, in order."""
-    dir: Annotated[str | None, Field(json_schema_extra=MAY_CHANGE)] = None
-    """Folder of the shards; by default shards/ and a hash of this section."""
-    tokenizer: Tokenizer = TrainedTokenizer()
-    split: SplitSection = SplitSection()
-    packing: Literal["contiguous", "bestfit"] = "contiguous"
-    """contiguous: concatenate the documents and cut every `model.context` tokens. bestfit: whole documents
-    side by side in a row, split only when longer than the context, attention and positions reset at
-    each document."""
-    verify: Annotated[Literal["sha256", "size"], Field(json_schema_extra=MAY_CHANGE)] = "sha256"
-    """What is checked when a run starts: every byte (about 1 GB/s), or the file sizes alone."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _tokenizer_kind(cls, values: Any) -> Any:
-        """`data.tokenizer.vocab_size=1000` alone means the default kind."""
-        if isinstance(values, dict) and isinstance(values.get("tokenizer"), dict):
-            values = {**values, "tokenizer": {"kind": "train", **values["tokenizer"]}}
-        return values
-
-
-class GPTModel(Section):
-    kind: Literal["gpt"] = "gpt"
-    """GPT-2's architecture. 12 layers, 12 heads, width 768 is GPT-2 small (124 M parameters tied)."""
-    num_layers: Annotated[int, Field(ge=1)] = 4
-    num_heads: Annotated[int, Field(ge=1)] = 4
-    width: Annotated[int, Field(ge=1)] = 256
-    context: Annotated[int, Field(ge=2)] = 256
-    """Tokens that the model sees at once; also the length of a training row."""
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    qkv_bias: bool = True
-    tie_weights: bool = True
-    """Use the token embedding as output matrix too."""
-    init: Literal["gpt2", "pytorch"] = "gpt2"
-    """gpt2: N(0, 0.02), residual projections scaled by 1/sqrt(2 layers). pytorch: the layers' defaults."""
-
-    @model_validator(mode="after")
-    def _heads_divide_width(self) -> Self:
-        if self.width % self.num_heads:
-            fitting = [h for h in range(1, self.width + 1) if self.width % h == 0 and self.width // h >= 8]
-            raise ValueError(
-                f"num_heads={self.num_heads} does not divide width={self.width}; use one of "
-                + ", ".join(map(str, fitting[-12:]))
-            )
-        return self
-
-
 class ScheduleSection(Section):
     kind: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
     """Shape after the warm-up. wsd: constant, then a linear decay over the last `decay_share`."""
@@ -200,6 +43,9 @@ class ScheduleSection(Section):
 
 
 class OptimSection(Section):
+    kind: Literal["adamw", "adamw8bit", "paged_adamw8bit"] = "adamw"
+    """adamw: torch's fused one. adamw8bit: bitsandbytes', whose two moments take a quarter of the memory. paged: they
+    move to host memory when a GPU is full (on other devices the same as adamw8bit)."""
     lr: Annotated[float, Field(gt=0)] = 2e-3
     """Peak learning rate."""
     betas: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)] = [0.9, 0.95]
@@ -255,6 +101,15 @@ class SampleSection(Section):
     every: Literal["evaluation", "epoch"] = "evaluation"
 
 
+class TaskSection(Section):
+    """Answers to held-out prompts, generated and compared, at each save (format.kind other than text)."""
+
+    samples: Annotated[int, Field(ge=0)] = 0
+    """Held-out prompts to answer, without randomness; 0 for none."""
+    max_tokens: Annotated[int, Field(ge=1)] = 64
+    """Longest answer."""
+
+
 class EvaluateSection(Section):
     every_steps: Annotated[int | None, Field(ge=1)] = 50
     """Held-out loss every so many steps (and at every save); null for saves alone."""
@@ -266,6 +121,7 @@ class EvaluateSection(Section):
     batch_size: Annotated[int | None, Field(ge=1)] = None
     """Rows per forward pass on a rank; by default the training micro-batch. Does not change the result."""
     sample: SampleSection = SampleSection()
+    task: TaskSection = TaskSection()
 
 
 class CheckpointSection(Section):
@@ -311,10 +167,60 @@ class RunConfig(Section):
 
     run: RunSection = RunSection()
     data: DataSection = DataSection()
-    model: GPTModel = GPTModel()
+    model: Model = GPTModel()
     train: TrainSection = TrainSection()
     optim: OptimSection = OptimSection()
     evaluate: Annotated[EvaluateSection, Field(json_schema_extra=MAY_CHANGE)] = EvaluateSection()
     checkpoint: Annotated[CheckpointSection, Field(json_schema_extra=MAY_CHANGE)] = CheckpointSection()
     log: Annotated[LogSection, Field(json_schema_extra=MAY_CHANGE)] = LogSection()
     strategy: Annotated[StrategySection, Field(json_schema_extra=MAY_CHANGE)] = StrategySection()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_of_the_kind(cls, values: Any) -> Any:
+        """`model.num_layers=2` alone means a GPT; a quantised base brings its tokenizer and other defaults."""
+        if not isinstance(values, dict):
+            return values
+        model, data = values.get("model"), values.get("data", {})
+        if isinstance(data, dict) and isinstance(data.get("format"), dict) and data["format"].get("kind") != "text":
+            values = _with_default(values, "data.packing", "bestfit")
+        if not isinstance(model, dict):
+            return values
+        if model.get("kind", "gpt") != "qlora":
+            return {**values, "model": {"kind": "gpt", **model}}
+        for dotted, value in QLORA_DEFAULTS.items():
+            values = _with_default(values, dotted, value)
+        return _with_default(values, "data.tokenizer", _tokenizer_of(model))
+
+    @model_validator(mode="after")
+    def _parts_fit_each_other(self) -> Self:
+        eight_bit = self.optim.kind != "adamw"
+        if self.strategy.kind == "zero2" and eight_bit:
+            raise ValueError(f"optim.kind={self.optim.kind} works with strategy.kind=ddp alone; use one or the other")
+        if self.model.kind == "qlora":
+            if self.strategy.kind == "zero2" and self.model.lora.dtype == "bf16":
+                raise ValueError(
+                    "model.lora.dtype=bf16 works with strategy.kind=ddp alone (ZeRO-2 keeps fp32 masters); use fp32"
+                )
+            if self.train.precision == "bf16" and self.model.compute_dtype == "fp32":
+                raise ValueError("model.compute_dtype=fp32 needs train.precision=fp32: bf16 means bf16 arithmetic")
+        if self.evaluate.task.samples and self.data.format.kind == "text":
+            raise ValueError("evaluate.task.samples needs samples with completions: set data.format.kind")
+        return self
+
+
+def _with_default(values: dict[str, Any], dotted: str, value: Any) -> dict[str, Any]:
+    """`values` with the key set where it is absent; sections that are no mappings are left to validation."""
+    name, _, rest = dotted.partition(".")
+    if not rest:
+        return values if name in values else {**values, name: value}
+    inner = values.get(name, {})
+    return {**values, name: _with_default(inner, rest, value)} if isinstance(inner, dict) else values
+
+
+def _tokenizer_of(model: dict[str, Any]) -> dict[str, Any]:
+    """The base's own tokenizer: from its folder, or from the Hub."""
+    base = str(model.get("base", ""))
+    if Path(base).expanduser().is_dir():
+        return {"kind": "folder", "path": base}
+    return {"kind": "hub", "name": base, "revision": model.get("revision")}

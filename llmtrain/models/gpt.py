@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from llmtrain.config.schema import GPTModel
+from llmtrain.config.model_sections import GPTModel
 from llmtrain.data import IGNORE
 from llmtrain.errors import CheckpointError
 from llmtrain.models.loss import linear_cross_entropy

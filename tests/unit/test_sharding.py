@@ -13,11 +13,17 @@ from hypothesis import strategies as st
 
 from launcher.sharding import pack, tasks, tokenize
 from launcher.sharding.build import build
-from launcher.sharding.sources import group_units, list_units, read_documents
+from launcher.sharding.records import Document, read_documents
+from launcher.sharding.sources import group_units, list_units
 from llmtrain import recipe, shards
-from llmtrain.config import RunConfig, load_config, schema
+from llmtrain.config import RunConfig, load_config
+from llmtrain.config import data_sections as schema
 from llmtrain.errors import DataMismatch, EncodingError, SourceError, TokenizerError, TooLittleData
 from tests.support.data import python_sources, shared
+
+def plain(text: str) -> Document:
+    return Document(text, None, lambda: "here")
+
 
 documents = st.lists(st.integers(1, 40), min_size=1, max_size=30)
 
@@ -37,7 +43,9 @@ def transitions(rows: shards.Rows) -> Counter[tuple[int, int]]:
 @settings(deadline=None)
 def test_bestfit_predicts_every_transition_of_every_document_once(lens: list[int], context: int):
     stream = np.arange(sum(lens), dtype=np.uint32)
-    rows, dropped = pack.pack_bestfit(stream, np.array(lens, np.int64), context, padding_id=999)
+    rows, dropped = pack.pack_documents(
+        stream, None, np.array(lens, np.int64), context, padding_id=999, together=True
+    )
     ends = np.cumsum(lens)
     wanted = Counter((i, i + 1) for i in range(sum(lens) - 1) if i + 1 not in set(ends.tolist()))
     assert transitions(rows) == wanted
@@ -80,7 +88,7 @@ def test_the_tail_split_cuts_the_text_where_it_says(texts: list[str], heldout: f
     bounds = tasks.tail_bounds(len(whole), split)
     start, parts, ends = 0, {"train": "", "heldout": "", "test": ""}, 0
     for text in texts:
-        for piece in tasks.split_document(text, split, start, bounds):
+        for piece in tasks.split_document(plain(text), split, start, bounds):
             parts[piece.split] += piece.text
             ends += piece.ends
         start += len(text)
@@ -95,7 +103,7 @@ def test_the_hash_split_depends_on_the_document_alone():
     names = Counter()
     for i in range(2000):
         text = f"document {i}"
-        (piece,) = tasks.split_document(text, split, start=i * 17, bounds=(0, 0))
+        (piece,) = tasks.split_document(plain(text), split, start=i * 17, bounds=(0, 0))
         fraction = int(hashlib.sha256(text.encode()).hexdigest()[:16], 16) / 2**64
         assert piece.split == ("test" if fraction < 0.2 else "heldout" if fraction < 0.5 else "train")
         names[piece.split] += 1
@@ -135,7 +143,7 @@ def test_every_kind_of_source_gives_the_same_documents(tmp_path: Path, kind: str
     config = configure(tmp_path, write_sources(tmp_path)[kind])
     skipped: Counter[str] = Counter()
     sources = config.data.sources
-    found = [t for unit in list_units(sources) for t in read_documents(sources[unit.source], unit, skipped)]
+    found = [t.text for unit in list_units(sources, config.data.format) for t in read_documents(sources[unit.source], unit, config.data.format, skipped)]
     assert found == [t for t in TEXTS if t]
     assert skipped == {"empty document": 1}
 
@@ -145,15 +153,15 @@ def test_a_large_jsonl_file_is_cut_between_lines(tmp_path: Path, monkeypatch: py
     lines = [json.dumps({"text": "x" * (i % 70)}) for i in range(1, 40)]
     (tmp_path / "a.jsonl").write_text("\n".join(lines) + "\n")
     config = configure(tmp_path, f"{{kind: jsonl, paths: ['{tmp_path}/a.jsonl']}}")
-    units = list_units(config.data.sources)
+    units = list_units(config.data.sources, config.data.format)
     assert len(units) > 10
-    found = [t for unit in units for t in read_documents(config.data.sources[0], unit, Counter())]
+    found = [t.text for unit in units for t in read_documents(config.data.sources[0], unit, config.data.format, Counter())]
     assert found == [json.loads(line)["text"] for line in lines]
 
 
 def test_small_units_are_read_together():
     config, _ = load_config(None, [])
-    units = list_units(config.data.sources)
+    units = list_units(config.data.sources, config.data.format)
     grouped = group_units(units)
     assert [unit for task in grouped for unit in task] == units
     assert len(grouped) < len(units) / 20
@@ -172,7 +180,7 @@ BAD = {
     "surrogate": (
         "{kind: jsonl, paths: [half.jsonl]}",
         EncodingError,
-        "half.jsonl: 'text' (at 0) holds half a character",
+        "half.jsonl:1: 'text' holds half a character",
     ),
     "csv comma": ("{kind: csv, paths: [comma.csv]}", SourceError, "comma.csv:2: more fields than the header has"),
     "number": ("{kind: jsonl, paths: [number.jsonl]}", SourceError, "'text' holds a int"),

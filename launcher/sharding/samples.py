@@ -1,0 +1,251 @@
+"""Records -> samples: token ids, and which of them are to be learned.
+
+A sample is a list of segments of text, some of them learned. Its ids are those of the whole text where
+the ids of its beginning are a beginning of them, so that prompting with the beginning later gives the
+ids that were trained on; else the segments are tokenised one by one.
+"""
+
+import functools
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from launcher.sharding.records import Document, text_of
+from launcher.sharding.tokenize import Encoder
+from llmtrain.config import data_sections as schema
+from llmtrain.errors import SourceError, TokenizerError
+
+DEFAULT_TEMPLATE = (
+    "{% for message in messages %}### {{ message['role'] | capitalize }}:\n{{ message['content'] }}"
+    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}\n\n{% endfor %}"
+    "{% if add_generation_prompt %}### Assistant:\n{% endif %}"
+)
+"""For tokenizers that have no chat template."""
+
+
+class NotUsable(Exception):
+    """A sample that is left out and counted; the text is the reason."""
+
+
+@dataclass(frozen=True)
+class Segment:
+    text: str
+    learned: bool
+    ends: bool = False
+    """An end-of-text token follows, learned too."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    ids: NDArray[np.uint32]
+    learned: NDArray[np.uint8]
+    learned_bytes: int
+    """UTF-8 bytes of the learned text."""
+    cut: bool
+    """Whether the prompt's beginning is missing."""
+
+
+class SampleMaker:
+    """Turns records into samples, with the tokenizer of a folder."""
+
+    def __init__(self, format: schema.Format, encoder: Encoder, tokenizer: Path, limit: int):
+        """Args: limit: the longest sample, in tokens."""
+        self._format, self._encoder, self._limit = format, encoder, limit
+        self._chat = Chat(format, tokenizer, encoder) if isinstance(format, schema.ChatFormat) else None
+
+    def make(self, document: Document) -> Sample:
+        """Raises SourceError for a record without what it needs, NotUsable for one to be counted and left out."""
+        assert document.record is not None
+        assert not isinstance(self._format, schema.TextFormat)
+        if self._chat is not None:
+            segments = self._chat.segments(document)
+        else:
+            segments = [*_prompt_and_completion(self._format, document)]
+        special = self._chat is not None
+        prefix = [] if self._chat is not None and self._chat.writes_prefix else self._encoder.prefix_ids
+        pieces = self._encode(segments, special)
+        ids = np.concatenate([np.array(prefix, np.uint32), *pieces])
+        flags = [np.full(len(piece), segment.learned, np.uint8) for piece, segment in zip(pieces, segments, strict=True)]
+        learned = np.concatenate([np.zeros(len(prefix), np.uint8), *flags])
+        if not self._format.completion_only:
+            learned[len(prefix) :] = 1
+        learned_bytes = sum(len(s.text.encode()) for s in segments if s.learned or not self._format.completion_only)
+        too_many = len(ids) - self._limit
+        if too_many > 0:
+            if self._format.overlong == "skip":
+                raise NotUsable("longer than model.context")
+            if len(prefix) + too_many >= len(ids) - len(pieces[-1]):
+                raise NotUsable("completion longer than model.context")
+            rest = np.r_[0 : len(prefix), len(prefix) + too_many : len(ids)]
+            ids, learned = ids[rest], learned[rest]
+        return Sample(ids, learned, learned_bytes, cut=too_many > 0)
+
+    def _encode(self, segments: list[Segment], special: bool) -> list[NDArray[np.uint32]]:
+        encode = self._encoder.encode_special if special else self._encoder.encode
+        text, ids = "", np.zeros(0, np.uint32)
+        pieces: list[NDArray[np.uint32]] = []
+        for segment in segments:
+            joint = encode(text + segment.text)
+            if np.array_equal(joint[: len(ids)], ids):
+                text, new, ids = text + segment.text, joint[len(ids) :], joint
+            else:
+                new = encode(segment.text)
+                text, ids = segment.text, new
+            if segment.ends:
+                new = np.append(new, np.uint32(self._encoder.eos_id))
+                text, ids = "", np.zeros(0, np.uint32)
+            pieces.append(new)
+        return pieces
+
+
+def _prompt_and_completion(format: schema.Format, document: Document) -> Iterator[Segment]:
+    record, where = document.record or {}, document.where
+    match format:
+        case schema.CompletionFormat():
+            prompt = text_of(record[format.prompt], format.prompt, where)
+            completion = text_of(record[format.completion], format.completion, where)
+            field = format.completion
+        case schema.MarkedFormat():
+            field = format.field
+            text = text_of(record[field], field, where)
+            before, marker, completion = text.rpartition(format.marker)
+            if not marker:
+                raise SourceError(
+                    f"{where()}: '{field}' does not hold the marker {format.marker!r}, after which the completion begins"
+                )
+            prompt = before + marker
+        case schema.InstructionFormat():
+            instruction = text_of(record[format.instruction], format.instruction, where)
+            given = text_of(record.get(format.input), format.input, where)
+            prompt = _fill(format.template if given else format.template_without_input, instruction, given)
+            completion = text_of(record[format.output], format.output, where)
+            field = format.output
+        case _:
+            raise AssertionError(format)
+    if not completion.strip():
+        raise SourceError(
+            f"{where()}: the completion ('{field}') is empty: there is nothing to learn; remove the record"
+        )
+    yield Segment(prompt, learned=False)
+    yield Segment(completion, learned=True, ends=True)
+
+
+def _fill(template: str, instruction: str, given: str) -> str:
+    """One pass: braces in the instruction stay as they are."""
+    parts = template.split("{instruction}")
+    return instruction.join(part.replace("{input}", given) for part in parts)
+
+
+class Chat:
+    """A chat template, and what of its text the assistant says."""
+
+    def __init__(self, format: schema.ChatFormat, tokenizer: Path, encoder: Encoder):
+        self._format, self._folder = format, tokenizer
+        config = tokenizer / "tokenizer_config.json"
+        settings: dict[str, Any] = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+        own = format.template if format.template is None else read_template(format.template)
+        self._template = own or _template_of(tokenizer, settings) or DEFAULT_TEMPLATE
+        self.writes_prefix = self._template != DEFAULT_TEMPLATE
+        """The template says itself what a text begins with."""
+        self._eos = encoder.token(encoder.eos_id)
+        self._tokens = {name: _token(settings.get(name)) for name in ("bos_token", "pad_token", "unk_token")}
+        self._special = encoder.special_tokens
+
+    def segments(self, document: Document) -> list[Segment]:
+        """What the others say is not learned; what the assistant says is, with its end-of-text token."""
+        messages = self._messages(document)
+        segments: list[Segment] = []
+        done = ""
+        for number, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            before = self._render(messages[:number], prompt=True)
+            after = self._render(messages[: number + 1], prompt=False)
+            if not before.startswith(done) or not after.startswith(before):
+                raise TokenizerError(
+                    f"{document.where()}: the chat template writes a turn differently once the next one follows, so "
+                    "that what is learned is not what is seen later; set data.format.template to one that does not"
+                )
+            said, ends = after[len(before) :], False
+            if self._eos in said:
+                said = said[: said.rindex(self._eos) + len(self._eos)]
+            elif self._format.append_eos:
+                ends = True
+            else:
+                raise TokenizerError(
+                    f"the chat template ends an assistant's message without the end-of-text token {self._eos}: the "
+                    f"model would never learn to stop. It wrote {after[len(before) :][-40:]!r}. Set "
+                    "data.format.append_eos=true, or data.format.template to one that writes it"
+                )
+            segments += [Segment(before[len(done) :], learned=False), Segment(said, learned=True, ends=ends)]
+            done = before + said
+        return segments
+
+    def _messages(self, document: Document) -> list[dict[str, Any]]:
+        field, where = self._format.messages, document.where
+        messages = (document.record or {})[field]
+        if not isinstance(messages, list) or not all(
+            isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
+            for m in messages
+        ):
+            raise SourceError(f"{where()}: '{field}' must be a list of messages with 'role' and 'content' as text")
+        said = [m["content"] for m in messages if m["role"] == "assistant"]
+        if not said or not all(content.strip() for content in said):
+            raise SourceError(f"{where()}: the assistant says nothing: there is nothing to learn; remove the record")
+        for message in messages:
+            text_of(message["content"], field, where)
+            if any(token in message["content"] for token in self._special):
+                raise NotUsable("a special token stands in the text")
+        return messages
+
+    def _render(self, messages: list[dict[str, Any]], prompt: bool) -> str:
+        import jinja2
+
+        render = _jinja()
+        try:
+            texts, _ = render(
+                conversations=[messages],
+                chat_template=self._template,
+                add_generation_prompt=prompt,
+                eos_token=self._eos,
+                **self._tokens,
+            )
+        except jinja2.TemplateError as error:
+            raise TokenizerError(f"the chat template fails: {error}") from None
+        return texts[0]
+
+
+@functools.cache
+def _jinja() -> Any:
+    """transformers' sandboxed renderer, as its tokenizers use it; needs no torch."""
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    return render_jinja_template
+
+
+def read_template(setting: str) -> str:
+    """A template as it was given, or out of the file that was named."""
+    path = Path(setting).expanduser()
+    is_file = "{" not in setting and path.is_file()
+    if "{" not in setting and not is_file:
+        raise TokenizerError(f"data.format.template={setting}: neither a file nor a template ({{% for ... %}})")
+    return path.read_text(encoding="utf-8") if is_file else setting
+
+
+def _template_of(folder: Path, settings: dict[str, Any]) -> str | None:
+    file = folder / "chat_template.jinja"
+    if file.is_file():
+        return file.read_text(encoding="utf-8")
+    found: Any = settings.get("chat_template")
+    if isinstance(found, list):  # several with names, as older tokenizers have them
+        found = next((t.get("template") for t in found if t.get("name") == "default"), None)
+    return found
+
+
+def _token(value: Any) -> str:
+    return value.get("content", "") if isinstance(value, dict) else value or ""

@@ -1,0 +1,99 @@
+"""What `llmtrain shard` prints: what a build came to, and samples as the model will see them (`--show N`)."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.text import Text
+
+from launcher.sharding.build import Built
+from llmtrain.shards import ShardFolder, SplitName
+
+_OPEN, _CLOSE = "\u27e6", "\u27e7"
+_LONGEST = 4000
+"""Characters of one sample that are shown."""
+
+
+@dataclass(frozen=True)
+class Shown:
+    """One document of a row."""
+
+    row: int
+    ids: NDArray[np.int64]
+    learned: NDArray[np.bool_]
+
+
+def describe(built: Built) -> Iterator[str]:
+    """What a build came to, in lines."""
+    folder, manifest = built.folder, built.folder.manifest
+    if built.was_there:
+        yield f"shards     {folder.path} (finished before; fingerprint {folder.fingerprint[:12]})"
+        return
+    for name, split in manifest.splits.items():
+        yield (
+            f"{name:<10} {split.documents:,} documents, {split.text_bytes / 1e6:,.2f} MB to learn -> {split.rows:,} rows, "
+            f"{split.tokens:,} tokens, {split.targets:,} learned"
+            f" ({split.text_bytes / max(1, split.text_tokens):.2f} bytes a token)"
+            + (f", {split.tokens_dropped} dropped" if split.tokens_dropped else "")
+        )
+    for reason, count in manifest.skipped.items():
+        yield f"skipped    {count:,} documents: {reason}"
+    if manifest.cut:
+        yield f"cut        {manifest.cut:,} samples lack the beginning of their prompt, to fit into model.context"
+    by = "tiktoken (ids proven equal)" if built.fast else "tokenizers"
+    yield f"tokenizer  {manifest.tokenizer.vocab_size:,} tokens, applied with {by}"
+    speed = built.size_bytes / 1e6 / built.seconds
+    yield f"shards     {folder.path}, {speed:.1f} MB/s, fingerprint {folder.fingerprint[:12]}"
+
+
+def documents(folder: ShardFolder, split: SplitName, count: int) -> Iterator[Shown]:
+    """The first `count` documents of a split, from the shards themselves."""
+    shards = folder.split(split)
+    found = 0
+    for row in range(shards.num_rows):
+        rows = shards.rows(np.array([row], np.int64))
+        at = 0
+        for length in rows.doc_lens[0].tolist():
+            learned = np.ones(length, bool) if rows.loss_mask is None else rows.loss_mask[0, at : at + length] == 1
+            learned[0] = False  # nothing predicts the first token
+            yield Shown(row, rows.tokens[0, at : at + length].astype(np.int64), learned)
+            at, found = at + length, found + 1
+            if found == count:
+                return
+
+
+def show_samples(folder: ShardFolder, count: int, console: Console) -> None:
+    """Print samples. Without colours (in a file, say) what is learned stands between double brackets.
+
+    The text may come from anywhere: it is printed as text, never as markup.
+    """
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(folder.tokenizer / "tokenizer.json"))
+    plain = console.color_system is None
+    marked = f"{_OPEN} {_CLOSE}" if plain else "[bold green]green[/bold green]"
+    console.print(f"the first {count} samples of the training split; what is learned is {marked}", highlight=False)
+    for number, document in enumerate(documents(folder, "train", count), start=1):
+        learned = int(document.learned.sum())
+        console.print(
+            f"\n[bold]sample {number}[/bold], row {document.row}: {len(document.ids)} tokens, {learned} learned",
+            highlight=False,
+        )
+        text = Text()
+        edges = np.flatnonzero(np.diff(document.learned)) + 1
+        for part, is_learned in zip(
+            np.split(document.ids, edges), document.learned[[0, *edges.tolist()]].tolist(), strict=True
+        ):
+            piece = _visible(tokenizer.decode(part.tolist(), skip_special_tokens=False))
+            if is_learned:
+                text.append(f"{_OPEN}{piece}{_CLOSE}" if plain else piece, style="bold green")
+            else:
+                text.append(piece, style="dim")
+        console.print(text[:_LONGEST], soft_wrap=True)
+
+
+def _visible(text: str) -> str:
+    """Control characters would reach the terminal: all but line breaks and tabs are shown by their codes."""
+    return "".join(c if c.isprintable() or c in "\n\t" else f"\\x{ord(c):02x}" for c in text)
