@@ -20,7 +20,7 @@ from llmtrain.allocator import restart_with_settings
 from llmtrain.config.schema import CheckpointSection, GPTModel, RunConfig
 from llmtrain.data import Batch
 from llmtrain.manifest import Manifest, TrainState
-from llmtrain.models import build_model
+from llmtrain.models import GPT
 from llmtrain.rundir import RunDir
 from llmtrain.saver import Saver
 from llmtrain.strategies import build_strategy
@@ -40,7 +40,7 @@ def describe(step: int) -> Manifest:
 def main() -> None:
     rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 5
     config, world = RunConfig(model=MODEL), find_world("cpu")
-    model = build_model(MODEL, VOCAB_SIZE, seed=0)
+    model = GPT(MODEL, VOCAB_SIZE, seed=0)
     strategy = build_strategy(config, model, world, bf16=True)
     ids = torch.randint(0, VOCAB_SIZE, (2, MODEL.context))
     batch = Batch(ids, ids, None, None, ids.numel())

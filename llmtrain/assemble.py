@@ -7,26 +7,27 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
+import numpy as np
 from tokenizers import Tokenizer
 
 from llmtrain import checkpoint, files, log, manifest, recipe, shards, summary
 from llmtrain.batches import BatchPlan, plan_batches
 from llmtrain.config import RunConfig, load_config, resolved_yaml
 from llmtrain.config.load import Origins
-from llmtrain.data import Loader, split_batches
-from llmtrain.errors import EXIT_REQUEUE, ConfigError, NotFinite
+from llmtrain.data import Loader, make_batch, split_batches
+from llmtrain.errors import EXIT_REQUEUE, ConfigError, ModelError, NotFinite
 from llmtrain.evaluate import continue_text, score
 from llmtrain.hardware import is_bf16_fast
 from llmtrain.manifest import TrainState
 from llmtrain.metrics import Meter
-from llmtrain.models import GPT, TextGenerator, build_model
+from llmtrain.models import GPT, build_model
 from llmtrain.prepare import prepare_run, prepare_shards
 from llmtrain.progress import Progress
 from llmtrain.rundir import RunDir
 from llmtrain.saver import Saver
-from llmtrain.shards import ShardFolder
+from llmtrain.shards import ShardFolder, ShardSet
 from llmtrain.stop import StopFlag
-from llmtrain.strategies import Strategy, build_strategy, deepspeed_config
+from llmtrain.strategies import Strategy, Trainable, build_strategy, deepspeed_config
 from llmtrain.tensorboard import TensorBoard
 from llmtrain.trainer import Parts, train
 from llmtrain.world import World, find_world, rank_from_environment
@@ -68,7 +69,7 @@ def said_once(rank: int) -> Iterator[None]:
     """For errors that all ranks meet at the same place: rank 0 says it, the others leave with its exit code."""
     try:
         yield
-    except (ConfigError, NotFinite) as error:
+    except (ConfigError, ModelError, NotFinite) as error:
         if rank == 0:
             raise
         raise SystemExit(error.exit_code) from None
@@ -85,11 +86,20 @@ def resolve_precision(config: RunConfig, world: World) -> RunConfig:
 def prepare(config: RunConfig, origins: Origins, world: World, run_dir: RunDir, locks: list[IO[str]]) -> dict[str, Any]:
     """On rank 0, before any process group: shards, lock, run folder, checkpoint. Returns plain data."""
     data = prepare_shards(config)
+    check_base(config, data)
     plan_batches(config, origins, world.size, data.manifest.splits["train"].rows)  # fail before touching the run
     locks.append(run_dir.lock())
     step = prepare_run(run_dir, config, origins, data)
     log.also_to_file(run_dir.log)
     return {"resume_step": step, "fingerprint": data.fingerprint}
+
+
+def check_base(config: RunConfig, data: ShardFolder) -> None:
+    """Raises ModelError for all that can be known of a base before its weights are loaded."""
+    if config.model.kind == "qlora":
+        from llmtrain.models import base
+
+        base.check(config.model, base.describe(config.model), data.manifest.tokenizer.vocab_size)
 
 
 def build(
@@ -100,7 +110,8 @@ def build(
     training = data.split("train")
     plan = plan_batches(config, origins, world.size, training.num_rows)
     vocab_size = data.manifest.tokenizer.vocab_size
-    model = build_model(config.model, vocab_size, config.run.seed, config.train.activation_checkpointing)
+    model = build_model(config, vocab_size, world.device)
+    prove_isolation(config, model, training)
     state, resume_step = TrainState(), prepared["resume_step"]
     if resume_step is not None:
         state = manifest.read(run_dir.checkpoint(resume_step)).train_state
@@ -119,7 +130,7 @@ def build(
         Progress(plan.total_steps, state.step, enabled=world.is_main),
         plan,
         rows_per_epoch=training.num_rows,
-        context=config.model.context,
+        tokens_per_row=tokens_per_row(config, training),
         flops_per_token=model.flops_per_token(),
     )
     isolate = config.data.packing == "bestfit"
@@ -140,8 +151,40 @@ def build(
     return parts, state
 
 
+def prove_isolation(config: RunConfig, model: Trainable, training: ShardSet) -> None:
+    """On every rank, with the same outcome: what a base does with packed documents is not ours, so it is looked at.
+
+    Raises:
+        ModelError: documents that share a row see each other.
+    """
+    if config.model.kind != "qlora":
+        return
+    from llmtrain.models import isolation
+    from llmtrain.models.qlora import QLoRA
+
+    assert isinstance(model, QLoRA)
+    first = training.rows(np.arange(min(training.num_rows, 64)))
+    row = max(range(len(first.doc_lens)), key=lambda number: min(2, len(first.doc_lens[number])))
+    batch = make_batch(training.rows(np.array([row])), isolate_documents=config.data.packing == "bestfit")
+    found = isolation.check(
+        model,
+        batch.input_ids[0],
+        first.doc_lens[row].tolist(),
+        None if batch.positions is None else batch.positions[0],
+        autocast=config.train.precision == "bf16",
+    )
+    log.info(f"packing    {len(first.doc_lens[row])} documents a row keep apart: logits differ by {found:.1e}")
+
+
+def tokens_per_row(config: RunConfig, training: ShardSet) -> float:
+    """Tokens that a row gives the model, padding left out; the average where rows hold whole documents."""
+    if config.data.packing == "contiguous":
+        return float(config.model.context)
+    return training.info.tokens / training.num_rows
+
+
 def announce(
-    config: RunConfig, world: World, data: ShardFolder, plan: BatchPlan, model: GPT, state: TrainState
+    config: RunConfig, world: World, data: ShardFolder, plan: BatchPlan, model: Trainable, state: TrainState
 ) -> None:
     """Say what is about to happen."""
     split, ranks = data.manifest.splits["train"], "1 rank" if world.size == 1 else f"{world.size} ranks"
@@ -150,9 +193,7 @@ def announce(
         + (", ZeRO-2" if config.strategy.kind == "zero2" else "")
     )
     log.info(f"data       {split.rows:,} rows, {split.tokens:,} tokens in {data.path} ({data.fingerprint[:12]})")
-    log.info(
-        f"model      GPT with {model.num_parameters() / 1e6:.1f} M parameters, {model.vocab_size:,} tokens vocabulary"
-    )
+    log.info(f"model      {model.title()}")
     log.info(
         f"batch      {plan.global_batch_size} rows = {ranks} x {plan.micro_batch_size} x {plan.accumulation} micro; "
         f"{plan.total_steps:,} steps, {plan.total_steps * plan.global_batch_size / split.rows:.2f} epochs"
@@ -213,14 +254,14 @@ def make_evaluate(
     return evaluate
 
 
-def make_sampler(config: RunConfig, data: ShardFolder, model: GPT, meter: Meter) -> Callable[[TrainState], None]:
+def make_sampler(config: RunConfig, data: ShardFolder, model: Trainable, meter: Meter) -> Callable[[TrainState], None]:
     """On rank 0: continue the configured prompt and write the text down."""
     sampling, eos_id = config.evaluate.sample, data.manifest.tokenizer.eos_id
     tokenizer = Tokenizer.from_file(str(data.tokenizer / "tokenizer.json"))
     prompt_ids = tokenizer.encode(sampling.prompt, add_special_tokens=False).ids or [eos_id]
 
     def write_sample(state: TrainState) -> None:
-        ids = continue_text(TextGenerator(model), prompt_ids, sampling, config.run.seed, eos_id)
+        ids = continue_text(model.text_generator(), prompt_ids, sampling, config.run.seed, eos_id)
         text = tokenizer.decode(list(ids))
         meter.sample(state, sampling.prompt, text)
         log.info(f"sample     {sampling.prompt}{text}".replace("\n", "\\n"))
@@ -228,11 +269,13 @@ def make_sampler(config: RunConfig, data: ShardFolder, model: GPT, meter: Meter)
     return write_sample
 
 
-def make_model_writer(data: ShardFolder, model: GPT) -> checkpoint.ModelWriter:
-    """Writes `model/`: weights, configuration and tokenizer, as transformers loads them."""
+def make_model_writer(data: ShardFolder, model: Trainable) -> checkpoint.ModelWriter:
+    """Writes `model/`: weights, configuration and tokenizer, as transformers loads them; of an adapter, no tokenizer."""
 
     def write_model(folder: Path, weights: dict[str, Any]) -> None:
         model.save(folder, weights, data.manifest.tokenizer.eos_id)
+        if not isinstance(model, GPT):
+            return
         for file in sorted(data.tokenizer.iterdir()):
             shutil.copyfile(file, folder / file.name)
 

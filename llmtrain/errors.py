@@ -98,6 +98,12 @@ class NotFinite(UserError):
     exit_code = 20
 
 
+class ModelError(UserError):
+    """The base model cannot be had, or cannot be trained as configured."""
+
+    exit_code = 21
+
+
 @contextlib.contextmanager
 def disk_errors(what: str, folder: Path) -> Iterator[None]:
     """Turn "no space left" (and a full quota, or a file-size limit) into a `DiskFull` that names the folder."""

@@ -40,11 +40,11 @@ class Meter:
         progress: Progress,
         plan: BatchPlan,
         rows_per_epoch: int,
-        context: int,
+        tokens_per_row: float,
         flops_per_token: float,
     ):
         self._run, self._world, self._tensorboard, self._progress = run, world, tensorboard, progress
-        self._plan, self._rows_per_epoch, self._context = plan, rows_per_epoch, context
+        self._plan, self._rows_per_epoch, self._tokens_per_row = plan, rows_per_epoch, tokens_per_row
         self._flops_per_token = flops_per_token
         self._hardware = HardwareMeter(world.device)
         peak = peak_flops(world.device)
@@ -105,7 +105,7 @@ class Meter:
 
     def _write(self, records: list[dict[str, Any]], seconds: float, waited_s: float) -> None:
         last = records[-1]
-        tokens_per_s = len(records) * self._plan.global_batch_size * self._context / seconds
+        tokens_per_s = len(records) * self._plan.global_batch_size * self._tokens_per_row / seconds
         rundir.append_jsonl(self._run.metrics, records)
         if self._tensorboard is not None:
             for record in records:

@@ -1,10 +1,12 @@
-"""AdamW and the learning-rate schedule."""
+"""AdamW in its variants, what of its state is saved, and the learning-rate schedule."""
 
 import math
-from collections.abc import Iterable
+import warnings
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from llmtrain.config.schema import OptimSection
 
@@ -12,23 +14,61 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 """AdamW's state, one element per element of a parameter; the names of the files too."""
 STEPS = "step"
 """How many steps AdamW has taken: one number."""
+_MOMENTS_8BIT = ("state1", "state2", "absmax1", "absmax2")
+"""bitsandbytes' names: codes, and the scale of each block of 256; small parameters have fp32 moments and no scales."""
 
 
-def build_optimizer(named_parameters: Iterable[tuple[str, nn.Parameter]], config: OptimSection) -> torch.optim.AdamW:
-    """Fused AdamW (Loshchilov and Hutter 2019); weight decay on matrices alone, unless `decay: all`."""
+def build_optimizer(
+    named_parameters: Iterable[tuple[str, nn.Parameter]], config: OptimSection
+) -> torch.optim.Optimizer:
+    """AdamW (Loshchilov and Hutter 2019); weight decay on matrices alone, unless `decay: all`.
+
+    torch's fused one, or bitsandbytes' with moments in 8 bits (Dettmers et al. 2022).
+    """
     decayed: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []
     for _, parameter in named_parameters:
         if parameter.requires_grad:
             (decayed if config.decay == "all" or parameter.ndim >= 2 else plain).append(parameter)
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        lr=config.lr,
-        betas=(config.betas[0], config.betas[1]),
-        eps=config.eps,
-        fused=True,
-    )
+    groups = [group for group in groups if group["params"]]
+    betas = (config.betas[0], config.betas[1])
+    if config.kind == "adamw":
+        return torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, fused=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from bitsandbytes.optim import AdamW8bit, PagedAdamW8bit
+    on_gpu = any(p.device.type == "cuda" for group in groups for p in group["params"])
+    paged = config.kind == "paged_adamw8bit" and on_gpu  # pages move between a GPU and its host: nowhere else
+    kind: Any = PagedAdamW8bit if paged else AdamW8bit
+    return kind(groups, lr=config.lr, betas=betas, eps=config.eps)
+
+
+def saved_state(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> dict[str, Tensor]:
+    """What a checkpoint holds of a parameter's optimizer state, by kind: views."""
+    state = optimizer.state[parameter]
+    return {kind: state[kind] for kind in (*MOMENTS, *_MOMENTS_8BIT) if kind in state}
+
+
+def restore_state(
+    optimizer: torch.optim.Optimizer, parameter: nn.Parameter, read: Callable[[str, int], Tensor], steps: Tensor
+) -> None:
+    """Fill a parameter's state. `read(kind, count)` gives the saved elements of a kind, flat, on the CPU."""
+    state = optimizer.state[parameter]
+    if isinstance(optimizer, torch.optim.AdamW):
+        for kind in MOMENTS:
+            state[kind] = read(kind, parameter.numel()).reshape(parameter.shape).to(parameter.device, copy=True)
+        state["step"] = steps.to(parameter.device, copy=True)
+        return
+    eight_bit: Any = optimizer
+    for number, group in enumerate(optimizer.param_groups):
+        for position, other in enumerate(group["params"]):
+            if other is parameter:
+                eight_bit.init_state(group, parameter, number, position)
+    state = optimizer.state[parameter]
+    for kind, tensor in saved_state(optimizer, parameter).items():
+        tensor.copy_(read(kind, tensor.numel()).reshape(tensor.shape))
+    state["step"] = int(steps)
 
 
 def learning_rate(step: int, total_steps: int, config: OptimSection) -> float:

@@ -1,13 +1,28 @@
 """What can be trained. `build_model` is the only place that knows the kinds."""
 
-from llmtrain.config.schema import GPTModel
-from llmtrain.models.gpt import GPT, TextGenerator
+from typing import TYPE_CHECKING
 
-__all__ = ["GPT", "TextGenerator", "build_model"]
+import torch
+
+from llmtrain.config.schema import RunConfig
+from llmtrain.models.gpt import GPT
+
+if TYPE_CHECKING:  # peft and bitsandbytes take seconds to import
+    from llmtrain.models.qlora import QLoRA
+
+__all__ = ["GPT", "build_model"]
 
 
-def build_model(config: GPTModel, vocab_size: int, seed: int, activation_checkpointing: bool = False) -> GPT:
-    """The model on the CPU in fp32, with initial weights that depend on configuration and seed alone."""
-    match config.kind:
+def build_model(config: RunConfig, vocab_size: int, device: torch.device) -> "GPT | QLoRA":
+    """The model with initial weights that depend on configuration and seed alone.
+
+    A GPT in fp32 on the CPU; a base with LoRA on `device`, where its quantisation happens.
+    """
+    recompute = config.train.activation_checkpointing
+    match config.model.kind:
         case "gpt":
-            return GPT(config, vocab_size, seed, activation_checkpointing)
+            return GPT(config.model, vocab_size, config.run.seed, recompute)
+        case "qlora":
+            from llmtrain.models.qlora import QLoRA
+
+            return QLoRA(config.model, config.train.precision, device, config.run.seed, recompute)

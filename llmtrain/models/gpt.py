@@ -186,6 +186,13 @@ class GPT(nn.Module):
                 x_BTD = block(x_BTD, mask, cache, layer)
         return parts["ln_f"](x_BTD)
 
+    def text_generator(self) -> "TextGenerator":
+        return TextGenerator(self)
+
+    def title(self) -> str:
+        """What is trained, for people."""
+        return f"GPT with {self.num_parameters() / 1e6:.1f} M parameters, {self.vocab_size:,} tokens vocabulary"
+
     def num_parameters(self) -> int:
         return sum(p.numel() for p in self.parameters())
 

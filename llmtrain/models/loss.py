@@ -8,6 +8,7 @@ of the logits is softmax minus one-hot (Wijmans et al. 2024, "Cut Your Losses", 
 GPU kernel). On CPUs this is also the fast path: docs/log.md has the figures for torch's own.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,26 +27,34 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, ignore
         hidden: (N, D); weight: (V, D); targets: (N,) int64, `ignore` where a position does not count.
     """
     if not torch.is_grad_enabled():
-        return _chunks(hidden, weight, targets, ignore, need_gradients=False)[0]
+        return _chunks(hidden, weight, targets, ignore, None)[0]
     return _LinearCrossEntropy.apply(hidden, weight, targets, ignore)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, ignore: int) -> Tensor:
-        loss, grad_hidden, grad_weight = _chunks(hidden, weight, targets, ignore, need_gradients=True)
+        wants = Wants(weight=ctx.needs_input_grad[1])
+        loss, grad_hidden, grad_weight = _chunks(hidden, weight, targets, ignore, wants)
         ctx.save_for_backward(grad_hidden, grad_weight)
         return loss
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, Tensor | None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         grad_hidden, grad_weight = ctx.saved_tensors
-        return grad_hidden.mul_(grad_loss), grad_weight.mul_(grad_loss), None, None
+        return grad_hidden.mul_(grad_loss), None if grad_weight is None else grad_weight.mul_(grad_loss), None, None
+
+
+@dataclass(frozen=True)
+class Wants:
+    """Gradients to compute: that of `hidden` always, that of a frozen output layer never."""
+
+    weight: bool
 
 
 def _chunks(
-    hidden: Tensor, weight: Tensor, targets: Tensor, ignore: int, need_gradients: bool
+    hidden: Tensor, weight: Tensor, targets: Tensor, ignore: int, wants: Wants | None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
@@ -53,9 +62,9 @@ def _chunks(
     with torch.autocast(device, enabled=False):
         weight_c, hidden_c = weight.to(dtype), hidden.to(dtype)
         # Evaluation sums in float64, so that it does not depend on how rows are batched (MPS has none).
-        exact = torch.float32 if need_gradients or device == "mps" else torch.float64
+        exact = torch.float32 if wants or device == "mps" else torch.float64
         loss = torch.zeros((), dtype=exact, device=hidden.device)
-        grad_hidden = torch.empty_like(hidden) if need_gradients else None
+        grad_hidden = torch.empty_like(hidden) if wants else None
         grad_weight = None
         done = 0
         for rows, chunk_targets in zip(hidden_c.split(size), targets.split(size), strict=True):
@@ -64,13 +73,15 @@ def _chunks(
             logits = (rows @ weight_c.t()).float()
             log_sum = logits.logsumexp(1, keepdim=True)
             loss = loss + ((log_sum - logits.gather(1, safe)).squeeze(1) * counts).sum(dtype=exact)
-            if grad_hidden is None:
+            if wants is None or grad_hidden is None:
                 continue
             probabilities = logits.sub_(log_sum).exp_()
             probabilities.scatter_add_(1, safe, probabilities.new_full((1, 1), -1.0).expand_as(safe))
             gradient = probabilities.mul_(counts.unsqueeze(1)).to(dtype)
             grad_hidden[done : done + len(rows)] = gradient @ weight_c
             done += len(rows)
+            if not wants.weight:
+                continue
             part = gradient.t() @ rows
             grad_weight = part.to(weight.dtype) if grad_weight is None else grad_weight.add_(part)
     return loss, grad_hidden, grad_weight

@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from llmtrain.config.schema import RunConfig
 from llmtrain.data import IGNORE, Batch
 from llmtrain.fragments import Fragment, FragmentReader, equal_share
-from llmtrain.optim import MOMENTS, STEPS, build_optimizer
+from llmtrain.optim import STEPS, build_optimizer, restore_state, saved_state
 from llmtrain.strategies.forward import autocast, evaluation_loss
 from llmtrain.world import World
 
@@ -25,7 +25,8 @@ class DDPStrategy:
         self._clip_norm = config.optim.clip_norm
         self._accumulates = False
         self._module = model.to(world.device)
-        self._named = dict(self._module.named_parameters())
+        self._named = {name: p for name, p in self._module.named_parameters() if p.requires_grad}
+        frozen = len(self._named) < sum(1 for _ in self._module.parameters())
         self._optimizer = build_optimizer(self._named.items(), config.optim)
         self._forward: Any = torch.compile(self._module) if config.train.compile else self._module
         if world.size > 1:
@@ -34,6 +35,7 @@ class DDPStrategy:
                 bucket_cap_mb=config.strategy.bucket_mb,
                 gradient_as_bucket_view=True,
                 broadcast_buffers=False,
+                init_sync=not frozen,  # each rank has loaded the same base: no gigabytes are sent
             )
             self._settle_buckets(config.model.context)
 
@@ -82,27 +84,25 @@ class DDPStrategy:
 
     def save_state(self) -> list[Fragment]:
         moments = {
-            f"{kind}/{name}": self._optimizer.state[parameter][kind]
-            for kind in MOMENTS
+            f"{kind}/{name}": tensor
             for name, parameter in self._named.items()
-            if parameter.requires_grad
+            for kind, tensor in saved_state(self._optimizer, parameter).items()
         }
         share = list(equal_share(moments, self._world.rank, self._world.size))
         if self._world.is_main:  # the same number for every parameter
-            steps = next(iter(self._optimizer.state.values()))["step"]
+            steps = torch.as_tensor(next(iter(self._optimizer.state.values()))["step"], dtype=torch.float32)
             share.append(Fragment(STEPS, 0, steps.detach().reshape(1)))
         return share
 
     def load_state(self, saved: FragmentReader) -> None:
         steps = saved.read(STEPS, 0, 1)[0]
         for name, parameter in self._named.items():
-            if not parameter.requires_grad:
-                continue
-            state = self._optimizer.state[parameter]
-            for kind in MOMENTS:
-                values = saved.read(f"{kind}/{name}", 0, parameter.numel())
-                state[kind] = values.reshape(parameter.shape).to(parameter.device, copy=True)
-            state["step"] = steps.to(parameter.device, copy=True)
+            restore_state(
+                self._optimizer,
+                parameter,
+                lambda kind, count, name=name: saved.read(f"{kind}/{name}", 0, count),
+                steps,
+            )
 
     def weights(self) -> dict[str, Tensor]:
         return {name: parameter.detach() for name, parameter in self._named.items()}

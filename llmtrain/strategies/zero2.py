@@ -95,7 +95,7 @@ class ZeRO2Strategy:
                     state[kind][here] = saved.read(f"{kind}/{name}", start, start + here.stop - here.start)
 
     def weights(self) -> dict[str, Tensor]:
-        return {name: parameter.detach() for name, parameter in self._module.named_parameters()}
+        return {name: parameter.detach() for name, parameter in self._named.items()}
 
     def _pieces(self, group: int) -> list[tuple[str, int, slice]]:
         """Which elements this rank owns: parameter, first element in it, and their place in the flat piece."""

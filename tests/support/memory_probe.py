@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from llmtrain.config.schema import GPTModel, RunConfig, StrategySection
 from llmtrain.data import Batch
-from llmtrain.models import GPT, build_model
+from llmtrain.models import GPT
 from llmtrain.strategies import build_strategy
 from llmtrain.world import World, find_world
 
@@ -30,7 +30,7 @@ def resident_bytes(key: str) -> int:
 def train(kind: str, world: World, shape: GPTModel, model: GPT | None = None) -> None:
     """A few steps of two micro-batches."""
     config = RunConfig(model=shape, strategy=StrategySection(kind=kind, bucket_mb=8.0))  # type: ignore[arg-type]
-    strategy = build_strategy(config, model or build_model(shape, VOCAB_SIZE, seed=1), world, bf16=False)
+    strategy = build_strategy(config, model or GPT(shape, VOCAB_SIZE, seed=1), world, bf16=False)
     ids = torch.randint(0, VOCAB_SIZE, (1, shape.context))
     batch = Batch(ids, ids, None, None, ids.numel())
     for _ in range(STEPS):
@@ -45,7 +45,7 @@ def main() -> None:
     world = find_world("cpu")
     world.start_groups(300)
     train(kind, world, TINY)  # what libraries take by themselves is not asked for: a tiny model loads them
-    model = build_model(MODEL, VOCAB_SIZE, seed=1)
+    model = GPT(MODEL, VOCAB_SIZE, seed=1)
     before = resident_bytes("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     train(kind, world, MODEL, model)

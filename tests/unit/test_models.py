@@ -11,7 +11,7 @@ from llmtrain.config.schema import GPTModel, SampleSection
 from llmtrain.data import IGNORE, make_batch
 from llmtrain.errors import CheckpointError
 from llmtrain.evaluate import continue_text, sample_token
-from llmtrain.models import GPT, TextGenerator
+from llmtrain.models.gpt import GPT, TextGenerator
 from llmtrain.models.loss import linear_cross_entropy
 from llmtrain.shards import Rows
 

@@ -1,0 +1,243 @@
+"""Base models for LoRA: what one is made of, whether it can be used, and loading it quantised.
+
+Everything that transformers and bitsandbytes say about a base passes through here; `qlora.py` builds on it.
+"""
+
+import difflib
+import functools
+import logging
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from llmtrain.config.model_sections import QLoRAModel
+from llmtrain.errors import ModelError
+
+_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class BaseFacts:
+    """What a base model is made of, counted without its weights."""
+
+    architecture: str
+    vocab_size: int
+    """Rows of the embedding: ids from 0 to this can be read."""
+    positions: int | None
+    """Longest text that it was made for."""
+    hidden: int
+    layers: int
+    heads: int
+    linears: dict[str, tuple[int, int, int]]
+    """Of the linear layers but the output layer: name's last part -> (inputs, outputs, how many)."""
+    linear_parameters: int
+    """Weights of those layers: what is quantised."""
+    other_parameters: int
+    """Embedding, output layer (once if tied), norms, biases."""
+    head_parameters: int
+    """Of the output layer alone."""
+
+
+def compute_dtype(config: QLoRAModel, precision: str) -> torch.dtype:
+    """What the base computes in, where `train.precision` is `precision`."""
+    return _DTYPES[precision if config.compute_dtype == "auto" else config.compute_dtype]
+
+
+def place(base: str) -> str:
+    """The base as transformers takes it: a folder's full path, or a name on the Hub."""
+    path = Path(base).expanduser()
+    return str(path.resolve()) if path.is_dir() else base
+
+
+@functools.lru_cache(maxsize=4)
+def read_config(base: str, revision: str | None, trust_remote_code: bool) -> Any:
+    """The base's configuration, as transformers reads it.
+
+    Raises:
+        ModelError: it cannot be had, or wants code of its own that nobody allowed.
+    """
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(place(base), revision=revision, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        text = str(error)
+        if "trust_remote_code" in text:
+            raise ModelError(
+                f"model.base={base} comes with Python code of its own, which would run on this machine. If you trust its "
+                "authors, set model.trust_remote_code=true"
+            ) from None
+        raise ModelError(
+            f"model.base={base}: its configuration cannot be loaded ({type(error).__name__}: "
+            f"{text.splitlines()[0] if text else ''}). Give a folder with config.json, or a name on the Hub (for one that "
+            "asks for permission: accept its terms there, then 'hf auth login')"
+        ) from error
+
+
+def describe(config: QLoRAModel) -> BaseFacts:
+    """Count the base's parts on the meta device: no weights are loaded."""
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+
+    hf = read_config(config.base, config.revision, config.trust_remote_code)
+    if hasattr(hf, "quantization_config"):
+        hf = hf.__class__.from_dict({k: v for k, v in hf.to_dict().items() if k != "quantization_config"})
+    try:
+        with init_empty_weights(include_buffers=True):
+            model = AutoModelForCausalLM.from_config(hf, trust_remote_code=config.trust_remote_code)
+    except ValueError as error:
+        raise ModelError(
+            f"model.base={config.base}: not a model that continues text: {str(error).splitlines()[0]}"
+        ) from error
+    linears: dict[str, tuple[int, int, int]] = {}
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    linear_parameters = 0
+    for name, module in linear_modules(model):
+        inputs, outputs = _shape(module)
+        last = name.rsplit(".", 1)[-1]
+        linears[last] = (inputs, outputs, linears.get(last, (0, 0, 0))[2] + 1)
+        linear_parameters += inputs * outputs
+    text = hf.get_text_config()
+    return BaseFacts(
+        architecture=type(model).__name__,
+        vocab_size=embedding.weight.shape[0],
+        positions=getattr(text, "max_position_embeddings", None),
+        hidden=text.hidden_size,
+        layers=text.num_hidden_layers,
+        heads=text.num_attention_heads,
+        linears=linears,
+        linear_parameters=linear_parameters,
+        other_parameters=sum(p.numel() for p in model.parameters()) - linear_parameters,
+        head_parameters=head.weight.numel(),
+    )
+
+
+def linear_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The linear layers but the output layer: those that are quantised, and that LoRA can be added to."""
+    from transformers.pytorch_utils import Conv1D
+
+    head: Any = model.get_output_embeddings()  # type: ignore[operator]
+    kinds = (nn.Linear, Conv1D)  # bitsandbytes' layers are nn.Linear's too
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, kinds) and module is not head]
+
+
+def _shape(module: Any) -> tuple[int, int]:
+    if isinstance(module, nn.Linear):
+        return module.in_features, module.out_features
+    return module.weight.shape[0], module.weight.shape[1]  # transformers' Conv1D
+
+
+def check(config: QLoRAModel, facts: BaseFacts, tokenizer_size: int | None) -> None:
+    """Everything about the base that can be known to fail.
+
+    Raises:
+        ModelError: lists all that is wrong.
+    """
+    problems = [*_quantised_another_way(config), *_unknown_targets(config, facts)]
+    if tokenizer_size is not None and tokenizer_size > facts.vocab_size:
+        problems.append(
+            f"the tokenizer has {tokenizer_size:,} tokens, but the base's embedding only {facts.vocab_size:,} rows: ids "
+            "beyond it cannot be read. Use the base's own tokenizer (leave data.tokenizer out), or a base whose "
+            "embedding was enlarged"
+        )
+    if facts.positions is not None and config.context > facts.positions:
+        problems.append(
+            f"model.context={config.context} is longer than the base was made for ({facts.positions} positions)"
+        )
+    if problems:
+        raise ModelError(f"model.base={config.base} cannot be trained as configured:" + "".join(f"\n  - {p}" for p in problems))
+
+
+def _quantised_another_way(config: QLoRAModel) -> list[str]:
+    stored = _stored_quantisation(config)
+    if stored in (None, config.quantisation):
+        return []
+    use = f"set model.quantisation={stored} to train on it as it is" if stored in ("nf4", "int8") else None
+    fix = "; ".join(filter(None, [use, "or take the base before it was quantised"]))
+    return [f"its weights are already quantised ({stored}), and model.quantisation={config.quantisation}; {fix}"]
+
+
+def _stored_quantisation(config: QLoRAModel) -> str | None:
+    stored = getattr(read_config(config.base, config.revision, config.trust_remote_code), "quantization_config", None)
+    if stored is None:
+        return None
+    values: dict[str, Any] = stored if isinstance(stored, dict) else stored.to_dict()
+    if values.get("quant_method") != "bitsandbytes":
+        return str(values.get("quant_method"))
+    if values.get("load_in_8bit"):
+        return "int8"
+    return str(values.get("bnb_4bit_quant_type", "fp4"))
+
+
+def _unknown_targets(config: QLoRAModel, facts: BaseFacts) -> list[str]:
+    wanted = config.lora.target_modules
+    if wanted == "all-linear":
+        return []
+    problems: list[str] = []
+    for name in wanted:
+        if name not in facts.linears:
+            near = difflib.get_close_matches(name, facts.linears, n=1, cutoff=0.5)
+            meant = f"did you mean {near[0]}? " if near else ""
+            problems.append(
+                f"model.lora.target_modules: {name} matches nothing; {meant}{facts.architecture} has: "
+                + ", ".join(facts.linears)
+            )
+    return problems
+
+
+def load(config: QLoRAModel, dtype: torch.dtype, device: torch.device, quantisation: str | None = None) -> Any:
+    """The base on `device`, frozen, quantised as configured (or as `quantisation` says).
+
+    Raises:
+        ModelError: it cannot be loaded.
+    """
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    # On every forward pass of an int8 layer; it is how that layer works.
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+    quantisation = quantisation or config.quantisation
+    how = {
+        "nf4": BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=config.double_quantisation,
+            bnb_4bit_compute_dtype=dtype,
+        ),
+        "int8": BitsAndBytesConfig(load_in_8bit=True),
+        "none": None,
+    }[quantisation]
+    if _stored_quantisation(config) is not None:
+        how = None  # as it is stored
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model = AutoModelForCausalLM.from_pretrained(
+                place(config.base),
+                revision=config.revision,
+                dtype=dtype,
+                quantization_config=how,
+                device_map={"": device},
+                trust_remote_code=config.trust_remote_code,
+            )
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
+        raise ModelError(
+            f"model.base={config.base} cannot be loaded: {type(error).__name__}: {str(error).splitlines()[0]}"
+        ) from error
+    model.requires_grad_(False)
+    _keep_layout(model)
+    return model
+
+
+def _keep_layout(model: nn.Module) -> None:
+    """On CPUs with AVX-512 bf16, bitsandbytes rewrites 4-bit weights in place for its inference kernel, on the first
+    evaluation. That kernel has no backward pass, and there is no way back when training goes on: switch it off.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False

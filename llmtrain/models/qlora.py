@@ -1,0 +1,201 @@
+"""A frozen, quantised base with LoRA (Hu et al. 2021; Dettmers et al. 2023, QLoRA).
+
+Shapes: B rows, T positions, D hidden width, V vocabulary.
+
+The base runs as transformers built it, up to its last hidden state; the output layer and the loss are
+ours (`loss.py`), so that the logits of a 128k vocabulary never exist all at once, in fp32 or otherwise.
+Documents that share a row are kept apart by positions that restart at 0: transformers isolates them then,
+but only without an attention mask and without a cache. `isolation.check` proves it at the start of a run.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from llmtrain.config.model_sections import QLoRAModel
+from llmtrain.data import IGNORE
+from llmtrain.errors import CheckpointError, ModelError
+from llmtrain.models import base as bases
+from llmtrain.models.loss import linear_cross_entropy
+
+ADAPTER = "adapter_model.safetensors"
+_PREFIX = "peft."
+
+
+class QLoRA(nn.Module):
+    """`forward` returns the summed loss of a batch, `logits` what the isolation check compares."""
+
+    def __init__(
+        self,
+        config: QLoRAModel,
+        precision: str,
+        device: torch.device,
+        seed: int,
+        activation_checkpointing: bool = False,
+    ):
+        """Loads the base onto `device`; the adapter's initial weights depend on configuration and seed alone.
+
+        Raises:
+            ModelError: the base cannot be used.
+        """
+        super().__init__()
+        from peft import get_peft_model
+
+        self.config = config
+        self.dtype = bases.compute_dtype(config, precision)
+        model = bases.load(config, self.dtype, device)
+        if getattr(model.get_output_embeddings(), "bias", None) is not None:
+            raise ModelError(f"model.base={config.base}: its output layer has a bias, which the loss does not know")
+        if activation_checkpointing:  # restores dropout's random numbers: the same loss and gradients
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.peft: Any = get_peft_model(model, lora_config(config, model), autocast_adapter_dtype=False)
+        dtype = torch.float32 if config.lora.dtype == "fp32" else torch.bfloat16
+        for parameter in self.trainable().values():
+            parameter.data = parameter.data.to(dtype)
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """The adapter's parameters by name; all else is frozen."""
+        return {name: p for name, p in self.named_parameters() if p.requires_grad}
+
+    @property
+    def _base(self) -> Any:
+        return self.peft.get_base_model()
+
+    @property
+    def _head(self) -> Tensor:
+        return self._base.get_output_embeddings().weight
+
+    def forward(
+        self, input_ids: Tensor, targets: Tensor, doc_ids: Tensor | None = None, positions: Tensor | None = None
+    ) -> Tensor:
+        """Sum of the cross-entropies of all supervised positions, in nats (fp32 scalar).
+
+        `doc_ids` is not used: `positions` that restart at 0 say where documents begin.
+        """
+        hidden_ND = self.hidden(input_ids, positions).flatten(0, 1)
+        targets_N = targets.flatten()
+        if hidden_ND.device.type == "cpu":  # on a GPU, knowing how many there are would be a host sync
+            supervised = targets_N != IGNORE
+            hidden_ND, targets_N = hidden_ND[supervised], targets_N[supervised]
+        return linear_cross_entropy(hidden_ND, self._head, targets_N, IGNORE)
+
+    def hidden(self, input_ids: Tensor, positions: Tensor | None) -> Tensor:
+        """(B, T, D), after the last norm."""
+        output = self._base.get_decoder()(input_ids=input_ids, position_ids=positions, use_cache=False)
+        return output.last_hidden_state
+
+    def logits(self, hidden_ND: Tensor) -> Tensor:
+        """(N, V), as the loss sees them."""
+        return hidden_ND.to(self._head.dtype) @ self._head.t()
+
+    def text_generator(self) -> "CachedGenerator":
+        return CachedGenerator(self.peft, self.config.context)
+
+    def title(self) -> str:
+        """What is trained, for people."""
+        frozen = sum(_numel(module) for _, module in bases.linear_modules(self._base)) / 1e6
+        how = {"nf4": "4 bits (nf4)", "int8": "8 bits", "none": str(self.dtype).removeprefix("torch.")}
+        lora = self.config.lora
+        return (
+            f"{type(self._base).__name__} from {self.config.base}, {frozen:,.1f} M weights frozen in "
+            f"{how[self.config.quantisation]}, LoRA of rank {lora.r} with {self.num_parameters() / 1e6:.2f} M parameters"
+        )
+
+    def num_parameters(self) -> int:
+        return sum(p.numel() for p in self.trainable().values())
+
+    def flops_per_token(self) -> float:
+        """Forward, and backward without the gradients of frozen weights: 4 N for the base, 6 N for the adapter."""
+        text = self._base.config.get_text_config()
+        frozen = sum(_numel(module) for _, module in bases.linear_modules(self._base)) + self._head.numel()
+        attention = 12 * text.num_hidden_layers * text.hidden_size * self.config.context
+        return 4.0 * frozen + 6.0 * self.num_parameters() + attention
+
+    def save(self, folder: Path, weights: dict[str, Tensor], eos_id: int) -> None:
+        """Write the adapter as peft reads it: its weights (`weights`, by this module's names) and configuration.
+
+        No tokenizer: `AutoPeftModel` would cut or enlarge the base's embedding to its size.
+        """
+        from peft import get_peft_model_state_dict
+
+        named = {name.removeprefix(_PREFIX): tensor for name, tensor in weights.items()}
+        tensors = get_peft_model_state_dict(self.peft, state_dict=named, save_embedding_layers=False)
+        save_file({k: v.contiguous() for k, v in tensors.items()}, folder / ADAPTER, metadata={"format": "pt"})
+        described = self.peft.peft_config["default"]
+        was, described.inference_mode = described.inference_mode, True
+        described.save_pretrained(str(folder))
+        described.inference_mode = was
+
+    def load(self, folder: Path) -> None:
+        """Fill the adapter from what `save` wrote.
+
+        Raises:
+            CheckpointError: the file's tensors are not this adapter's.
+        """
+        from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
+        try:
+            tensors = load_file(folder / ADAPTER)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{folder / ADAPTER}: cannot be read: {error}") from error
+        mine = get_peft_model_state_dict(self.peft, save_embedding_layers=False)
+        if {k: v.shape for k, v in mine.items()} != {k: v.shape for k, v in tensors.items()}:
+            raise CheckpointError(f"{folder / ADAPTER}: not the weights of this adapter")
+        set_peft_model_state_dict(self.peft, tensors)
+
+
+def lora_config(config: QLoRAModel, model: Any) -> Any:
+    """peft's configuration of the adapter. Modules are named in full, so that each is one of the base's linears."""
+    from peft import LoraConfig
+
+    lora = config.lora
+    wanted = lora.target_modules
+    return LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.scale_alpha,  # type: ignore[arg-type]  peft declares int and computes alpha / r
+        lora_dropout=lora.dropout,
+        target_modules=wanted if isinstance(wanted, str) else list(wanted),
+        use_rslora=lora.rslora,
+        use_dora=lora.dora,
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=bases.place(config.base),
+        revision=config.revision,
+        fan_in_fan_out=type(bases.linear_modules(model)[0][1]).__name__ == "Conv1D",
+    )
+
+
+def _numel(module: nn.Module) -> int:
+    """Weights of a linear layer, also where they are stored packed."""
+    if isinstance(module, nn.Linear):
+        return module.in_features * module.out_features
+    weight: Any = module.weight
+    return weight.numel()
+
+
+class CachedGenerator:
+    """Continues one text with transformers' key-value cache; past the context it starts again from the last half."""
+
+    def __init__(self, model: Any, context: int):
+        self._model, self._context = model, context
+        self._cache: Any = None
+        self._seen: list[int] = []
+
+    @torch.no_grad()
+    def next_logits(self, input_ids: Tensor) -> Tensor:
+        """(V,) logits of the token after `input_ids` (T,), which continue what was given before."""
+        self._model.eval()
+        self._seen += input_ids.tolist()
+        if len(self._seen) > self._context:
+            self._cache = None
+            self._seen = self._seen[-max(1, self._context // 2) :]
+            input_ids = torch.tensor(self._seen)
+        device = next(self._model.parameters()).device
+        output = self._model(input_ids=input_ids.to(device).unsqueeze(0), past_key_values=self._cache, use_cache=True)
+        self._cache = output.past_key_values
+        return output.logits[0, -1]
