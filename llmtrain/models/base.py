@@ -199,8 +199,8 @@ def load(config: QLoRAModel, dtype: torch.dtype, device: torch.device, quantisat
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
-    # On every forward pass of an int8 layer; it is how that layer works.
-    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+    for talkative in ("autograd._functions", "backends.cpu.ops"):  # at every int8 layer; of a kernel that is not needed
+        logging.getLogger(f"bitsandbytes.{talkative}").setLevel(logging.ERROR)
     quantisation = quantisation or config.quantisation
     how = {
         "nf4": BitsAndBytesConfig(

@@ -8,6 +8,7 @@ Documents that share a row are kept apart by positions that restart at 0: transf
 but only without an attention mask and without a cache. `isolation.check` proves it at the start of a run.
 """
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,8 @@ class QLoRA(nn.Module):
             raise ModelError(f"model.base={config.base}: its output layer has a bias, which the loss does not know")
         if activation_checkpointing:  # restores dropout's random numbers: the same loss and gradients
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers for what it renamed
             torch.manual_seed(seed)
             self.peft: Any = get_peft_model(model, lora_config(config, model), autocast_adapter_dtype=False)
         dtype = torch.float32 if config.lora.dtype == "fp32" else torch.bfloat16
