@@ -122,6 +122,28 @@ def generate(
         "--device": device,
     }
     given = [f"{name}={value}" for name, value in options.items() if value is not None]
+    become("llmtrain.generate", *given, "--", str(checkpoint))
+
+
+@app.command(epilog="Example: `llmtrain export runs/tune merged --merge`")
+def export(
+    checkpoint: Annotated[Path, typer.Argument(help="A run (its best checkpoint), a checkpoint, or a model folder.")],
+    to: Annotated[Path, typer.Argument(help="The folder to write; must not exist.")],
+    merge: Annotated[bool, typer.Option("--merge", help="Merge an adapter into its base.")] = False,
+    base: Annotated[
+        str, typer.Option(help="original: merge into the base's own weights. dequantised: into what training saw.")
+    ] = "original",
+    dtype: Annotated[str, typer.Option(help="bf16 or fp32, for --merge.")] = "bf16",
+) -> None:
+    """Write a checkpoint's model (or adapter) as a folder for transformers (or peft), and check it.
+
+    A merged model is read back and its logits are compared with those before; the difference is printed.
+    """
+    given = ["--base", base, "--dtype", dtype, *(["--merge"] if merge else [])]
+    become("llmtrain.export", *given, "--", str(checkpoint), str(to))
+
+
+def become(module: str, *arguments: str) -> None:
+    """Go on as a module of the core: this package does not import torch."""
     sys.stdout.flush()
-    # A process of the core's: this package does not import torch.
-    os.execv(sys.executable, [sys.executable, "-m", "llmtrain.generate", *given, "--", str(checkpoint)])
+    os.execv(sys.executable, [sys.executable, "-m", module, *arguments])

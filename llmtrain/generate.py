@@ -5,11 +5,13 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+import torch
 from tokenizers import Tokenizer
 
-from llmtrain import summary
+from llmtrain import adapters, summary
 from llmtrain.config.schema import SampleSection
 from llmtrain.errors import CheckpointError, ConfigError, exit_with_code
+from llmtrain.evaluate import Generator, continue_text
 from llmtrain.rundir import RunDir
 
 
@@ -27,11 +29,11 @@ def find_model(path: Path) -> Path:
             candidates.append(Path(found.best_checkpoint) / "model")
         candidates += [run.checkpoint(step) / "model" for step in reversed(run.checkpoint_steps())]
     for candidate in candidates:
-        if (candidate / "config.json").is_file():
+        if (candidate / "config.json").is_file() or adapters.is_adapter(candidate):
             return candidate
     raise CheckpointError(
         f"{path}: no model here; give a run folder (its best checkpoint is taken), a checkpoint such as "
-        "runs/NAME/checkpoints/step-00000100, or a folder with config.json and model.safetensors"
+        "runs/NAME/checkpoints/step-00000100, or a folder with a model or an adapter"
     )
 
 
@@ -79,23 +81,39 @@ def generate(options: argparse.Namespace) -> None:
         problems = [f"--{str(e['loc'][0]).replace('_', '-')}={e['input']}: {e['msg']}" for e in error.errors()]
         raise ConfigError(problems) from None
     folder = find_model(options.checkpoint)
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    prompt_ids = tokenizer.encode(options.prompt, add_special_tokens=False).ids
-    if not prompt_ids:
+    if not options.prompt:
         raise ConfigError(["--prompt is empty; give the model something to continue"])
-
-    from llmtrain.evaluate import continue_text
-    from llmtrain.models.gpt import GPT, TextGenerator
     from llmtrain.world import find_world
 
-    device = find_world(options.device).device
-    model, eos_id = GPT.from_folder(folder)
-    ids = continue_text(TextGenerator(model.to(device)), prompt_ids, sampling, options.seed, eos_id)
+    load = load_adapter if adapters.is_adapter(folder) else load_gpt
+    model, tokenizer, prompt_ids, eos_id = load(folder, options.prompt, find_world(options.device).device)
+    ids = continue_text(model, prompt_ids, sampling, options.seed, eos_id)
     sys.stdout.write(options.prompt)
     for piece in stream_text(tokenizer, ids):
         sys.stdout.write(piece)
         sys.stdout.flush()
     sys.stdout.write("\n")
+
+
+def load_gpt(folder: Path, prompt: str, device: torch.device) -> tuple[Generator, Tokenizer, list[int], int]:
+    """Model, tokenizer, the prompt's ids and the id that ends a text."""
+    from llmtrain.models.gpt import GPT, TextGenerator
+
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    model, eos_id = GPT.from_folder(folder)
+    return TextGenerator(model.to(device)), tokenizer, tokenizer.encode(prompt, add_special_tokens=False).ids, eos_id
+
+
+def load_adapter(folder: Path, prompt: str, device: torch.device) -> tuple[Generator, Tokenizer, list[int], int]:
+    """The same of an adapter on its base, quantised as it was trained."""
+    from llmtrain.models import base
+    from llmtrain.models.qlora import CachedGenerator
+
+    adapter = adapters.find(folder)
+    tokenizer = adapters.load_tokenizer(adapter)
+    model = adapters.attach(adapter, base.load(adapter.base, adapters.good_dtype(device), device))
+    generator = CachedGenerator(model, adapter.base.context)
+    return generator, tokenizer.backend_tokenizer, tokenizer(prompt)["input_ids"], tokenizer.eos_token_id
 
 
 if __name__ == "__main__":

@@ -93,7 +93,9 @@ def _build(config: RunConfig, folder: Path, workers: int, force: bool) -> Built:
             files.write_atomic(work / "tokenizer-done", json.dumps(fast))
         fast = bool(json.loads((work / "tokenizer-done").read_text()))
         jobs = [
-            tasks.TokeniseJob(number, config.data, task, starts[number], bounds, config.model.context, tokenizer, fast, work)
+            tasks.TokeniseJob(
+                number, config.data, task, starts[number], bounds, config.model.context, tokenizer, fast, work
+            )
             for number, task in enumerate(todo)
         ]
         missing = [job for job in jobs if not job.result.exists()]

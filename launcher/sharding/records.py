@@ -183,9 +183,7 @@ def _read_json(path: str) -> Iterator[tuple[dict[str, Any], Where]]:
     except UnicodeDecodeError as error:
         raise _not_utf8(path, error.start) from None
     except json.JSONDecodeError as error:
-        raise SourceError(
-            f"{path}:{error.lineno}: not JSON: {error.msg} (one object a line is kind: jsonl)"
-        ) from None
+        raise SourceError(f"{path}:{error.lineno}: not JSON: {error.msg} (one object a line is kind: jsonl)") from None
     if not isinstance(records, list):
         raise SourceError(f"{path}: must be a list of JSON objects, not a {type(records).__name__}")
     for number, record in enumerate(records):

@@ -70,7 +70,9 @@ class SampleMaker:
         prefix = [] if self._chat is not None and self._chat.writes_prefix else self._encoder.prefix_ids
         pieces = self._encode(segments, special)
         ids = np.concatenate([np.array(prefix, np.uint32), *pieces])
-        flags = [np.full(len(piece), segment.learned, np.uint8) for piece, segment in zip(pieces, segments, strict=True)]
+        flags = [
+            np.full(len(piece), segment.learned, np.uint8) for piece, segment in zip(pieces, segments, strict=True)
+        ]
         learned = np.concatenate([np.zeros(len(prefix), np.uint8), *flags])
         if not self._format.completion_only:
             learned[len(prefix) :] = 1

@@ -215,7 +215,9 @@ class DataSection(Section):
         if self.format.kind == "text":
             return self
         if self.packing == "contiguous":
-            raise ValueError(f"packing=contiguous would cut samples of format.kind={self.format.kind}; use bestfit or none")
+            raise ValueError(
+                f"packing=contiguous would cut samples of format.kind={self.format.kind}; use bestfit or none"
+            )
         textual = [source.kind for source in self.sources if source.kind in ("stdlib", "text")]
         if textual:
             raise ValueError(

@@ -6,6 +6,7 @@ Everything that transformers and bitsandbytes say about a base passes through he
 import difflib
 import functools
 import logging
+import os
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -122,7 +123,9 @@ def linear_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
     head: Any = model.get_output_embeddings()  # type: ignore[operator]
     kinds = (nn.Linear, Conv1D)  # bitsandbytes' layers are nn.Linear's too
-    return [(name, module) for name, module in model.named_modules() if isinstance(module, kinds) and module is not head]
+    return [
+        (name, module) for name, module in model.named_modules() if isinstance(module, kinds) and module is not head
+    ]
 
 
 def _shape(module: Any) -> tuple[int, int]:
@@ -149,11 +152,13 @@ def check(config: QLoRAModel, facts: BaseFacts, tokenizer_size: int | None) -> N
             f"model.context={config.context} is longer than the base was made for ({facts.positions} positions)"
         )
     if problems:
-        raise ModelError(f"model.base={config.base} cannot be trained as configured:" + "".join(f"\n  - {p}" for p in problems))
+        raise ModelError(
+            f"model.base={config.base} cannot be trained as configured:" + "".join(f"\n  - {p}" for p in problems)
+        )
 
 
 def _quantised_another_way(config: QLoRAModel) -> list[str]:
-    stored = _stored_quantisation(config)
+    stored = stored_quantisation(config)
     if stored in (None, config.quantisation):
         return []
     use = f"set model.quantisation={stored} to train on it as it is" if stored in ("nf4", "int8") else None
@@ -161,7 +166,8 @@ def _quantised_another_way(config: QLoRAModel) -> list[str]:
     return [f"its weights are already quantised ({stored}), and model.quantisation={config.quantisation}; {fix}"]
 
 
-def _stored_quantisation(config: QLoRAModel) -> str | None:
+def stored_quantisation(config: QLoRAModel) -> str | None:
+    """How the base's weights are quantised where they lie; None if they are not."""
     stored = getattr(read_config(config.base, config.revision, config.trust_remote_code), "quantization_config", None)
     if stored is None:
         return None
@@ -196,11 +202,8 @@ def load(config: QLoRAModel, dtype: torch.dtype, device: torch.device, quantisat
         ModelError: it cannot be loaded.
     """
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-    from transformers.utils import logging as transformers_logging
 
-    transformers_logging.disable_progress_bar()
-    for talkative in ("autograd._functions", "backends.cpu.ops"):  # at every int8 layer; of a kernel that is not needed
-        logging.getLogger(f"bitsandbytes.{talkative}").setLevel(logging.ERROR)
+    be_quiet()
     quantisation = quantisation or config.quantisation
     how = {
         "nf4": BitsAndBytesConfig(
@@ -212,7 +215,7 @@ def load(config: QLoRAModel, dtype: torch.dtype, device: torch.device, quantisat
         "int8": BitsAndBytesConfig(load_in_8bit=True),
         "none": None,
     }[quantisation]
-    if _stored_quantisation(config) is not None:
+    if stored_quantisation(config) is not None:
         how = None  # as it is stored
     try:
         with warnings.catch_warnings():
@@ -232,6 +235,37 @@ def load(config: QLoRAModel, dtype: torch.dtype, device: torch.device, quantisat
     model.requires_grad_(False)
     _keep_layout(model)
     return model
+
+
+def be_quiet() -> None:
+    """Libraries say much on the way that is nobody's to act on."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    for talkative in ("autograd._functions", "backends.cpu.ops"):  # at every int8 layer; of a kernel that is not needed
+        logging.getLogger(f"bitsandbytes.{talkative}").setLevel(logging.ERROR)
+    # peft imports DeepSpeed where it is installed, which then looks for accelerators aloud.
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+
+
+@torch.no_grad()
+def dequantise(quantised: nn.Module, into: nn.Module) -> None:
+    """Give `into`, the same base without quantisation, the values that the quantised weights stand for."""
+    from bitsandbytes import functional
+    from bitsandbytes.nn import Linear4bit, Linear8bitLt
+
+    for name, module in linear_modules(into):
+        layer: Any = quantised.get_submodule(name)
+        match layer:
+            case Linear4bit():
+                values = functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+            case Linear8bitLt():
+                scales = layer.weight.SCB if layer.state.SCB is None else layer.state.SCB  # moved by the first forward
+                values = functional.int8_vectorwise_dequant(layer.weight.data, scales)
+            case _:
+                continue  # left as it was by the quantiser
+        target: Any = module.weight
+        target.copy_(values if values.shape == target.shape and isinstance(module, nn.Linear) else values.t())
 
 
 def _keep_layout(model: nn.Module) -> None:

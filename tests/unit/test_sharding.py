@@ -21,6 +21,7 @@ from llmtrain.config import data_sections as schema
 from llmtrain.errors import DataMismatch, EncodingError, SourceError, TokenizerError, TooLittleData
 from tests.support.data import python_sources, shared
 
+
 def plain(text: str) -> Document:
     return Document(text, None, lambda: "here")
 
@@ -43,9 +44,7 @@ def transitions(rows: shards.Rows) -> Counter[tuple[int, int]]:
 @settings(deadline=None)
 def test_bestfit_predicts_every_transition_of_every_document_once(lens: list[int], context: int):
     stream = np.arange(sum(lens), dtype=np.uint32)
-    rows, dropped = pack.pack_documents(
-        stream, None, np.array(lens, np.int64), context, padding_id=999, together=True
-    )
+    rows, dropped = pack.pack_documents(stream, None, np.array(lens, np.int64), context, padding_id=999, together=True)
     ends = np.cumsum(lens)
     wanted = Counter((i, i + 1) for i in range(sum(lens) - 1) if i + 1 not in set(ends.tolist()))
     assert transitions(rows) == wanted
@@ -143,7 +142,11 @@ def test_every_kind_of_source_gives_the_same_documents(tmp_path: Path, kind: str
     config = configure(tmp_path, write_sources(tmp_path)[kind])
     skipped: Counter[str] = Counter()
     sources = config.data.sources
-    found = [t.text for unit in list_units(sources, config.data.format) for t in read_documents(sources[unit.source], unit, config.data.format, skipped)]
+    found = [
+        t.text
+        for unit in list_units(sources, config.data.format)
+        for t in read_documents(sources[unit.source], unit, config.data.format, skipped)
+    ]
     assert found == [t for t in TEXTS if t]
     assert skipped == {"empty document": 1}
 
@@ -155,7 +158,9 @@ def test_a_large_jsonl_file_is_cut_between_lines(tmp_path: Path, monkeypatch: py
     config = configure(tmp_path, f"{{kind: jsonl, paths: ['{tmp_path}/a.jsonl']}}")
     units = list_units(config.data.sources, config.data.format)
     assert len(units) > 10
-    found = [t.text for unit in units for t in read_documents(config.data.sources[0], unit, config.data.format, Counter())]
+    found = [
+        t.text for unit in units for t in read_documents(config.data.sources[0], unit, config.data.format, Counter())
+    ]
     assert found == [json.loads(line)["text"] for line in lines]
 
 

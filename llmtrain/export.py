@@ -1,0 +1,169 @@
+"""`llmtrain export`: a checkpoint as a folder that loads elsewhere, whole and checked."""
+
+import argparse
+import gc
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmtrain import adapters, manifest
+from llmtrain.adapters import Adapter
+from llmtrain.errors import CheckpointError, ConfigError, disk_errors, exit_with_code
+from llmtrain.generate import find_model
+
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
+"""Root mean square of the logits' differences that rounding explains, as a share of their standard deviation."""
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_TEXTS, _LENGTH = 4, 64
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="llmtrain export", description=__doc__)
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("to", type=Path)
+    parser.add_argument("--merge", action="store_true")
+    parser.add_argument("--base", choices=["original", "dequantised"], default="original")
+    parser.add_argument("--dtype", choices=list(_DTYPES), default="bf16")
+    options = parser.parse_args(arguments)
+    with exit_with_code():
+        export(options.checkpoint, options.to, options.merge, options.base, _DTYPES[options.dtype])
+
+
+def export(checkpoint: Path, to: Path, merge: bool, base: str, dtype: torch.dtype) -> None:
+    """Write the model of `checkpoint` to the new folder `to`.
+
+    Raises:
+        CheckpointError: there is no model, it is altered, or what was written does not give the same logits.
+        ConfigError: `to` exists.
+    """
+    folder = find_model(checkpoint)
+    if to.exists():
+        raise ConfigError([f"{to} exists already; name a folder that does not"])
+    if (folder.parent / manifest.NAME).exists():
+        manifest.verify(folder.parent)
+    is_adapter = adapters.is_adapter(folder)
+    if merge and not is_adapter:
+        raise ConfigError([f"--merge: {folder} is a whole model, not an adapter; leave --merge out"])
+    aside = to.with_name(f".writing-{to.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        with disk_errors("export", to.parent):
+            if merge:
+                write_merged(adapters.find(folder), aside, base, dtype)
+            else:
+                shutil.copytree(folder, aside)
+        if not is_adapter:
+            check_whole(folder, aside)
+        aside.rename(to)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    kind = "model" if merge or not is_adapter else "adapter"
+    loader = "AutoPeftModelForCausalLM" if kind == "adapter" else "AutoModelForCausalLM"
+    say(f"exported   {kind} in {to}: {loader}.from_pretrained({str(to)!r})")
+
+
+def say(line: str) -> None:
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
+
+
+def write_merged(adapter: Adapter, to: Path, base: str, dtype: torch.dtype) -> None:
+    """Merge the adapter into unquantised weights, write them, read them back and compare.
+
+    Never into the 4-bit weights: rounding to 4 bits again would change as much as the adapter does.
+    """
+    from transformers import AutoModelForCausalLM
+
+    from llmtrain.models import base as bases
+
+    device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
+    bases.be_quiet()
+    quantised = adapter.base.quantisation != "none"
+    stored = bases.stored_quantisation(adapter.base)
+    ids = texts(bases.read_config(adapter.base.base, adapter.base.revision, adapter.base.trust_remote_code))
+    trained: Tensor | None = None
+    model: Any = None
+    if quantised:
+        say(f"loading    {adapter.base.base} in {adapter.base.quantisation}, as it was trained")
+        peft = adapters.attach(adapter, bases.load(adapter.base, adapters.good_dtype(device), device))
+        trained = logits(peft, ids)
+        model = peft.unload()
+    if stored is not None:
+        model = bases.load(adapter.base, dtype, device).dequantize(dtype)
+    else:
+        say(f"loading    {adapter.base.base} in {str(dtype).removeprefix('torch.')}")
+        original = bases.load(adapter.base, dtype, device, quantisation="none")
+        if quantised and base == "dequantised":
+            bases.dequantise(model, into=original)
+        model = original
+    peft = adapters.attach(adapter, model)
+    before = logits(peft, ids)
+    merged = peft.merge_and_unload(safe_merge=True)
+    merged.save_pretrained(str(to))
+    adapters.load_tokenizer(adapter).save_pretrained(str(to))
+    del model, peft, merged
+    gc.collect()
+    after = logits(AutoModelForCausalLM.from_pretrained(str(to), dtype=dtype).to(device).eval(), ids)
+    compare("merging", before, after, TOLERANCE[dtype])
+    if trained is not None:
+        found = distance(trained, after)
+        say(
+            f"for notice the merged model's logits differ from those of the quantised base with the adapter by {found:.2e}"
+        )
+
+
+def check_whole(folder: Path, written: Path) -> None:
+    """A GPT of ours gives transformers the same logits."""
+    from transformers import AutoModelForCausalLM
+
+    from llmtrain.models import base as bases
+    from llmtrain.models.gpt import GPT
+
+    bases.be_quiet()
+
+    ours, _ = GPT.from_folder(folder)
+    theirs = AutoModelForCausalLM.from_pretrained(str(written), dtype=torch.float32).eval()
+    ids = texts(theirs.config)
+    with torch.no_grad():
+        mine = ours.eval().logits(ids)
+    compare("transformers' forward pass", mine, logits(theirs, ids), TOLERANCE[torch.float32])
+
+
+def texts(config: Any) -> Tensor:
+    """Token ids to compare logits on; the same at each call."""
+    text = config.get_text_config()
+    length = min(_LENGTH, getattr(text, "max_position_embeddings", _LENGTH))
+    return torch.randint(text.vocab_size, (_TEXTS, length), generator=torch.Generator().manual_seed(0))
+
+
+@torch.no_grad()
+def logits(model: Any, ids: Tensor) -> Tensor:
+    return model(input_ids=ids.to(next(model.parameters()).device), use_cache=False).logits.float().cpu()
+
+
+def distance(one: Tensor, two: Tensor) -> float:
+    """Root mean square of the differences, as a share of the logits' standard deviation."""
+    return ((one - two).square().mean().sqrt() / one.std()).item()
+
+
+def compare(what: str, before: Tensor, after: Tensor, tolerance: float) -> None:
+    """Print how far logits moved; raises CheckpointError if by more than rounding."""
+    found = distance(before, after)
+    largest = (before - after).abs().max().item()
+    say(
+        f"verified   {what} moved the logits by {found:.2e} of their standard deviation (largest difference {largest:.2e})"
+    )
+    if not found <= tolerance:
+        raise CheckpointError(
+            f"{what} changed the logits by {found:.2e}, more than the tolerance {tolerance:.0e}; nothing was kept"
+        )
+    say(f"           within the tolerance of {tolerance:.0e}")
+
+
+if __name__ == "__main__":
+    main()
