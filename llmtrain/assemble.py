@@ -10,7 +10,7 @@ from typing import IO, Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from llmtrain import checkpoint, files, log, manifest, recipe, shards, summary
+from llmtrain import checkpoint, files, log, manifest, recipe, shards, summary, task
 from llmtrain.batches import BatchPlan, plan_batches
 from llmtrain.config import RunConfig, load_config, resolved_yaml
 from llmtrain.config.load import Origins
@@ -144,7 +144,7 @@ def build(
         stop=stop,
         rows_per_epoch=training.num_rows,
         fingerprint=prepared["fingerprint"],
-        evaluate=make_evaluate(config, data, plan, strategy, world),
+        evaluate=make_evaluate(config, data, plan, strategy, world, make_task(config, data, model, world, meter)),
         write_sample=make_sampler(config, data, model, meter),
         saver=Saver(run_dir, world, strategy, make_model_writer(data, model), config.checkpoint),
     )
@@ -231,14 +231,19 @@ def flat_settings(config: RunConfig) -> dict[str, float | int | str | bool]:
 
 
 def make_evaluate(
-    config: RunConfig, data: ShardFolder, plan: BatchPlan, strategy: Strategy, world: World
-) -> Callable[[], dict[str, float]]:
-    """Collective when called: scores of the whole held-out split and of some training rows."""
+    config: RunConfig,
+    data: ShardFolder,
+    plan: BatchPlan,
+    strategy: Strategy,
+    world: World,
+    answer_task: Callable[[TrainState], dict[str, float]] | None,
+) -> Callable[[TrainState, bool], dict[str, float]]:
+    """Collective when called: scores of the whole held-out split, of some training rows, and of the task."""
     heldout, training = data.split("heldout"), data.split("train")
     batch_size = config.evaluate.batch_size or plan.micro_batch_size
     isolate = config.data.packing == "bestfit"
 
-    def evaluate() -> dict[str, float]:
+    def evaluate(state: TrainState, with_task: bool) -> dict[str, float]:
         batches = split_batches(heldout, batch_size, world.rank, world.size, isolate)
         result = score(strategy.loss, batches, world)
         scores = {
@@ -249,9 +254,33 @@ def make_evaluate(
         if config.evaluate.train_rows:
             batches = split_batches(training, batch_size, world.rank, world.size, isolate, config.evaluate.train_rows)
             scores["train_loss"] = score(strategy.loss, batches, world).loss
+        if with_task and answer_task is not None:
+            scores |= answer_task(state)
         return scores
 
     return evaluate
+
+
+def make_task(
+    config: RunConfig, data: ShardFolder, model: Trainable, world: World, meter: Meter
+) -> Callable[[TrainState], dict[str, float]] | None:
+    """Collective when called: answer held-out prompts; the first answer is written down as a sample."""
+    if not config.evaluate.task.samples:
+        return None
+    asked = task.questions(data.split("heldout"), config.evaluate.task.samples)
+    tokenizer = Tokenizer.from_file(str(data.tokenizer / "tokenizer.json"))
+
+    def answer_task(state: TrainState) -> dict[str, float]:
+        scores, pairs = task.answer(
+            model.text_generator, asked, tokenizer, data.manifest.tokenizer.eos_id, config.evaluate.task, world
+        )
+        if world.is_main and pairs:
+            meter.sample(state, *pairs[0])
+            figures = "  ".join(f"{name.removeprefix('task_')} {value:.3f}" for name, value in scores.items())
+            log.info(f"task       {len(asked)} held-out prompts: {figures}")
+        return scores
+
+    return answer_task
 
 
 def make_sampler(config: RunConfig, data: ShardFolder, model: Trainable, meter: Meter) -> Callable[[TrainState], None]:

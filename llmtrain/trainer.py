@@ -32,8 +32,8 @@ class Parts:
     stop: StopFlag
     rows_per_epoch: int
     fingerprint: str
-    evaluate: Callable[[], dict[str, float]]
-    """Collective. Scores of the held-out split, by name; "loss" is what choosing goes by."""
+    evaluate: Callable[[TrainState, bool], dict[str, float]]
+    """Collective. Scores of the held-out split, by name; "loss" is what choosing goes by. True: with the task's."""
     write_sample: Callable[[TrainState], None]
     """Generate text and write it down (rank 0)."""
     saver: Saver
@@ -51,7 +51,7 @@ def train(parts: Parts, state: TrainState) -> TrainState:
     """
     config, strategy, meter = parts.config, parts.strategy, parts.meter
     if state.step == 0 and 0 in config.evaluate.also_at:
-        evaluate(parts, state)
+        evaluate(parts, state, with_task=True)
         meter.restart_clock()
     for data in parts.loader.steps(state.samples, parts.plan.total_steps - state.step):
         # Collective (control group): host integers only, the GPU is not waited for.
@@ -72,7 +72,7 @@ def train(parts: Parts, state: TrainState) -> TrainState:
         due = what_is_due(parts, before, state, stopping=stops > 0)
         if due.log:
             meter.flush(parts.loader.wait_s)  # collective; the only host sync; raises if not finite
-        heldout = evaluate(parts, state)["loss"] if due.evaluate else None  # collective
+        heldout = evaluate(parts, state, with_task=due.save)["loss"] if due.evaluate else None  # collective
         if due.sample and parts.world.is_main:
             parts.write_sample(state)
         if due.save:
@@ -131,9 +131,9 @@ def what_is_due(parts: Parts, before: TrainState, state: TrainState, stopping: b
     )
 
 
-def evaluate(parts: Parts, state: TrainState) -> dict[str, float]:
+def evaluate(parts: Parts, state: TrainState, with_task: bool) -> dict[str, float]:
     """Collective. Score the held-out split and write the scores down."""
-    scores = parts.evaluate()
+    scores = parts.evaluate(state, with_task)
     if not math.isfinite(scores["loss"]):
         raise NotFinite(
             f"step {state.step}: the held-out loss is {scores['loss']}; nothing was saved since the last good one"
