@@ -74,6 +74,12 @@ def plan(
     vocab_size: Annotated[
         int | None, typer.Option(min=1, help="Where neither shards nor a local tokenizer tell.")
     ] = None,
+    samples: Annotated[
+        int | None, typer.Option(min=1, help="Training samples, where they are not sharded yet (data.packing=none).")
+    ] = None,
+    base_config: Annotated[
+        str | None, typer.Option(help="Folder with the base's config.json, where the base itself is not here.")
+    ] = None,
 ) -> None:
     """Say what a run would take: steps, disk, and the memory of a rank under DDP and ZeRO-2, part by part.
 
@@ -82,13 +88,13 @@ def plan(
     with exit_with_code():
         from rich.console import Console
 
-        from launcher.plan import find_machine, show
+        from launcher.plan import Told, find_machine, show
         from llmtrain.config import load_config
         from llmtrain.config.load import split_settings
 
         config, origins = load_config(*split_settings(settings or []))
         machine = find_machine(gpus, gpu_memory, device)
-        if not show(config, origins, machine, vocab_size, Console()):
+        if not show(config, origins, machine, Told(vocab_size, samples, base_config), Console()):
             raise typer.Exit(3)
 
 

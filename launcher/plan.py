@@ -1,6 +1,9 @@
 """`llmtrain plan`: what a run would take, before anything is started."""
 
 import itertools
+import subprocess
+import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,12 +13,14 @@ from rich.console import Console
 from rich.table import Table
 
 from llmtrain import memory, recipe, shards
+from llmtrain.base_facts import BaseFacts
 from llmtrain.batches import BatchPlan, plan_batches
-from llmtrain.config.load import Origins
+from llmtrain.config.load import Origins, resolved_yaml
 from llmtrain.config.data_sections import FolderTokenizer, TrainedTokenizer
 from llmtrain.config.schema import RunConfig
 from llmtrain.errors import ConfigError
-from llmtrain.memory import Device, Part
+from llmtrain.memory import Device, Part, Sizes
+from llmtrain.memory_lora import LoraSizes
 from llmtrain.shards import ShardManifest
 
 KINDS = {"ddp": "DDP", "zero2": "ZeRO-2"}
@@ -107,28 +112,52 @@ class Outlook:
         return sum(part.size_bytes for part in self.parts)
 
 
-def outlook(config: RunConfig, vocab: int, plan: BatchPlan, machine: Machine, kind: str) -> Outlook:
+def find_sizes(config: RunConfig, vocabulary: int | None, base: str | None, built: ShardManifest | None) -> Sizes:
+    """How large the configured model is. For a base, a process of the core's asks transformers (no weights are read).
+
+    Raises:
+        ConfigError: it would take a download to know.
+    """
+    model = config.model
+    if model.kind == "gpt":
+        return memory.GPTSizes(model, vocab_size(config, vocabulary, built))
+    with tempfile.TemporaryDirectory() as scratch:
+        file = Path(scratch) / "config.yaml"
+        file.write_text(resolved_yaml(config), encoding="utf-8")
+        told = [] if base is None else [f"model.base={base}"]
+        command = [sys.executable, "-m", "llmtrain.inspect_base", str(file), *told]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        hint = "" if base else "; where it cannot be reached, give --base-config FOLDER with its config.json"
+        print(f"error: what {model.base} is made of is not known{hint}", file=sys.stderr)
+        raise SystemExit(done.returncode)
+    return LoraSizes(model, BaseFacts.from_json(done.stdout.splitlines()[-1]))
+
+
+def outlook(config: RunConfig, sizes: Sizes, plan: BatchPlan, machine: Machine, kind: str) -> Outlook:
     bf16 = uses_bf16(config, machine.device)
-    parts = memory.estimate(config, vocab, plan, machine.ranks, kind, bf16, machine.device)
+    parts = sizes.estimate(config, plan, machine.ranks, kind, bf16, machine.device)
     if machine.device == "cpu":  # GPUs' copies for saving are in host memory
-        copy = memory.host_copy(config, vocab, machine.ranks)
+        copy = sizes.host_copy(config, machine.ranks)
         parts.append(Part("save buffers", copy, "checkpoint.background: host copy of what is written"))
     return Outlook(kind, parts)
 
 
 def remedies(
-    config: RunConfig, origins: Origins, vocab: int, plan: BatchPlan, machine: Machine, rows: int
+    config: RunConfig, origins: Origins, sizes: Sizes, plan: BatchPlan, machine: Machine, rows: int
 ) -> list[str]:
     """The smallest changes with which the run would fit, as settings for the command line."""
     micros = [m for m in range(plan.micro_batch_size, 0, -1) if plan.global_batch_size // machine.ranks % m == 0]
     found: dict[tuple[str, str, bool], str] = {}  # the largest micro-batch of each kind of change
     choices = itertools.product(("none", "cpu"), micros, (False, True), KINDS)
     for offload, micro, recompute, kind in sorted(choices, key=lambda c: (c[0] == "cpu", c[2], -c[1])):
+        if config.optim.kind != "adamw" and kind == "zero2":
+            continue
         if (offload == "cpu" and (kind == "ddp" or machine.device == "cpu")) or (kind, offload, recompute) in found:
             continue
         changed = _changed(config, kind, micro, recompute, offload)
         replanned = plan_batches(changed, origins, machine.ranks, rows)
-        if outlook(changed, vocab, replanned, machine, kind).total <= _SPARE * machine.memory_bytes:
+        if outlook(changed, sizes, replanned, machine, kind).total <= _SPARE * machine.memory_bytes:
             settings = {
                 "strategy.kind": (kind, config.strategy.kind),
                 "strategy.offload_optimizer": (offload, config.strategy.offload_optimizer),
@@ -153,23 +182,50 @@ def _changed(config: RunConfig, kind: str, micro: int, recompute: bool, offload:
     )
 
 
-def show(config: RunConfig, origins: Origins, machine: Machine, vocabulary: int | None, console: Console) -> bool:
+@dataclass(frozen=True)
+class Told:
+    """What the user says that cannot be known yet."""
+
+    vocab_size: int | None = None
+    samples: int | None = None
+    """Training samples."""
+    base_config: str | None = None
+    """A folder with the base's config.json."""
+
+
+def count_rows(config: RunConfig, told: Told, built: ShardManifest | None) -> tuple[int | None, str]:
+    """Rows of the training split, if they are known, and where from.
+
+    Raises:
+        ConfigError: samples were counted that will be packed into an unknown number of rows.
+    """
+    folder = recipe.shard_folder(config)
+    if told.samples is None:
+        rows = None if built is None else built.splits["train"].rows
+        return rows, f"not sharded yet ({folder}): no row count" if rows is None else f"{rows:,} rows in {folder}"
+    if config.data.packing != "none":
+        raise ConfigError(
+            [
+                f"--samples {told.samples}: with data.packing={config.data.packing} a row holds several samples; the number "
+                "of rows is known once 'llmtrain shard' has run (data.packing=none: one sample a row)"
+            ]
+        )
+    return told.samples, f"{told.samples:,} training samples, one a row (as you say)"
+
+
+def show(config: RunConfig, origins: Origins, machine: Machine, told: Told, console: Console) -> bool:
     """Print the plan; returns whether the configured run fits."""
     folder = recipe.shard_folder(config)
     built = shards.open_folder(folder, "size").manifest if shards.exists(folder) else None
-    rows = None if built is None else built.splits["train"].rows
-    vocab = vocab_size(config, vocabulary, built)
+    rows, data = count_rows(config, told, built)
+    sizes = find_sizes(config, told.vocab_size, told.base_config, built)
     plan = plan_batches(config, origins, machine.ranks, rows if rows is not None else 2**62)
-    parameters = memory.num_parameters(config.model, vocab)
 
     def say(name: str, text: str) -> None:
         console.print(f"{name:<12} {text}", highlight=False, soft_wrap=True)
 
-    say(
-        "model",
-        f"GPT, {parameters / 1e6:,.1f} M parameters, {vocab:,} tokens vocabulary, context {config.model.context:,}",
-    )
-    say("data", f"{rows:,} rows in {folder}" if rows is not None else f"not sharded yet ({folder}): no row count")
+    say("model", sizes.title)
+    say("data", data)
     say(
         "batch",
         f"{plan.global_batch_size} rows = {_ranks(machine.ranks)} x {plan.micro_batch_size} x {plan.accumulation}",
@@ -180,14 +236,14 @@ def show(config: RunConfig, origins: Origins, machine: Machine, vocabulary: int 
         tokens = plan.total_steps * plan.global_batch_size * config.model.context
         epochs = "" if rows is None else f", {plan.total_steps * plan.global_batch_size / rows:.2f} epochs"
         say("steps", f"{plan.total_steps:,}, {tokens:,} tokens{epochs}")
-    kept, size = config.checkpoint.keep_last + config.checkpoint.keep_best, 12 * parameters / _GB
+    kept, size = config.checkpoint.keep_last + config.checkpoint.keep_best, sizes.checkpoint_bytes(config) / _GB
     forever = "" if config.checkpoint.keep_every is None else f", and every {config.checkpoint.keep_every}th for good"
     say(
         "disk",
         f"{size:.2f} GB a checkpoint, {size * (kept + 1):.1f} GB with {kept} kept and one being written{forever}",
     )
 
-    outlooks = [outlook(config, vocab, plan, machine, kind) for kind in KINDS]
+    outlooks = [outlook(config, sizes, plan, machine, kind) for kind in KINDS]
     console.print(_table(outlooks, machine))
     chosen = next(o for o in outlooks if o.kind == config.strategy.kind)
     taken = f"takes {chosen.total / _GB:.2f} of {machine.memory_bytes / _GB:.1f} GB"
@@ -195,7 +251,7 @@ def show(config: RunConfig, origins: Origins, machine: Machine, vocabulary: int 
         say("fits", f"{KINDS[chosen.kind]} {taken}")
         return True
     say("too large", f"{KINDS[chosen.kind]} {taken}")
-    ways = remedies(config, origins, vocab, plan, machine, rows if rows is not None else 2**62)
+    ways = remedies(config, origins, sizes, plan, machine, rows if rows is not None else 2**62)
     for way in ways:
         say("  it fits with", way)
     if not ways:

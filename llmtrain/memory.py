@@ -9,19 +9,21 @@ What a layer keeps for its backward pass was counted with `torch.autograd.graph.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 from llmtrain.batches import BatchPlan
-from llmtrain.config.schema import GPTModel, RunConfig
+from llmtrain.config.model_sections import GPTModel
+from llmtrain.config.schema import RunConfig
 
-LOSS_CHUNK = {"cpu": 512, "cuda": 4096, "mps": 4096}
-"""Positions whose logits exist at the same time; models/loss.py works in chunks of this size."""
+_LOSS_CHUNK = {"cpu": 512, "cuda": 4096, "mps": 4096}
+_LOSS_LOGITS = 2**28
+"""At most so many logits at the same time: with 128k tokens of vocabulary, chunks of 2,048 positions on a GPU."""
 
 _RUNTIME_MB = {"cpu": 465, "cuda": 900, "mps": 600}
 """Python, torch and what a process of ours has loaded; on GPUs the CUDA context and cuBLAS workspaces."""
 _DEEPSPEED_MB = 145
 """What DeepSpeed and what it imports add on the CPU."""
-_FRAGMENTATION = 0.05
+FRAGMENTATION = 0.05
 """Of all else: memory that an allocator holds and cannot use."""
 
 Device = Literal["cpu", "cuda", "mps"]
@@ -32,6 +34,76 @@ class Part:
     name: str
     size_bytes: float
     note: str = ""
+
+
+class Sizes(Protocol):
+    """What `llmtrain plan` asks of a kind of model."""
+
+    @property
+    def title(self) -> str: ...
+    @property
+    def trainable(self) -> int:
+        """Trainable parameters."""
+        ...
+
+    def checkpoint_bytes(self, config: RunConfig) -> float: ...
+    def host_copy(self, config: RunConfig, ranks: int) -> float:
+        """Host memory of rank 0 for saving beside training: weights and its share of the optimizer's state."""
+        ...
+
+    def estimate(
+        self, config: RunConfig, plan: BatchPlan, ranks: int, kind: str, bf16: bool, device: Device
+    ) -> list[Part]:
+        """The parts of a rank's peak."""
+        ...
+
+
+def loss_chunk(device: str, vocab_size: int) -> int:
+    """Positions whose logits exist at the same time; models/loss.py works in chunks of this size."""
+    return min(_LOSS_CHUNK.get(device, _LOSS_CHUNK["cuda"]), max(128, _LOSS_LOGITS // vocab_size))
+
+
+def loss_part(positions: int, vocab_size: int, trained_head: int, bf16: bool, device: Device) -> Part:
+    """Logits of one chunk; of a trained output layer (`trained_head` weights) its gradient and bf16 copy."""
+    chunk = min(positions, loss_chunk(device, vocab_size))
+    logits = chunk * vocab_size * ((2 + 4 + 2) if bf16 else (4 + 4))
+    casts = 2 * trained_head if bf16 else 0
+    note = f"logits of {chunk:,} positions" + (", the output layer's gradient" if trained_head else "")
+    return Part("loss", logits + casts + 4 * trained_head, note)
+
+
+def runtime_part(kind: str, device: Device) -> Part:
+    """What a process takes before it has a model."""
+    runtime = _RUNTIME_MB[device] + (_DEEPSPEED_MB if kind == "zero2" and device == "cpu" else 0)
+    return Part("runtime", runtime * 1e6, "Python and libraries" if device == "cpu" else "CUDA context, libraries")
+
+
+@dataclass(frozen=True)
+class GPTSizes:
+    """`Sizes` of a GPT that is trained whole."""
+
+    model: GPTModel
+    vocab_size: int
+
+    @property
+    def title(self) -> str:
+        millions = self.trainable / 1e6
+        return f"GPT, {millions:,.1f} M parameters, {self.vocab_size:,} tokens vocabulary, context {self.model.context:,}"
+
+    @property
+    def trainable(self) -> int:
+        return num_parameters(self.model, self.vocab_size)
+
+    def checkpoint_bytes(self, config: RunConfig) -> float:
+        return self.trainable * (4 + (8 if config.optim.kind == "adamw" else 2 + 8 / 256))
+
+    def host_copy(self, config: RunConfig, ranks: int) -> float:
+        return self.trainable * (4 + 8 / ranks) if config.checkpoint.background else 0.0
+
+    def estimate(
+        self, config: RunConfig, plan: BatchPlan, ranks: int, kind: str, bf16: bool, device: Device
+    ) -> list[Part]:
+        return _estimate(config, self.model, self.vocab_size, plan, ranks, kind, bf16, device)
 
 
 def num_parameters(model: GPTModel, vocab_size: int) -> int:
@@ -53,11 +125,17 @@ def layer_activations(model: GPTModel, positions: int, bf16: bool, device: Devic
     return float(kept * positions)
 
 
-def estimate(
-    config: RunConfig, vocab_size: int, plan: BatchPlan, ranks: int, kind: str, bf16: bool, device: Device
+def _estimate(
+    config: RunConfig,
+    model: GPTModel,
+    vocab_size: int,
+    plan: BatchPlan,
+    ranks: int,
+    kind: str,
+    bf16: bool,
+    device: Device,
 ) -> list[Part]:
     """The parts of a rank's peak, which is reached in the backward pass of a step after the first."""
-    model = config.model
     parameters = num_parameters(model, vocab_size)
     positions = plan.micro_batch_size * model.context
     sharded = ranks if kind == "zero2" else 1
@@ -76,21 +154,19 @@ def estimate(
         parts.append(Part("optimizer", state, note))
     else:
         parts.append(Part("gradients", 4 * parameters, "fp32"))
-        parts.append(Part("optimizer", 8 * parameters, "two moments, fp32"))
+        parts.append(
+            Part("optimizer", 8 * parameters, "two moments, fp32")
+            if config.optim.kind == "adamw"
+            else Part("optimizer", (2 + 8 / 256) * parameters, "two moments, 8 bits")
+        )
 
     parts.append(_activations(model, positions, bf16, device, config.train.activation_checkpointing))
-    chunk = min(positions, LOSS_CHUNK[device])
-    logits = chunk * vocab_size * ((2 + 4 + 2) if bf16 else (4 + 4))
-    casts = 2 * head if bf16 else 0
-    parts.append(Part("loss", logits + casts + 4 * head, f"logits of {chunk:,} positions, the output layer's gradient"))
+    parts.append(loss_part(positions, vocab_size, head, bf16, device))
     backward = 3 * 4 * 4 * model.width * positions  # three gradients of an MLP's inside, fp32
     parts.append(Part("temporaries", backward, "of one layer's backward pass"))
-    runtime = _RUNTIME_MB[device] + (_DEEPSPEED_MB if kind == "zero2" and device == "cpu" else 0)
-    parts.append(
-        Part("runtime", runtime * 1e6, "Python and libraries" if device == "cpu" else "CUDA context, libraries")
-    )
-    lost = _FRAGMENTATION * sum(part.size_bytes for part in parts)
-    return [*parts, Part("fragmentation", lost, f"{_FRAGMENTATION:.0%} of the above")]
+    parts.append(runtime_part(kind, device))
+    lost = FRAGMENTATION * sum(part.size_bytes for part in parts)
+    return [*parts, Part("fragmentation", lost, f"{FRAGMENTATION:.0%} of the above")]
 
 
 def _activations(model: GPTModel, positions: int, bf16: bool, device: Device, recompute: bool) -> Part:
@@ -102,9 +178,3 @@ def _activations(model: GPTModel, positions: int, bf16: bool, device: Device, re
         return Part("activations", kept, "each layer's input, one layer whole")
     return Part("activations", model.num_layers * (layer + weights_bf16) + around, f"{model.num_layers} layers, whole")
 
-
-def host_copy(config: RunConfig, vocab_size: int, ranks: int) -> float:
-    """Host memory of rank 0 for saving beside training: the weights and its share of two moments."""
-    if not config.checkpoint.background:
-        return 0.0
-    return num_parameters(config.model, vocab_size) * (4 + 8 / ranks)

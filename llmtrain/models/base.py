@@ -8,39 +8,18 @@ import functools
 import logging
 import os
 import warnings
-from dataclasses import dataclass
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from llmtrain.base_facts import BaseFacts, Linear
 from llmtrain.config.model_sections import QLoRAModel
 from llmtrain.errors import ModelError
 
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-
-
-@dataclass(frozen=True)
-class BaseFacts:
-    """What a base model is made of, counted without its weights."""
-
-    architecture: str
-    vocab_size: int
-    """Rows of the embedding: ids from 0 to this can be read."""
-    positions: int | None
-    """Longest text that it was made for."""
-    hidden: int
-    layers: int
-    heads: int
-    linears: dict[str, tuple[int, int, int]]
-    """Of the linear layers but the output layer: name's last part -> (inputs, outputs, how many)."""
-    linear_parameters: int
-    """Weights of those layers: what is quantised."""
-    other_parameters: int
-    """Embedding, output layer (once if tied), norms, biases."""
-    head_parameters: int
-    """Of the output layer alone."""
 
 
 def compute_dtype(config: QLoRAModel, precision: str) -> torch.dtype:
@@ -94,26 +73,20 @@ def describe(config: QLoRAModel) -> BaseFacts:
         raise ModelError(
             f"model.base={config.base}: not a model that continues text: {str(error).splitlines()[0]}"
         ) from error
-    linears: dict[str, tuple[int, int, int]] = {}
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    linear_parameters = 0
-    for name, module in linear_modules(model):
-        inputs, outputs = _shape(module)
-        last = name.rsplit(".", 1)[-1]
-        linears[last] = (inputs, outputs, linears.get(last, (0, 0, 0))[2] + 1)
-        linear_parameters += inputs * outputs
+    shapes = Counter((name.rsplit(".", 1)[-1], *_shape(module)) for name, module in linear_modules(model))
+    linears = tuple(Linear(*shape, count) for shape, count in shapes.items())
     text = hf.get_text_config()
+    kv_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    head_width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     return BaseFacts(
         architecture=type(model).__name__,
-        vocab_size=embedding.weight.shape[0],
+        vocab_size=model.get_input_embeddings().weight.shape[0],
         positions=getattr(text, "max_position_embeddings", None),
         hidden=text.hidden_size,
         layers=text.num_hidden_layers,
-        heads=text.num_attention_heads,
+        kv_width=kv_heads * head_width,
         linears=linears,
-        linear_parameters=linear_parameters,
-        other_parameters=sum(p.numel() for p in model.parameters()) - linear_parameters,
-        head_parameters=head.weight.numel(),
+        other_parameters=sum(p.numel() for p in model.parameters()) - sum(linear.weights for linear in linears),
     )
 
 
@@ -185,12 +158,12 @@ def _unknown_targets(config: QLoRAModel, facts: BaseFacts) -> list[str]:
         return []
     problems: list[str] = []
     for name in wanted:
-        if name not in facts.linears:
-            near = difflib.get_close_matches(name, facts.linears, n=1, cutoff=0.5)
+        if name not in facts.names:
+            near = difflib.get_close_matches(name, facts.names, n=1, cutoff=0.5)
             meant = f"did you mean {near[0]}? " if near else ""
             problems.append(
                 f"model.lora.target_modules: {name} matches nothing; {meant}{facts.architecture} has: "
-                + ", ".join(facts.linears)
+                + ", ".join(facts.names)
             )
     return problems
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from llmtrain.memory import LOSS_CHUNK
+from llmtrain.memory import loss_chunk
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, ignore: int) -> Tensor:
@@ -58,7 +58,7 @@ def _chunks(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-    size = LOSS_CHUNK.get(device, LOSS_CHUNK["cuda"])
+    size = loss_chunk(device, len(weight))
     with torch.autocast(device, enabled=False):
         weight_c, hidden_c = weight.to(dtype), hidden.to(dtype)
         # Evaluation sums in float64, so that it does not depend on how rows are batched (MPS has none).

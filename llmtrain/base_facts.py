@@ -1,0 +1,65 @@
+"""What a base model is made of: numbers that planning needs, without torch. `models/base.py` counts them."""
+
+import json
+from dataclasses import asdict, dataclass
+
+
+@dataclass(frozen=True)
+class Linear:
+    """Linear layers of one name and shape."""
+
+    name: str
+    """The last part of their names, e.g. q_proj."""
+    inputs: int
+    outputs: int
+    count: int
+
+    @property
+    def weights(self) -> int:
+        return self.inputs * self.outputs * self.count
+
+
+@dataclass(frozen=True)
+class BaseFacts:
+    """Counted without loading weights."""
+
+    architecture: str
+    vocab_size: int
+    """Rows of the embedding: ids below this can be read."""
+    positions: int | None
+    """Longest text that it was made for."""
+    hidden: int
+    layers: int
+    kv_width: int
+    """Width of the keys of all heads together; smaller than `hidden` where heads share them."""
+    linears: tuple[Linear, ...]
+    """The linear layers but the output layer: those that are quantised, and that LoRA can be added to."""
+    other_parameters: int
+    """Embedding, output layer (once if tied), norms, biases: never quantised."""
+
+    @property
+    def linear_parameters(self) -> int:
+        return sum(linear.weights for linear in self.linears)
+
+    @property
+    def names(self) -> list[str]:
+        """Names that LoRA can target, each once."""
+        return list(dict.fromkeys(linear.name for linear in self.linears))
+
+    @property
+    def inner(self) -> int:
+        """Width inside the feed-forward part."""
+        return max(linear.inputs for linear in self.linears)
+
+    def targets(self, wanted: list[str] | str) -> list[Linear]:
+        """The layers that `model.lora.target_modules` means."""
+        return [linear for linear in self.linears if wanted == "all-linear" or linear.name in wanted]
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> "BaseFacts":
+        values = json.loads(text)
+        linears = tuple(Linear(**linear) for linear in values.pop("linears"))
+        return cls(**values, linears=linears)

@@ -1,0 +1,130 @@
+"""How much memory a rank needs to train LoRA on a quantised base, counted before anything is started. No torch.
+
+What a layer keeps for its backward pass was counted with `torch.autograd.graph.saved_tensors_hooks` on Llama's
+architecture (tests/unit/test_memory.py counts again); others differ in their feed-forward part. D hidden
+width, I width inside the feed-forward part, N positions of a micro-batch.
+"""
+
+from dataclasses import dataclass
+
+from llmtrain.base_facts import BaseFacts
+from llmtrain.batches import BatchPlan
+from llmtrain.config.model_sections import QLoRAModel
+from llmtrain.config.schema import RunConfig
+from llmtrain.memory import FRAGMENTATION, Device, Part, loss_part, runtime_part
+
+_LIBRARIES_MB = 330
+"""What transformers, peft and bitsandbytes add to a process, on the host."""
+_BLOCK, _SCALES = 64, 256
+"""nf4: weights that share a scale, and scales that share one of their own."""
+
+
+def lora_parameters(model: QLoRAModel, facts: BaseFacts) -> int:
+    """Trainable parameters; equal to `QLoRA.num_parameters()`."""
+    total = 0
+    for linear in facts.targets(model.lora.target_modules):
+        total += linear.count * (model.lora.r * (linear.inputs + linear.outputs))
+        total += linear.count * linear.outputs * model.lora.dora
+    return total
+
+
+def weight_bytes(model: QLoRAModel, compute_bytes: int) -> float:
+    """Of one weight of a quantised layer, its share of the scales included."""
+    match model.quantisation:
+        case "nf4" if model.double_quantisation:
+            return 0.5 + 1 / _BLOCK + 4 / (_BLOCK * _SCALES)
+        case "nf4":
+            return 0.5 + 4 / _BLOCK
+        case "int8":
+            return 1.0
+        case "none":
+            return float(compute_bytes)
+
+
+def layer_activations(config: RunConfig, model: QLoRAModel, facts: BaseFacts, bf16: bool, device: Device) -> float:
+    """Bytes that one layer keeps for its backward pass, for each position."""
+    size = 2 if bf16 else 4
+    packed = config.data.packing == "bestfit"  # an explicit mask: keys and values are repeated for all heads
+    kv = facts.hidden if packed else facts.kv_width
+    kept = 2 * 4 * facts.hidden + size * (2 * facts.hidden + 2 * kv) + size * 3 * facts.inner
+    targets = facts.targets(model.lora.target_modules)
+    inputs = [linear.inputs for linear in targets for _ in range(max(1, linear.count // facts.layers))]
+    if bf16:
+        kept += 2 * sum(inputs)  # a bf16 copy for each adapter
+    else:
+        kept += 4 * (2 * facts.hidden * (facts.hidden in inputs) + facts.inner * (facts.inner in inputs))
+    if model.lora.dropout:
+        kept += sum(inputs) * (4 if device == "cpu" else 1)
+    return float(kept)
+
+
+@dataclass(frozen=True)
+class LoraSizes:
+    """`memory.Sizes` of LoRA on a base."""
+
+    model: QLoRAModel
+    facts: BaseFacts
+
+    @property
+    def title(self) -> str:
+        facts, lora = self.facts, self.model.lora
+        total = (facts.linear_parameters + facts.other_parameters) / 1e9
+        return (
+            f"{facts.architecture}, {total:,.2f} G parameters, frozen in {self.model.quantisation}; LoRA of rank {lora.r} "
+            f"with {self.trainable / 1e6:,.1f} M parameters, context {self.model.context:,}"
+        )
+
+    @property
+    def trainable(self) -> int:
+        return lora_parameters(self.model, self.facts)
+
+    def checkpoint_bytes(self, config: RunConfig) -> float:
+        weights, moments = self._adapter_bytes(config)
+        return self.trainable * (weights + moments)
+
+    def host_copy(self, config: RunConfig, ranks: int) -> float:
+        weights, moments = self._adapter_bytes(config)
+        return self.trainable * (weights + moments / ranks) if config.checkpoint.background else 0.0
+
+    def _adapter_bytes(self, config: RunConfig) -> tuple[float, float]:
+        """Of a trainable weight, and of its optimizer state."""
+        weights = 4.0 if self.model.lora.dtype == "fp32" else 2.0
+        return weights, 2 * weights if config.optim.kind == "adamw" else 2.0 + 8 / 256
+
+    def estimate(
+        self, config: RunConfig, plan: BatchPlan, ranks: int, kind: str, bf16: bool, device: Device
+    ) -> list[Part]:
+        """The parts of a rank's peak, which is reached in the backward pass of a step after the first."""
+        model, facts = self.model, self.facts
+        size = 2 if (bf16 if model.compute_dtype == "auto" else model.compute_dtype == "bf16") else 4
+        positions = plan.micro_batch_size * model.context
+        per_weight = weight_bytes(model, size)
+        weights, moments = self._adapter_bytes(config)
+        how = f"{facts.linear_parameters / 1e9:.2f} G weights of {per_weight:.2f} bytes"
+        trained = self.trainable
+        parts = [
+            Part("base", facts.linear_parameters * per_weight, f"{how} ({model.quantisation})"),
+            Part("embeddings", facts.other_parameters * size, "and output layer, norms; not quantised"),
+            Part("LoRA", trained * weights, f"{trained / 1e6:.1f} M weights, whole on each rank"),
+        ]
+        if kind == "zero2":
+            buckets = min(config.strategy.bucket_mb * 1e6, 4 * trained) * (2 if config.strategy.overlap else 1)
+            parts.append(Part("gradients", 4 * trained / ranks + buckets, f"1/{ranks}, and buckets"))
+            parts.append(Part("optimizer", 12 * trained / ranks, f"1/{ranks} of fp32 weights and two moments"))
+        else:
+            parts.append(Part("gradients", trained * weights, "of LoRA alone"))
+            parts.append(Part("optimizer", trained * moments, config.optim.kind))
+        layer = layer_activations(config, model, facts, bf16, device) * positions
+        if config.train.activation_checkpointing:
+            kept = facts.layers * (size + 1) * facts.hidden * positions + layer
+            parts.append(Part("activations", kept, "each layer's input, one layer whole"))
+        else:
+            parts.append(Part("activations", facts.layers * layer, f"{facts.layers} layers, whole"))
+        parts.append(loss_part(positions, facts.vocab_size, 0, bf16, device))
+        largest = max(linear.inputs * linear.outputs for linear in facts.linears)
+        backward = (4 + size) * facts.inner * positions + 2 * size * largest
+        parts.append(Part("temporaries", backward, "of one layer's backward pass, its largest weight dequantised"))
+        runtime = runtime_part(kind, device)
+        parts.append(Part("runtime", runtime.size_bytes + _LIBRARIES_MB * 1e6 * (device == "cpu"), runtime.note))
+        lost = FRAGMENTATION * sum(part.size_bytes for part in parts)
+        return [*parts, Part("fragmentation", lost, f"{FRAGMENTATION:.0%} of the above")]
