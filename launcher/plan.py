@@ -15,8 +15,8 @@ from rich.table import Table
 from llmtrain import memory, recipe, shards
 from llmtrain.base_facts import BaseFacts
 from llmtrain.batches import BatchPlan, plan_batches
-from llmtrain.config.load import Origins, resolved_yaml
 from llmtrain.config.data_sections import FolderTokenizer, TrainedTokenizer
+from llmtrain.config.load import Origins, resolved_yaml
 from llmtrain.config.schema import RunConfig
 from llmtrain.errors import ConfigError
 from llmtrain.memory import Device, Part, Sizes
@@ -206,8 +206,8 @@ def count_rows(config: RunConfig, told: Told, built: ShardManifest | None) -> tu
     if config.data.packing != "none":
         raise ConfigError(
             [
-                f"--samples {told.samples}: with data.packing={config.data.packing} a row holds several samples; the number "
-                "of rows is known once 'llmtrain shard' has run (data.packing=none: one sample a row)"
+                f"--samples {told.samples}: with data.packing={config.data.packing} a row holds several samples; the "
+                "number of rows is known once 'llmtrain shard' has run (data.packing=none: one sample a row)"
             ]
         )
     return told.samples, f"{told.samples:,} training samples, one a row (as you say)"

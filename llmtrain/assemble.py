@@ -299,7 +299,7 @@ def make_sampler(config: RunConfig, data: ShardFolder, model: Trainable, meter: 
 
 
 def make_model_writer(data: ShardFolder, model: Trainable) -> checkpoint.ModelWriter:
-    """Writes `model/`: weights, configuration and tokenizer, as transformers loads them; of an adapter, no tokenizer."""
+    """Writes `model/`: weights, configuration and tokenizer, as transformers loads them. Of an adapter no tokenizer."""
 
     def write_model(folder: Path, weights: dict[str, Any]) -> None:
         model.save(folder, weights, data.manifest.tokenizer.eos_id)

@@ -58,6 +58,11 @@ class Sizes(Protocol):
         ...
 
 
+def moment_bytes(config: RunConfig, size: int = 4) -> float:
+    """Of AdamW's two moments of a weight of `size` bytes; in 8 bits with a scale for each block of 256."""
+    return 2.0 * size if config.optim.kind == "adamw" else 2 + 8 / 256
+
+
 def loss_chunk(device: str, vocab_size: int) -> int:
     """Positions whose logits exist at the same time; models/loss.py works in chunks of this size."""
     return min(_LOSS_CHUNK.get(device, _LOSS_CHUNK["cuda"]), max(128, _LOSS_LOGITS // vocab_size))
@@ -88,17 +93,19 @@ class GPTSizes:
     @property
     def title(self) -> str:
         millions = self.trainable / 1e6
-        return f"GPT, {millions:,.1f} M parameters, {self.vocab_size:,} tokens vocabulary, context {self.model.context:,}"
+        return (
+            f"GPT, {millions:,.1f} M parameters, {self.vocab_size:,} tokens vocabulary, context {self.model.context:,}"
+        )
 
     @property
     def trainable(self) -> int:
         return num_parameters(self.model, self.vocab_size)
 
     def checkpoint_bytes(self, config: RunConfig) -> float:
-        return self.trainable * (4 + (8 if config.optim.kind == "adamw" else 2 + 8 / 256))
+        return self.trainable * (4 + moment_bytes(config))
 
     def host_copy(self, config: RunConfig, ranks: int) -> float:
-        return self.trainable * (4 + 8 / ranks) if config.checkpoint.background else 0.0
+        return self.trainable * (4 + moment_bytes(config) / ranks) if config.checkpoint.background else 0.0
 
     def estimate(
         self, config: RunConfig, plan: BatchPlan, ranks: int, kind: str, bf16: bool, device: Device
@@ -157,7 +164,7 @@ def _estimate(
         parts.append(
             Part("optimizer", 8 * parameters, "two moments, fp32")
             if config.optim.kind == "adamw"
-            else Part("optimizer", (2 + 8 / 256) * parameters, "two moments, 8 bits")
+            else Part("optimizer", moment_bytes(config) * parameters, "two moments, 8 bits")
         )
 
     parts.append(_activations(model, positions, bf16, device, config.train.activation_checkpointing))
@@ -177,4 +184,3 @@ def _activations(model: GPTModel, positions: int, bf16: bool, device: Device, re
         kept = model.num_layers * 4 * model.width * positions + layer + weights_bf16 + around
         return Part("activations", kept, "each layer's input, one layer whole")
     return Part("activations", model.num_layers * (layer + weights_bf16) + around, f"{model.num_layers} layers, whole")
-

@@ -11,7 +11,7 @@ from llmtrain.base_facts import BaseFacts
 from llmtrain.batches import BatchPlan
 from llmtrain.config.model_sections import QLoRAModel
 from llmtrain.config.schema import RunConfig
-from llmtrain.memory import FRAGMENTATION, Device, Part, loss_part, runtime_part
+from llmtrain.memory import FRAGMENTATION, Device, Part, loss_part, moment_bytes, runtime_part
 
 _LIBRARIES_MB = 330
 """What transformers, peft and bitsandbytes add to a process, on the host."""
@@ -70,8 +70,8 @@ class LoraSizes:
         facts, lora = self.facts, self.model.lora
         total = (facts.linear_parameters + facts.other_parameters) / 1e9
         return (
-            f"{facts.architecture}, {total:,.2f} G parameters, frozen in {self.model.quantisation}; LoRA of rank {lora.r} "
-            f"with {self.trainable / 1e6:,.1f} M parameters, context {self.model.context:,}"
+            f"{facts.architecture}, {total:,.2f} G parameters, frozen in {self.model.quantisation}; LoRA of rank "
+            f"{lora.r} with {self.trainable / 1e6:,.1f} M parameters, context {self.model.context:,}"
         )
 
     @property
@@ -88,8 +88,8 @@ class LoraSizes:
 
     def _adapter_bytes(self, config: RunConfig) -> tuple[float, float]:
         """Of a trainable weight, and of its optimizer state."""
-        weights = 4.0 if self.model.lora.dtype == "fp32" else 2.0
-        return weights, 2 * weights if config.optim.kind == "adamw" else 2.0 + 8 / 256
+        size = 4 if self.model.lora.dtype == "fp32" else 2
+        return float(size), moment_bytes(config, size)
 
     def estimate(
         self, config: RunConfig, plan: BatchPlan, ranks: int, kind: str, bf16: bool, device: Device

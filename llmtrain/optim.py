@@ -30,14 +30,17 @@ def build_optimizer(
     for _, parameter in named_parameters:
         if parameter.requires_grad:
             (decayed if config.decay == "all" or parameter.ndim >= 2 else plain).append(parameter)
-    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    groups: list[dict[str, Any]] = [
+        {"params": decayed, "weight_decay": config.weight_decay},
+        {"params": plain, "weight_decay": 0.0},
+    ]
     groups = [group for group in groups if group["params"]]
     betas = (config.betas[0], config.betas[1])
     if config.kind == "adamw":
         return torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, fused=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        from bitsandbytes.optim import AdamW8bit, PagedAdamW8bit
+        from bitsandbytes.optim.adamw import AdamW8bit, PagedAdamW8bit
     on_gpu = any(p.device.type == "cuda" for group in groups for p in group["params"])
     paged = config.kind == "paged_adamw8bit" and on_gpu  # pages move between a GPU and its host: nowhere else
     kind: Any = PagedAdamW8bit if paged else AdamW8bit

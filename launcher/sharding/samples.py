@@ -22,8 +22,8 @@ from llmtrain.errors import SourceError, TokenizerError
 
 DEFAULT_TEMPLATE = (
     "{% for message in messages %}### {{ message['role'] | capitalize }}:\n{{ message['content'] }}"
-    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}\n\n{% endfor %}"
-    "{% if add_generation_prompt %}### Assistant:\n{% endif %}"
+    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\n\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}### Assistant:{{ '\n' }}{% endif %}"
 )
 """For tokenizers that have no chat template."""
 
@@ -118,7 +118,8 @@ def _prompt_and_completion(format: schema.Format, document: Document) -> Iterato
             before, marker, completion = text.rpartition(format.marker)
             if not marker:
                 raise SourceError(
-                    f"{where()}: '{field}' does not hold the marker {format.marker!r}, after which the completion begins"
+                    f"{where()}: '{field}' does not hold the marker {format.marker!r}, after which the completion "
+                    "begins"
                 )
             prompt = before + marker
         case schema.InstructionFormat():

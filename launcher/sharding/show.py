@@ -33,8 +33,8 @@ def describe(built: Built) -> Iterator[str]:
         return
     for name, split in manifest.splits.items():
         yield (
-            f"{name:<10} {split.documents:,} documents, {split.text_bytes / 1e6:,.2f} MB to learn -> {split.rows:,} rows, "
-            f"{split.tokens:,} tokens, {split.targets:,} learned"
+            f"{name:<10} {split.documents:,} documents, {split.text_bytes / 1e6:,.2f} MB to learn -> {split.rows:,} "
+            f"rows, {split.tokens:,} tokens, {split.targets:,} learned"
             f" ({split.text_bytes / max(1, split.text_tokens):.2f} bytes a token)"
             + (f", {split.tokens_dropped} dropped" if split.tokens_dropped else "")
         )

@@ -221,8 +221,8 @@ class DataSection(Section):
         textual = [source.kind for source in self.sources if source.kind in ("stdlib", "text")]
         if textual:
             raise ValueError(
-                f"a source of kind {textual[0]} has no records for format.kind={self.format.kind}; use jsonl, json, csv, "
-                "parquet or huggingface"
+                f"a source of kind {textual[0]} has no records for format.kind={self.format.kind}; use jsonl, json, "
+                "csv, parquet or huggingface"
             )
         return self
 

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from llmtrain.config.model_sections import GPTModel, QLoRAModel
 from llmtrain.config.schema import RunConfig
 from llmtrain.models.gpt import GPT
 
@@ -19,10 +20,10 @@ def build_model(config: RunConfig, vocab_size: int, device: torch.device) -> "GP
     A GPT in fp32 on the CPU; a base with LoRA on `device`, where its quantisation happens.
     """
     recompute = config.train.activation_checkpointing
-    match config.model.kind:
-        case "gpt":
+    match config.model:
+        case GPTModel():
             return GPT(config.model, vocab_size, config.run.seed, recompute)
-        case "qlora":
+        case QLoRAModel():
             from llmtrain.models.qlora import QLoRA
 
             return QLoRA(config.model, config.train.precision, device, config.run.seed, recompute)

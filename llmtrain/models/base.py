@@ -48,13 +48,13 @@ def read_config(base: str, revision: str | None, trust_remote_code: bool) -> Any
         text = str(error)
         if "trust_remote_code" in text:
             raise ModelError(
-                f"model.base={base} comes with Python code of its own, which would run on this machine. If you trust its "
-                "authors, set model.trust_remote_code=true"
+                f"model.base={base} comes with Python code of its own, which would run on this machine. If you trust "
+                "its authors, set model.trust_remote_code=true"
             ) from None
         raise ModelError(
             f"model.base={base}: its configuration cannot be loaded ({type(error).__name__}: "
-            f"{text.splitlines()[0] if text else ''}). Give a folder with config.json, or a name on the Hub (for one that "
-            "asks for permission: accept its terms there, then 'hf auth login')"
+            f"{text.splitlines()[0] if text else ''}). Give a folder with config.json, or a name on the Hub (for one "
+            "that asks for permission: accept its terms there, then 'hf auth login')"
         ) from error
 
 
@@ -116,8 +116,8 @@ def check(config: QLoRAModel, facts: BaseFacts, tokenizer_size: int | None) -> N
     problems = [*_quantised_another_way(config), *_unknown_targets(config, facts)]
     if tokenizer_size is not None and tokenizer_size > facts.vocab_size:
         problems.append(
-            f"the tokenizer has {tokenizer_size:,} tokens, but the base's embedding only {facts.vocab_size:,} rows: ids "
-            "beyond it cannot be read. Use the base's own tokenizer (leave data.tokenizer out), or a base whose "
+            f"the tokenizer has {tokenizer_size:,} tokens, but the base's embedding only {facts.vocab_size:,} rows: "
+            "ids beyond it cannot be read. Use the base's own tokenizer (leave data.tokenizer out), or a base whose "
             "embedding was enlarged"
         )
     if facts.positions is not None and config.context > facts.positions:
@@ -125,9 +125,7 @@ def check(config: QLoRAModel, facts: BaseFacts, tokenizer_size: int | None) -> N
             f"model.context={config.context} is longer than the base was made for ({facts.positions} positions)"
         )
     if problems:
-        raise ModelError(
-            f"model.base={config.base} cannot be trained as configured:" + "".join(f"\n  - {p}" for p in problems)
-        )
+        raise ModelError(f"model.base={config.base} cannot be used so:" + "".join(f"\n  - {p}" for p in problems))
 
 
 def _quantised_another_way(config: QLoRAModel) -> list[str]:
@@ -188,8 +186,8 @@ def load(config: QLoRAModel, dtype: torch.dtype, device: torch.device, quantisat
         "int8": BitsAndBytesConfig(load_in_8bit=True),
         "none": None,
     }[quantisation]
-    if stored_quantisation(config) is not None:
-        how = None  # as it is stored
+    # Where the weights lie quantised already, their own configuration says how; even None would override it.
+    how = {} if how is None or stored_quantisation(config) is not None else {"quantization_config": how}
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -197,7 +195,7 @@ def load(config: QLoRAModel, dtype: torch.dtype, device: torch.device, quantisat
                 place(config.base),
                 revision=config.revision,
                 dtype=dtype,
-                quantization_config=how,
+                **how,
                 device_map={"": device},
                 trust_remote_code=config.trust_remote_code,
             )
@@ -206,7 +204,7 @@ def load(config: QLoRAModel, dtype: torch.dtype, device: torch.device, quantisat
             f"model.base={config.base} cannot be loaded: {type(error).__name__}: {str(error).splitlines()[0]}"
         ) from error
     model.requires_grad_(False)
-    _keep_layout(model)
+    _keep_layout(model, dtype)
     return model
 
 
@@ -225,26 +223,31 @@ def be_quiet() -> None:
 def dequantise(quantised: nn.Module, into: nn.Module) -> None:
     """Give `into`, the same base without quantisation, the values that the quantised weights stand for."""
     from bitsandbytes import functional
-    from bitsandbytes.nn import Linear4bit, Linear8bitLt
+    from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
 
     for name, module in linear_modules(into):
         layer: Any = quantised.get_submodule(name)
-        match layer:
-            case Linear4bit():
-                values = functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
-            case Linear8bitLt():
-                scales = layer.weight.SCB if layer.state.SCB is None else layer.state.SCB  # moved by the first forward
-                values = functional.int8_vectorwise_dequant(layer.weight.data, scales)
-            case _:
-                continue  # left as it was by the quantiser
+        weight: Any = layer.weight
+        if isinstance(layer, Linear4bit):
+            values = functional.dequantize_4bit(weight.data, weight.quant_state)
+        elif isinstance(layer, Linear8bitLt):
+            state: Any = layer.state
+            scales = weight.SCB if state.SCB is None else state.SCB  # moved by the first forward pass
+            values = functional.int8_vectorwise_dequant(weight.data, scales)
+        else:
+            continue  # left as it was by the quantiser
         target: Any = module.weight
         target.copy_(values if values.shape == target.shape and isinstance(module, nn.Linear) else values.t())
 
 
-def _keep_layout(model: nn.Module) -> None:
-    """On CPUs with AVX-512 bf16, bitsandbytes rewrites 4-bit weights in place for its inference kernel, on the first
+def _keep_layout(model: nn.Module, dtype: torch.dtype) -> None:
+    """4-bit layers compute in `dtype`, whatever was stored with them, and keep their weights' layout.
+
+    On CPUs with AVX-512 bf16, bitsandbytes rewrites 4-bit weights in place for its inference kernel, on the first
     evaluation. That kernel has no backward pass, and there is no way back when training goes on: switch it off.
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+            layer: Any = module
+            layer.compute_dtype = dtype
+            layer.support_avx512bf16_for_cpu = False

@@ -65,9 +65,9 @@ def check(model: QLoRA, row: Tensor, doc_lens: list[int], positions: Tensor | No
         allowed = max(ROUNDING[torch.bfloat16 if autocast else model.dtype], _OF_A_LEAK * leak)
     if not found <= allowed:  # a difference that is no number is found too
         raise ModelError(
-            f"model.base={model.config.base}: the logits of {len(doc_lens)} documents in a row differ from those of each "
-            f"alone by {found:.3g} of their standard deviation ({allowed:.2g} could be rounding). This architecture does "
-            "not keep packed documents apart, or changes its logits in a way that the loss does not know. Nothing was "
-            "trained; data.packing=none puts one sample in a row"
+            f"model.base={model.config.base}: the logits of {len(doc_lens)} documents in a row differ from those of "
+            f"each alone by {found:.3g} of their standard deviation ({allowed:.2g} could be rounding). This "
+            "architecture does not keep packed documents apart, or changes its logits in a way that the loss does not "
+            "know. Nothing was trained; data.packing=none puts one sample in a row"
         )
     return found

@@ -106,7 +106,7 @@ class QLoRA(nn.Module):
         lora = self.config.lora
         return (
             f"{type(self._base).__name__} from {self.config.base}, {frozen:,.1f} M weights frozen in "
-            f"{how[self.config.quantisation]}, LoRA of rank {lora.r} with {self.num_parameters() / 1e6:.2f} M parameters"
+            f"{how[self.config.quantisation]}, LoRA of rank {lora.r} with {self.num_parameters() / 1e6:.2f} M"
         )
 
     def num_parameters(self) -> int:

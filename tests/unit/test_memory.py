@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from llmtrain.batches import BatchPlan
-from llmtrain.config.schema import GPTModel, RunConfig, TrainSection
-from llmtrain.memory import estimate, host_copy, layer_activations, num_parameters
+from llmtrain.config.model_sections import GPTModel
+from llmtrain.config.schema import RunConfig, TrainSection
+from llmtrain.memory import GPTSizes, layer_activations, loss_chunk, num_parameters
 from llmtrain.models import GPT
 
 PLAN = BatchPlan(global_batch_size=8, micro_batch_size=8, accumulation=1, total_steps=10)
@@ -51,7 +52,7 @@ def test_what_a_layer_keeps_is_what_autograd_keeps(bf16: bool, dropout: float):
 
 def total(kind: str, ranks: int = 1, **train: object) -> float:
     config = RunConfig(train=TrainSection.model_validate(train), model=GPTModel(num_layers=12, width=768, num_heads=12))
-    parts = estimate(config, 50257, PLAN, ranks, kind, bf16=True, device="cuda")
+    parts = GPTSizes(config.model, 50257).estimate(config, PLAN, ranks, kind, bf16=True, device="cuda")
     assert all(part.size_bytes >= 0 for part in parts)
     return sum(part.size_bytes for part in parts)
 
@@ -66,6 +67,13 @@ def test_activation_checkpointing_takes_less():
 
 def test_saving_without_background_takes_no_host_memory():
     config = RunConfig()
-    assert host_copy(config, 8192, 1) == 12 * num_parameters(config.model, 8192)
+    sizes = GPTSizes(config.model, 8192)
+    assert sizes.host_copy(config, 1) == 12 * num_parameters(config.model, 8192)
     plain = config.model_copy(update={"checkpoint": config.checkpoint.model_copy(update={"background": False})})
-    assert host_copy(plain, 8192, 1) == 0
+    assert sizes.host_copy(plain, 1) == 0
+
+
+def test_a_large_vocabulary_makes_the_loss_take_fewer_positions_at_a_time():
+    assert loss_chunk("cuda", 50_257) == 4096
+    assert loss_chunk("cuda", 128_256) * 128_256 <= 2**28
+    assert loss_chunk("cpu", 128_256) == 512
