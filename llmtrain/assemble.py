@@ -85,8 +85,9 @@ def resolve_precision(config: RunConfig, world: World) -> RunConfig:
 
 def prepare(config: RunConfig, origins: Origins, world: World, run_dir: RunDir, locks: list[IO[str]]) -> dict[str, Any]:
     """On rank 0, before any process group: shards, lock, run folder, checkpoint. Returns plain data."""
+    check_base(config, None)  # before hours of sharding
     data = prepare_shards(config)
-    check_base(config, data)
+    check_base(config, data.manifest.tokenizer.vocab_size)
     plan_batches(config, origins, world.size, data.manifest.splits["train"].rows)  # fail before touching the run
     locks.append(run_dir.lock())
     step = prepare_run(run_dir, config, origins, data)
@@ -94,12 +95,12 @@ def prepare(config: RunConfig, origins: Origins, world: World, run_dir: RunDir, 
     return {"resume_step": step, "fingerprint": data.fingerprint}
 
 
-def check_base(config: RunConfig, data: ShardFolder) -> None:
+def check_base(config: RunConfig, tokenizer_size: int | None) -> None:
     """Raises ModelError for all that can be known of a base before its weights are loaded."""
     if config.model.kind == "qlora":
         from llmtrain.models import base
 
-        base.check(config.model, base.describe(config.model), data.manifest.tokenizer.vocab_size)
+        base.check(config.model, base.describe(config.model), tokenizer_size)
 
 
 def build(

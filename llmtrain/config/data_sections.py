@@ -229,7 +229,9 @@ class DataSection(Section):
     @model_validator(mode="before")
     @classmethod
     def _tokenizer_kind(cls, values: Any) -> Any:
-        """`data.tokenizer.vocab_size=1000` alone means the default kind."""
+        """`data.tokenizer.vocab_size=1000` alone means a trained one, a path a folder, a name one on the Hub."""
         if isinstance(values, dict) and isinstance(values.get("tokenizer"), dict):
-            values = {**values, "tokenizer": {"kind": "train", **values["tokenizer"]}}
+            given = values["tokenizer"]
+            kind = "folder" if "path" in given else "hub" if "name" in given else "train"
+            values = {**values, "tokenizer": {"kind": kind, **given}}
         return values

@@ -60,6 +60,7 @@ def read_config(base: str, revision: str | None, trust_remote_code: bool) -> Any
 
 def describe(config: QLoRAModel) -> BaseFacts:
     """Count the base's parts on the meta device: no weights are loaded."""
+    be_quiet()
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
 
