@@ -15,7 +15,7 @@ COPY configs configs
 # A base that already carries torch keeps it.
 ARG TORCH_INDEX=
 RUN python -c "import torch" 2>/dev/null || pip install torch==2.13.0 ${TORCH_INDEX:+--index-url "$TORCH_INDEX"}
-RUN grep -v '^torch==' constraints.txt > /tmp/constraints.txt && pip install -c /tmp/constraints.txt ".[hf]"
+RUN grep -v '^torch==' constraints.txt > /tmp/constraints.txt && pip install -c /tmp/constraints.txt .
 
 # Not root: run folders on shared disks belong to the user. Override with --user "$(id -u)".
 RUN useradd --create-home trainer

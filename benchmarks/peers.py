@@ -11,6 +11,10 @@ _PACKAGES = {
         ["--no-deps", "llms-from-scratch==1.0.19"],
     ],
     "hf": [["torch==2.13.0", "transformers==5.23.0", "accelerate==1.15.0"]],
+    "trl": [
+        ["torch==2.13.0", "trl==1.16.0", "transformers==5.23.0", "peft==0.21.2", "bitsandbytes==0.50.2"],
+        ["accelerate==1.15.0", "datasets==5.2.0"],
+    ],
     "litgpt": [["torch==2.13.0", "litgpt==0.5.13"]],
 }
 

@@ -77,13 +77,13 @@ def measure(command: list[str], row: Row, extra_env: dict[str, str], folder: Pat
         errors.seek(0)
         if status:
             raise RuntimeError(f"{' '.join(command)[:200]}\n{errors.read()[-3000:]}")
-        times = _step_times(events) if events is not None else json.loads(output.read().splitlines()[-1])["step_ms"]
+        times = step_times(events) if events is not None else json.loads(output.read().splitlines()[-1])["step_ms"]
     return Result(
         row.batch * row.model["context"] / statistics.median(times[_WARM_UP:]) * 1e3, usage.ru_maxrss * 1024 / 1e6
     )
 
 
-def _step_times(folder: Path) -> list[float]:
+def step_times(folder: Path) -> list[float]:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     return [event.value for event in EventAccumulator(str(folder)).Reload().Scalars("speed/step_ms")]

@@ -88,6 +88,10 @@ def prepare(config: RunConfig, origins: Origins, world: World, run_dir: RunDir, 
     check_base(config, None)  # before hours of sharding
     data = prepare_shards(config)
     check_base(config, data.manifest.tokenizer.vocab_size)
+    if config.model.kind == "qlora":
+        from llmtrain.models import base
+
+        base.fetch(config.model)  # once, not on every rank
     plan_batches(config, origins, world.size, data.manifest.splits["train"].rows)  # fail before touching the run
     locks.append(run_dir.lock())
     step = prepare_run(run_dir, config, origins, data)

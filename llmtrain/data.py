@@ -26,6 +26,7 @@ from llmtrain.shards import Rows, ShardSet
 IGNORE = -100
 """Target of a position that is not supervised."""
 
+_COLUMNS = 32  # few different shapes, little padding
 _ROUNDS = 6
 _DIGEST_BITS = 40  # small enough that the sum over a batch of millions fits into 63 bits
 _U64 = np.uint64
@@ -76,7 +77,7 @@ class SampleOrder:
 class Batch:
     """Rows as the model takes them."""
 
-    input_ids: Tensor  # (B, T) int64
+    input_ids: Tensor  # (B, T) int64; T is at most the context
     targets: Tensor  # (B, T) int64, IGNORE where not supervised
     doc_ids: Tensor | None  # (B, T) int32: attention stays within equal numbers; None: plain causal
     positions: Tensor | None  # (B, T) int64, restarting at 0 with each document; None: 0 ... T - 1
@@ -100,14 +101,17 @@ class Batch:
 
 
 def make_batch(rows: Rows, isolate_documents: bool) -> Batch:
-    """Shift rows of context + 1 tokens into inputs and targets.
+    """Shift rows of up to context + 1 tokens into inputs and targets.
 
     A target is supervised if it lies in the same document as its input, is no padding, and its loss
     mask (where there is one) is 1. With `isolate_documents` attention and positions restart with
-    each document; padding counts as one more document.
+    each document; padding counts as one more document. Columns that are padding in every row are left
+    out, up to a multiple of _COLUMNS.
     """
-    tokens = torch.from_numpy(rows.tokens.astype(np.int64))
-    num_rows, width = tokens.shape
+    longest = max(int(lens.sum()) for lens in rows.doc_lens)
+    width = min(rows.tokens.shape[1], -(-(longest - 1) // _COLUMNS) * _COLUMNS + 1)
+    tokens = torch.from_numpy(rows.tokens[:, :width].astype(np.int64))
+    num_rows = len(tokens)
     doc_of = np.empty((num_rows, width), np.int32)
     starts = np.zeros((num_rows, width), np.int64)
     filled = np.empty((num_rows, 1), np.int64)
@@ -119,7 +123,7 @@ def make_batch(rows: Rows, isolate_documents: bool) -> Batch:
     column = np.arange(1, width)
     supervised = (doc_of[:, 1:] == doc_of[:, :-1]) & (column < filled)
     if rows.loss_mask is not None:
-        supervised &= rows.loss_mask[:, 1:].astype(bool)
+        supervised &= rows.loss_mask[:, 1:width].astype(bool)
     targets = tokens[:, 1:].clone()
     targets[torch.from_numpy(~supervised)] = IGNORE
     doc_ids = positions = None

@@ -49,12 +49,10 @@ def layer_activations(config: RunConfig, model: QLoRAModel, facts: BaseFacts, bf
     kept = 2 * 4 * facts.hidden + size * (2 * facts.hidden + 2 * kv) + size * 3 * facts.inner
     targets = facts.targets(model.lora.target_modules)
     inputs = [linear.inputs for linear in targets for _ in range(max(1, linear.count // facts.layers))]
-    if bf16:
-        kept += 2 * sum(inputs)  # a bf16 copy for each adapter
+    if model.lora.dropout:  # each adapter has an input of its own, and a mask
+        kept += sum(inputs) * (size + (size if device == "cpu" else 1))
     else:
-        kept += 4 * (2 * facts.hidden * (facts.hidden in inputs) + facts.inner * (facts.inner in inputs))
-    if model.lora.dropout:
-        kept += sum(inputs) * (4 if device == "cpu" else 1)
+        kept += size * (2 * facts.hidden * (facts.hidden in inputs) + facts.inner * (facts.inner in inputs))
     return float(kept)
 
 

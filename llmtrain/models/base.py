@@ -7,6 +7,7 @@ import difflib
 import functools
 import logging
 import os
+import sys
 import warnings
 from collections import Counter
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from llmtrain import log
 from llmtrain.base_facts import BaseFacts, Linear
 from llmtrain.config.model_sections import QLoRAModel
 from llmtrain.errors import ModelError
@@ -165,6 +167,32 @@ def _unknown_targets(config: QLoRAModel, facts: BaseFacts) -> list[str]:
                 + ", ".join(facts.names)
             )
     return problems
+
+
+def fetch(config: QLoRAModel) -> None:
+    """Bring a base from the Hub onto this machine, with progress; one in a folder is there already.
+
+    Raises:
+        ModelError: it cannot be had.
+    """
+    if Path(config.base).expanduser().is_dir():
+        return
+    import huggingface_hub
+
+    wanted = ["*.safetensors", "*.json", "*.jinja", "*.model", *(["*.py"] if config.trust_remote_code else [])]
+    try:
+        if sys.stderr.isatty():
+            huggingface_hub.utils.enable_progress_bars()
+        else:
+            log.info(f"base       fetching {config.base} from the Hub")
+        huggingface_hub.snapshot_download(config.base, revision=config.revision, allow_patterns=wanted)
+    except Exception as error:
+        raise ModelError(
+            f"model.base={config.base} cannot be fetched from the Hub: {type(error).__name__}: "
+            f"{(str(error).splitlines() or [''])[0]}"
+        ) from error
+    finally:
+        be_quiet()
 
 
 def load(config: QLoRAModel, dtype: torch.dtype, device: torch.device, quantisation: str | None = None) -> Any:

@@ -57,6 +57,11 @@ class QLoRA(nn.Module):
             warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers for what it renamed
             torch.manual_seed(seed)
             self.peft: Any = get_peft_model(model, lora_config(config, model), autocast_adapter_dtype=False)
+        self._autocast = precision == "bf16"
+        if self._autocast:  # peft would copy each layer's input to fp32, for autocast to bring it back to bf16
+            for module in self.peft.modules():
+                if hasattr(module, "cast_input_dtype_enabled"):
+                    module.cast_input_dtype_enabled = False
         dtype = torch.float32 if config.lora.dtype == "fp32" else torch.bfloat16
         for parameter in self.trainable().values():
             parameter.data = parameter.data.to(dtype)
@@ -97,7 +102,7 @@ class QLoRA(nn.Module):
         return hidden_ND.to(self._head.dtype) @ self._head.t()
 
     def text_generator(self) -> "CachedGenerator":
-        return CachedGenerator(self.peft, self.config.context)
+        return CachedGenerator(self.peft, self.config.context, self._autocast)
 
     def title(self) -> str:
         """What is trained, for people."""
@@ -183,8 +188,8 @@ def _numel(module: nn.Module) -> int:
 class CachedGenerator:
     """Continues one text with transformers' key-value cache; past the context it starts again from the last half."""
 
-    def __init__(self, model: Any, context: int):
-        self._model, self._context = model, context
+    def __init__(self, model: Any, context: int, autocast: bool = False):
+        self._model, self._context, self._autocast = model, context, autocast
         self._cache: Any = None
         self._seen: list[int] = []
 
@@ -198,6 +203,8 @@ class CachedGenerator:
             self._seen = self._seen[-max(1, self._context // 2) :]
             input_ids = torch.tensor(self._seen)
         device = next(self._model.parameters()).device
-        output = self._model(input_ids=input_ids.to(device).unsqueeze(0), past_key_values=self._cache, use_cache=True)
+        inputs = input_ids.to(device).unsqueeze(0)
+        with torch.autocast(device.type, torch.bfloat16, enabled=self._autocast):
+            output = self._model(input_ids=inputs, past_key_values=self._cache, use_cache=True)
         self._cache = output.past_key_values
         return output.logits[0, -1]

@@ -85,6 +85,18 @@ def test_targets_stay_within_documents_and_out_of_padding():
     assert batch.positions.tolist() == [[0, 1, 2, 0, 1, 2, 3, 0]]
 
 
+def test_columns_that_are_padding_in_every_row_are_left_out():
+    tokens = np.arange(3 * 201, dtype=np.uint16).reshape(3, 201)
+    lens = [np.array([20, 15], np.int32), np.array([66], np.int32), np.array([5], np.int32)]
+    batch = make_batch(Rows(tokens, lens, np.ones_like(tokens, np.uint8)), isolate_documents=True)
+    assert batch.input_ids.shape == batch.targets.shape == (3, 96)
+    assert batch.num_targets == 19 + 14 + 65 + 4
+    alone = make_batch(Rows(tokens[2:], lens[2:], None), isolate_documents=False)
+    assert alone.input_ids.shape == (1, 32)
+    full = make_batch(Rows(tokens, [np.array([201], np.int32)] * 3, None), isolate_documents=False)
+    assert full.input_ids.shape == (3, 200)
+
+
 def test_the_loss_mask_chooses_targets():
     tokens = np.arange(6, dtype=np.uint16)[None]
     mask = np.array([[1, 0, 1, 1, 0, 1]], np.uint8)

@@ -1,0 +1,152 @@
+"""QLoRA against TRL's SFTTrainer, in one run: `python -m benchmarks.qlora [ROW ...]`.
+
+The same random-weight Llama in nf4, the same records, LoRA on all linear layers, bf16, AdamW, the same rows.
+Processes run in turn (A B A B ...), each alone; tokens/s (without padding) and peak memory as medians with
+their range. TRL runs as shipped; the last column is TRL with our allocator settings.
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.peers import ROOT, python_of
+from benchmarks.step import machine, step_times
+from llmtrain.allocator import SETTINGS
+
+_WARM_UP = 2
+_SHAPE = {
+    "hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 12,
+    "num_key_value_heads": 4, "vocab_size": 32_000, "max_position_embeddings": 1024, "tie_word_embeddings": False,
+}  # fmt: skip
+_RANK = 16
+
+
+@dataclass(frozen=True)
+class Row:
+    title: str
+    packing: bool
+    batch: int
+    context: int
+    steps: int
+
+
+ROWS = {
+    "packed": Row("packed rows, 4 x 512", packing=True, batch=4, context=512, steps=8),
+    "single": Row("one sample a row, 16 x up to 512", packing=False, batch=16, context=512, steps=8),
+}
+
+
+@dataclass(frozen=True)
+class Result:
+    tokens_per_s: float
+    memory_mb: float
+
+
+def prepare(folder: Path) -> None:
+    """The base, with a tokenizer, and records cut from Python's own sources."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from launcher.sharding import tokenize
+    from llmtrain.config.data_sections import DataSection, TrainedTokenizer
+    from tests.support.data import python_sources
+
+    texts = [path.read_text() for path in python_sources(60)]
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(**_SHAPE)).to(torch.bfloat16).save_pretrained(str(folder / "base"))
+    tokenize.prepare(DataSection(tokenizer=TrainedTokenizer(vocab_size=8192)), folder / "base", texts)
+    whole, records, at = "".join(texts), [], 0
+    for number in range(2000):
+        prompt, completion = 100 + 37 * number % 700, 20 + 53 * number % 300
+        records.append({"prompt": whole[at : at + prompt], "completion": whole[at + prompt : at + prompt + completion]})
+        at = (at + prompt + completion) % (len(whole) - 2000)
+    (folder / "records.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+def run_process(command: list[str], folder: Path, extra: dict[str, str]) -> tuple[str, float]:
+    """Standard output and peak memory in MB."""
+    environment = {**os.environ, **extra, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    with (folder / "output").open("w+") as output, (folder / "errors").open("w+") as errors:
+        process = subprocess.Popen(command, stdout=output, stderr=errors, env=environment, cwd=folder)
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = status
+        output.seek(0)
+        errors.seek(0)
+        if status:
+            raise RuntimeError(f"{' '.join(command)[:300]}\n{errors.read()[-3000:]}")
+        return output.read(), usage.ru_maxrss * 1024 / 1e6
+
+
+def run_ours(folder: Path, row: Row, number: int) -> Result:
+    name = f"ours-{row.title[:4].strip()}-{number}"
+    settings = [
+        "model.kind=qlora", f"model.base={folder}/base", f"model.context={row.context}", f"model.lora.r={_RANK}",
+        f"data.sources=[{{kind: jsonl, paths: ['{folder}/records.jsonl']}}]", "data.format.kind=completion",
+        f"data.packing={'bestfit' if row.packing else 'none'}", f"data.dir={folder}/shards-{row.packing}",
+        f"run.name={name}", "train.precision=bf16", f"train.global_batch_size={row.batch}", f"train.steps={row.steps}",
+        f"train.micro_batch_size={row.batch}", "evaluate={every_steps: null, also_at: [], train_rows: 0}",
+        "checkpoint.every_steps=null", "log.every_steps=1", "optim.schedule.warmup_steps=0",
+    ]  # fmt: skip
+    if not (folder / f"shards-{row.packing}/manifest.json").exists():
+        run_process([sys.executable, "-m", "launcher", "shard", *settings], folder, {})
+    _, memory = run_process([sys.executable, "-m", "llmtrain", *settings], folder, {})
+    manifest = json.loads((folder / f"shards-{row.packing}/manifest.json").read_text())["splits"]["train"]
+    times = step_times(folder / "runs" / name / "tensorboard")[_WARM_UP:]
+    tokens = row.batch * manifest["tokens"] / manifest["rows"]
+    return Result(tokens / statistics.median(times) * 1e3, memory)
+
+
+def run_trl(folder: Path, row: Row, python: str, extra: dict[str, str]) -> Result:
+    job = {
+        "base": str(folder / "base"), "records": str(folder / "records.jsonl"), "batch": row.batch,
+        "context": row.context, "steps": row.steps, "packing": row.packing, "r": _RANK,
+    }  # fmt: skip
+    said, memory = run_process([python, str(ROOT / "benchmarks/worker_trl.py"), json.dumps(job)], folder, extra)
+    found = json.loads(said.splitlines()[-1])
+    tokens, times = found["tokens"][_WARM_UP:], found["step_ms"][_WARM_UP:]
+    return Result(statistics.mean(tokens) / statistics.median(times) * 1e3, memory)
+
+
+def run_row(folder: Path, row: Row, python: str, rounds: int) -> str:
+    """The table as markdown."""
+    results: dict[str, list[Result]] = {"llmtrain": [], "TRL": [], "TRL with our allocator settings": []}
+    for number in range(rounds):
+        results["llmtrain"].append(run_ours(folder, row, number))
+        results["TRL"].append(run_trl(folder, row, python, {}))
+        results["TRL with our allocator settings"].append(run_trl(folder, row, python, SETTINGS))
+    speed = {name: statistics.median(r.tokens_per_s for r in found) for name, found in results.items()}
+    memory = {name: statistics.median(r.memory_mb for r in found) for name, found in results.items()}
+    lines = [
+        f"| Llama, 134 M, nf4, LoRA r {_RANK}, bf16, {row.title} | tokens/s (range) | ours / it | peak memory | "
+        "ours / it |",
+        "|---|---|---|---|---|",
+    ]
+    for name, found in results.items():
+        low, high = min(r.tokens_per_s for r in found), max(r.tokens_per_s for r in found)
+        lines.append(
+            f"| {name} | {speed[name]:,.0f} ({low:,.0f} to {high:,.0f}) | {speed['llmtrain'] / speed[name]:.2f} | "
+            f"{memory[name]:,.0f} MB | {memory['llmtrain'] / memory[name]:.2f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    rounds = int(os.environ.get("ROUNDS", "3"))
+    python = python_of("trl")
+    if python is None:
+        sys.exit("TRL could not be installed")
+    print(f"{machine()}; {rounds} rounds\n")
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        prepare(folder)
+        for name in sys.argv[1:] or ROWS:
+            print(run_row(folder, ROWS[name], python, rounds), flush=True)
+
+
+if __name__ == "__main__":
+    main()
