@@ -21,7 +21,7 @@ from llmtrain.hardware import is_bf16_fast
 from llmtrain.manifest import TrainState
 from llmtrain.metrics import Meter
 from llmtrain.models import GPT, build_model
-from llmtrain.prepare import prepare_run, prepare_shards
+from llmtrain.prepare import check_same_base, prepare_run, prepare_shards
 from llmtrain.progress import Progress
 from llmtrain.rundir import RunDir
 from llmtrain.saver import Saver
@@ -88,13 +88,12 @@ def prepare(config: RunConfig, origins: Origins, world: World, run_dir: RunDir, 
     check_base(config, None)  # before hours of sharding
     data = prepare_shards(config)
     check_base(config, data.manifest.tokenizer.vocab_size)
-    if config.model.kind == "qlora":
-        from llmtrain.models import base
-
-        base.fetch(config.model)  # once, not on every rank
+    base_folder = fetch_base(config)
     plan_batches(config, origins, world.size, data.manifest.splits["train"].rows)  # fail before touching the run
     locks.append(run_dir.lock())
     step = prepare_run(run_dir, config, origins, data)
+    if base_folder is not None:
+        check_same_base(run_dir, base_folder, resuming=step is not None)
     log.also_to_file(run_dir.log)
     return {"resume_step": step, "fingerprint": data.fingerprint}
 
@@ -105,6 +104,15 @@ def check_base(config: RunConfig, tokenizer_size: int | None) -> None:
         from llmtrain.models import base
 
         base.check(config.model, base.describe(config.model), tokenizer_size)
+
+
+def fetch_base(config: RunConfig) -> Path | None:
+    """The base's folder, after a download if need be: once, not on every rank."""
+    if config.model.kind != "qlora":
+        return None
+    from llmtrain.models import base
+
+    return base.fetch(config.model)
 
 
 def build(

@@ -108,7 +108,9 @@ def write_merged(adapter: Adapter, to: Path, base: str, dtype: torch.dtype) -> N
     adapters.load_tokenizer(adapter).save_pretrained(str(to))
     del model, peft, merged
     gc.collect()
-    after = logits(AutoModelForCausalLM.from_pretrained(str(to), dtype=dtype, device_map={"": device}).eval(), ids)
+    trust = adapter.base.trust_remote_code
+    again = AutoModelForCausalLM.from_pretrained(str(to), dtype=dtype, device_map={"": device}, trust_remote_code=trust)
+    after = logits(again.eval(), ids)
     compare("merging", before, after, TOLERANCE[dtype])
     if trained is not None:
         found = distance(trained, after)

@@ -1,9 +1,11 @@
 """What rank 0 does before training while the others wait: shards, run folder, where to resume."""
 
+import json
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from llmtrain import checkpoint, files, log, manifest, recipe, rundir, shards
 from llmtrain.config.load import COMMAND_LINE, Origins, fixed_differences, load_config, resolved_yaml
@@ -61,6 +63,35 @@ def prepare_run(run: RunDir, config: RunConfig, origins: Origins, data: ShardFol
                 old.unlink()
         files.write_atomic(run.config, resolved_yaml(config))
     return step
+
+
+def check_same_base(run: RunDir, folder: Path, resuming: bool) -> None:
+    """Note what the base's files are (about 1 GB/s), so that an adapter never goes on with another base.
+
+    Files with the size and time that were noted are not read again.
+
+    Raises:
+        RunFolderError: a file of the base is not what the run was started with.
+    """
+    noted: dict[str, dict[str, Any]] = json.loads(run.base.read_text()) if resuming and run.base.exists() else {}
+    found: dict[str, dict[str, Any]] = {}
+    for path in sorted([*folder.glob("*.safetensors"), folder / "config.json"]):
+        info = path.stat()
+        stamp = {"size_bytes": info.st_size, "modified_ns": info.st_mtime_ns}
+        before = noted.get(path.name, {})
+        known = all(before.get(key) == value for key, value in stamp.items())
+        found[path.name] = {**stamp, "sha256": before["sha256"] if known else files.sha256(path)}
+    changed = [name for name in {*noted, *found} if noted and _hash(noted, name) != _hash(found, name)]
+    if changed:
+        raise RunFolderError(
+            f"{folder}: the base is not the one that {run.path} was trained on ({', '.join(sorted(changed))} changed). "
+            "Bring the old one back, or start anew with run.resume=never"
+        )
+    files.write_atomic(run.base, json.dumps(found, indent=1) + "\n")
+
+
+def _hash(noted: dict[str, dict[str, Any]], name: str) -> str | None:
+    return noted.get(name, {}).get("sha256")
 
 
 def _resume_step(run: RunDir, config: RunConfig, origins: Origins, data: ShardFolder) -> int | None:

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from llmtrain import files
 from llmtrain.config.schema import RunConfig
 
 
@@ -13,7 +14,22 @@ def recipe_of(config: RunConfig) -> dict[str, Any]:
     data = config.data.model_dump(mode="json", exclude={"dir", "verify"})
     if config.data.format.kind == "text":
         del data["format"]  # so that shards of text keep the recipe that they had before there were formats
+    elif config.data.format.kind == "chat":
+        data["format"]["template_files"] = _template_files(config, config.data.format.template)
     return {**data, "context": config.model.context}
+
+
+def _template_files(config: RunConfig, template: str | None) -> dict[str, str]:
+    """Hashes of the files that a chat template may come from: a changed template makes other shards."""
+    tokenizer = config.data.tokenizer
+    if template is not None:
+        paths = [] if "{" in template else [Path(template).expanduser()]
+    elif tokenizer.kind == "folder":
+        folder = Path(tokenizer.path).expanduser()
+        paths = [folder / "chat_template.jinja", folder / "tokenizer_config.json"]
+    else:
+        paths = []
+    return {path.name: files.sha256(path) for path in paths if path.is_file()}
 
 
 def tokenizer_file(config: RunConfig) -> Path | None:

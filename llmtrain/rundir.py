@@ -3,6 +3,7 @@
 DIR/NAME/
     config.yaml             the resolved configuration
     deepspeed.json          what DeepSpeed is told (strategy.kind=zero2)
+    base.json               hashes of the base's files (model.kind=qlora)
     checkpoints/step-00000100/   model/ state/ manifest.json
     metrics.jsonl           one line per optimizer step: the truth that TensorBoard is a view of
     heldout.jsonl           one line per evaluation
@@ -39,6 +40,10 @@ class RunDir:
     @property
     def deepspeed(self) -> Path:
         return self.path / "deepspeed.json"
+
+    @property
+    def base(self) -> Path:
+        return self.path / "base.json"
 
     @property
     def checkpoints(self) -> Path:

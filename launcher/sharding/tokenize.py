@@ -99,7 +99,9 @@ def _download(name: str, revision: str | None, folder: Path) -> None:
     from transformers import AutoTokenizer
 
     try:
-        AutoTokenizer.from_pretrained(name, revision=revision, use_fast=True).save_pretrained(str(folder))
+        AutoTokenizer.from_pretrained(name, revision=revision, use_fast=True, trust_remote_code=False).save_pretrained(
+            str(folder)
+        )
     except Exception as error:
         raise TokenizerError(f"the tokenizer '{name}' cannot be loaded: {type(error).__name__}: {error}") from error
     if not (folder / "tokenizer.json").is_file():

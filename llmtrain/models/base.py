@@ -21,6 +21,8 @@ from llmtrain.base_facts import BaseFacts, Linear
 from llmtrain.config.model_sections import QLoRAModel
 from llmtrain.errors import ModelError
 
+_LOGIT_CHANGES = ("final_logit_softcapping", "logits_scaling", "logit_scale")
+"""Configuration keys of architectures that do something to their logits after the output layer."""
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -123,6 +125,10 @@ def check(config: QLoRAModel, facts: BaseFacts, tokenizer_size: int | None) -> N
             "ids beyond it cannot be read. Use the base's own tokenizer (leave data.tokenizer out), or a base whose "
             "embedding was enlarged"
         )
+    text: Any = read_config(config.base, config.revision, config.trust_remote_code).get_text_config()
+    changed = [name for name in _LOGIT_CHANGES if getattr(text, name, None) not in (None, 1, 1.0)]
+    if changed:
+        problems.append(f"it changes its logits ({', '.join(changed)}), which the loss here does not know yet")
     if facts.positions is not None and config.context > facts.positions:
         problems.append(
             f"model.context={config.context} is longer than the base was made for ({facts.positions} positions)"
@@ -169,14 +175,17 @@ def _unknown_targets(config: QLoRAModel, facts: BaseFacts) -> list[str]:
     return problems
 
 
-def fetch(config: QLoRAModel) -> None:
+def fetch(config: QLoRAModel) -> Path:
     """Bring a base from the Hub onto this machine, with progress; one in a folder is there already.
+
+    Returns the folder that it lies in.
 
     Raises:
         ModelError: it cannot be had.
     """
-    if Path(config.base).expanduser().is_dir():
-        return
+    folder = Path(config.base).expanduser()
+    if folder.is_dir():
+        return folder
     import huggingface_hub
 
     wanted = ["*.safetensors", "*.json", "*.jinja", "*.model", *(["*.py"] if config.trust_remote_code else [])]
@@ -185,7 +194,7 @@ def fetch(config: QLoRAModel) -> None:
             huggingface_hub.utils.enable_progress_bars()
         else:
             log.info(f"base       fetching {config.base} from the Hub")
-        huggingface_hub.snapshot_download(config.base, revision=config.revision, allow_patterns=wanted)
+        return Path(huggingface_hub.snapshot_download(config.base, revision=config.revision, allow_patterns=wanted))
     except Exception as error:
         raise ModelError(
             f"model.base={config.base} cannot be fetched from the Hub: {type(error).__name__}: "

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from llmtrain.errors import RunFolderError
 from tests.multiprocess.test_kill import kill_all, newest_step
 from tests.support.bases import write_llama
 from tests.support.runs import TIMEOUT_S, Workplace
@@ -118,6 +119,19 @@ def test_a_killed_run_ends_bit_equal(tuning: Workplace, quantisation: str, kind:
 @pytest.mark.parametrize(("quantisation", "kind", "ranks"), CELLS)
 def test_killed_runs_of_every_cell_end_bit_equal(tuning: Workplace, quantisation: str, kind: str, ranks: int):
     kill_and_resume(tuning, quantisation, kind, ranks)
+
+
+def test_an_adapter_does_not_go_on_with_another_base(tuning: Workplace):
+    tuning.train("run.name=swapped", "train.steps=2")
+    weights = tuning.folder / "llama/model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-3] + b"abc")
+    try:
+        output = tuning.train("run.name=swapped", "train.steps=3", code=RunFolderError.exit_code)
+        assert "(model.safetensors changed)" in output
+    finally:
+        weights.write_bytes(whole)  # another time of modification, the same bytes: read again, and right
+    assert "resuming   from step 2" in tuning.train("run.name=swapped", "train.steps=3")
 
 
 def test_an_adapter_goes_on_under_the_other_strategy_on_other_ranks(tuning: Workplace, tmp_path: Path):
