@@ -186,7 +186,9 @@ def prove_isolation(config: RunConfig, model: Trainable, training: ShardSet) -> 
         None if batch.positions is None else batch.positions[0],
         autocast=config.train.precision == "bf16",
     )
-    log.info(f"packing    {len(first.doc_lens[row])} documents a row keep apart: logits differ by {found:.1e}")
+    documents = len(first.doc_lens[row])
+    what = "one sample a row" if documents == 1 else f"{documents} samples in a row keep apart"
+    log.info(f"packing    {what}; logits differ from those of each alone by {found:.1e}")
 
 
 def tokens_per_row(config: RunConfig, training: ShardSet) -> float:
