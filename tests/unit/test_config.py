@@ -145,3 +145,41 @@ def test_too_few_rows():
 def test_lengths(length: str, steps: int):
     config, _ = load_config(ROOT / "configs/verdict.yaml", [f"train.{length}"])
     assert plan_batches(config, Origins(), 1, 18).total_steps == steps
+
+
+QLORA = ["model.kind=qlora", "data.sources=[{kind: json, paths: [x.json]}]", "data.format.kind=instruction"]
+
+
+def test_a_base_brings_its_own_defaults(tmp_path: Path):
+    config, _ = load_config(None, [*QLORA, f"model.base={tmp_path}"])
+    assert config.data.tokenizer.model_dump() == {"kind": "folder", "path": str(tmp_path)}
+    assert (config.data.packing, config.optim.lr, config.optim.weight_decay) == ("bestfit", 2e-4, 0.0)
+    hub, _ = load_config(None, [*QLORA, "model.base=some/model", "model.revision=abc", "optim.lr=1e-3"])
+    assert hub.data.tokenizer.model_dump() == {"kind": "hub", "name": "some/model", "revision": "abc"}
+    assert hub.optim.lr == 1e-3
+    for given in (config, hub):
+        (tmp_path / "resolved.yaml").write_text(resolved_yaml(given))
+        assert load_config(tmp_path / "resolved.yaml")[0] == given
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["optim.kind=adamw8bit", "strategy.kind=zero2"], "works with strategy.kind=ddp alone"),
+        (["model.lora.dtype=bf16", "strategy.kind=zero2"], "ZeRO-2 keeps fp32 masters"),
+        (["model.compute_dtype=fp32", "train.precision=bf16"], "needs train.precision=fp32"),
+        (["model.lora.rank=8"], "model.lora.rank=8 (command line): unknown key"),
+        (["model.quantisation=nf8"], "did you mean 'nf4'?"),
+        (["data.packing=contiguous"], "would cut samples"),
+    ],
+)
+def test_settings_of_a_base_that_cannot_be(settings: list[str], message: str):
+    with pytest.raises(ConfigError) as caught:
+        load_config(None, [*QLORA, "model.base=some/model", *settings])
+    assert message in str(caught.value)
+
+
+def test_a_tokenizers_kind_follows_from_what_is_given():
+    assert load_config(None, ["data.tokenizer.path=x"])[0].data.tokenizer.kind == "folder"
+    assert load_config(None, ["data.tokenizer.name=a/b"])[0].data.tokenizer.kind == "hub"
+    assert load_config(None, ["data.tokenizer.vocab_size=300"])[0].data.tokenizer.kind == "train"
