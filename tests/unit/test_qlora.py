@@ -49,7 +49,7 @@ def build(config: RunConfig, stir: bool = True) -> QLoRA:
 def samples(lengths: list[int], context: int, together: bool) -> Rows:
     """Samples of uneven lengths, each learned in its last third; in one row or in one row each."""
     draw = np.random.default_rng(1)
-    ids = [draw.integers(1, 512, length) for length in lengths]
+    ids = [np.append(draw.integers(1, 512, length - 1), 0) for length in lengths]  # 0 ends a text
     rows = [list(range(len(lengths)))] if together else [[i] for i in range(len(lengths))]
     tokens = np.zeros((len(rows), context + 1), np.uint16)
     mask = np.zeros(tokens.shape, np.uint8)

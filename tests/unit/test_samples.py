@@ -246,6 +246,13 @@ def test_targets_and_bytes_count_what_is_learned(tmp_path: Path, tokenizer: Path
             assert sum(split.rows for split in splits) == 10
 
 
+def test_a_completion_without_a_prompt_is_learned_from_its_second_token_on(tmp_path: Path, tokenizer: Path):
+    records = [{"prompt": "", "completion": "yes and no"}] * 10
+    built = build(configure(tmp_path, records, tokenizer, "{kind: completion}"), workers=1).folder
+    tokens = len(next(iter(documents(built, "train", 1))).ids)
+    assert sum(split.targets for split in built.manifest.splits.values()) == 10 * (tokens - 1)
+
+
 def test_the_tail_split_keeps_samples_whole(tmp_path: Path, tokenizer: Path):
     records = [{"prompt": f"Count {i}:", "completion": " 1"} for i in range(10)]
     config = configure(
