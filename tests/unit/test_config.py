@@ -157,9 +157,9 @@ def test_a_base_brings_its_own_defaults(tmp_path: Path):
     hub, _ = load_config(None, [*QLORA, "model.base=some/model", "model.revision=abc", "optim.lr=1e-3"])
     assert hub.data.tokenizer.model_dump() == {"kind": "hub", "name": "some/model", "revision": "abc"}
     assert hub.optim.lr == 1e-3
-    for given in (config, hub):
-        (tmp_path / "resolved.yaml").write_text(resolved_yaml(given))
-        assert load_config(tmp_path / "resolved.yaml")[0] == given
+    for one in (config, hub):
+        (tmp_path / "resolved.yaml").write_text(resolved_yaml(one))
+        assert load_config(tmp_path / "resolved.yaml")[0] == one
 
 
 @pytest.mark.parametrize(
