@@ -56,6 +56,7 @@ def run(file: str | None, overrides: list[str]) -> int:
                 parts.saver.wait()  # what is being written is of an earlier, finite step
                 raise
             finally:
+                parts.loader.close()
                 parts.meter.close()
         if world.is_main:
             finish(parts, run_dir, state)

@@ -160,8 +160,16 @@ class Loader:
         self._shards, self._plan, self._device, self._isolate = shards, plan, device, isolate_documents
         self._rank, self._world_size = rank, world_size
         self._order = SampleOrder(seed, shards.num_rows)
+        self._closed = threading.Event()
+        self._thread: threading.Thread | None = None
         self.wait_s = 0.0
         """Time that the loop has waited for data so far."""
+
+    def close(self) -> None:
+        """End the thread: one that is still inside torch when the interpreter ends can abort the process."""
+        self._closed.set()
+        if self._thread is not None:
+            self._thread.join(timeout=10)
 
     def read_step(self, samples: int) -> StepData:
         """This rank's part of the step that begins at position `samples`."""
@@ -182,7 +190,7 @@ class Loader:
     def steps(self, first_sample: int, num_steps: int) -> Iterator[StepData]:
         """The steps from position `first_sample` on; an error while reading is raised here."""
         ready: queue.Queue[StepData | BaseException] = queue.Queue(maxsize=2)
-        closed = threading.Event()
+        closed = self._closed = threading.Event()
 
         def put(item: StepData | BaseException) -> None:
             while not closed.is_set():
@@ -201,7 +209,8 @@ class Loader:
             except BaseException as error:  # noqa: BLE001  handed to the loop, which raises it
                 put(error)
 
-        threading.Thread(target=read_ahead, name="read-ahead", daemon=True).start()
+        self._thread = threading.Thread(target=read_ahead, name="read-ahead", daemon=True)
+        self._thread.start()
         try:
             for _ in range(num_steps):
                 before = time.perf_counter()
