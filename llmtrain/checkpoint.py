@@ -16,8 +16,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from llmtrain import files, fragments, log, manifest
-from llmtrain.config.schema import CheckpointSection
+from llmtrain import files, fragments, log, manifest, retention
 from llmtrain.errors import CheckpointError, DiskFull
 from llmtrain.fragments import Fragment, FragmentReader
 from llmtrain.manifest import FileInfo, Manifest
@@ -25,7 +24,6 @@ from llmtrain.rundir import RunDir
 from llmtrain.strategies.interface import Strategy
 
 _ASIDE = ".writing-"
-_DOOMED = ".deleting-"
 
 ModelWriter = Callable[[Path, dict[str, Tensor]], None]
 
@@ -89,41 +87,18 @@ def newest_whole(run: RunDir) -> int | None:
     return None
 
 
-def discard_after(run: RunDir, step: int) -> None:
-    """Remove what a resumed run will write again: newer, rejected checkpoints and half-written ones.
-
-    A rejected checkpoint is moved to `rejected-STEP`, for whoever wants to look at it.
-    """
-    for newer in (s for s in run.checkpoint_steps() if s > step):
-        target = run.checkpoints / f"rejected-{run.checkpoint(newer).name}"
-        shutil.rmtree(target, ignore_errors=True)
-        run.checkpoint(newer).rename(target)
-    remove_leftovers(run)
+def discard_after(run: RunDir, step: int) -> list[int]:
+    """Move aside what a resumed run will write again: newer checkpoints, which were rejected. Returns their steps."""
+    newer = [s for s in run.checkpoint_steps() if s > step]
+    for rejected in newer:
+        retention.quarantine(run, rejected)
+    return newer
 
 
 def remove_leftovers(run: RunDir) -> None:
-    """Delete what a killed save or a killed deletion left behind."""
-    for prefix in (_ASIDE, _DOOMED):
-        for path in run.checkpoints.glob(f"{prefix}*"):
-            shutil.rmtree(path)
-
-
-def to_keep(steps: list[int], heldout: dict[int, float], rule: CheckpointSection) -> set[int]:
-    """The steps that the rule keeps: the last, the best on held-out data, and every n-th."""
-    scored = sorted((step for step in steps if step in heldout), key=lambda step: (heldout[step], step))
-    kept = {*sorted(steps)[-rule.keep_last :], *scored[: rule.keep_best]}
-    if rule.keep_every is not None:
-        kept |= {step for step in steps if step % rule.keep_every == 0}
-    return kept
-
-
-def prune(run: RunDir, heldout: dict[int, float], rule: CheckpointSection) -> None:
-    """Delete the checkpoints that the rule does not keep; each vanishes in one rename."""
-    steps = run.checkpoint_steps()
-    for step in set(steps) - to_keep(steps, heldout, rule):
-        doomed = run.checkpoints / f"{_DOOMED}{run.checkpoint(step).name}"
-        run.checkpoint(step).rename(doomed)
-        shutil.rmtree(doomed)
+    """Delete what a killed save left behind."""
+    for path in run.checkpoints.glob(f"{_ASIDE}*"):
+        shutil.rmtree(path)
 
 
 def check_room(run: RunDir, needed: int) -> None:

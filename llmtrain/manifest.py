@@ -86,6 +86,12 @@ def read(folder: Path) -> Manifest:
     return manifest
 
 
+def identity(manifest: Manifest) -> str:
+    """Hash of a checkpoint's whole content: two checkpoints of a step with the same one are the same."""
+    fields = manifest.model_dump(mode="json")
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+
+
 def verify(folder: Path) -> Manifest:
     """Check every file of a checkpoint against its manifest (about 1 GB/s).
 
@@ -107,5 +113,4 @@ def verify(folder: Path) -> Manifest:
 
 def _render(manifest: Manifest) -> bytes:
     fields = manifest.model_dump(mode="json")
-    own_hash = hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
-    return (json.dumps({**fields, "sha256": own_hash}, indent=1) + "\n").encode()
+    return (json.dumps({**fields, "sha256": identity(manifest)}, indent=1) + "\n").encode()

@@ -1,13 +1,14 @@
 """What rank 0 does before training while the others wait: shards, run folder, where to resume."""
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from llmtrain import checkpoint, files, log, manifest, recipe, rundir, shards
+from llmtrain import checkpoint, files, ledger, log, manifest, recipe, retention, rundir, shards
 from llmtrain.config.load import COMMAND_LINE, Origins, fixed_differences, load_config, resolved_yaml
 from llmtrain.config.schema import RunConfig
 from llmtrain.errors import CheckpointError, ConfigError, DataMismatch, RunFolderError, disk_errors
@@ -48,21 +49,32 @@ def prepare_run(run: RunDir, config: RunConfig, origins: Origins, data: ShardFol
     with disk_errors("run folder", run.path):
         run.create()
         checkpoint.remove_leftovers(run)
+        retention.remove_leftovers(run)
         step = _resume_step(run, config, origins, data)
         if step is None and config.run.resume == "must":
             raise CheckpointError(
                 f"{origins.describe(config, 'run.resume')}: {run.checkpoints} holds no checkpoint to resume from"
             )
         last = -1 if step is None else step
-        for ledger in (run.metrics, run.heldout, run.samples):
-            rundir.rewind_jsonl(ledger, last)
+        for records in (run.metrics, run.heldout, run.samples):
+            rundir.rewind_jsonl(records, last)
+        rundir.mend_jsonl(run.events)
         if step is not None:
-            checkpoint.discard_after(run, step)
+            for rejected in checkpoint.discard_after(run, step):
+                note(run, "rejected", f"did not verify, moved to {run.quarantined(rejected)}", rejected)
+            note(run, "resumed", f"from step {step:,}", step)
         else:
             for old in run.tensorboard.glob("events.*"):  # of a start that never saved
                 old.unlink()
+            note(run, "started", "from the beginning", 0)
         files.write_atomic(run.config, resolved_yaml(config))
+        files.write_atomic(run.origin, json.dumps({"folder": str(Path.cwd()), "host": os.uname().nodename}) + "\n")
     return step
+
+
+def note(run: RunDir, kind: ledger.EventKind, message: str, step: int) -> None:
+    """Write down what happened to training, for reports."""
+    ledger.append(run.events, ledger.Event(kind=kind, message=message, step=step))
 
 
 def check_same_base(run: RunDir, folder: Path, resuming: bool) -> None:

@@ -9,8 +9,19 @@ DIR/NAME/
     heldout.jsonl           one line per evaluation
     samples.jsonl           generated text
     tensorboard/            event files
+    events.jsonl            what happened to training: starts, resumes, rejected checkpoints
+    origin.json             the folder that training was started in: relative paths of the configuration start there
     summary.json curve.png  written at the end
     log.txt  lock
+    service/                the checkpoint service's; it alone writes there
+        scores.jsonl        one line per checkpoint and split, scored from disk: the truth that rankings are views of
+        losses/             loss sums of stretches of the held-out split, for intervals (NAME.npy)
+        uploads.jsonl       one line per confirmed upload, and per removal from the Hub
+        events.jsonl        what went wrong on the way: retries, refusals, quarantined checkpoints
+        status.json         what it is doing now, what waits, the last error
+        hub.json            whether the Hub took the token and the repository
+        stop.json           asks training to end: no improvement for service.patience saves
+        log.txt  lock
 """
 
 import fcntl
@@ -25,6 +36,10 @@ from llmtrain import files
 from llmtrain.errors import RunFolderError
 
 _STEP = "step-"
+_QUARANTINED = "quarantined-"
+DOOMED = ".deleting-"
+"""Prefix of a checkpoint that is being deleted."""
+_LOOKS = 20
 
 
 @dataclass(frozen=True)
@@ -66,6 +81,55 @@ class RunDir:
         return self.path / "tensorboard"
 
     @property
+    def events(self) -> Path:
+        return self.path / "events.jsonl"
+
+    @property
+    def origin(self) -> Path:
+        return self.path / "origin.json"
+
+    @property
+    def service(self) -> Path:
+        return self.path / "service"
+
+    @property
+    def scores(self) -> Path:
+        return self.service / "scores.jsonl"
+
+    @property
+    def uploads(self) -> Path:
+        return self.service / "uploads.jsonl"
+
+    @property
+    def service_events(self) -> Path:
+        return self.service / "events.jsonl"
+
+    @property
+    def service_status(self) -> Path:
+        return self.service / "status.json"
+
+    @property
+    def service_log(self) -> Path:
+        return self.service / "log.txt"
+
+    @property
+    def hub_state(self) -> Path:
+        return self.service / "hub.json"
+
+    @property
+    def early_stop(self) -> Path:
+        return self.service / "stop.json"
+
+    def losses(self, step: int, checkpoint: str, split: str) -> Path:
+        """Loss sums by stretch of a split, of the checkpoint with that identity."""
+        return self.service / "losses" / f"{_STEP}{step:08d}-{checkpoint[:12]}-{split}.npy"
+
+    @property
+    def validation_board(self) -> Path:
+        """TensorBoard's sub-run with the service's scores."""
+        return self.tensorboard / "validation"
+
+    @property
     def summary(self) -> Path:
         return self.path / "summary.json"
 
@@ -80,11 +144,25 @@ class RunDir:
     def checkpoint(self, step: int) -> Path:
         return self.checkpoints / f"{_STEP}{step:08d}"
 
+    def quarantined(self, step: int) -> Path:
+        """Where a checkpoint that did not verify is moved: never resumed from, never uploaded."""
+        return self.checkpoints / f"{_QUARANTINED}{self.checkpoint(step).name}"
+
+    def doomed(self, step: int) -> Path:
+        """The name that a checkpoint gets before its files are deleted."""
+        return self.checkpoints / f"{DOOMED}{self.checkpoint(step).name}"
+
+    def quarantined_steps(self) -> list[int]:
+        return self._steps(f"{_QUARANTINED}{_STEP}")
+
     def checkpoint_steps(self) -> list[int]:
         """Steps of the published checkpoints, oldest first."""
+        return self._steps(_STEP)
+
+    def _steps(self, prefix: str) -> list[int]:
         if not self.checkpoints.is_dir():
             return []
-        names = (p.name.removeprefix(_STEP) for p in self.checkpoints.iterdir() if p.name.startswith(_STEP))
+        names = (p.name.removeprefix(prefix) for p in self.checkpoints.iterdir() if p.name.startswith(prefix))
         return sorted(int(name) for name in names if name.isdigit())
 
     def create(self) -> None:
@@ -98,25 +176,62 @@ class RunDir:
             RunFolderError: another process on this machine is training here.
         """
         self.path.mkdir(parents=True, exist_ok=True)
-        handle = (self.path / "lock").open("a+")
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            handle.seek(0)
-            owner = handle.read().strip() or "another process"
+        handle = hold(self.path / "lock")
+        if handle is None:
+            owner = (self.path / "lock").read_text().strip() or "another process"
             raise RunFolderError(
                 f"{self.path}: {owner} is training in this run folder; stop it, or give this run another run.name"
-            ) from None
-        handle.truncate(0)
-        handle.write(f"process {os.getpid()} on {os.uname().nodename}")
-        handle.flush()
+            )
         return handle
+
+    def is_training(self) -> bool:
+        """Whether a process holds the run's lock."""
+        return is_held(self.path / "lock")
+
+    def lock_service(self) -> IO[str] | None:
+        """Hold the run for this checkpoint service; None where another one holds it."""
+        self.service.mkdir(parents=True, exist_ok=True)
+        return hold(self.service / "lock")
+
+    def is_served(self) -> bool:
+        """Whether a checkpoint service is at work here."""
+        return is_held(self.service / "lock")
 
     def move_aside(self) -> Path:
         """Rename the whole run folder, so that a new run can take its place; returns where it went."""
         target = self.path.with_name(f"{self.path.name}.{time.strftime('%Y%m%d-%H%M%S')}")
         self.path.rename(target)
         return target
+
+
+def hold(path: Path) -> IO[str] | None:
+    """Lock a file for this process, and write into it who holds it; None where another process does."""
+    handle = path.open("a+")
+    for attempt in range(_LOOKS):
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            if attempt + 1 < _LOOKS:  # it may have been `is_held` looking, for an instant
+                time.sleep(0.01)
+            continue
+        handle.truncate(0)
+        handle.write(f"process {os.getpid()} on {os.uname().nodename}")
+        handle.flush()
+        return handle
+    handle.close()
+    return None
+
+
+def is_held(path: Path) -> bool:
+    """Whether a process holds the lock of that file (on this machine; elsewhere as far as the file system tells)."""
+    if not path.exists():
+        return False
+    with path.open() as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError:
+            return True
+    return False
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
@@ -131,6 +246,12 @@ def append_jsonl(path: Path, records: list[dict[str, Any]]) -> None:
     """Add records at the end."""
     with path.open("a", encoding="utf-8") as file:
         file.write("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+
+
+def mend_jsonl(path: Path) -> None:
+    """Cut off a last line that a crash left unfinished, so that the next one starts on a line of its own."""
+    if path.exists() and (content := path.read_bytes()) and not content.endswith(b"\n"):
+        files.write_atomic(path, content[: content.rfind(b"\n") + 1])
 
 
 def rewind_jsonl(path: Path, last_step: int) -> None:

@@ -17,6 +17,7 @@ from pydantic import Field, model_validator
 from llmtrain.config.data_sections import DataSection
 from llmtrain.config.model_sections import QLORA_DEFAULTS, GPTModel, Model
 from llmtrain.config.section import MAY_CHANGE, Section
+from llmtrain.config.service_sections import HubSection, ServiceSection
 
 
 class RunSection(Section):
@@ -130,11 +131,12 @@ class CheckpointSection(Section):
     every_epochs: Annotated[float | None, Field(gt=0)] = None
     """A checkpoint at the end of every so many passes over the data."""
     keep_last: Annotated[int, Field(ge=1)] = 2
-    """Keep the newest so many,"""
+    """Keep the newest so many whole ones,"""
     keep_best: Annotated[int, Field(ge=0)] = 2
     """and those with the lowest held-out loss,"""
     keep_every: Annotated[int | None, Field(ge=1)] = None
-    """and every one whose step is a multiple of this. All others are deleted."""
+    """and every one whose step is a multiple of this. The service deletes the others, once they are scored and, where
+    `hub.repo` is set, uploaded."""
     background: bool = True
     """Copy to host memory and go on training while a thread writes. false: no copy, training waits for
     the disk."""
@@ -172,6 +174,8 @@ class RunConfig(Section):
     optim: OptimSection = OptimSection()
     evaluate: Annotated[EvaluateSection, Field(json_schema_extra=MAY_CHANGE)] = EvaluateSection()
     checkpoint: Annotated[CheckpointSection, Field(json_schema_extra=MAY_CHANGE)] = CheckpointSection()
+    service: Annotated[ServiceSection, Field(json_schema_extra=MAY_CHANGE)] = ServiceSection()
+    hub: Annotated[HubSection, Field(json_schema_extra=MAY_CHANGE)] = HubSection()
     log: Annotated[LogSection, Field(json_schema_extra=MAY_CHANGE)] = LogSection()
     strategy: Annotated[StrategySection, Field(json_schema_extra=MAY_CHANGE)] = StrategySection()
 
@@ -204,6 +208,11 @@ class RunConfig(Section):
                 )
             if self.train.precision == "bf16" and self.model.compute_dtype == "fp32":
                 raise ValueError("model.compute_dtype=fp32 needs train.precision=fp32: bf16 means bf16 arithmetic")
+        if self.service.start == "never":
+            if self.hub.repo is not None:
+                raise ValueError("hub.repo needs the checkpoint service: set service.start to auto or manual")
+            if self.service.patience is not None:
+                raise ValueError("service.patience needs the checkpoint service: set service.start to auto or manual")
         if self.evaluate.task.samples and self.data.format.kind == "text":
             raise ValueError("evaluate.task.samples needs samples with completions: set data.format.kind")
         return self

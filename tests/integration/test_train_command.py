@@ -144,7 +144,7 @@ def test_a_corrupt_newest_checkpoint_is_named_and_the_one_before_used(workplace:
     assert "optimizer-00000-of-00001.safetensors: altered" in output
     assert "resuming   from step 20" in output
     assert workplace.weights("corrupt") == workplace.weights(undisturbed)
-    assert (workplace.run_folder("corrupt") / "checkpoints/rejected-step-00000024").is_dir()
+    assert (workplace.run_folder("corrupt") / "checkpoints/quarantined-step-00000024").is_dir()
 
 
 def test_two_processes_cannot_train_in_one_folder(workplace: Workplace):

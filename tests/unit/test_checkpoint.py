@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmtrain import checkpoint, manifest
+from llmtrain import checkpoint, manifest, retention
 from llmtrain.config.schema import CheckpointSection
 from llmtrain.errors import CheckpointError, DiskFull
 from llmtrain.fragments import Fragment, FragmentReader
@@ -102,7 +102,9 @@ def test_rejected_and_half_written_folders_get_out_of_the_way(run: RunDir):
     shutil.copytree(run.checkpoint(10), run.checkpoints / ".writing-step-00000015")
     shutil.copytree(run.checkpoint(10), run.checkpoints / ".deleting-step-00000001")
     checkpoint.discard_after(run, 5)
-    assert sorted(p.name for p in run.checkpoints.iterdir()) == ["rejected-step-00000010", "step-00000005"]
+    checkpoint.remove_leftovers(run)
+    retention.remove_leftovers(run)
+    assert sorted(p.name for p in run.checkpoints.iterdir()) == ["quarantined-step-00000010", "step-00000005"]
 
 
 def test_a_failed_save_leaves_nothing(run: RunDir):
@@ -123,9 +125,7 @@ def test_a_failed_save_leaves_nothing(run: RunDir):
     every=st.one_of(st.none(), st.integers(1, 10)),
 )
 def test_the_rule_keeps_exactly_what_it_says(steps, scores, last, best, every):
-    kept = checkpoint.to_keep(
-        sorted(steps), scores, CheckpointSection(keep_last=last, keep_best=best, keep_every=every)
-    )
+    kept = retention.to_keep(sorted(steps), scores, CheckpointSection(keep_last=last, keep_best=best, keep_every=every))
     ordered = sorted(steps)
     scored = [s for s in ordered if s in scores]
     for step in ordered:
@@ -176,5 +176,5 @@ def test_a_failed_save_is_raised_by_the_next_one_too(run: RunDir):
 def test_pruning_deletes_the_others(run: RunDir):
     for step in (15, 20):
         save(run, step)
-    checkpoint.prune(run, {5: 0.5, 10: 2.0, 15: 1.0, 20: 3.0}, CheckpointSection(keep_last=1, keep_best=1))
+    retention.prune(run, {5: 0.5, 10: 2.0, 15: 1.0, 20: 3.0}, CheckpointSection(keep_last=1, keep_best=1))
     assert sorted(p.name for p in run.checkpoints.iterdir()) == ["step-00000005", "step-00000020"]

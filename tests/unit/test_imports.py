@@ -10,8 +10,8 @@ import pytest
 ROOT = Path(__file__).parents[2]
 CONTRACTS = [
     "errors", "log", "files", "config.yaml_lines", "config.section", "config.data_sections",
-    "config.model_sections", "config.schema", "config.load", "config", "rundir", "shards", "manifest", "recipe",
-    "batches", "memory", "base_facts", "memory_lora", "summary",
+    "config.model_sections", "config.service_sections", "config.schema", "config.load", "config", "rundir", "shards",
+    "manifest", "recipe", "batches", "memory", "base_facts", "memory_lora", "ledger", "choose", "retention", "summary",
 ]  # fmt: skip
 PROCESS = ["world", "stop"]
 PARTS = ["models", "data", "optim", "metrics", "evaluate", "task", "hardware", "progress", "tensorboard"]

@@ -1,0 +1,189 @@
+"""Which checkpoint to use: ranking by held-out loss, with an interval that says how sure it is.
+
+Two checkpoints are compared on the same text: the held-out split is cut into stretches, each checkpoint has a
+loss sum for every stretch, and a paired bootstrap (Efron & Tibshirani 1993, chapter 8; Koehn 2004 for its use
+between two models on one test set) draws the stretches again with replacement. Where the 95% interval of the
+difference to the best contains 0, the two cannot be told apart, and the one that was saved first is proposed.
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llmtrain import ledger
+from llmtrain.ledger import Score
+from llmtrain.rundir import RunDir
+
+DRAWS = 2000
+MAX_UNITS = 2048
+MIN_UNITS = 8
+"""With fewer stretches no interval is given."""
+_BLOCK = 250
+
+Losses = NDArray[np.float64]
+"""(2, S): loss sums in nats, and supervised tokens, of S stretches of a split."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One scored checkpoint."""
+
+    score: Score
+    train_loss: float | None = None
+    """Of some training rows, scored in the same way at that step (evaluate.train_rows)."""
+    task: dict[str, float] = field(default_factory=dict[str, float])
+    difference: tuple[float, float] | None = None
+    """95% interval of this loss minus the best one's; None without losses by stretch, and for the best."""
+    is_best: bool = False
+    is_tie: bool = False
+    """Cannot be told from the best."""
+    on_disk: bool = True
+    uploaded: bool = False
+
+    @property
+    def step(self) -> int:
+        return self.score.step
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """All scored checkpoints, by step."""
+
+    entries: list[Entry]
+
+    @property
+    def best(self) -> Entry:
+        """With the lowest held-out loss."""
+        return next(entry for entry in self.entries if entry.is_best)
+
+    @property
+    def proposed(self) -> Entry:
+        """The first that is still there among those that cannot be told from the best; else the best there is."""
+        there = [e for e in self.entries if e.on_disk or e.uploaded]
+        ties = [e for e in there if e.is_best or e.is_tie]
+        return (ties or sorted(there, key=lambda e: e.score.loss) or [self.best])[0]
+
+
+def ranking(run: RunDir) -> Ranking | None:
+    """From the ledgers alone; None while nothing is scored."""
+    scores = ledger.scores(run)
+    if not scores:
+        return None
+    best = min(scores.values(), key=lambda score: (score.loss, score.step))
+    reference = read_losses(run, best)
+    measured, uploads, there = ledger.heldout_at_saves(run), ledger.uploads(run), set(run.checkpoint_steps())
+    others = [score for score in scores.values() if score is not best]
+    intervals = dict(zip((s.step for s in others), differences(run, reference, others), strict=True))
+    entries: list[Entry] = []
+    for step, score in sorted(scores.items()):
+        at_save = measured.get(step, {})
+        interval = intervals.get(step)
+        entries.append(
+            Entry(
+                score=score,
+                train_loss=at_save.get("train_loss"),
+                task={name: value for name, value in at_save.items() if name.startswith("task_")},
+                difference=interval,
+                is_best=score is best,
+                is_tie=score is not best and interval is not None and interval[0] <= 0,
+                on_disk=step in there,
+                uploaded=step in uploads and not uploads[step].removed,
+            )
+        )
+    return Ranking(entries)
+
+
+def read_losses(run: RunDir, score: Score) -> Losses | None:
+    path = run.losses(score.step, score.checkpoint, score.split)
+    return np.load(path, allow_pickle=False) if path.exists() else None
+
+
+def differences(run: RunDir, reference: Losses | None, others: list[Score]) -> list[tuple[float, float] | None]:
+    """95% intervals of each one's loss minus the reference's; None where they cannot be compared."""
+    losses = [read_losses(run, score) for score in others]
+    if reference is None:
+        return [None] * len(others)
+    comparable = [
+        number
+        for number, other in enumerate(losses)
+        if other is not None and other.shape == reference.shape and np.array_equal(other[1], reference[1])
+    ]
+    result: list[tuple[float, float] | None] = [None] * len(others)
+    if not comparable or reference.shape[1] < MIN_UNITS:
+        return result
+    deltas = np.stack([np.asarray(losses[number])[0] - reference[0] for number in comparable])
+    for number, interval in zip(comparable, bootstrap(deltas, reference[1]), strict=True):
+        result[number] = interval
+    return result
+
+
+def bootstrap(deltas: Losses, targets: Losses, seed: int = 0) -> list[tuple[float, float]]:
+    """95% percentile intervals of sum(delta) / sum(targets), the stretches drawn anew with replacement.
+
+    Args:
+        deltas: (C, S) differences of loss sums; targets: (S,) supervised tokens.
+    """
+    deltas, targets = _merged(deltas), _merged(targets[None])[0]
+    generator, units = np.random.default_rng(seed), deltas.shape[1]
+    draws: list[Losses] = []
+    for _ in range(0, DRAWS, _BLOCK):
+        counts = generator.multinomial(units, np.full(units, 1 / units), size=_BLOCK).astype(np.float64)
+        draws.append((counts @ deltas.T) / np.maximum(1.0, counts @ targets)[:, None])
+    low, high = np.percentile(np.concatenate(draws), [2.5, 97.5], axis=0)
+    return [(float(a), float(b)) for a, b in zip(low, high, strict=True)]
+
+
+def _merged(values: Losses) -> Losses:
+    """Neighbouring stretches added up, so that there are at most MAX_UNITS."""
+    size = -(-values.shape[1] // MAX_UNITS)
+    return values if size == 1 else np.add.reduceat(values, np.arange(0, values.shape[1], size), axis=1)
+
+
+@dataclass(frozen=True)
+class Overfitting:
+    """What became of the held-out loss after its lowest point."""
+
+    best: Entry
+    last: Entry
+    began: bool
+    """The last checkpoint is worse than the best one by more than chance explains."""
+
+    @property
+    def rise(self) -> float:
+        return self.last.score.loss - self.best.score.loss
+
+    @property
+    def epochs_past(self) -> float:
+        return self.last.score.epoch - self.best.score.epoch
+
+    def describe(self) -> str:
+        """One or two sentences for people."""
+        best, last = self.best, self.last
+        if best is last:
+            return "none seen: the last checkpoint is the best one"
+        how_far = f"{self.epochs_past:.2f} epochs past it the held-out loss is higher by {self.rise:.4f}"
+        interval = "" if last.difference is None else f" (95%: {last.difference[0]:+.4f} to {last.difference[1]:+.4f})"
+        gaps = [(e, e.score.loss - e.train_loss) for e in (best, last) if e.train_loss is not None]
+        gap = f"; the gap to the training loss went from {gaps[0][1]:.3f} to {gaps[1][1]:.3f}" if len(gaps) == 2 else ""
+        if not self.began:
+            return f"none that chance does not explain: {how_far}{interval}"
+        return f"began after step {best.step} (epoch {best.score.epoch:.2f}): {how_far}{interval}{gap}"
+
+
+_RISE = 1.01
+"""Without an interval: a held-out loss this much above its lowest counts as overfitting."""
+
+
+def overfitting(ranked: Ranking) -> Overfitting:
+    best, last = ranked.best, ranked.entries[-1]
+    began = last.difference[0] > 0 if last.difference is not None else last.score.loss > best.score.loss * _RISE
+    return Overfitting(best, last, began and last is not best)
+
+
+def saves_without_improvement(scored: dict[int, Score]) -> int:
+    """Checkpoints since the lowest held-out loss."""
+    if not scored:
+        return 0
+    best = min(scored.values(), key=lambda score: (score.loss, score.step))
+    return sum(step > best.step for step in scored)

@@ -1,0 +1,46 @@
+"""Settings of the checkpoint service and of the Hub."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from llmtrain.config.section import Section
+
+
+class ServiceSection(Section):
+    """The process beside training that scores, uploads and deletes checkpoints (docs/service.md)."""
+
+    start: Literal["auto", "manual", "never"] = "auto"
+    """auto: rank 0 starts it. manual: somebody else does (python -m llmtrain.service --run RUN). never: there is none;
+    training deletes by the rule of `checkpoint` itself, going by its own held-out loss."""
+    score: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?|training)$")] = "auto"
+    """Where checkpoints are scored from disk: cpu, cuda:1, mps. training: nowhere, the loss that the training ranks
+    computed at the save is taken. auto: a GPU that training does not use; else the CPU; else (a base model trained on
+    GPUs) training."""
+    threads: Annotated[int | None, Field(ge=1)] = None
+    """CPU threads for scoring; by default half of the cores where training computes on them too, else all."""
+    batch_size: Annotated[int | None, Field(ge=1)] = None
+    """Rows per forward pass when scoring; by default as in training's evaluation. Does not change the result."""
+    patience: Annotated[int | None, Field(ge=1)] = None
+    """End training when so many saves in a row have not lowered the held-out loss; null: never."""
+    wait_s: Annotated[float, Field(ge=0)] = 3600.0
+    """At the end of training, wait at most so long for the service to finish what is queued; it goes on by itself
+    where it can (a batch job ends with the training process)."""
+
+
+class HubSection(Section):
+    """Upload to the Hugging Face Hub. The token is the Hub's own: HF_TOKEN, or 'hf auth login'; never written here."""
+
+    repo: Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$", max_length=96)] | None = None
+    """Repository, "user/name"; null: nothing is uploaded."""
+    private: bool = True
+    """Make the repository private. An existing public one is refused."""
+    optimizer_state: bool = False
+    """Upload state/ too, so that the run can be resumed from the Hub; several times the size."""
+    prune: bool = False
+    """Remove the tags of checkpoints that the rule of `checkpoint` does not keep. Frees no storage: the Hub
+    keeps the files in the branch's history."""
+    publish_every_s: Annotated[float, Field(ge=0)] = 600.0
+    """Scores, model card and the best weights on `main` are renewed at most so often, in one commit."""
+    stall_s: Annotated[float, Field(gt=0)] = 300.0
+    """An upload that makes no progress for so long is ended and tried again."""

@@ -1,0 +1,158 @@
+"""The checkpoint service's records: what was scored, what was uploaded, what went wrong.
+
+JSON lines, appended by the service alone; of several records of one step the last one counts. They are
+the truth: rankings, TensorBoard's `validation` sub-run, reports and the queue itself are derived from them
+and from what lies in the run folder.
+"""
+
+import json
+import time
+from pathlib import Path
+from typing import Any, Literal
+
+import pydantic
+
+from llmtrain import files, rundir
+from llmtrain.rundir import RunDir
+
+Split = Literal["heldout", "test"]
+EventKind = Literal[
+    "started",
+    "resumed",
+    "rejected",
+    "quarantined",
+    "score-failed",
+    "upload-failed",
+    "hub-refused",
+    "hub-accepted",
+    "stalled",
+    "early-stop",
+    "service-started",
+    "service-ended",
+]
+
+
+class _Record(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(frozen=True)
+
+
+class Score(_Record):
+    """How well one checkpoint predicts one split."""
+
+    step: int
+    checkpoint: str
+    """`manifest.identity`: a step that was saved again with other content is another checkpoint."""
+    split: Split = "heldout"
+    loss: float
+    """Nats per supervised token."""
+    perplexity: float
+    bits_per_byte: float
+    targets: int
+    """Supervised tokens of the split."""
+    epoch: float
+    """Passes over the training split when it was saved."""
+    origin: Literal["disk", "training"]
+    """disk: loaded from its files by the service. training: as the training ranks computed it at the save."""
+    how: str = ""
+    """Device and precision, e.g. "cpu fp32"."""
+    seconds: float = 0.0
+    time: float = pydantic.Field(default_factory=time.time)
+
+
+class Upload(_Record):
+    """One checkpoint on the Hub, read back there; or its tag taken away again."""
+
+    step: int
+    checkpoint: str
+    repo: str
+    commit: str
+    tag: str
+    size_bytes: int = 0
+    seconds: float = 0.0
+    attempts: int = 1
+    removed: bool = False
+    """The tag was removed by retention; the commit stays in the branch's history."""
+    time: float = pydantic.Field(default_factory=time.time)
+
+
+class Event(_Record):
+    """Something worth knowing in the morning."""
+
+    kind: EventKind
+    message: str
+    step: int | None = None
+    time: float = pydantic.Field(default_factory=time.time)
+
+
+class Status(_Record):
+    """What the service is doing; replaced as a whole, at least every few seconds."""
+
+    pid: int
+    host: str
+    time: float = pydantic.Field(default_factory=time.time)
+    doing: list[str] = []
+    """E.g. "scoring step 300", "uploading step 200 (attempt 3)"."""
+    to_score: list[int] = []
+    to_upload: list[int] = []
+    next_try_s: float | None = None
+    """Until the next attempt after a failed one."""
+    last_error: str | None = None
+    quarantined: list[int] = []
+    problem: str | None = None
+    """What a person has to mend: a refused token, a missing repository."""
+
+
+class HubState(_Record):
+    """What the first contact with the Hub came to."""
+
+    state: Literal["ok", "refused", "unreachable"]
+    message: str
+    repo: str
+    private: bool | None = None
+    """As read back from the Hub."""
+    time: float = pydantic.Field(default_factory=time.time)
+
+
+def scores(run: RunDir, split: Split = "heldout") -> dict[int, Score]:
+    """The last score of each step."""
+    found = (Score.model_validate(record) for record in rundir.read_jsonl(run.scores))
+    return {score.step: score for score in found if score.split == split}
+
+
+def uploads(run: RunDir) -> dict[int, Upload]:
+    """The last confirmed upload of each step, removed ones included."""
+    found = (Upload.model_validate(record) for record in rundir.read_jsonl(run.uploads))
+    return {upload.step: upload for upload in found}
+
+
+def events(run: RunDir) -> list[Event]:
+    """Training's and the service's together, oldest first."""
+    records = [*rundir.read_jsonl(run.events), *rundir.read_jsonl(run.service_events)]
+    return sorted((Event.model_validate(record) for record in records), key=lambda event: event.time)
+
+
+def append(path: Path, record: Score | Upload | Event) -> None:
+    """Add a record at the end, synced to disk."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rundir.append_jsonl(path, [record.model_dump(mode="json")])
+    files.sync(path)
+
+
+def status(run: RunDir) -> Status | None:
+    """What the service said last; None where none ever worked here."""
+    return Status.model_validate(json.loads(run.service_status.read_text())) if run.service_status.exists() else None
+
+
+def hub_state(run: RunDir) -> HubState | None:
+    return HubState.model_validate(json.loads(run.hub_state.read_text())) if run.hub_state.exists() else None
+
+
+def write(path: Path, record: Status | HubState) -> None:
+    """Replace the file by this record."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    files.write_atomic(path, record.model_dump_json(indent=1) + "\n")
+
+
+def heldout_at_saves(run: RunDir) -> dict[int, dict[str, Any]]:
+    """What the training ranks measured, by step: loss, train_loss, task_... (the last record of a step)."""
+    return {record["step"]: record for record in rundir.read_jsonl(run.heldout)}
