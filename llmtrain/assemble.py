@@ -3,20 +3,21 @@
 import contextlib
 import json
 import shutil
-from collections.abc import Callable, Iterator
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
-from tokenizers import Tokenizer
 
-from llmtrain import checkpoint, files, log, manifest, recipe, shards, summary, task
+from llmtrain import checkpoint, choose, files, log, manifest, origin, recipe, shards, summary
 from llmtrain.batches import BatchPlan, plan_batches
 from llmtrain.config import RunConfig, load_config, resolved_yaml
 from llmtrain.config.load import Origins
-from llmtrain.data import Loader, make_batch, split_batches
+from llmtrain.data import Loader, make_batch
 from llmtrain.errors import EXIT_REQUEUE, ConfigError, ModelError, NotFinite
-from llmtrain.evaluate import continue_text, score
+from llmtrain.evaluation import make_evaluate, make_sampler, make_task
 from llmtrain.hardware import is_bf16_fast
 from llmtrain.manifest import TrainState
 from llmtrain.metrics import Meter
@@ -25,9 +26,10 @@ from llmtrain.prepare import check_same_base, prepare_run, prepare_shards
 from llmtrain.progress import Progress
 from llmtrain.rundir import RunDir
 from llmtrain.saver import Saver
+from llmtrain.service.beside import Companion
 from llmtrain.shards import ShardFolder, ShardSet
 from llmtrain.stop import StopFlag
-from llmtrain.strategies import Strategy, Trainable, build_strategy, deepspeed_config
+from llmtrain.strategies import Trainable, build_strategy, deepspeed_config
 from llmtrain.tensorboard import TensorBoard
 from llmtrain.trainer import Parts, train
 from llmtrain.world import World, find_world, rank_from_environment
@@ -44,23 +46,26 @@ def run(file: str | None, overrides: list[str]) -> int:
     run_dir = RunDir(Path(config.run.dir) / config.run.name)
     locks: list[IO[str]] = []  # held until the process ends
     try:
-        prepared = world.rank0_first("prepare", lambda: prepare(config, origins, world, run_dir, locks))
-        stop = StopFlag()
+        companion = Companion(run_dir, config)
+        prepared = world.rank0_first("prepare", lambda: prepare(config, origins, world, run_dir, locks, companion))
+        stop = StopFlag(run_dir.early_stop if world.is_main and config.service.patience else None)
         stop.listen()
         world.start_groups(config.strategy.timeout_s, even_alone=config.strategy.kind == "zero2")
         with said_once(rank):
-            parts, state = build(config, origins, world, run_dir, stop, prepared)
+            parts, state = build(config, origins, world, run_dir, stop, prepared, companion)
             try:
-                state = train(parts, state)
+                if prepared["enough"] is None:
+                    state = train(parts, state)
             except NotFinite:
                 parts.saver.wait()  # what is being written is of an earlier, finite step
                 raise
             finally:
                 parts.loader.close()
                 parts.meter.close()
+        finished = state.step >= parts.plan.total_steps or stop.ended_early or prepared["enough"] is not None
         if world.is_main:
-            finish(parts, run_dir, state)
-        return 0 if state.step >= parts.plan.total_steps else EXIT_REQUEUE
+            finish(parts, run_dir, state, finished, locks, companion)
+        return 0 if finished else EXIT_REQUEUE
     finally:
         world.close()
 
@@ -84,7 +89,9 @@ def resolve_precision(config: RunConfig, world: World) -> RunConfig:
     return config.model_copy(update={"train": config.train.model_copy(update={"precision": precision})})
 
 
-def prepare(config: RunConfig, origins: Origins, world: World, run_dir: RunDir, locks: list[IO[str]]) -> dict[str, Any]:
+def prepare(
+    config: RunConfig, origins: Origins, world: World, run_dir: RunDir, locks: list[IO[str]], companion: Companion
+) -> dict[str, Any]:
     """On rank 0, before any process group: shards, lock, run folder, checkpoint. Returns plain data."""
     check_base(config, None)  # before hours of sharding
     data = prepare_shards(config)
@@ -96,7 +103,21 @@ def prepare(config: RunConfig, origins: Origins, world: World, run_dir: RunDir, 
     if base_folder is not None:
         check_same_base(run_dir, base_folder, resuming=step is not None)
     log.also_to_file(run_dir.log)
-    return {"resume_step": step, "fingerprint": data.fingerprint}
+    origin.note(run_dir, world.device.type, world.local_size)
+    if config.service.start == "auto":
+        companion.start()
+    return {"resume_step": step, "fingerprint": data.fingerprint, "enough": enough(run_dir, config)}
+
+
+def enough(run_dir: RunDir, config: RunConfig) -> str | None:
+    """Why the service has ended this run, if `service.patience` still says so."""
+    asked = choose.stop_request(run_dir)
+    if asked is None:
+        return None
+    if config.service.patience is None or asked.saves < config.service.patience:
+        run_dir.early_stop.unlink()
+        return None
+    return asked.message
 
 
 def check_base(config: RunConfig, tokenizer_size: int | None) -> None:
@@ -117,7 +138,13 @@ def fetch_base(config: RunConfig) -> Path | None:
 
 
 def build(
-    config: RunConfig, origins: Origins, world: World, run_dir: RunDir, stop: StopFlag, prepared: dict[str, Any]
+    config: RunConfig,
+    origins: Origins,
+    world: World,
+    run_dir: RunDir,
+    stop: StopFlag,
+    prepared: dict[str, Any],
+    companion: Companion,
 ) -> tuple[Parts, TrainState]:
     """Collective. All parts of the run, and the state that it starts from."""
     data = shards.open_folder(recipe.shard_folder(config), "size")  # rank 0 has verified every byte
@@ -160,8 +187,10 @@ def build(
         fingerprint=prepared["fingerprint"],
         evaluate=make_evaluate(config, data, plan, strategy, world, make_task(config, data, model, world, meter)),
         write_sample=make_sampler(config, data, model, meter),
-        saver=Saver(run_dir, world, strategy, make_model_writer(data, model), config.checkpoint),
+        saver=Saver(run_dir, world, strategy, make_model_writer(data, model), config.checkpoint, companion.after_save),
     )
+    if world.is_main and config.service.start == "auto":
+        companion.say_hub()
     return parts, state
 
 
@@ -246,74 +275,6 @@ def flat_settings(config: RunConfig) -> dict[str, float | int | str | bool]:
     return result
 
 
-def make_evaluate(
-    config: RunConfig,
-    data: ShardFolder,
-    plan: BatchPlan,
-    strategy: Strategy,
-    world: World,
-    answer_task: Callable[[TrainState], dict[str, float]] | None,
-) -> Callable[[TrainState, bool], dict[str, float]]:
-    """Collective when called: scores of the whole held-out split, of some training rows, and of the task."""
-    heldout, training = data.split("heldout"), data.split("train")
-    batch_size = config.evaluate.batch_size or plan.micro_batch_size
-    isolate = config.data.packing == "bestfit"
-
-    def evaluate(state: TrainState, with_task: bool) -> dict[str, float]:
-        batches = split_batches(heldout, batch_size, world.rank, world.size, isolate)
-        result = score(strategy.loss, batches, world)
-        scores = {
-            "loss": result.loss,
-            "perplexity": result.perplexity,
-            "bits_per_byte": result.bits_per_byte(heldout.info),
-        }
-        if config.evaluate.train_rows:
-            batches = split_batches(training, batch_size, world.rank, world.size, isolate, config.evaluate.train_rows)
-            scores["train_loss"] = score(strategy.loss, batches, world).loss
-        if with_task and answer_task is not None:
-            scores |= answer_task(state)
-        return scores
-
-    return evaluate
-
-
-def make_task(
-    config: RunConfig, data: ShardFolder, model: Trainable, world: World, meter: Meter
-) -> Callable[[TrainState], dict[str, float]] | None:
-    """Collective when called: answer held-out prompts; the first answer is written down as a sample."""
-    if not config.evaluate.task.samples:
-        return None
-    asked = task.questions(data.split("heldout"), config.evaluate.task.samples)
-    tokenizer = Tokenizer.from_file(str(data.tokenizer / "tokenizer.json"))
-
-    def answer_task(state: TrainState) -> dict[str, float]:
-        scores, pairs = task.answer(
-            model.text_generator, asked, tokenizer, data.manifest.tokenizer.eos_id, config.evaluate.task, world
-        )
-        if world.is_main and pairs:
-            meter.sample(state, *pairs[0])
-            figures = "  ".join(f"{name.removeprefix('task_')} {value:.3f}" for name, value in scores.items())
-            log.info(f"task       {len(asked)} held-out prompts: {figures}")
-        return scores
-
-    return answer_task
-
-
-def make_sampler(config: RunConfig, data: ShardFolder, model: Trainable, meter: Meter) -> Callable[[TrainState], None]:
-    """On rank 0: continue the configured prompt and write the text down."""
-    sampling, eos_id = config.evaluate.sample, data.manifest.tokenizer.eos_id
-    tokenizer = Tokenizer.from_file(str(data.tokenizer / "tokenizer.json"))
-    prompt_ids = tokenizer.encode(sampling.prompt, add_special_tokens=False).ids or [eos_id]
-
-    def write_sample(state: TrainState) -> None:
-        ids = continue_text(model.text_generator(), prompt_ids, sampling, config.run.seed, eos_id)
-        text = tokenizer.decode(list(ids))
-        meter.sample(state, sampling.prompt, text)
-        log.info(f"sample     {sampling.prompt}{text}".replace("\n", "\\n"))
-
-    return write_sample
-
-
 def make_model_writer(data: ShardFolder, model: Trainable) -> checkpoint.ModelWriter:
     """Writes `model/`: weights, configuration and tokenizer, as transformers loads them. Of an adapter no tokenizer."""
 
@@ -327,12 +288,23 @@ def make_model_writer(data: ShardFolder, model: Trainable) -> checkpoint.ModelWr
     return write_model
 
 
-def finish(parts: Parts, run_dir: RunDir, state: TrainState) -> None:
-    """On rank 0: say how it ended."""
-    if state.step < parts.plan.total_steps:
+def finish(
+    parts: Parts, run_dir: RunDir, state: TrainState, finished: bool, locks: list[IO[str]], companion: Companion
+) -> None:
+    """On rank 0: say how it ended; at the end of the run, once the service is done with its checkpoints."""
+    if not finished:
         reason = parts.stop.signal_name or "another rank's signal"
         log.info(f"stopped by {reason} at step {state.step:,}, saved; the same command goes on from there")
         return
+    if (asked := choose.stop_request(run_dir)) is not None:
+        log.info(f"ended      at step {state.step:,}: {asked.message}; a larger service.patience goes on")
+    for lock in locks:
+        lock.close()  # training is over: the service may take all cores and GPUs
+    if parts.config.service.start == "auto":
+        companion.wait()
     result = summary.write(run_dir)
-    if result is not None:
-        print("\n" + summary.describe(run_dir, result), flush=True)  # noqa: T201  the run's result
+    if result is None:
+        return
+    # A process border instead of an import: the core does not depend on the launcher.
+    subprocess.run([sys.executable, "-m", "launcher", "report", str(run_dir.path), "--quiet"], check=False)
+    print("\n" + summary.describe(run_dir, result), flush=True)  # noqa: T201  the run's result

@@ -6,12 +6,18 @@ between two models on one test set) draws the stretches again with replacement. 
 difference to the best contains 0, the two cannot be told apart, and the one that was saved first is proposed.
 """
 
+import contextlib
+import functools
+import math
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
+import pydantic
 from numpy.typing import NDArray
 
-from llmtrain import ledger
+from llmtrain import ledger, manifest
+from llmtrain.errors import CheckpointError
 from llmtrain.ledger import Score
 from llmtrain.rundir import RunDir
 
@@ -62,17 +68,25 @@ class Ranking:
         """The first that is still there among those that cannot be told from the best; else the best there is."""
         there = [e for e in self.entries if e.on_disk or e.uploaded]
         ties = [e for e in there if e.is_best or e.is_tie]
-        return (ties or sorted(there, key=lambda e: e.score.loss) or [self.best])[0]
+        return (ties or sorted(there, key=lambda e: _order(e.score)) or [self.best])[0]
 
 
 def ranking(run: RunDir) -> Ranking | None:
-    """From the ledgers alone; None while nothing is scored."""
-    scores = ledger.scores(run)
+    """From the ledgers and the checkpoints' manifests; None while nothing is scored.
+
+    The score of a checkpoint in whose place another one was saved since takes part only if it is on the Hub.
+    """
+    measured, there = ledger.heldout_at_saves(run), identities(run)
+    uploaded = {u.step: u.checkpoint for u in ledger.uploads(run).values() if not u.removed}
+    scores = {
+        step: score
+        for step, score in ledger.scores(run).items()
+        if score.checkpoint in (there.get(step, score.checkpoint), uploaded.get(step))
+    }
     if not scores:
         return None
-    best = min(scores.values(), key=lambda score: (score.loss, score.step))
+    best = min(scores.values(), key=_order)
     reference = read_losses(run, best)
-    measured, uploads, there = ledger.heldout_at_saves(run), ledger.uploads(run), set(run.checkpoint_steps())
     others = [score for score in scores.values() if score is not best]
     intervals = dict(zip((s.step for s in others), differences(run, reference, others), strict=True))
     entries: list[Entry] = []
@@ -87,11 +101,32 @@ def ranking(run: RunDir) -> Ranking | None:
                 difference=interval,
                 is_best=score is best,
                 is_tie=score is not best and interval is not None and interval[0] <= 0,
-                on_disk=step in there,
-                uploaded=step in uploads and not uploads[step].removed,
+                on_disk=there.get(step) == score.checkpoint,
+                uploaded=uploaded.get(step) == score.checkpoint,
             )
         )
     return Ranking(entries)
+
+
+def _order(score: Score) -> tuple[float, int]:
+    """Lowest loss first, then the earliest; a loss that is not a number comes last."""
+    return (math.inf if math.isnan(score.loss) else score.loss, score.step)
+
+
+def identities(run: RunDir) -> dict[int, str]:
+    """`manifest.identity` of the published checkpoints, by step; those whose manifest cannot be read are left out."""
+    found: dict[int, str] = {}
+    for step in run.checkpoint_steps():
+        with contextlib.suppress(CheckpointError, FileNotFoundError):
+            stamp = (run.checkpoint(step) / manifest.NAME).stat()
+            found[step] = _identity(run.checkpoint(step).absolute(), stamp.st_ino, stamp.st_mtime_ns)
+    return found
+
+
+@functools.lru_cache(maxsize=4096)
+def _identity(folder: Path, _inode: int, _modified_ns: int) -> str:
+    """Kept for as long as the manifest stays the same file: the service asks several times a second."""
+    return manifest.identity(manifest.read(folder))
 
 
 def read_losses(run: RunDir, score: Score) -> Losses | None:
@@ -167,7 +202,8 @@ class Overfitting:
         gaps = [(e, e.score.loss - e.train_loss) for e in (best, last) if e.train_loss is not None]
         gap = f"; the gap to the training loss went from {gaps[0][1]:.3f} to {gaps[1][1]:.3f}" if len(gaps) == 2 else ""
         if not self.began:
-            return f"none that chance does not explain: {how_far}{interval}"
+            none = "none to speak of" if last.difference is None else "none that chance does not explain"
+            return f"{none}: {how_far}{interval}"
         return f"began after step {best.step} (epoch {best.score.epoch:.2f}): {how_far}{interval}{gap}"
 
 
@@ -181,9 +217,22 @@ def overfitting(ranked: Ranking) -> Overfitting:
     return Overfitting(best, last, began and last is not best)
 
 
+class StopRequest(pydantic.BaseModel):
+    """What service/stop.json says to training."""
+
+    message: str
+    saves: int
+    """That have not improved."""
+
+
+def stop_request(run: RunDir) -> StopRequest | None:
+    """Whether the service asks training to end."""
+    return StopRequest.model_validate_json(run.early_stop.read_text()) if run.early_stop.exists() else None
+
+
 def saves_without_improvement(scored: dict[int, Score]) -> int:
     """Checkpoints since the lowest held-out loss."""
     if not scored:
         return 0
-    best = min(scored.values(), key=lambda score: (score.loss, score.step))
+    best = min(scored.values(), key=_order)
     return sum(step > best.step for step in scored)

@@ -104,6 +104,12 @@ class ModelError(UserError):
     exit_code = 21
 
 
+class HubError(UserError):
+    """The Hub refuses: no token, a wrong one, no right to write, a repository of the wrong kind."""
+
+    exit_code = 22
+
+
 @contextlib.contextmanager
 def disk_errors(what: str, folder: Path) -> Iterator[None]:
     """Turn "no space left" (and a full quota, or a file-size limit) into a `DiskFull` that names the folder."""

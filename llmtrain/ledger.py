@@ -90,6 +90,8 @@ class Status(_Record):
     pid: int
     host: str
     time: float = pydantic.Field(default_factory=time.time)
+    idle: bool = False
+    """Nothing waits and nothing is being done."""
     doing: list[str] = []
     """E.g. "scoring step 300", "uploading step 200 (attempt 3)"."""
     to_score: list[int] = []

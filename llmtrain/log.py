@@ -24,8 +24,10 @@ def set_up(rank: int = 0) -> None:
     _logger.propagate = False
 
 
-def also_to_file(path: Path) -> None:
-    """Append every further line to `path` too, with the date."""
+def also_to_file(path: Path, alone: bool = False) -> None:
+    """Append every further line to `path` too, with the date; `alone`: and nowhere else."""
+    if alone:
+        _logger.handlers.clear()
     handler = logging.FileHandler(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     _logger.addHandler(handler)

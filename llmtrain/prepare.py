@@ -1,7 +1,6 @@
 """What rank 0 does before training while the others wait: shards, run folder, where to resume."""
 
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -68,7 +67,6 @@ def prepare_run(run: RunDir, config: RunConfig, origins: Origins, data: ShardFol
                 old.unlink()
             note(run, "started", "from the beginning", 0)
         files.write_atomic(run.config, resolved_yaml(config))
-        files.write_atomic(run.origin, json.dumps({"folder": str(Path.cwd()), "host": os.uname().nodename}) + "\n")
     return step
 
 

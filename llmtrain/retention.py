@@ -4,10 +4,10 @@ The checkpoint service deletes, and nobody else; without one (service.start=neve
 """
 
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 
-from llmtrain import rundir
-from llmtrain.config.schema import CheckpointSection
+from llmtrain import choose, ledger, rundir
+from llmtrain.config.schema import CheckpointSection, RunConfig
 from llmtrain.rundir import RunDir
 
 
@@ -20,11 +20,76 @@ def to_keep(steps: Collection[int], losses: Mapping[int, float], rule: Checkpoin
     return kept
 
 
-def remove(run: RunDir, steps: Collection[int]) -> None:
-    """Delete these checkpoints; each vanishes in one rename, and what a crash leaves is `remove_leftovers`'."""
+def plan_deletions(
+    on_disk: Collection[int],
+    rule: CheckpointSection,
+    losses: Mapping[int, float],
+    scored: Collection[int] | None,
+    confirmed: Collection[int] | None,
+    verified_newest: int | None,
+) -> tuple[set[int], dict[int, str]]:
+    """Which steps to delete, and of those that the rule would delete too, why each has to stay for now.
+
+    Args:
+        on_disk: steps of the published checkpoints.
+        losses: held-out losses, as far as they are known.
+        scored: steps whose checkpoint, as it lies there, has a score; None: scoring is off, nobody waits for one.
+        confirmed: steps whose checkpoint has been read back from the Hub; None: nothing is uploaded.
+        verified_newest: the newest step whose files match its manifest. It always stays; without one all stay.
+    """
+    whole = [] if verified_newest is None else [step for step in on_disk if step <= verified_newest]
+    kept_of_whole = to_keep(whole, losses, rule)
+    deleted: set[int] = set()
+    held: dict[int, str] = {}
+    for step in sorted(set(on_disk) - to_keep(on_disk, losses, rule)):
+        if verified_newest is None:
+            held[step] = "no checkpoint verifies"
+        elif step == verified_newest:
+            held[step] = "the newest one that verifies"
+        elif step > verified_newest:
+            held[step] = "not verified"
+        elif step in kept_of_whole:  # newer ones push it out, but nobody knows that they are whole
+            held[step] = f"those after step {verified_newest} are not verified"
+        elif scored is not None and step not in scored:
+            held[step] = "not scored yet"
+        elif confirmed is not None and step not in confirmed:
+            held[step] = "not confirmed on the Hub yet"
+        else:
+            deleted.add(step)
+    return deleted, held
+
+
+def deletable(run: RunDir, config: RunConfig, verified_newest: int | None) -> tuple[set[int], dict[int, str]]:
+    """`plan_deletions` for a run as it is now, from its ledgers.
+
+    A score or an upload counts only for the very checkpoint that lies there: a step may have been saved again. A tag
+    that was removed again counts as an upload, because the rule that removed it is the one that deletes here.
+    """
+    steps = run.checkpoint_steps()
+    if config.service.start == "never":
+        return plan_deletions(steps, config.checkpoint, rundir.heldout_losses(run), None, None, verified_newest)
+    here = choose.identities(run)
+    losses = {step: s.loss for step, s in ledger.scores(run).items() if here.get(step) == s.checkpoint}
+    confirmed = [
+        step
+        for step, upload in ledger.uploads(run).items()
+        if here.get(step) == upload.checkpoint and upload.repo == config.hub.repo
+    ]
+    scored = None if config.service.score == "training" else losses
+    uploaded = None if config.hub.repo is None else confirmed
+    return plan_deletions(steps, config.checkpoint, losses, scored, uploaded, verified_newest)
+
+
+def remove(run: RunDir, steps: Collection[int], on_rename: Callable[[], None] | None = None) -> None:
+    """Delete these checkpoints; each vanishes in one rename, and what a crash leaves is `remove_leftovers`'.
+
+    `on_rename` is called between the two, for tests.
+    """
     for step in sorted(steps):
         doomed = run.doomed(step)
         run.checkpoint(step).rename(doomed)
+        if on_rename is not None:
+            on_rename()
         shutil.rmtree(doomed)
 
 

@@ -12,6 +12,7 @@ DIR/NAME/
     events.jsonl            what happened to training: starts, resumes, rejected checkpoints
     origin.json             the folder that training was started in: relative paths of the configuration start there
     summary.json curve.png  written at the end
+    report/                 index.html and its pictures (llmtrain report)
     log.txt  lock
     service/                the checkpoint service's; it alone writes there
         scores.jsonl        one line per checkpoint and split, scored from disk: the truth that rankings are views of
@@ -20,6 +21,7 @@ DIR/NAME/
         events.jsonl        what went wrong on the way: retries, refusals, quarantined checkpoints
         status.json         what it is doing now, what waits, the last error
         hub.json            whether the Hub took the token and the repository
+        published.json      what `main` on the Hub was last renewed with
         stop.json           asks training to end: no improvement for service.patience saves
         log.txt  lock
 """
@@ -117,6 +119,10 @@ class RunDir:
         return self.service / "hub.json"
 
     @property
+    def published(self) -> Path:
+        return self.service / "published.json"
+
+    @property
     def early_stop(self) -> Path:
         return self.service / "stop.json"
 
@@ -132,6 +138,10 @@ class RunDir:
     @property
     def summary(self) -> Path:
         return self.path / "summary.json"
+
+    @property
+    def report(self) -> Path:
+        return self.path / "report" / "index.html"
 
     @property
     def curve(self) -> Path:

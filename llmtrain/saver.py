@@ -2,7 +2,7 @@
 
     every rank   copy its share into buffers kept from the last save
     its thread   write the share, sync, hash, tell rank 0
-    rank 0's     write the model too, wait for all shares, publish, prune (without a service), tell the others
+    rank 0's     write the model too, wait for all shares, publish, tell the others
 
 The ranks' threads talk through the launcher's store, not through collectives: those belong to the
 training thread. An error on any rank ends the save on all of them; nothing half-written stays.
@@ -14,12 +14,13 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from llmtrain import checkpoint, log, retention, rundir
+from llmtrain import checkpoint, log
 from llmtrain.config.schema import CheckpointSection
 from llmtrain.errors import ConfigError, UserError, disk_errors
 from llmtrain.fragments import Fragment
@@ -49,11 +50,11 @@ class Saver:
         strategy: Strategy,
         write_model: checkpoint.ModelWriter,
         rule: CheckpointSection,
-        alone: bool = True,
+        on_published: Callable[[], None],
     ):
-        """`alone`: no checkpoint service deletes what `rule` does not keep, so rank 0 does."""
+        """`on_published` is called after each save, on rank 0's thread: other checkpoints may now be deleted."""
         self._run, self._world, self._strategy = run, world, strategy
-        self._write_model, self._rule, self._alone = write_model, rule, alone
+        self._write_model, self._rule, self._on_published = write_model, rule, on_published
         self._host = HostCopy(pinned=world.device.type == "cuda")
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
@@ -154,8 +155,7 @@ class Saver:
             raise failed
         with disk_errors(f"checkpoint of step {step}", self._run.checkpoints):
             checkpoint.publish(self._run, folder, described.model_copy(update={"files": dict(sorted(own.items()))}))
-        if self._alone:
-            retention.prune(self._run, rundir.heldout_losses(self._run), self._rule)
+        self._on_published()
 
     def _report(self, folder: Path, share: list[Fragment]) -> dict[str, object]:
         """On the other ranks: write, and say what came of it."""

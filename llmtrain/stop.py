@@ -1,20 +1,34 @@
 """Stop means save: signals only set a flag, which the loop looks at between steps."""
 
 import signal
+import time
+from pathlib import Path
 from types import FrameType
 
+_LOOK_S = 1.0
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class StopFlag:
     """Set by SIGTERM, Ctrl-C, SIGUSR1 and SIGUSR2. A second Ctrl-C leaves at once."""
 
-    def __init__(self) -> None:
+    def __init__(self, request: Path | None = None) -> None:
+        """`request`: a file whose appearance asks for the run's end (rank 0 looks, the others are told)."""
         self.signal_name: str | None = None
+        self.ended_early = False
+        """All ranks agreed to end for that reason."""
+        self._request, self._next_look = request, 0.0
 
     @property
     def requested(self) -> bool:
         return self.signal_name is not None
+
+    def asked_to_end(self) -> bool:
+        """Whether the file is there; looks every few seconds, because it may lie on a slow file system."""
+        if self._request is None or time.monotonic() < self._next_look:
+            return False
+        self._next_look = time.monotonic() + _LOOK_S
+        return self._request.exists()
 
     def listen(self) -> None:
         """Install the handlers (main thread only)."""

@@ -2,9 +2,10 @@
 
 import json
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
-from llmtrain import files, rundir
+from llmtrain import choose, files, rundir
 from llmtrain.rundir import RunDir
 
 _RISE = 1.01
@@ -24,6 +25,8 @@ class Summary:
     best_checkpoint_heldout: float | None
     overfits: bool
     """Held-out loss turned at `lowest_step` and ended at least 1% above it."""
+    best_reason: str
+    """Why that checkpoint: how it was scored, and what it cannot be told from."""
     last_train_loss: float
 
 
@@ -35,8 +38,7 @@ def summarise(run: RunDir) -> Summary | None:
         return None
     lowest = min(evaluations, key=lambda e: e["loss"])
     last = evaluations[-1]
-    saved = [e for e in evaluations if e["step"] in set(run.checkpoint_steps())]
-    best = min(saved, key=lambda e: e["loss"]) if saved else None
+    best, best_loss, reason = _choose(run, evaluations)
     return Summary(
         steps=metrics[-1]["step"],
         epochs=metrics[-1]["epoch"],
@@ -45,11 +47,30 @@ def summarise(run: RunDir) -> Summary | None:
         lowest_heldout=lowest["loss"],
         lowest_step=lowest["step"],
         lowest_epoch=lowest["epoch"],
-        best_checkpoint=str(run.checkpoint(best["step"])) if best else None,
-        best_checkpoint_heldout=best["loss"] if best else None,
+        best_checkpoint=None if best is None else str(run.checkpoint(best)),
+        best_checkpoint_heldout=best_loss,
+        best_reason=reason,
         overfits=last["loss"] > lowest["loss"] * _RISE and last["step"] > lowest["step"],
         last_train_loss=last.get("train_loss", metrics[-1]["loss"]),
     )
+
+
+def _choose(run: RunDir, evaluations: list[dict[str, Any]]) -> tuple[int | None, float | None, str]:
+    """(step, held-out loss, why) of the checkpoint to use: by the service's ranking, else by training's own figures."""
+    there = set(run.checkpoint_steps())
+    ranked = choose.ranking(run)
+    if ranked is not None and (proposed := ranked.proposed).step in there:
+        ties = [e.step for e in ranked.entries if (e.is_tie or e.is_best) and e is not proposed]
+        reason = "scored from disk" if proposed.score.origin == "disk" else "scored at the save"
+        if ties:
+            others = f"step {ties[0]}" if len(ties) == 1 else f"steps {', '.join(map(str, ties))}"
+            reason += f"; {others} cannot be told from it by chance, it came first"
+        return proposed.step, proposed.score.loss, reason
+    saved = [e for e in evaluations if e["step"] in there]
+    if not saved:
+        return None, None, ""
+    best = min(saved, key=lambda e: e["loss"])
+    return best["step"], best["loss"], "scored at the save"
 
 
 def describe(run: RunDir, summary: Summary) -> str:
@@ -69,9 +90,12 @@ def describe(run: RunDir, summary: Summary) -> str:
         lines.append("overfitting     none seen: the held-out loss ended at (or within 1% of) its lowest")
     if summary.best_checkpoint is not None:
         lines += [
-            f"best checkpoint {summary.best_checkpoint} (held-out loss {summary.best_checkpoint_heldout:.4f})",
+            f"best checkpoint {summary.best_checkpoint} (held-out loss {summary.best_checkpoint_heldout:.4f}, "
+            f"{summary.best_reason})",
             f"try it          llmtrain generate {summary.best_checkpoint}",
         ]
+    if run.report.exists():
+        lines.append(f"report          {run.report}")
     lines += [f"curves          {run.curve}", f"TensorBoard     tensorboard --logdir {run.path.parent}"]
     return "\n".join(lines)
 
@@ -81,11 +105,11 @@ def write(run: RunDir) -> Summary | None:
     summary = summarise(run)
     if summary is not None:
         files.write_atomic(run.summary, json.dumps(asdict(summary), indent=1) + "\n")
-        draw(run)
+        draw(run, run.curve)
     return summary
 
 
-def draw(run: RunDir) -> None:
+def draw(run: RunDir, to: Path) -> None:
     """Train and held-out loss over epochs, with a second axis for tokens seen."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -119,4 +143,4 @@ def draw(run: RunDir) -> None:
     axes.set(xlabel="epochs", ylabel="loss (nats per token)", title=run.path.name)
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)
-    figure.savefig(run.curve)
+    figure.savefig(to)

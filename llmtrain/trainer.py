@@ -55,8 +55,12 @@ def train(parts: Parts, state: TrainState) -> TrainState:
         meter.restart_clock()
     for data in parts.loader.steps(state.samples, parts.plan.total_steps - state.step):
         # Collective (control group): host integers only, the GPU is not waited for.
-        targets, digest, stops, failures = parts.world.sum_counts(
-            data.num_targets, data.digest, int(parts.stop.requested), int(parts.saver.has_failed)
+        targets, digest, stops, failures, enough = parts.world.sum_counts(
+            data.num_targets,
+            data.digest,
+            int(parts.stop.requested),
+            int(parts.saver.has_failed),
+            int(parts.stop.asked_to_end()),
         )
         if failures:
             parts.saver.wait()  # raises, on every rank
@@ -69,7 +73,7 @@ def train(parts: Parts, state: TrainState) -> TrainState:
         before, state = state, advanced(state, parts.plan.global_batch_size, targets)
         meter.observe(state, targets, digest, lr, loss_sum, grad_norm)
 
-        due = what_is_due(parts, before, state, stopping=stops > 0)
+        due = what_is_due(parts, before, state, stopping=stops + enough > 0)
         if due.log:
             meter.flush(parts.loader.wait_s)  # collective; the only host sync; raises if not finite
         heldout = evaluate(parts, state, with_task=due.save)["loss"] if due.evaluate else None  # collective
@@ -79,7 +83,8 @@ def train(parts: Parts, state: TrainState) -> TrainState:
             save(parts, state, heldout)  # host sync: the copy; writing goes on beside the next steps
         if due.evaluate or due.save or due.sample:
             meter.restart_clock()
-        if stops:
+        if stops or enough:
+            parts.stop.ended_early = bool(enough)
             break
     parts.saver.wait()
     return state

@@ -40,6 +40,11 @@ class World:
     _control: Any = field(default=None, repr=False)
 
     @property
+    def local_size(self) -> int:
+        """Ranks on this machine."""
+        return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+    @property
     def is_main(self) -> bool:
         return self.rank == 0
 

@@ -44,3 +44,6 @@ class HubSection(Section):
     """Scores, model card and the best weights on `main` are renewed at most so often, in one commit."""
     stall_s: Annotated[float, Field(gt=0)] = 300.0
     """An upload that makes no progress for so long is ended and tried again."""
+    pause_s: Annotated[float, Field(gt=0)] = 2.0
+    """First pause after a failed attempt; each further one is twice as long, up to 10 minutes, or as long as the
+    Hub says."""

@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from llmtrain.config.model_sections import GPTModel
 from llmtrain.data import IGNORE
 from llmtrain.errors import CheckpointError
-from llmtrain.models.loss import linear_cross_entropy
+from llmtrain.models.loss import linear_cross_entropy, token_losses
 
 WEIGHTS = "model.safetensors"
 _CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
@@ -159,6 +159,14 @@ class GPT(nn.Module):
         """Sum of the cross-entropies of all supervised positions, in nats (fp32 scalar)."""
         hidden_BTD = self._hidden(input_ids, _document_mask(doc_ids), positions, None)
         return linear_cross_entropy(hidden_BTD.flatten(0, 1), self.lm_head.weight, targets.flatten(), IGNORE)
+
+    @torch.no_grad()
+    def token_losses(
+        self, input_ids: Tensor, targets: Tensor, doc_ids: Tensor | None = None, positions: Tensor | None = None
+    ) -> Tensor:
+        """(B, T) cross-entropies in nats, 0 where a position is not supervised; their sum is `forward`'s result."""
+        hidden_BTD = self._hidden(input_ids, _document_mask(doc_ids), positions, None)
+        return token_losses(hidden_BTD.flatten(0, 1), self.lm_head.weight, targets.flatten(), IGNORE).view_as(targets)
 
     def logits(
         self,

@@ -31,6 +31,24 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, ignore
     return _LinearCrossEntropy.apply(hidden, weight, targets, ignore)
 
 
+@torch.no_grad()
+def token_losses(hidden: Tensor, weight: Tensor, targets: Tensor, ignore: int) -> Tensor:
+    """(N,) -log softmax(hidden @ weight.T)[target] in fp32, 0 where a position does not count; their sum is
+    `linear_cross_entropy`'s. Shapes as there."""
+    device = hidden.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    size = loss_chunk(device, len(weight))
+    found: list[Tensor] = []
+    with torch.autocast(device, enabled=False):
+        weight_c, hidden_c = weight.to(dtype), hidden.to(dtype)
+        for rows, chunk_targets in zip(hidden_c.split(size), targets.split(size), strict=True):
+            counts = chunk_targets != ignore
+            logits = (rows @ weight_c.t()).float()
+            chosen = logits.gather(1, chunk_targets.where(counts, 0).unsqueeze(1)).squeeze(1)
+            found.append((logits.logsumexp(1) - chosen) * counts)
+    return torch.cat(found)
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, ignore: int) -> Tensor:

@@ -21,7 +21,7 @@ from llmtrain.config.model_sections import QLoRAModel
 from llmtrain.data import IGNORE
 from llmtrain.errors import CheckpointError, ModelError
 from llmtrain.models import base as bases
-from llmtrain.models.loss import linear_cross_entropy
+from llmtrain.models.loss import linear_cross_entropy, token_losses
 
 ADAPTER = "adapter_model.safetensors"
 _PREFIX = "peft."
@@ -91,6 +91,17 @@ class QLoRA(nn.Module):
             supervised = targets_N != IGNORE
             hidden_ND, targets_N = hidden_ND[supervised], targets_N[supervised]
         return linear_cross_entropy(hidden_ND, self._head, targets_N, IGNORE)
+
+    @torch.no_grad()
+    def token_losses(
+        self, input_ids: Tensor, targets: Tensor, doc_ids: Tensor | None = None, positions: Tensor | None = None
+    ) -> Tensor:
+        """(B, T) cross-entropies in nats, 0 where a position is not supervised; their sum is `forward`'s result."""
+        hidden_ND, targets_N = self.hidden(input_ids, positions).flatten(0, 1), targets.flatten()
+        supervised = targets_N != IGNORE
+        losses_N = torch.zeros(targets_N.shape, device=targets_N.device)
+        losses_N[supervised] = token_losses(hidden_ND[supervised], self._head, targets_N[supervised], IGNORE)
+        return losses_N.view_as(targets)
 
     def hidden(self, input_ids: Tensor, positions: Tensor | None) -> Tensor:
         """(B, T, D), after the last norm."""

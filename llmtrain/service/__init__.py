@@ -1,0 +1,1 @@
+"""The checkpoint service: a process beside training, which knows training by its run folder alone."""

@@ -1,0 +1,121 @@
+"""What training does about the service: start it, look after it, wait for it at the end. All on rank 0."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from llmtrain import ledger, log, retention, rundir
+from llmtrain.config import RunConfig
+from llmtrain.ledger import Event, Status
+from llmtrain.rundir import RunDir
+
+_LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_", "TORCH_", "OMP_", "PET_")
+"""Variables that tell a process that it is a rank of ours; the service is none."""
+_LOOK_S = 0.1
+_HUB_S = 20.0
+_START_S = 30.0
+_SAY_S = 10.0
+
+
+class Companion:
+    """The service that this training started, or the one that is at work already."""
+
+    def __init__(self, run: RunDir, config: RunConfig):
+        self._run, self._config = run, config
+        self._process: subprocess.Popen[bytes] | None = None
+        self._began = time.time()
+
+    def start(self) -> None:
+        """Start the service, unless one is at work. It lives on when training ends."""
+        if self._run.is_served():
+            return
+        self._run.service.mkdir(parents=True, exist_ok=True)
+        environment = {k: v for k, v in os.environ.items() if not k.startswith(_LAUNCHERS)}
+        with self._run.service_log.open("ab") as output:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "llmtrain.service", "--run", str(self._run.path), "--background"],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                env=environment,
+                start_new_session=True,  # Ctrl-C is for training alone
+            )
+
+    def after_save(self) -> None:
+        """Start it again if it has died; without a service, delete what the rule does not keep."""
+        if self._config.service.start == "never":
+            retention.prune(self._run, rundir.heldout_losses(self._run), self._config.checkpoint)
+        if self._process is None or self._process.poll() is None:
+            return
+        code = self._process.returncode
+        if not self._run.is_served():
+            message = f"the checkpoint service had ended (exit code {code}); started again"
+            log.warning(f"service    {message}; see {self._run.service_log}")
+            ledger.append(self._run.events, Event(kind="service-started", message=message))
+            self.start()
+
+    def say_hub(self) -> None:
+        """Say whether the Hub takes the checkpoints, loudly if not; training goes on in any case."""
+        if self._config.hub.repo is None:
+            return
+        deadline = time.monotonic() + _HUB_S
+        while time.monotonic() < deadline:
+            state = ledger.hub_state(self._run)
+            if state is not None and state.time >= self._began:
+                if state.state == "ok":
+                    log.info(f"hub        {state.message}")
+                else:
+                    log.warning(f"HUB        {state.message}\n{' ' * 20}training goes on; checkpoints wait on disk")
+                return
+            time.sleep(_LOOK_S)
+        log.warning(
+            f"HUB        no answer about {self._config.hub.repo} yet; training goes on, checkpoints wait on disk"
+        )
+
+    def wait(self) -> None:
+        """Until all checkpoints are scored and uploaded, at most `service.wait_s`. Ctrl-C leaves it at work."""
+        deadline = time.monotonic() + self._config.service.wait_s
+        started, said, said_at = time.monotonic(), "", 0.0
+        self.start()
+        while time.monotonic() < deadline:
+            if not self._run.is_served() and time.monotonic() - started > _START_S:
+                log.warning(f"service    ended with work left; see {self._run.service_log}")
+                return
+            left = waiting(self._run, self._config)
+            if left is None:
+                return
+            if left != said and time.monotonic() - said_at > (_SAY_S if said else 0):
+                log.info(f"service    {left}")
+                said, said_at = left, time.monotonic()
+            time.sleep(_LOOK_S)
+        log.info(f"service    goes on by itself; to wait for it: {drain_command(self._run.path)}")
+
+
+def waiting(run: RunDir, config: RunConfig) -> str | None:
+    """What the service still has to do, for people; None when there is nothing that waiting would bring."""
+    steps = run.checkpoint_steps()
+    scored, uploaded = ledger.scores(run), ledger.uploads(run)
+    status = ledger.status(run)
+    to_score = [step for step in steps if step not in scored]
+    if config.service.score == "training" or _scores_elsewhere(status, to_score):
+        to_score = []
+    to_upload = [step for step in steps if step not in uploaded] if config.hub.repo is not None else []
+    if status is not None and status.problem is not None:
+        if not to_score:
+            return None
+        to_upload = []
+    if not to_score and not to_upload:
+        return None
+    doing = f"{', '.join(status.doing)}; " if status is not None and status.doing else ""
+    return f"{doing}{len(to_score)} to score, {len(to_upload)} to upload (Ctrl-C leaves it at work)"
+
+
+def _scores_elsewhere(status: Status | None, to_score: list[int]) -> bool:
+    """The service has looked at these steps and found nothing to score: saves that a stop forced."""
+    return status is not None and not status.to_score and not status.doing and bool(to_score) and status.time > 0
+
+
+def drain_command(path: Path) -> str:
+    return f"python -m llmtrain.service --run {path} --drain"

@@ -1,0 +1,143 @@
+"""The model card: what a visitor of the repository sees, and metadata that the Hub reads."""
+
+from huggingface_hub import EvalResult, ModelCardData
+
+from llmtrain import choose, ledger, manifest, summary
+from llmtrain.choose import Entry, Ranking
+from llmtrain.config import RunConfig, resolved_yaml
+from llmtrain.config.model_sections import QLoRAModel
+from llmtrain.ledger import Upload
+from llmtrain.rundir import RunDir
+
+
+def render(repo: str, config: RunConfig, run: RunDir, best: Upload) -> str:
+    """README.md of `main`."""
+    ranked = choose.ranking(run)
+    parts = [
+        f"---\n{metadata(config, run, best).to_yaml()}\n---",
+        f"# {run.path.name}",
+        f"{_what(config)} The weights on this branch are those of step {best.step:,}, the best checkpoint so far on "
+        "held-out data. Every other checkpoint has a tag of its own (`step-N`).",
+        f"## Use\n\n```python\n{_loading(config, repo, best)}\n```",
+    ]
+    if summary.summarise(run) is not None:
+        parts.append("## Losses\n\n![Train and held-out loss over epochs](llmtrain/curve.png)")
+    if ranked is not None:
+        parts += [f"## Checkpoints\n\n{table(ranked)}", f"Overfitting: {choose.overfitting(ranked).describe()}."]
+    parts.append(_data(run, config))
+    parts.append(f"<details><summary>Configuration</summary>\n\n{_fenced(resolved_yaml(config), 'yaml')}\n\n</details>")
+    return "\n\n".join(parts) + "\n"
+
+
+def metadata(config: RunConfig, run: RunDir, best: Upload) -> ModelCardData:
+    """The card's YAML: how to load it, what it was made from, how well it did."""
+    is_adapter = isinstance(config.model, QLoRAModel)
+    base = config.model.base if isinstance(config.model, QLoRAModel) else ""
+    scored = [(split, ledger.scores(run, split).get(best.step)) for split in ("heldout", "test")]
+    results = [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type="text",
+            dataset_name=f"{run.path.name}, {split} split",
+            dataset_split=split,
+            metric_type=metric,
+            metric_name=name,
+            metric_value=round(value, 6),
+        )
+        for split, score in scored
+        if score is not None
+        for metric, name, value in (
+            ("loss", "loss (nats per token)", score.loss),
+            ("perplexity", "perplexity", score.perplexity),
+            ("bits_per_byte", "bits per byte", score.bits_per_byte),
+        )
+    ]
+    return ModelCardData(
+        model_name=run.path.name,
+        library_name="peft" if is_adapter else "transformers",
+        pipeline_tag="text-generation",
+        base_model=base if _is_hub_name(base) else None,
+        tags=["llmtrain", "lora"] if is_adapter else ["llmtrain", "gpt2"],
+        eval_results=results or None,
+    )
+
+
+def _is_hub_name(base: str) -> bool:
+    return base.count("/") == 1 and not base.startswith(("/", ".", "~"))
+
+
+def _what(config: RunConfig) -> str:
+    if isinstance(config.model, QLoRAModel):
+        lora = config.model.lora
+        how = {"nf4": "4 bits (nf4)", "int8": "8 bits", "none": "its own precision"}[config.model.quantisation]
+        base = config.model.base if _is_hub_name(config.model.base) else "a base model"
+        return f"A LoRA adapter of rank {lora.r} on `{base}`, trained on the base in {how} with llmtrain."
+    model = config.model
+    return (
+        f"A GPT with {model.num_layers} layers, {model.num_heads} heads and width {model.width}, trained from scratch "
+        f"with llmtrain on a context of {model.context} tokens."
+    )
+
+
+def _loading(config: RunConfig, repo: str, best: Upload) -> str:
+    if isinstance(config.model, QLoRAModel):
+        cls, package = "AutoPeftModelForCausalLM", "peft"
+    else:
+        cls, package = "AutoModelForCausalLM", "transformers"
+    lines = [
+        f"from {package} import {cls}",
+        f'model = {cls}.from_pretrained("{repo}")                          # step {best.step}, the best',
+        f'model = {cls}.from_pretrained("{repo}", revision="{best.tag}")   # or any other',
+    ]
+    if package == "transformers":
+        lines += ["from transformers import AutoTokenizer", f'tokenizer = AutoTokenizer.from_pretrained("{repo}")']
+    return "\n".join(lines)
+
+
+def table(ranked: Ranking) -> str:
+    """All checkpoints, as Markdown."""
+    lines = [
+        "| step | epoch | held-out loss | perplexity | bits per byte | difference to the best (95%) | |",
+        "|---:|---:|---:|---:|---:|---|---|",
+    ]
+    return "\n".join([*lines, *(_row(entry, ranked) for entry in ranked.entries)])
+
+
+def _row(entry: Entry, ranked: Ranking) -> str:
+    s = entry.score
+    interval = "" if entry.difference is None else f"{entry.difference[0]:+.4f} to {entry.difference[1]:+.4f}"
+    notes = [
+        name
+        for name, holds in (
+            ("**lowest**", entry.is_best),
+            ("within noise of it", entry.is_tie),
+            ("**proposed**", entry is ranked.proposed),
+            ("not here", not entry.uploaded),
+        )
+        if holds
+    ]
+    return (
+        f"| {s.step} | {s.epoch:.2f} | {s.loss:.4f} | {s.perplexity:.2f} | {s.bits_per_byte:.4f} | {interval} "
+        f"| {', '.join(notes)} |"
+    )
+
+
+def _data(run: RunDir, config: RunConfig) -> str:
+    fingerprint = _fingerprint(run)
+    held = config.data.split
+    told = f" Their fingerprint is `{fingerprint}`." if fingerprint else ""
+    return (
+        f"## Data\n\nHeld-out data ({held.heldout:.0%}, by {held.by}) chose the checkpoint and was never trained on; "
+        f"test data ({held.test:.0%}) was not used for choosing.{told}"
+    )
+
+
+def _fingerprint(run: RunDir) -> str | None:
+    steps = run.checkpoint_steps()
+    return manifest.read(run.checkpoint(steps[-1])).fingerprint if steps else None
+
+
+def _fenced(text: str, language: str) -> str:
+    """A code block that its own content cannot end."""
+    fence = "`" * max(3, max((len(run) for run in text.split() if set(run) == {"`"}), default=0) + 1)
+    return f"{fence}{language}\n{text.rstrip()}\n{fence}"

@@ -1,0 +1,121 @@
+"""Processes that the service starts: one scores, one talks to the Hub. Both die with the service."""
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+_PARENT = "LLMTRAIN_SERVICE_PID"
+_LOOK_S = 0.2
+_CPU_S = 0.1
+
+
+class Child:
+    """A Python module as a process, whose standard output is JSON lines."""
+
+    def __init__(self, module: str, arguments: list[str], log: Path, lock: int, environment: dict[str, str]):
+        """`lock`: descriptor of the service's lock, which stays held until this process has ended too."""
+        self.started = self._moved = time.monotonic()
+        self._read = (0.0, 0.0)
+        self._rest = b""
+        self._log = log.open("ab")
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", module, *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            env={**os.environ, **environment, _PARENT: str(os.getpid())},
+            pass_fds=(lock,),
+        )
+        assert self._process.stdout is not None
+        os.set_blocking(self._process.stdout.fileno(), False)
+
+    def lines(self) -> list[dict[str, Any]]:
+        """What it has said since the last call."""
+        assert self._process.stdout is not None
+        while piece := self._process.stdout.read(1 << 16):
+            self._rest += piece
+        *whole, self._rest = self._rest.split(b"\n")
+        return [json.loads(line) for line in whole if line.startswith(b"{")]
+
+    @property
+    def exit_code(self) -> int | None:
+        return self._process.poll()
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self.started
+
+    def stalled_s(self) -> float:
+        """Since it last read, wrote or computed anything."""
+        with contextlib.suppress(psutil.Error):
+            process = psutil.Process(self._process.pid)
+            cpu = process.cpu_times()
+            counters: Any = process.io_counters() if hasattr(process, "io_counters") else None
+            done = float(counters.read_chars + counters.write_chars) if counters else 0.0
+            if done != self._read[0] or cpu.user + cpu.system > self._read[1] + _CPU_S:
+                self._read = (done, cpu.user + cpu.system)
+                self._moved = time.monotonic()
+        return time.monotonic() - self._moved
+
+    def end(self) -> None:
+        """Kill it: what it does can be killed at any moment."""
+        with contextlib.suppress(ProcessLookupError):
+            self._process.kill()
+        self._process.wait()
+        self.close()
+
+    def close(self) -> None:
+        assert self._process.stdout is not None
+        self._process.stdout.close()
+        self._log.close()
+
+
+def die_with_parent() -> None:
+    """In a child: end when the service that started it has died, however it died."""
+    parent = int(os.environ.get(_PARENT, "0"))
+    if not parent:
+        return
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(_LOOK_S)
+        os._exit(1)
+
+    threading.Thread(target=watch, name="parent", daemon=True).start()
+
+
+def be_nice(device: str) -> None:
+    """In a child that computes on the CPU: training on the same cores goes first."""
+    if device == "cpu" and os.name == "posix":
+        os.nice(19)
+
+
+class Pause:
+    """Growing pauses after failures."""
+
+    def __init__(self, first_s: float, longest_s: float = 600.0):
+        self._first_s, self._longest_s = first_s, longest_s
+        self.failures = 0
+        self._until = 0.0
+
+    def failed(self, at_least_s: float = 0.0) -> float:
+        """Note a failure; returns the seconds until the next attempt."""
+        pause = max(at_least_s, min(self._longest_s, self._first_s * 2**self.failures))
+        self.failures += 1
+        self._until = time.monotonic() + pause
+        return pause
+
+    def succeeded(self) -> None:
+        self.failures, self._until = 0, 0.0
+
+    @property
+    def left_s(self) -> float:
+        return max(0.0, self._until - time.monotonic())

@@ -1,0 +1,185 @@
+"""`python -m llmtrain.service.hub TASK RUN --repo USER/NAME`: one conversation with the Hub, in a process of its own.
+
+Of all processes only these import huggingface_hub and take its token. Every task first looks at what is there, so
+that it can be repeated after a crash, and after an answer that never came:
+
+    branch `checkpoints`    one commit of weights per checkpoint, tagged step-N, read back
+    branch `main`           the best one, a model card, scores
+
+The answer is one line of JSON on standard output: {"error": ..., "message": ...} or what came of it.
+"""
+
+import argparse
+import contextlib
+import json
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import httpx2
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token, set_client_factory
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, RevisionNotFoundError
+from huggingface_hub.utils._http import hf_request_event_hook  # what its own clients have, and no public name gives
+
+from llmtrain import manifest, origin
+from llmtrain.config import RunConfig, load_config
+from llmtrain.errors import CheckpointError, ConfigError
+from llmtrain.rundir import RunDir
+from llmtrain.service import crash
+from llmtrain.service.children import die_with_parent
+from llmtrain.service.publish import publish
+from llmtrain.service.remote import BRANCH, Repo, local_files, marker, own_path, run_marker, secrets_in
+
+_CONNECT_S = 30.0
+_TOKEN_HELP = "set HF_TOKEN, or run 'hf auth login', with a token that may write to it"
+_IN_ABOUT = re.compile(r"in (?:about )?(\d+) (second|minute|hour)")
+_UNIT_S = {"second": 1.0, "minute": 60.0, "hour": 3600.0}
+
+
+class Refused(Exception):
+    """A person has to mend something."""
+
+
+class Altered(Exception):
+    """A file is not what the checkpoint's manifest says."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m llmtrain.service.hub", description=__doc__)
+    parser.add_argument("task", choices=["check", "upload", "publish", "untag"])
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--repo", required=True)
+    parser.add_argument("--step", type=int, default=0)
+    parser.add_argument("--stall", type=float, default=300.0, help="longest wait for an answer, in s")
+    options = parser.parse_args(arguments)
+    die_with_parent()
+    set_client_factory(lambda: _client(options.stall))
+    run = RunDir(options.run.resolve())
+    origin.enter(run)
+    token = get_token() or ""
+    answer = json.dumps(converse(options.task, run, options.repo, options.step, token))
+    sys.stdout.write((answer.replace(token, "***") if token else answer) + "\n")
+    sys.stdout.flush()
+
+
+def _client(stall_s: float) -> httpx2.Client:
+    """Like the library's own, with time-outs: by default it waits for an answer for ever."""
+    timeout = httpx2.Timeout(stall_s, connect=min(_CONNECT_S, stall_s))
+    return httpx2.Client(event_hooks={"request": [hf_request_event_hook]}, follow_redirects=True, timeout=timeout)
+
+
+def converse(task: str, run: RunDir, name: str, step: int, token: str) -> dict[str, Any]:
+    """Do the task; every failure is an answer too."""
+    try:
+        config, _ = load_config(run.config)
+        if not token:
+            raise Refused(f"{name}: there is no token; {_TOKEN_HELP}")
+        repo = Repo(HfApi(token=token), name)
+        match task:
+            case "check":
+                return check(repo, config, run)
+            case "upload":
+                return upload(repo, config, run, step, token)
+            case "publish":
+                return publish(repo, config, run)
+            case _:
+                return untag(repo, step)
+    except Refused as error:
+        return {"error": "refused", "message": str(error)}
+    except (Altered, CheckpointError) as error:
+        return {"error": "altered", "message": str(error)}
+    except HfHubHTTPError as error:
+        return explain(error, name)
+    except (ConfigError, HFValidationError, OfflineModeIsEnabled) as error:
+        return {"error": "refused", "message": f"{name}: {error}"}
+    except (httpx2.HTTPError, OSError, ValueError, RuntimeError) as error:  # RuntimeError: the client's own surprises
+        return {"error": "failed", "message": f"{type(error).__name__}: {error}"}
+
+
+def explain(error: HfHubHTTPError, name: str) -> dict[str, Any]:
+    """Who has to act: a person (refused), or time."""
+    status = error.response.status_code
+    said = " ".join(str(error.server_message or error).split())
+    if status in (401, 403, 404):
+        return {"error": "refused", "message": f"{name}: the Hub refuses ({status}: {said}); {_TOKEN_HELP}"}
+    wait_s = 0.0
+    if (header := error.response.headers.get("Retry-After", "")).isdigit():
+        wait_s = float(header)
+    if status == 429 and (found := _IN_ABOUT.search(said)):
+        wait_s = max(wait_s, float(found[1]) * _UNIT_S[found[2]])
+    return {"error": "failed", "message": f"the Hub answered {status}: {said}", "retry_after_s": wait_s}
+
+
+def check(repo: Repo, config: RunConfig, run: RunDir) -> dict[str, Any]:
+    """Make the repository if need be; find out whether it may be written to, and whose it is.
+
+    Raises:
+        Refused: it is public though it should be private, or holds the checkpoints of another run.
+    """
+    repo.api.create_repo(repo.name, private=config.hub.private, exist_ok=True)
+    private = bool(repo.api.model_info(repo.name).private)
+    if config.hub.private and not private:
+        raise Refused(f"{repo.name} is public although hub.private=true: make it private in its settings on the Hub")
+    if BRANCH not in repo.refs()[0]:
+        repo.api.create_branch(repo.name, branch=BRANCH, exist_ok=True)  # which needs the right to write
+    owners = {line for _, message in repo.commits() for line in message.splitlines() if line.startswith(run_marker(""))}
+    if owners and run_marker(origin.read(run).id) not in owners:
+        raise Refused(f"{repo.name} holds the checkpoints of another run; name another repository (hub.repo)")
+    visibility = "private" if private else "public"
+    return {"message": f"{repo.name} ({visibility}) takes the checkpoints of this run", "private": private}
+
+
+def upload(repo: Repo, config: RunConfig, run: RunDir, step: int, token: str) -> dict[str, Any]:
+    """Bytes, one commit, a tag, then reading back. What an earlier attempt has done is found and kept.
+
+    Raises:
+        Altered: a file does not match the manifest; nothing is committed.
+    """
+    described = manifest.read(run.checkpoint(step))
+    identity = manifest.identity(described)
+    wanted = local_files(run, step, described, config.hub.optimizer_state)
+    commit = repo.find(identity)
+    if commit is None:
+        leaks = secrets_in([run.config, *(file.path for file in wanted.values())], token)
+        if leaks:
+            raise Refused(f"something like an access token stands in {leaks[0]}: not uploaded; take it out")
+        additions = [CommitOperationAdd(path, str(file.path)) for path, file in wanted.items()]
+        for addition in additions:
+            file = wanted[addition.path_in_repo]
+            if addition.upload_info.sha256.hex() != file.sha256:  # reads the file
+                raise Altered(f"{file.path}: altered: its SHA-256 is not the manifest's")
+        additions.append(CommitOperationAdd(own_path("config.yaml"), str(run.config)))
+        repo.api.preupload_lfs_files(repo.name, additions, revision=BRANCH)
+        crash.point("after-bytes")
+        head = repo.refs()[0][BRANCH]
+        kept = {*wanted, own_path("config.yaml"), ".gitattributes"}
+        deletions = [CommitOperationDelete(path) for path in repo.tree(head) if path not in kept]
+        commit = repo.api.create_commit(
+            repo.name,
+            [*additions, *deletions],
+            commit_message=f"step {step}",
+            commit_description=f"{marker(identity)}\n{run_marker(origin.read(run).id)}",
+            revision=BRANCH,
+            parent_commit=head,  # nobody has been here since we looked
+        ).oid
+        crash.point("after-commit")
+    tag = f"step-{step}"
+    repo.set_tag(tag, commit)
+    crash.point("after-tag")
+    if wrong := repo.differences(wanted, commit):
+        raise OSError(f"read back from {repo.name} at {commit[:10]}, {wrong[0]} is not what was sent")
+    size = sum(file.size_bytes for file in wanted.values())
+    return {"upload": {"checkpoint": identity, "commit": commit, "tag": tag, "size_bytes": size}}
+
+
+def untag(repo: Repo, step: int) -> dict[str, Any]:
+    """Remove a checkpoint's tag; fine if it is gone already."""
+    with contextlib.suppress(RevisionNotFoundError):  # an earlier attempt, whose answer was lost
+        repo.api.delete_tag(repo.name, tag=f"step-{step}")
+    return {}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,70 @@
+"""The branch that people see: the best checkpoint's weights, a model card, scores; renewed in one commit."""
+
+from typing import Any
+
+from huggingface_hub import CommitOperationAdd, CommitOperationCopy, CommitOperationDelete
+from huggingface_hub.hf_api import RepoFile
+
+from llmtrain import summary
+from llmtrain.config import RunConfig
+from llmtrain.ledger import Upload
+from llmtrain.rundir import RunDir
+from llmtrain.service import card, crash, plan
+from llmtrain.service.remote import Repo, own_path
+
+_MAIN = "main"
+_CARD = "README.md"
+_HUBS = ".gitattributes"
+
+
+def publish(repo: Repo, config: RunConfig, run: RunDir) -> dict[str, Any]:
+    """Make `main` show the best confirmed checkpoint, which is copied on the Hub: nothing is sent twice.
+
+    What is to stand there is worked out from the ledgers at this moment, so that no repeated or late request can
+    bring older weights back; `parent_commit` makes sure that nobody was there in between.
+    """
+    digest = plan.digest(run, repo.name)
+    best = plan.best_uploaded(run, repo.name)
+    if best is None:
+        return {"digest": digest, "message": "nothing to show yet"}
+    head = repo.refs()[0][_MAIN]
+    shown, source = repo.tree(head), repo.tree(best.commit)
+    wanted = {path: file for path, file in source.items() if not path.startswith("state/") and path != _HUBS}
+    copies = [
+        CommitOperationCopy(path, path, src_revision=best.commit)
+        for path, file in wanted.items()
+        if not _same(file, shown.get(path))
+    ]
+    additions = [CommitOperationAdd(path, content) for path, content in documents(repo, config, run, best).items()]
+    added = {addition.path_in_repo for addition in additions}
+    deletions = [CommitOperationDelete(path) for path in shown if path not in {*wanted, *added, _HUBS}]
+    repo.api.create_commit(
+        repo.name,
+        [*[copy for copy in copies if copy.path_in_repo not in added], *additions, *deletions],
+        commit_message=f"best so far: step {best.step}",
+        revision=_MAIN,
+        parent_commit=head,
+    )
+    crash.point("after-publish")
+    return {"digest": digest, "message": f"{repo.name} shows step {best.step:,} as the best"}
+
+
+def _same(one: RepoFile, other: RepoFile | None) -> bool:
+    if other is None:
+        return False
+    return one.lfs.sha256 == other.lfs.sha256 if one.lfs and other.lfs else one.blob_id == other.blob_id
+
+
+def documents(repo: Repo, config: RunConfig, run: RunDir, best: Upload) -> dict[str, bytes | str]:
+    """What stands on `main` beside the weights."""
+    picture = run.service / "curve.png"
+    found: dict[str, bytes | str] = {
+        _CARD: card.render(repo.name, config, run, best).encode(),
+        own_path("config.yaml"): run.config.read_bytes(),
+    }
+    if run.scores.exists():
+        found[own_path("scores.jsonl")] = run.scores.read_bytes()
+    if summary.summarise(run) is not None:
+        summary.draw(run, picture)
+        found[own_path(picture.name)] = picture.read_bytes()
+    return found

@@ -1,0 +1,96 @@
+"""What there is to do: derived from the disk and the ledgers at every look, so that no queue can be lost."""
+
+from dataclasses import dataclass, field
+
+from llmtrain import ledger, manifest, retention
+from llmtrain.config import RunConfig
+from llmtrain.errors import CheckpointError
+from llmtrain.ledger import Event, Score, Upload
+from llmtrain.rundir import RunDir
+
+
+@dataclass(frozen=True)
+class Found:
+    """A checkpoint on disk whose every byte was compared with its manifest."""
+
+    step: int
+    identity: str
+    size_bytes: int
+    heldout_loss: float | None
+    """As the training ranks computed it at the save."""
+    epoch: float
+
+
+@dataclass
+class Work:
+    """One look at the run."""
+
+    whole: dict[int, Found] = field(default_factory=dict[int, Found])
+    scores: dict[int, Score] = field(default_factory=dict[int, Score])
+    uploads: dict[int, Upload] = field(default_factory=dict[int, Upload])
+    to_score: list[int] = field(default_factory=list[int])
+    to_upload: list[int] = field(default_factory=list[int])
+
+    def is_scored(self, step: int) -> bool:
+        return step in self.scores and self.scores[step].checkpoint == self.whole[step].identity
+
+    def is_uploaded(self, step: int, repo: str) -> bool:
+        upload = self.uploads.get(step)
+        return upload is not None and (upload.checkpoint, upload.repo) == (self.whole[step].identity, repo)
+
+
+class Inspector:
+    """Looks at a run's checkpoints; every one is verified once, a bad one is put into quarantine."""
+
+    def __init__(self, run: RunDir):
+        self._run = run
+        self._known: dict[tuple[int, int, int], Found] = {}
+
+    def look(self, config: RunConfig, scoring: bool) -> Work:
+        """Everything that is on disk and whole, and what each still needs, oldest first."""
+        work = Work(scores=ledger.scores(self._run), uploads=ledger.uploads(self._run))
+        for step in self._run.checkpoint_steps():
+            found = self._inspect(step)
+            if found is None:
+                continue
+            work.whole[step] = found
+            if not work.is_scored(step) and (scoring or found.heldout_loss is not None):
+                work.to_score.append(step)
+            if config.hub.repo is not None and not work.is_uploaded(step, config.hub.repo):
+                work.to_upload.append(step)
+        return work
+
+    def _inspect(self, step: int) -> Found | None:
+        folder = self._run.checkpoint(step)
+        try:
+            stamp = (folder / manifest.NAME).stat()
+            key = (step, stamp.st_ino, stamp.st_mtime_ns)
+            if key not in self._known:
+                self._known[key] = self._verify(step)
+        except FileNotFoundError:
+            if folder.exists():  # without a manifest; a folder that has just been renamed is somebody else's business
+                self.reject(step, f"{folder / manifest.NAME}: missing")
+            return None
+        except CheckpointError as error:
+            self.reject(step, str(error))
+            return None
+        return self._known[key]
+
+    def _verify(self, step: int) -> Found:
+        described = manifest.verify(self._run.checkpoint(step))
+        return Found(
+            step=step,
+            identity=manifest.identity(described),
+            size_bytes=sum(info.size_bytes for info in described.files.values()),
+            heldout_loss=described.heldout_loss,
+            epoch=described.train_state.samples / described.num_rows,
+        )
+
+    def reject(self, step: int, reason: str) -> None:
+        """Quarantine: never scored, uploaded or resumed from."""
+        try:
+            retention.quarantine(self._run, step)
+        except FileNotFoundError:  # a starting training has rejected it at the same moment
+            return
+        message = f"{reason}; moved to {self._run.quarantined(step)}"
+        ledger.append(self._run.service_events, Event(kind="quarantined", message=message, step=step))

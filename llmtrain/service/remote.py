@@ -1,0 +1,125 @@
+"""A repository on the Hub as this project uses it: looking, comparing, confirming."""
+
+import hashlib
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import HfApi
+from huggingface_hub.errors import RevisionNotFoundError
+from huggingface_hub.hf_api import RepoFile
+
+from llmtrain import files, manifest
+from llmtrain.rundir import RunDir
+
+BRANCH = "checkpoints"
+_OWN = "llmtrain"
+"""Folder for what is ours and not the model's."""
+_SECRET = re.compile(rb"\b(hf_|sk-|ghp_|AKIA)[A-Za-z0-9_-]{16,}")
+_TEXT_BYTES = 4 << 20
+
+
+@dataclass(frozen=True)
+class LocalFile:
+    """A file to upload, and what it has to be."""
+
+    path: Path
+    size_bytes: int
+    sha256: str
+
+    def is_at(self, remote: RepoFile | None) -> bool:
+        """Whether the Hub holds the same bytes, by its own hash."""
+        if remote is None or remote.size != self.size_bytes:
+            return False
+        return remote.lfs.sha256 == self.sha256 if remote.lfs else remote.blob_id == _git_hash(self.path)
+
+
+def _git_hash(path: Path) -> str:
+    """As git, and so the Hub, names a file's content."""
+    content = path.read_bytes()
+    return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
+
+
+def local_files(run: RunDir, step: int, described: manifest.Manifest, with_state: bool) -> dict[str, LocalFile]:
+    """What is uploaded of a checkpoint, by path in the repository: the model at its root."""
+    folder = run.checkpoint(step)
+    found: dict[str, LocalFile] = {}
+    for name, info in described.files.items():
+        if name.startswith("model/"):
+            found[name.removeprefix("model/")] = LocalFile(folder / name, info.size_bytes, info.sha256)
+        elif with_state:
+            found[name] = LocalFile(folder / name, info.size_bytes, info.sha256)
+    own = folder / manifest.NAME
+    found[f"{_OWN}/{manifest.NAME}"] = LocalFile(own, own.stat().st_size, files.sha256(own))
+    return found
+
+
+def own_path(name: str) -> str:
+    return f"{_OWN}/{name}"
+
+
+def secrets_in(paths: list[Path], token: str) -> list[Path]:
+    """Text files in which something like an access token stands."""
+    found: list[Path] = []
+    for path in paths:
+        if path.suffix in (".safetensors", ".png") or path.stat().st_size > _TEXT_BYTES:
+            continue
+        content = path.read_bytes()
+        if _SECRET.search(content) or token.encode() in content:
+            found.append(path)
+    return found
+
+
+class Repo:
+    """Everything is asked anew at each call: another process may have been here."""
+
+    def __init__(self, api: HfApi, name: str):
+        self.api, self.name = api, name
+
+    def refs(self) -> tuple[dict[str, str], dict[str, str]]:
+        """Branches and tags, each with its commit."""
+        refs = self.api.list_repo_refs(self.name)
+        return {b.name: b.target_commit for b in refs.branches}, {t.name: t.target_commit for t in refs.tags}
+
+    def tree(self, revision: str) -> dict[str, RepoFile]:
+        """Files at a revision, by path."""
+        entries = self.api.list_repo_tree(self.name, recursive=True, revision=revision)
+        return {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
+
+    def commits(self) -> list[tuple[str, str]]:
+        """(commit, message) of the checkpoints' branch, newest first."""
+        try:
+            commits = self.api.list_repo_commits(self.name, revision=BRANCH)
+        except RevisionNotFoundError:
+            return []
+        return [(commit.commit_id, f"{commit.title}\n{commit.message}") for commit in commits]
+
+    def find(self, identity: str) -> str | None:
+        """The commit of a checkpoint, by the marker in its description."""
+        return next((commit for commit, message in self.commits() if marker(identity) in message), None)
+
+    def set_tag(self, tag: str, commit: str) -> None:
+        """Point a tag at a commit, and read it back: the client takes an existing one for done."""
+        _, tags = self.refs()
+        if tags.get(tag) == commit:
+            return
+        if tag in tags:
+            self.api.delete_tag(self.name, tag=tag)
+        self.api.create_tag(self.name, tag=tag, revision=commit, exist_ok=True)
+        if self.refs()[1].get(tag) != commit:
+            raise OSError(f"tag {tag} does not point at {commit[:10]} after it was made")
+
+    def differences(self, wanted: dict[str, LocalFile], revision: str) -> list[str]:
+        """Paths that the Hub does not hold as they should be."""
+        tree = self.tree(revision)
+        return [path for path, file in wanted.items() if not file.is_at(tree.get(path))]
+
+
+def marker(identity: str) -> str:
+    """Line in a commit's description that finds a checkpoint again."""
+    return f"checkpoint: {identity}"
+
+
+def run_marker(run_id: str) -> str:
+    """Line in a commit's description that binds a repository to a run."""
+    return f"run: {run_id}"

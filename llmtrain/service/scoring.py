@@ -1,0 +1,144 @@
+"""The scoring lane: one child at a time, which scores the checkpoints that wait, or the training ranks' own figures."""
+
+import os
+
+from llmtrain import ledger, log, origin
+from llmtrain.config import RunConfig
+from llmtrain.ledger import Event, Score
+from llmtrain.rundir import RunDir
+from llmtrain.service import crash
+from llmtrain.service.children import Child, Pause
+from llmtrain.service.queue import Work
+
+_MODULE = "llmtrain.service.validate"
+_GIVE_UP = 5
+
+
+def place(run: RunDir, config: RunConfig) -> str:
+    """Where to score: a device, or "training". Resolves `service.score: auto` as things are now."""
+    if config.service.score != "auto":
+        return config.service.score
+    started = origin.read(run)
+    if started.device == "cpu":
+        return "cpu"
+    if started.device == "mps":
+        return "cpu" if run.is_training() else "mps"
+    used = started.gpus_used if run.is_training() else 0
+    if _num_gpus() > used:
+        return f"cuda:{used}"
+    return "cpu" if config.model.kind == "gpt" else "training"
+
+
+def _num_gpus() -> int:
+    """That this process may use; without torch."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return len([name for name in visible.split(",") if name.strip()])
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+        return pynvml.nvmlDeviceGetCount()
+    except pynvml.NVMLError:
+        return 0
+
+
+class Scoring:
+    """Advanced at every turn of the service; never waits."""
+
+    def __init__(self, run: RunDir, lock: int):
+        self._run, self._lock = run, lock
+        self._child: Child | None = None
+        self._asked: list[int] = []
+        self.pause = Pause(first_s=5.0)
+        self.last_error: str | None = None
+
+    @property
+    def doing(self) -> str | None:
+        if self._child is None:
+            return None
+        return f"scoring step {self._asked[0]}" if self._asked else "scoring"
+
+    @property
+    def has_given_up(self) -> bool:
+        """It failed so often that nobody should wait for it; it is tried again now and then all the same."""
+        return self.pause.failures >= _GIVE_UP
+
+    def advance(self, config: RunConfig, work: Work, where: str) -> None:
+        if self._child is not None:
+            self._collect(self._child)
+        elif where == "training":
+            for step in work.to_score:
+                self._take_over(work, step)
+        elif work.to_score and self.pause.left_s == 0:
+            self._start(config, work.to_score, where)
+
+    def end(self) -> None:
+        if self._child is not None:
+            self._child.end()
+            self._child = None
+
+    def _start(self, config: RunConfig, steps: list[int], where: str) -> None:
+        arguments = [str(self._run.path), "--device", where, "--steps", *map(str, steps)]
+        environment = {"OMP_WAIT_POLICY": "PASSIVE"}
+        if where == "cpu":
+            beside = self._run.is_training() and origin.read(self._run).device == "cpu"
+            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+            arguments += ["--threads", str(config.service.threads or max(1, cores // (2 if beside else 1)))]
+            environment["CUDA_VISIBLE_DEVICES"] = ""
+        self._asked = list(steps)
+        self._child = Child(_MODULE, arguments, self._run.service_log, self._lock, environment)
+
+    def _collect(self, child: Child) -> None:
+        code = child.exit_code  # before reading: a child that has ended has said everything
+        for line in child.lines():
+            score = Score.model_validate(line)
+            crash.point("before-score-record")
+            self._record(score)
+            self._asked = [step for step in self._asked if step != score.step]
+            self.pause.succeeded()
+            self.last_error = None
+        if code is None:
+            return
+        child.close()
+        self._child = None
+        if code:
+            pause = self.pause.failed()
+            step = self._asked[0] if self._asked else None
+            self.last_error = (
+                f"scoring step {step} failed (exit code {code}); {last_line(self._run)}; next try in {pause:.0f} s"
+            )
+            log.warning(self.last_error)
+            ledger.append(self._run.service_events, Event(kind="score-failed", message=self.last_error, step=step))
+
+    def _record(self, score: Score) -> None:
+        ledger.append(self._run.scores, score)
+        log.info(f"scored     step {score.step:,}: held-out loss {score.loss:.4f} ({score.how}, {score.seconds:.1f} s)")
+
+    def _take_over(self, work: Work, step: int) -> None:
+        """What the training ranks computed at the save; nothing to compare stretch by stretch."""
+        found, loss = work.whole[step], work.whole[step].heldout_loss
+        if loss is None:  # a save that a stop forced
+            return
+        measured = ledger.heldout_at_saves(self._run).get(step, {})
+        self._record(
+            Score(
+                step=step,
+                checkpoint=found.identity,
+                loss=loss,
+                perplexity=measured.get("perplexity", 0.0),
+                bits_per_byte=measured.get("bits_per_byte", 0.0),
+                targets=0,
+                epoch=found.epoch,
+                origin="training",
+                how="the training ranks",
+            )
+        )
+
+
+def last_line(run: RunDir) -> str:
+    """The last thing that a child has written to the service's log."""
+    lines = (
+        run.service_log.read_text(encoding="utf-8", errors="replace").splitlines() if run.service_log.exists() else []
+    )
+    return next((line.strip() for line in reversed(lines) if line.strip()), "it said nothing")

@@ -1,0 +1,156 @@
+"""`python -m llmtrain.service.validate RUN --steps N ...`: load checkpoints from disk and score a split.
+
+A process of its own: the service does not hold a model in memory, and a model that cannot be loaded ends nothing
+but this. Each score is a line of JSON on standard output; the losses by stretch are in the run folder by then.
+"""
+
+import argparse
+import io
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from llmtrain import files, ledger, manifest, origin, recipe, shards
+from llmtrain.choose import Losses
+from llmtrain.config import RunConfig, load_config
+from llmtrain.data import IGNORE, Batch, make_batch
+from llmtrain.errors import CheckpointError, ConfigError, exit_with_code
+from llmtrain.evaluate import Score
+from llmtrain.hardware import is_bf16_fast
+from llmtrain.models import build_model
+from llmtrain.rundir import RunDir
+from llmtrain.service.children import be_nice, die_with_parent
+from llmtrain.shards import Rows, ShardSet
+from llmtrain.strategies.forward import autocast
+
+_FEW_ROWS = 256
+"""With fewer rows than this, each is cut into several stretches."""
+_SHORTEST = 16
+_MOST_STRETCHES = 1 << 16
+
+TokenLosses = Callable[[Batch], Tensor]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m llmtrain.service.validate", description=__doc__)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--steps", type=int, nargs="+", required=True)
+    parser.add_argument("--split", choices=["heldout", "test"], default="heldout")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int)
+    options = parser.parse_args(arguments)
+    with exit_with_code():
+        run = RunDir(options.run.resolve())
+        die_with_parent()
+        be_nice(options.device)
+        origin.enter(run)
+        if options.threads:
+            torch.set_num_threads(options.threads)
+        config, _ = load_config(run.config)
+        for score in validate(run, config, options.steps, options.split, torch.device(options.device)):
+            if options.split == "test":  # asked for by a person, once; the service records the others
+                ledger.append(run.scores, score)
+            sys.stdout.write(json.dumps(score.model_dump(mode="json")) + "\n")
+            sys.stdout.flush()
+
+
+def validate(
+    run: RunDir, config: RunConfig, steps: list[int], split: ledger.Split, device: torch.device
+) -> Iterator[ledger.Score]:
+    """Score these checkpoints, one after the other.
+
+    Raises:
+        ConfigError: there is no such split.
+        CheckpointError: one cannot be loaded, or was trained on other data than the shards that are there.
+    """
+    data = shards.open_folder(recipe.shard_folder(config), "size")
+    if split not in data.manifest.splits or not data.manifest.splits[split].rows:
+        raise ConfigError([f"data.split.{split}=0: there is no {split} split to score; set it and train anew"])
+    rows = data.split(split)
+    bf16 = config.train.precision == "bf16" and is_bf16_fast(device)
+    model = build_model(config, data.manifest.tokenizer.vocab_size, device)
+    batch_size = config.service.batch_size or config.evaluate.batch_size or config.train.micro_batch_size or 8
+
+    def token_losses(batch: Batch) -> Tensor:
+        moved = batch.to(device)
+        with autocast(device, bf16):
+            return model.token_losses(moved.input_ids, moved.targets, moved.doc_ids, moved.positions)
+
+    for step in steps:
+        began = time.perf_counter()
+        folder = run.checkpoint(step)
+        described = manifest.read(folder)
+        if described.fingerprint != data.fingerprint:
+            raise CheckpointError(f"{folder} was trained on other data than the shards in {data.path}")
+        model.load(folder / "model")
+        model.to(device).eval()
+        losses = by_stretch(token_losses, rows, batch_size, config)
+        checkpoint = manifest.identity(described)
+        write_losses(run.losses(step, checkpoint, split), losses)
+        result = Score(losses[0].sum() / max(1.0, losses[1].sum()), int(losses[1].sum()))
+        if not math.isfinite(result.loss):
+            raise CheckpointError(f"{folder}: its {split} loss is {result.loss}")
+        yield ledger.Score(
+            step=step,
+            checkpoint=checkpoint,
+            split=split,
+            loss=result.loss,
+            perplexity=result.perplexity,
+            bits_per_byte=result.bits_per_byte(rows.info),
+            targets=result.targets,
+            epoch=described.train_state.samples / described.num_rows,
+            origin="disk",
+            how=f"{device} {'bf16' if bf16 else 'fp32'}",
+            seconds=time.perf_counter() - began,
+        )
+
+
+def by_stretch(token_losses: TokenLosses, split: ShardSet, batch_size: int, config: RunConfig) -> Losses:
+    """(2, S) float64: loss sum and supervised tokens of each stretch of the split, in order.
+
+    A stretch is a document where rows hold whole ones (a sample, when fine-tuning), else a row, or a part of one
+    where there are few rows.
+    """
+    isolate = config.data.packing == "bestfit"
+    parts = 1 if config.data.packing != "contiguous" else math.ceil(_FEW_ROWS / split.num_rows)
+    width = max(_SHORTEST, math.ceil(split.context / parts))
+    found: list[Losses] = []
+    for first in range(0, split.num_rows, batch_size):
+        rows = split.rows(np.arange(first, min(first + batch_size, split.num_rows)))
+        batch = make_batch(rows, isolate)
+        losses_BT = token_losses(batch).double().cpu().numpy()  # host sync
+        supervised_BT = (batch.targets != IGNORE).numpy().astype(np.float64)
+        for number, losses_T in enumerate(losses_BT):
+            bounds = stretch_starts(rows, number, losses_T.shape[0], width, isolate)
+            found.append(np.stack([np.add.reduceat(v, bounds) for v in (losses_T, supervised_BT[number])]))
+    joined = np.concatenate(found, axis=1)
+    joined = joined[:, joined[1] > 0]
+    size = -(-joined.shape[1] // _MOST_STRETCHES)
+    return np.add.reduceat(joined, np.arange(0, joined.shape[1], size), axis=1) if size > 1 else joined
+
+
+def stretch_starts(rows: Rows, number: int, length: int, width: int, by_document: bool) -> NDArray[np.int64]:
+    """Positions (of targets) at which the stretches of one row begin."""
+    if not by_document:
+        return np.arange(0, length, width)
+    starts = np.concatenate([[0], np.cumsum(rows.doc_lens[number])[:-1]])
+    return np.unique(np.clip(starts, 0, length - 1))
+
+
+def write_losses(path: Path, losses: Losses) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = io.BytesIO()
+    np.save(content, losses, allow_pickle=False)
+    files.write_atomic(path, content.getvalue())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,149 @@
+"""The service's loop: look, start and collect children, rank, delete what may go, say how things are."""
+
+import os
+import time
+from dataclasses import dataclass
+from typing import IO, Literal
+
+from llmtrain import choose, files, ledger, log, retention, rundir
+from llmtrain.config import RunConfig, load_config
+from llmtrain.errors import EXIT_REQUEUE, HubError
+from llmtrain.ledger import Event, Status
+from llmtrain.rundir import RunDir
+from llmtrain.service import crash
+from llmtrain.service.board import Board
+from llmtrain.service.queue import Inspector, Work
+from llmtrain.service.scoring import Scoring, place
+from llmtrain.service.uploading import Uploading
+
+_TURN_S = 0.25
+_SAY_S = 2.0
+_LINGER_S = 3.0
+"""After training has ended and nothing waits: it may be about to start again."""
+
+
+@dataclass
+class Options:
+    """What the command line asks for."""
+
+    drain: bool = False
+    """End when nothing waits, whether training goes on or not."""
+    only: Literal["prune"] | None = None
+    overrides: tuple[str, ...] = ()
+    """Settings over the run's config.yaml."""
+
+
+class Service:
+    """One for a run, behind the run's service lock."""
+
+    def __init__(self, run: RunDir, lock: IO[str], options: Options):
+        self._run, self._lock, self._options = run, lock, options
+        self._config_stamp = 0
+        self._config = self._read_config()
+        self._inspector, self._board = Inspector(run), Board(run)
+        self._scoring = Scoring(run, lock.fileno())
+        self._uploading = Uploading(run, lock.fileno(), self._config.hub.pause_s)
+        self._said, self._idle_since = 0.0, time.monotonic()
+        self._last: Status | None = None
+        self.stop_requested = False
+
+    def serve(self) -> int:
+        """Until there is nothing left to do. Returns the exit code."""
+        for records in (self._run.scores, self._run.uploads, self._run.service_events):
+            rundir.mend_jsonl(records)
+        retention.remove_leftovers(self._run)
+        try:
+            while not self.stop_requested and self._is_ours():
+                if not self.turn():
+                    return 0
+                time.sleep(_TURN_S)
+            return EXIT_REQUEUE
+        finally:
+            self._scoring.end()
+            self._uploading.end()
+            self._board.close()
+
+    def turn(self) -> bool:
+        """One round; False when the service may end."""
+        config = self._config = self._read_config()
+        where = place(self._run, config)
+        config = config.model_copy(update={"service": config.service.model_copy(update={"score": where})})
+        work = self._inspector.look(config, scoring=where != "training")
+        if self._options.only == "prune":
+            self._prune(config, work)
+            return False
+        self._scoring.advance(config, work, where)
+        for step, reason in self._uploading.advance(config, work, hurry=self._options.drain):
+            self._inspector.reject(step, reason)
+        self._prune(config, work)
+        self._ask_to_stop(config, work)
+        scoring = bool(self._scoring.doing or work.to_score) and not self._scoring.has_given_up
+        uploading = bool(self._uploading.doing) or self._uploading.waits(config, work)
+        status = self._say(work, idle=not scoring and not uploading)
+        self._board.show(work.scores, status)
+        if not scoring and uploading and self._options.drain and self._uploading.problem is not None:
+            raise HubError(self._uploading.problem)
+        if not status.idle:
+            self._idle_since = time.monotonic()
+            return True
+        if self._options.drain:
+            return False
+        return self._run.is_training() or time.monotonic() - self._idle_since < _LINGER_S
+
+    def _prune(self, config: RunConfig, work: Work) -> None:
+        if config.service.start == "never" and not self._options.only:
+            return
+        doomed, _ = retention.deletable(self._run, config, max(work.whole, default=None))
+        doomed &= set(work.whole)
+        if doomed:
+            retention.remove(self._run, doomed, on_rename=lambda: crash.point("between-rename-and-delete"))
+            log.info(f"deleted    {', '.join(f'step {step:,}' for step in sorted(doomed))}: not kept by the rule")
+
+    def _ask_to_stop(self, config: RunConfig, work: Work) -> None:
+        patience = config.service.patience
+        if patience is None or self._run.early_stop.exists() or not self._run.is_training():
+            return
+        since = choose.saves_without_improvement(work.scores)
+        if since < patience:
+            return
+        message = f"the held-out loss has not improved for {since} saves (service.patience={patience})"
+        request = choose.StopRequest(message=message, saves=since)
+        files.write_atomic(self._run.early_stop, request.model_dump_json() + "\n")
+        ledger.append(self._run.service_events, Event(kind="early-stop", message=message, step=max(work.scores)))
+        log.info(f"enough     {message}: asked training to stop")
+
+    def _say(self, work: Work, idle: bool) -> Status:
+        """Replace status.json when something has changed, and now and then as a sign of life."""
+        status = Status(
+            pid=os.getpid(),
+            host=os.uname().nodename,
+            doing=[what for what in (self._scoring.doing, self._uploading.doing) if what],
+            idle=idle,
+            to_score=work.to_score,
+            to_upload=work.to_upload,
+            next_try_s=max(self._scoring.pause.left_s, self._uploading.pause.left_s) or None,
+            last_error=self._uploading.last_error or self._scoring.last_error,
+            quarantined=self._run.quarantined_steps(),
+            problem=self._uploading.problem,
+        )
+        fixed = {"time", "next_try_s"}
+        changed = self._last is None or status.model_dump(exclude=fixed) != self._last.model_dump(exclude=fixed)
+        if changed or time.monotonic() - self._said > _SAY_S:
+            ledger.write(self._run.service_status, status)
+            self._last, self._said = status, time.monotonic()
+        return status
+
+    def _read_config(self) -> RunConfig:
+        """The run's configuration; a resumed run may have changed it."""
+        stamp = self._run.config.stat().st_mtime_ns
+        if stamp == self._config_stamp:
+            return self._config
+        self._config_stamp = stamp
+        return load_config(self._run.config, self._options.overrides)[0]
+
+    def _is_ours(self) -> bool:
+        """False when the run folder was moved aside and another run has taken its place."""
+        try:
+            return os.fstat(self._lock.fileno()).st_ino == (self._run.service / "lock").stat().st_ino
+        except FileNotFoundError:
+            return False
