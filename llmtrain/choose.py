@@ -74,15 +74,12 @@ class Ranking:
 def ranking(run: RunDir) -> Ranking | None:
     """From the ledgers and the checkpoints' manifests; None while nothing is scored.
 
-    The score of a checkpoint in whose place another one was saved since takes part only if it is on the Hub.
+    The score of a checkpoint in whose place another one was saved since does not count.
     """
     measured, there = ledger.heldout_at_saves(run), identities(run)
     uploaded = {u.step: u.checkpoint for u in ledger.uploads(run).values() if not u.removed}
-    scores = {
-        step: score
-        for step, score in ledger.scores(run).items()
-        if score.checkpoint in (there.get(step, score.checkpoint), uploaded.get(step))
-    }
+    known = ledger.scores(run).items()
+    scores = {step: score for step, score in known if there.get(step, score.checkpoint) == score.checkpoint}
     if not scores:
         return None
     best = min(scores.values(), key=_order)

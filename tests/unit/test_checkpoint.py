@@ -44,7 +44,7 @@ def describe(step: int) -> Manifest:
 
 def save(run: RunDir, step: int, write=write_model, rule: CheckpointSection | None = None) -> None:
     world = World(0, 1, 0, torch.device("cpu"))
-    saver = Saver(run, world, FakeStrategy(), write, rule or CheckpointSection(keep_last=9))
+    saver = Saver(run, world, FakeStrategy(), write, rule or CheckpointSection(), lambda: None)
     saver.save(describe(step))
     saver.wait()
 
@@ -152,7 +152,7 @@ def test_what_is_saved_is_the_state_when_the_save_began(run: RunDir):
         write_model(folder, weights)
 
     strategy = Training()
-    saver = Saver(run, World(0, 1, 0, torch.device("cpu")), strategy, slow, CheckpointSection())
+    saver = Saver(run, World(0, 1, 0, torch.device("cpu")), strategy, slow, CheckpointSection(), lambda: None)
     saver.save(describe(15))
     assert writing.wait(10)
     strategy.moment.zero_()
@@ -167,7 +167,7 @@ def test_a_failed_save_is_raised_by_the_next_one_too(run: RunDir):
     def broken(folder: Path, weights: dict[str, torch.Tensor]) -> None:
         raise OSError(28, "No space left on device")
 
-    saver = Saver(run, World(0, 1, 0, torch.device("cpu")), FakeStrategy(), broken, CheckpointSection())
+    saver = Saver(run, World(0, 1, 0, torch.device("cpu")), FakeStrategy(), broken, CheckpointSection(), lambda: None)
     saver.save(describe(15))
     with pytest.raises(DiskFull):
         saver.save(describe(20))

@@ -12,6 +12,7 @@ CONTRACTS = [
     "errors", "log", "files", "config.yaml_lines", "config.section", "config.data_sections",
     "config.model_sections", "config.service_sections", "config.schema", "config.load", "config", "rundir", "shards",
     "manifest", "recipe", "batches", "memory", "base_facts", "memory_lora", "ledger", "choose", "retention", "summary",
+    "origin",
 ]  # fmt: skip
 PROCESS = ["world", "stop"]
 PARTS = ["models", "data", "optim", "metrics", "evaluate", "task", "hardware", "progress", "tensorboard"]
@@ -21,6 +22,12 @@ AMONG_PARTS = {
     "models": {"data"}, "evaluate": {"data"}, "task": {"evaluate"}, "metrics": {"hardware", "progress", "tensorboard"},
 }  # fmt: skip
 ASSEMBLY = ["fragments", "strategies", "checkpoint", "saver", "prepare"]
+
+
+# The service, a process of its own: contracts, and TensorBoard's writer. What scores is a process of its own again,
+# which alone may import models; `hub` and what it uses are the only ones that import huggingface_hub.
+SERVICE = ["service", "tensorboard"]
+SCORES = ["models", "data", "evaluate", "hardware", "strategies", "service"]
 
 
 def modules(package: str) -> dict[str, Path]:
@@ -67,7 +74,9 @@ def test_core_modules_import_only_what_their_layer_may(name: str):
         allowed = {*CONTRACTS, *PROCESS, "optim", "data", *ASSEMBLY}
     elif layer == "trainer":
         allowed = {*CONTRACTS, *PROCESS, *PARTS, *ASSEMBLY} - {"models"}
-    elif layer in ("assemble", "__main__", "generate", "export", "adapters", "inspect_base", "allocator"):
+    elif layer == "service":
+        allowed = {*CONTRACTS, *(SCORES if name == "service.validate" else SERVICE)}
+    elif layer in ("assemble", "evaluation", "__main__", "generate", "export", "adapters", "inspect_base", "allocator"):
         return
     else:
         pytest.fail(f"llmtrain/{name} stands in no layer: add it to this table and to docs/architecture.md")
@@ -83,6 +92,22 @@ def test_contracts_and_launcher_do_not_load_torch():
     launcher = [f"launcher.{name}" for name in modules("launcher") if name and name != "__main__"]
     contracts = [f"llmtrain.{name}" for name in CONTRACTS]
     code = f"import sys, importlib\nfor m in {launcher + contracts!r}: importlib.import_module(m)\n"
+    code += "sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+def test_only_the_hubs_process_imports_its_client():
+    hub = {"service.hub", "service.remote", "service.publish", "service.card"}
+    for name, path in modules("llmtrain").items():
+        uses_client = any(used.split(".")[0] == "huggingface_hub" for used in imported(path))
+        assert not uses_client or name in hub | {"models.base"}, name  # models.base: fetches a base model
+        if name not in hub:
+            assert not {f"{used}" for used in llmtrain_imports(path)} & (hub - {"service.hub"}), name
+
+
+def test_the_service_does_not_load_torch():
+    own = [name for name in modules("llmtrain") if name.startswith("service") and name != "service.validate"]
+    code = f"import sys, importlib\nfor m in {own!r}: importlib.import_module('llmtrain.' + m)\n"
     code += "sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 

@@ -29,7 +29,7 @@ def test_overfitting_is_named_with_its_beginning(tmp_path: Path):
     assert (found.overfits, found.lowest_step, found.first_heldout, found.last_heldout) == (True, 20, 9.0, 6.5)
     text = summary.describe(run, found)
     assert "began at step 20 (epoch 1.00): since then the held-out loss rose by 8.3%" in text
-    assert f"best checkpoint {run.checkpoint(20)} (held-out loss 6.0000)" in text
+    assert f"best checkpoint {run.checkpoint(20)} (held-out loss 6.0000, scored at the save)" in text
     assert "tensorboard --logdir" in text
     assert json.loads(run.summary.read_text())["best_checkpoint"] == str(run.checkpoint(20))
     assert run.curve.read_bytes().startswith(b"\x89PNG")
