@@ -3,7 +3,7 @@
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -147,6 +147,53 @@ def export(
     """
     given = ["--base", base, "--dtype", dtype, *(["--merge"] if merge else [])]
     become("llmtrain.export", *given, "--", str(checkpoint), str(to))
+
+
+@app.command(epilog="Example: `llmtrain generate $(llmtrain checkpoints runs/stdlib-gpt best)`")
+def checkpoints(
+    run: Annotated[Path, typer.Argument(help="A run folder.")],
+    action: Annotated[
+        Literal["verify", "best", "show", "push", "prune"] | None,
+        typer.Argument(help="Without one: a table of all checkpoints, and which one to use."),
+    ] = None,
+    step: Annotated[int | None, typer.Argument(help="For show; verify takes one too.")] = None,
+    by_loss: Annotated[bool, typer.Option("--by-loss", help="Sort the table by held-out loss.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="The table for programs.")] = False,
+    test: Annotated[bool, typer.Option("--test", help="Score the proposed one on the test split, once.")] = False,
+    again: Annotated[bool, typer.Option("--again", help="With --test: though the split was used before.")] = False,
+    device: Annotated[str | None, typer.Option(help="With --test: cpu, cuda, cuda:1 or mps.")] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="With prune: delete.")] = False,
+    repo: Annotated[str | None, typer.Option(help="With push: user/name, in place of hub.repo.")] = None,
+) -> None:
+    """List a run's checkpoints with their scores, and say which one to use, why, and where overfitting began.
+
+    - `verify` hashes every file; exit code 18 if one does not match
+    - `best` prints the path of the one to use, and nothing else
+    - `show STEP` tells all about one
+    - `push` uploads what is not on the Hub yet
+    - `prune` shows what the rule of `checkpoint` would delete; `prune --yes` deletes it
+    """
+    with exit_with_code():
+        from launcher.checkpoints import Options, act
+
+        service = act(run, action, step, Options(by_loss, json, test, again, device, yes, repo))
+    if service is not None:
+        become("llmtrain.service", *service)
+
+
+@app.command(epilog="Example: `llmtrain status runs --watch`")
+def status(
+    runs: Annotated[
+        list[Path] | None, typer.Argument(help="Runs, or folders of runs; by default all runs in ./runs.")
+    ] = None,
+    watch: Annotated[bool, typer.Option("--watch", help="Show it anew every 2 seconds, until Ctrl-C.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+) -> None:
+    """Say what runs are doing: training, checkpoints, the checkpoint service, the Hub, and what needs mending."""
+    with exit_with_code():
+        from launcher.status_display import show_status
+
+        show_status(runs or [], json, watch)
 
 
 def become(module: str, *arguments: str) -> None:

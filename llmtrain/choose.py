@@ -65,8 +65,8 @@ class Ranking:
 
     @property
     def proposed(self) -> Entry:
-        """The first that is still there among those that cannot be told from the best; else the best there is."""
-        there = [e for e in self.entries if e.on_disk or e.uploaded]
+        """The first among those that cannot be told from the best: of those on disk, else of those on the Hub."""
+        there = [e for e in self.entries if e.on_disk] or [e for e in self.entries if e.uploaded]
         ties = [e for e in there if e.is_best or e.is_tie]
         return (ties or sorted(there, key=lambda e: _order(e.score)) or [self.best])[0]
 

@@ -31,6 +31,9 @@ def note(run: RunDir, device: str, local_ranks: int) -> None:
 
 
 def read(run: RunDir) -> Origin:
+    """How training was last started; of a run that is older than this file, what can be guessed."""
+    if not run.origin.exists():
+        return Origin(id=files.sha256(run.config), folder=Path.cwd())
     return Origin.model_validate(json.loads(run.origin.read_text()))
 
 

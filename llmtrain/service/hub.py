@@ -30,7 +30,17 @@ from llmtrain.rundir import RunDir
 from llmtrain.service import crash
 from llmtrain.service.children import die_with_parent
 from llmtrain.service.publish import publish
-from llmtrain.service.remote import BRANCH, Repo, local_files, marker, own_path, run_marker, secrets_in
+from llmtrain.service.remote import (
+    BRANCH,
+    LocalFile,
+    Repo,
+    local_files,
+    marker,
+    own_path,
+    patient,
+    run_marker,
+    secrets_in,
+)
 
 _CONNECT_S = 30.0
 _TOKEN_HELP = "set HF_TOKEN, or run 'hf auth login', with a token that may write to it"
@@ -83,7 +93,7 @@ def converse(task: str, run: RunDir, name: str, step: int, token: str) -> dict[s
             case "upload":
                 return upload(repo, config, run, step, token)
             case "publish":
-                return publish(repo, config, run)
+                return patient(lambda: publish(repo, config, run))
             case _:
                 return untag(repo, step)
     except Refused as error:
@@ -94,7 +104,9 @@ def converse(task: str, run: RunDir, name: str, step: int, token: str) -> dict[s
         return explain(error, name)
     except (ConfigError, HFValidationError, OfflineModeIsEnabled) as error:
         return {"error": "refused", "message": f"{name}: {error}"}
-    except (httpx2.HTTPError, OSError, ValueError, RuntimeError) as error:  # RuntimeError: the client's own surprises
+    except (httpx2.HTTPError, OSError, ValueError, RuntimeError) as error:
+        if isinstance(error.__cause__, HfHubHTTPError):  # how the client reports a failed upload
+            return explain(error.__cause__, name)
         return {"error": "failed", "message": f"{type(error).__name__}: {error}"}
 
 
@@ -118,12 +130,12 @@ def check(repo: Repo, config: RunConfig, run: RunDir) -> dict[str, Any]:
     Raises:
         Refused: it is public though it should be private, or holds the checkpoints of another run.
     """
-    repo.api.create_repo(repo.name, private=config.hub.private, exist_ok=True)
-    private = bool(repo.api.model_info(repo.name).private)
+    patient(lambda: repo.api.create_repo(repo.name, private=config.hub.private, exist_ok=True))
+    private = bool(patient(lambda: repo.api.model_info(repo.name)).private)
     if config.hub.private and not private:
         raise Refused(f"{repo.name} is public although hub.private=true: make it private in its settings on the Hub")
     if BRANCH not in repo.refs()[0]:
-        repo.api.create_branch(repo.name, branch=BRANCH, exist_ok=True)  # which needs the right to write
+        patient(lambda: repo.api.create_branch(repo.name, branch=BRANCH, exist_ok=True))  # needs the right to write
     owners = {line for _, message in repo.commits() for line in message.splitlines() if line.startswith(run_marker(""))}
     if owners and run_marker(origin.read(run).id) not in owners:
         raise Refused(f"{repo.name} holds the checkpoints of another run; name another repository (hub.repo)")
@@ -140,31 +152,13 @@ def upload(repo: Repo, config: RunConfig, run: RunDir, step: int, token: str) ->
     described = manifest.read(run.checkpoint(step))
     identity = manifest.identity(described)
     wanted = local_files(run, step, described, config.hub.optimizer_state)
-    commit = repo.find(identity)
-    if commit is None:
+    if repo.find(identity) is None:
         leaks = secrets_in([run.config, *(file.path for file in wanted.values())], token)
         if leaks:
             raise Refused(f"something like an access token stands in {leaks[0]}: not uploaded; take it out")
-        additions = [CommitOperationAdd(path, str(file.path)) for path, file in wanted.items()]
-        for addition in additions:
-            file = wanted[addition.path_in_repo]
-            if addition.upload_info.sha256.hex() != file.sha256:  # reads the file
-                raise Altered(f"{file.path}: altered: its SHA-256 is not the manifest's")
-        additions.append(CommitOperationAdd(own_path("config.yaml"), str(run.config)))
-        repo.api.preupload_lfs_files(repo.name, additions, revision=BRANCH)
-        crash.point("after-bytes")
-        head = repo.refs()[0][BRANCH]
-        kept = {*wanted, own_path("config.yaml"), ".gitattributes"}
-        deletions = [CommitOperationDelete(path) for path in repo.tree(head) if path not in kept]
-        commit = repo.api.create_commit(
-            repo.name,
-            [*additions, *deletions],
-            commit_message=f"step {step}",
-            commit_description=f"{marker(identity)}\n{run_marker(origin.read(run).id)}",
-            revision=BRANCH,
-            parent_commit=head,  # nobody has been here since we looked
-        ).oid
-        crash.point("after-commit")
+    description = f"{marker(identity)}\n{run_marker(origin.read(run).id)}"
+    commit = patient(lambda: repo.find(identity) or commit_files(repo, run, wanted, f"step {step}", description))
+    crash.point("after-commit")
     tag = f"step-{step}"
     repo.set_tag(tag, commit)
     crash.point("after-tag")
@@ -174,10 +168,37 @@ def upload(repo: Repo, config: RunConfig, run: RunDir, step: int, token: str) ->
     return {"upload": {"checkpoint": identity, "commit": commit, "tag": tag, "size_bytes": size}}
 
 
+def commit_files(repo: Repo, run: RunDir, wanted: dict[str, LocalFile], title: str, description: str) -> str:
+    """Send the bytes that the Hub has not, then one commit that makes the branch hold these files and no others.
+
+    Raises:
+        Altered: a file does not match the manifest.
+    """
+    additions = [CommitOperationAdd(path, str(file.path)) for path, file in wanted.items()]
+    for addition in additions:
+        file = wanted[addition.path_in_repo]
+        if addition.upload_info.sha256.hex() != file.sha256:  # reads the file
+            raise Altered(f"{file.path}: altered: its SHA-256 is not the manifest's")
+    additions.append(CommitOperationAdd(own_path("config.yaml"), str(run.config)))
+    patient(lambda: repo.api.preupload_lfs_files(repo.name, additions, revision=BRANCH))
+    crash.point("after-bytes")
+    head = repo.refs()[0][BRANCH]
+    kept = {*wanted, own_path("config.yaml"), ".gitattributes"}
+    deletions = [CommitOperationDelete(path) for path in repo.tree(head) if path not in kept]
+    return repo.api.create_commit(
+        repo.name,
+        [*additions, *deletions],
+        commit_message=title,
+        commit_description=description,
+        revision=BRANCH,
+        parent_commit=head,  # nobody has been here since we looked
+    ).oid
+
+
 def untag(repo: Repo, step: int) -> dict[str, Any]:
     """Remove a checkpoint's tag; fine if it is gone already."""
     with contextlib.suppress(RevisionNotFoundError):  # an earlier attempt, whose answer was lost
-        repo.api.delete_tag(repo.name, tag=f"step-{step}")
+        patient(lambda: repo.api.delete_tag(repo.name, tag=f"step-{step}"))
     return {}
 
 

@@ -1,12 +1,17 @@
 """A repository on the Hub as this project uses it: looking, comparing, confirming."""
 
 import hashlib
+import json
 import re
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
+import httpx2
 from huggingface_hub import HfApi
-from huggingface_hub.errors import RevisionNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, RevisionNotFoundError
 from huggingface_hub.hf_api import RepoFile
 
 from llmtrain import files, manifest
@@ -17,6 +22,11 @@ _OWN = "llmtrain"
 """Folder for what is ours and not the model's."""
 _SECRET = re.compile(rb"\b(hf_|sk-|ghp_|AKIA)[A-Za-z0-9_-]{16,}")
 _TEXT_BYTES = 4 << 20
+
+
+_PAUSES_S = (0.5, 1.0, 2.0, 4.0)
+_SHORT_WAIT_S = 30
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -70,6 +80,32 @@ def secrets_in(paths: list[Path], token: str) -> list[Path]:
     return found
 
 
+def patient(call: Callable[[], Result]) -> Result:
+    """The call's result; repeated with growing pauses where time may help, as the client does for some calls only.
+
+    `call` must look before it acts: an attempt whose answer was lost may have been carried out.
+    """
+    for pause_s in _PAUSES_S:
+        try:
+            return call()
+        except (httpx2.HTTPError, HfHubHTTPError, RuntimeError, json.JSONDecodeError) as error:
+            if not is_passing(error):
+                raise
+            time.sleep(pause_s)
+    return call()
+
+
+def is_passing(error: Exception) -> bool:
+    """Whether the same request may well succeed in a moment."""
+    if isinstance(error, RuntimeError) and error.__cause__ is not None:  # how the client reports a failed upload
+        return isinstance(error.__cause__, Exception) and is_passing(error.__cause__)
+    if not isinstance(error, HfHubHTTPError):
+        return True
+    waits = error.response.headers.get("Retry-After", "0")
+    status = error.response.status_code
+    return status >= 500 or (status == 429 and waits.isdigit() and 0 < int(waits) <= _SHORT_WAIT_S) or status == 412
+
+
 class Repo:
     """Everything is asked anew at each call: another process may have been here."""
 
@@ -78,18 +114,18 @@ class Repo:
 
     def refs(self) -> tuple[dict[str, str], dict[str, str]]:
         """Branches and tags, each with its commit."""
-        refs = self.api.list_repo_refs(self.name)
+        refs = patient(lambda: self.api.list_repo_refs(self.name))
         return {b.name: b.target_commit for b in refs.branches}, {t.name: t.target_commit for t in refs.tags}
 
     def tree(self, revision: str) -> dict[str, RepoFile]:
         """Files at a revision, by path."""
-        entries = self.api.list_repo_tree(self.name, recursive=True, revision=revision)
+        entries = patient(lambda: list(self.api.list_repo_tree(self.name, recursive=True, revision=revision)))
         return {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
 
     def commits(self) -> list[tuple[str, str]]:
         """(commit, message) of the checkpoints' branch, newest first."""
         try:
-            commits = self.api.list_repo_commits(self.name, revision=BRANCH)
+            commits = patient(lambda: self.api.list_repo_commits(self.name, revision=BRANCH))
         except RevisionNotFoundError:
             return []
         return [(commit.commit_id, f"{commit.title}\n{commit.message}") for commit in commits]
@@ -100,12 +136,16 @@ class Repo:
 
     def set_tag(self, tag: str, commit: str) -> None:
         """Point a tag at a commit, and read it back: the client takes an existing one for done."""
-        _, tags = self.refs()
-        if tags.get(tag) == commit:
-            return
-        if tag in tags:
-            self.api.delete_tag(self.name, tag=tag)
-        self.api.create_tag(self.name, tag=tag, revision=commit, exist_ok=True)
+
+        def move() -> None:
+            tags = self.refs()[1]
+            if tags.get(tag) == commit:
+                return
+            if tag in tags:
+                self.api.delete_tag(self.name, tag=tag)
+            self.api.create_tag(self.name, tag=tag, revision=commit, exist_ok=True)
+
+        patient(move)
         if self.refs()[1].get(tag) != commit:
             raise OSError(f"tag {tag} does not point at {commit[:10]} after it was made")
 

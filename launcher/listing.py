@@ -1,0 +1,283 @@
+"""All checkpoints of a run with what is known of each, from its folder and its ledgers; and the one to use."""
+
+import contextlib
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from launcher.display import steps as name_steps
+from launcher.display import words
+from llmtrain import choose, ledger, manifest
+from llmtrain.choose import Entry, Ranking
+from llmtrain.config import RunConfig, load_config
+from llmtrain.errors import CheckpointError, RunFolderError
+from llmtrain.ledger import Upload
+from llmtrain.manifest import Manifest
+from llmtrain.rundir import RunDir
+
+
+@dataclass(frozen=True)
+class Row:
+    """One checkpoint: on disk, on the Hub, in quarantine, or gone with only its score left."""
+
+    step: int
+    epoch: float | None
+    entry: Entry | None
+    """Its score; None while it has none."""
+    loss_at_save: float | None
+    """As the training ranks computed it."""
+    on_disk: bool
+    damaged: bool
+    """Its folder is there, but its manifest cannot be read."""
+    quarantined: bool
+    upload: Upload | None
+    """Where its tag stands."""
+    size_bytes: int | None
+
+    @property
+    def place(self) -> str:
+        if self.quarantined or self.damaged:
+            return "quarantined" if self.quarantined else "damaged"
+        return {
+            (True, True): "disk+Hub",
+            (True, False): "disk",
+            (False, True): "Hub",
+            (False, False): "gone",
+        }[self.on_disk, self.upload is not None]
+
+    @property
+    def loss(self) -> float | None:
+        return self.loss_at_save if self.entry is None else self.entry.score.loss
+
+    @property
+    def gap(self) -> float | None:
+        """Held-out minus training loss."""
+        if self.entry is None or self.entry.train_loss is None:
+            return None
+        return self.entry.score.loss - self.entry.train_loss
+
+
+@dataclass(frozen=True)
+class Listing:
+    run: RunDir
+    rows: list[Row]
+    """By step."""
+    ranked: Ranking | None
+    proposed: Row | None
+    """None where none is left, or no loss of any is known."""
+    why: str
+    notes: list[str]
+    """What limits these figures."""
+
+    @property
+    def overfitting(self) -> str | None:
+        return None if self.ranked is None else choose.overfitting(self.ranked).describe()
+
+    def path(self, row: Row) -> Path:
+        return self.run.quarantined(row.step) if row.quarantined else self.run.checkpoint(row.step)
+
+
+def is_run(path: Path) -> bool:
+    return RunDir(path).config.is_file() and RunDir(path).checkpoints.is_dir()
+
+
+def runs_below(folder: Path) -> list[RunDir]:
+    """The runs in a folder of runs, by name."""
+    return [RunDir(path) for path in sorted(folder.iterdir()) if is_run(path)] if folder.is_dir() else []
+
+
+def open_run(path: Path) -> RunDir:
+    """Raises RunFolderError where no run lies there; says which ones are near."""
+    if is_run(path):
+        return RunDir(path)
+    near = [str(run.path) for run in runs_below(path) or runs_below(path.parent) or runs_below(Path("runs"))]
+    above = [str(parent) for parent in (*path.parents, *path.resolve().parents) if is_run(parent)]
+    hint = f"; did you mean {(above or near)[0]}?" if above else f"; there are: {words(near)}" if near else ""
+    what = "not a run folder (config.yaml and checkpoints/ are not in it)" if path.is_dir() else "no such folder"
+    raise RunFolderError(f"{path}: {what}{hint}")
+
+
+def config_of(run: RunDir) -> RunConfig:
+    """Raises ConfigError for a configuration that this version cannot read."""
+    return load_config(run.config)[0]
+
+
+def gather(run: RunDir) -> Listing:
+    """Reads ledgers and manifests; hashes nothing."""
+    ranked = choose.ranking(run)
+    scored = {} if ranked is None else {entry.step: entry for entry in ranked.entries}
+    uploads = {step: upload for step, upload in ledger.uploads(run).items() if not upload.removed}
+    known = {*run.checkpoint_steps(), *scored, *uploads}
+    rows = [_quarantined_row(run, step) for step in run.quarantined_steps()]
+    rows += [_row(run, step, scored.get(step), uploads.get(step)) for step in known]
+    rows.sort(key=lambda row: (row.step, row.quarantined))
+    proposed, why = propose(rows, ranked)
+    return Listing(run, rows, ranked, proposed, why, [*_notes(rows), *missing_intervals(run, ranked)])
+
+
+def read_manifest(folder: Path) -> Manifest | None:
+    """None where it cannot be read: `verify` says why."""
+    with contextlib.suppress(CheckpointError):
+        return manifest.read(folder)
+    return None
+
+
+def _row(run: RunDir, step: int, entry: Entry | None, upload: Upload | None) -> Row:
+    there = run.checkpoint(step).is_dir()
+    found = read_manifest(run.checkpoint(step)) if there else None
+    wanted = manifest.identity(found) if found is not None else None if entry is None else entry.score.checkpoint
+    if upload is not None and wanted is not None and upload.checkpoint != wanted:
+        upload = None  # of what was saved here before
+    return Row(
+        step=step,
+        epoch=entry.score.epoch if entry is not None else _epoch(found),
+        entry=entry,
+        loss_at_save=None if found is None else found.heldout_loss,
+        on_disk=found is not None,
+        damaged=there and found is None,
+        quarantined=False,
+        upload=upload,
+        size_bytes=_size(found) if found is not None else None if upload is None else upload.size_bytes,
+    )
+
+
+def _quarantined_row(run: RunDir, step: int) -> Row:
+    found = read_manifest(run.quarantined(step))
+    return Row(step, _epoch(found), None, None, False, False, True, None, _size(found))
+
+
+def _epoch(found: Manifest | None) -> float | None:
+    return None if found is None else found.train_state.samples / found.num_rows
+
+
+def _size(found: Manifest | None) -> int | None:
+    return None if found is None else sum(info.size_bytes for info in found.files.values())
+
+
+def propose(rows: list[Row], ranked: Ranking | None) -> tuple[Row | None, str]:
+    """The one to use, and why that one."""
+    if ranked is None:
+        known = [(row.loss_at_save, row) for row in rows if row.on_disk and row.loss_at_save is not None]
+        if not known:
+            return None, "no checkpoint has a held-out loss yet"
+        lowest = min(known, key=lambda pair: (pair[0], pair[1].step))[1]
+        return lowest, "the lowest held-out loss that training computed; none has been scored from disk"
+    chosen = ranked.proposed
+    there = {row.step: row for row in rows if row.entry is not None and (row.on_disk or row.upload is not None)}
+    if chosen.step not in there:
+        return None, "of those that were scored none is left, neither on disk nor on the Hub"
+    return there[chosen.step], _why(ranked, set(there))
+
+
+def _why(ranked: Ranking, there: set[int]) -> str:
+    best, chosen = ranked.best, ranked.proposed
+    gone = "" if best.step in there else f"step {best.step}, the best, is gone; "
+    ties = [entry.step for entry in ranked.entries if entry.is_tie and entry.step in there]
+    if chosen.is_tie:
+        first = f"; {chosen.step} was first" if len(ties) > 1 or not gone else ""
+        return f"{gone}{name_steps(ties)} cannot be told from the best (step {best.step}){first}"
+    if not chosen.is_best:
+        return f"{gone}of those left it has the lowest held-out loss"
+    if ties:
+        return f"the lowest held-out loss, and before {name_steps(ties)}, which cannot be told from it"
+    others = [entry for entry in ranked.entries if not entry.is_best]
+    if others and all(entry.difference is not None for entry in others):
+        return "the lowest held-out loss; every other one's is higher by more than chance explains"
+    return "the lowest held-out loss"
+
+
+def missing_intervals(run: RunDir, ranked: Ranking | None) -> list[str]:
+    """Why some checkpoints have no interval of their difference to the best."""
+    missing = [] if ranked is None else [e for e in ranked.entries if e.difference is None and not e.is_best]
+    if ranked is None or not missing:
+        return []
+    best = ranked.best.score
+    reference = choose.read_losses(run, best)
+    if reference is None:
+        reason = (
+            "training computed its loss as a whole (service.score)"
+            if best.origin == "training"
+            else f"{run.losses(best.step, best.checkpoint, best.split).name} is not in service/losses"
+        )
+        return [f"no intervals: they need the best one's losses stretch by stretch, and {reason}"]
+    if reference.shape[1] < choose.MIN_UNITS:
+        return [f"no intervals: the held-out split has {reference.shape[1]} stretches; {choose.MIN_UNITS} are needed"]
+    by_training = [e.step for e in missing if e.score.origin == "training"]
+    others = [e.step for e in missing if e.score.origin != "training"]
+    notes = [f"no interval for {name_steps(by_training)}: training computed the loss as a whole"] if by_training else []
+    if others:
+        notes.append(f"no interval for {name_steps(others)}: no losses by stretch, or of another held-out text")
+    return notes
+
+
+def _notes(rows: list[Row]) -> list[str]:
+    unscored = [row for row in rows if row.entry is None and row.on_disk]
+    notes: list[str] = []
+    if unscored:
+        at_save = ", in brackets the loss at the save" if any(row.loss_at_save is not None for row in unscored) else ""
+        notes.append(f"not scored from disk yet: {name_steps(row.step for row in unscored)}{at_save}")
+    damaged = [row.step for row in rows if row.damaged]
+    if damaged:
+        notes.append(f"the manifest cannot be read ('verify' says why): {name_steps(damaged)}")
+    bad = [row.step for row in rows if row.quarantined]
+    if bad:
+        notes.append(f"in quarantine, because a file did not match its hash: {name_steps(bad)}")
+    return notes
+
+
+def use(listing: Listing) -> str | None:
+    """The command that tries the proposed one."""
+    row = listing.proposed
+    if row is None:
+        return None
+    if row.on_disk:
+        return f"llmtrain generate {shlex.quote(str(listing.path(row)))}"
+    return f"{download(row)} && llmtrain generate {local_name(row)}"
+
+
+def local_name(row: Row) -> str:
+    return RunDir(Path()).checkpoint(row.step).name
+
+
+def download(row: Row) -> str:
+    """The command that brings an uploaded one here."""
+    assert row.upload is not None
+    repo, tag = shlex.quote(row.upload.repo), shlex.quote(row.upload.tag)
+    return f"hf download {repo} --revision {tag} --local-dir {local_name(row)}"
+
+
+def as_json(listing: Listing) -> dict[str, Any]:
+    """For programs; every figure in full."""
+    verdict = None if listing.ranked is None else choose.overfitting(listing.ranked)
+    return {
+        "run": str(listing.run.path),
+        "checkpoints": [_row_as_json(listing, row) for row in listing.rows],
+        "proposed": None if listing.proposed is None else listing.proposed.step,
+        "why": listing.why,
+        "use": use(listing),
+        "overfitting": None if verdict is None else {"began": verdict.began, "text": verdict.describe()},
+        "notes": listing.notes,
+    }
+
+
+def _row_as_json(listing: Listing, row: Row) -> dict[str, Any]:
+    entry, upload = row.entry, row.upload
+    score = None if entry is None else entry.score.model_dump(mode="json")
+    return {
+        "step": row.step,
+        "epoch": row.epoch,
+        "place": row.place,
+        "path": str(listing.path(row)) if row.on_disk or row.damaged or row.quarantined else None,
+        "hub": None if upload is None else {"repo": upload.repo, "tag": upload.tag, "commit": upload.commit},
+        "size_bytes": row.size_bytes,
+        "score": score,
+        "loss_at_save": row.loss_at_save,
+        "train_loss": None if entry is None else entry.train_loss,
+        "gap": row.gap,
+        "task": {} if entry is None else entry.task,
+        "difference": None if entry is None else entry.difference,
+        "best": entry is not None and entry.is_best,
+        "within_noise": entry is not None and entry.is_tie,
+        "proposed": row is listing.proposed,
+    }

@@ -1,0 +1,309 @@
+"""The sections of a run's page below the headline."""
+
+import shlex
+from itertools import groupby
+
+import numpy as np
+
+from launcher import display
+from launcher.report import figures, words
+from launcher.report.facts import Facts
+from launcher.report.figures import crop, estimates, gap_series
+from launcher.report.markup import Child, Html, element, join, table
+from launcher.report.plots import Picture, picture
+from llmtrain.choose import Entry, Ranking
+from llmtrain.ledger import Event
+
+_ROWS = 12
+"""Of a ranking that are shown at once."""
+_TEXTS = 8
+_LONGEST_TEXT = 1500
+_EVENTS = 60
+_KINDS = {  # what an event is called, and its tone
+    "started": ("Started", ""),
+    "resumed": ("Resumed", ""),
+    "rejected": ("Checkpoint rejected", "bad"),
+    "quarantined": ("Quarantined", "bad"),
+    "score-failed": ("Scoring failed", "warn"),
+    "upload-failed": ("Upload failed", "warn"),
+    "hub-refused": ("Hub refused", "bad"),
+    "hub-accepted": ("Hub accepted", "best"),
+    "stalled": ("Upload stalled", "warn"),
+    "early-stop": ("Early stop", ""),
+    "service-started": ("Service started", ""),
+    "service-ended": ("Service ended", ""),
+}
+
+
+def section(ident: str, title: str, *children: Child) -> Html:
+    return element("section", element("h2", title), *children, id=ident)
+
+
+def lead(*children: Child) -> Html:
+    return element("p", *children, class_="lead")
+
+
+def notice(text: str, tone: str = "") -> Html:
+    return element("p", text, class_=f"notice {tone}".strip())
+
+
+def use(facts: Facts) -> Html | None:
+    """Where the proposed checkpoint lies, and how to load it."""
+    chosen = facts.listed.proposed
+    if chosen is None:
+        return None
+    folder = facts.listed.path(chosen)
+    is_adapter = facts.config is not None and facts.config.model.kind == "qlora"
+    package, kind = ("peft", "AutoPeftModelForCausalLM") if is_adapter else ("transformers", "AutoModelForCausalLM")
+
+    def loading(*arguments: str) -> str:
+        return f"from {package} import {kind}\nmodel = {kind}.from_pretrained({', '.join(arguments)})"
+
+    rows: list[tuple[str, str]] = []
+    if chosen.on_disk:
+        rows = [
+            ("Where it lies", str(folder)),
+            ("Try it", shlex.join(["llmtrain", "generate", str(folder)])),
+            ("Load it", loading(repr(str(folder / "model")))),
+        ]
+    if chosen.upload is not None:
+        rows.append(("From the Hub", loading(repr(chosen.upload.repo), f"revision={chosen.upload.tag!r}")))
+    body = [element("div", element("span", name), element("pre", text)) for name, text in rows]
+    return section("use", f"Use step {chosen.step:,}", element("div", body, class_="how"))
+
+
+def losses(facts: Facts) -> tuple[Html, list[Picture]]:
+    """The curves."""
+    if not len(facts.metrics["loss"]) and not facts.evaluations:
+        return section("losses", "Losses", notice("No step has been written down yet.")), []
+    drawn = picture(
+        "losses",
+        "Line chart of the training loss and the held-out loss over the run",
+        lambda figure, axis, narrow: figures.losses(facts, figure, axis, narrow),
+        (430, 340),
+    )
+    missing: list[str] = []
+    if not facts.evaluations:
+        missing.append("The held-out split has not been evaluated yet.")
+    elif not len(facts.heldout("train_loss")):
+        missing.append("Training rows are not scored like held-out ones (evaluate.train_rows is 0).")
+    if not len(facts.disk_scores()):
+        missing.append("No checkpoint has been scored from its files.")
+    start = facts.heldout().values[:1]
+    cut = f" The first steps lie above the picture (start: {start[0]:.2f})." if crop(facts) and len(start) else ""
+    text = lead(
+        "Nats per token. \u201cTrain, each step\u201d is measured on the batch being learned, with dropout; the other "
+        f"two are scored in the same way, without.{cut}"
+    )
+    return section("losses", "Losses", text, drawn.html, notice(" ".join(missing)) if missing else None), [drawn]
+
+
+def ranking(facts: Facts) -> tuple[Html, list[Picture]]:
+    """All checkpoints with a score, the best first, and how sure their order is."""
+    ranked = facts.ranking
+    if ranked is None:
+        return section("ranking", "Which checkpoint", notice("Nothing to rank yet: no held-out loss so far.")), []
+    order = sorted(ranked.entries, key=lambda e: (not np.isfinite(e.score.loss), e.score.loss, e.step))
+    tasks = sorted({name for e in order for name in e.task})
+    chosen = None if facts.listed.proposed is None else facts.listed.proposed.step
+    rows = [_row(facts, chosen, place, e, tasks) for place, e in enumerate(order, start=1)]
+    classes = ["best" if e.step == chosen else "" for e in order]
+    heads = ["", "Step", "Epoch", "Held-out", "Perplexity", "Bits/byte", "Train", "Gap"]
+    heads += [name.removeprefix("task_").replace("_", " ").capitalize() for name in tasks]
+    heads += ["Above the best, 95%", "", "Where"]
+    numeric = set(range(len(heads) - 2))
+    shown = table(heads, rows[:_ROWS], numeric, classes[:_ROWS])
+    rest = None
+    if rows[_ROWS:]:
+        more = table(heads, rows[_ROWS:], numeric, classes[_ROWS:])
+        rest = element("details", element("summary", f"{len(rows) - _ROWS:,} more"), more)
+    drawn = _forest(ranked, chosen)
+    pictures = [drawn] if drawn is not None else []
+    notes = [notice(f"{note[:1].upper()}{note[1:]}.") for note in facts.listed.notes] if facts.is_scored else []
+    inside = [lead(_how_scored(facts)), [p.html for p in pictures], shown, rest, notes]
+    return section("ranking", "Which checkpoint", *inside), pictures
+
+
+def _row(facts: Facts, chosen: int | None, place: int, entry: Entry, tasks: list[str]) -> list[Child]:
+    score, train = entry.score, entry.train_loss
+    marks = [
+        element("span", text, class_=f"badge {tone}".strip())
+        for given, text, tone in (
+            (entry.step == chosen, "proposed", "best"),
+            (entry.is_best, "best", "best"),
+            (entry.is_tie, "tie", ""),
+        )
+        if given
+    ]
+    upload = facts.uploads.get(entry.step)
+    places = ["disk"] * entry.on_disk + ["Hub"] * entry.uploaded
+    gone = "Hub\u2019s history" if upload is not None and upload.removed else "not kept"
+    return [
+        str(place),
+        f"{entry.step:,}",
+        f"{score.epoch:.2f}",
+        element("b", words.loss(score.loss)),
+        words.figure(score.perplexity),
+        words.figure(score.bits_per_byte, 4),
+        words.loss(train),
+        "\u2013" if train is None else words.signed(score.loss - train),
+        *(words.figure(entry.task.get(name), 3) for name in tasks),
+        words.interval(entry.difference),
+        marks,
+        ", ".join(places) or gone,
+    ]
+
+
+def _how_scored(facts: Facts) -> str:
+    if not facts.is_scored or facts.ranking is None:
+        return (
+            "As training itself measured them. Nothing was scored from disk, so there are no intervals: small "
+            "differences may be chance."
+        )
+    scores = [e.score for e in facts.ranking.entries]
+    hows = sorted({score.how for score in scores if score.how and score.origin == "disk"})
+    disk = [score.seconds for score in scores if score.origin == "disk"]
+    how = f" ({', '.join(hows)}; {_seconds(sum(disk) / len(disk))} each)" if disk and hows else ""
+    where = f"Loaded from their files and scored on held-out text{how}" if disk else "As the training ranks scored them"
+    return (
+        f"{where}. Two checkpoints are compared on the same stretches of text, drawn again with replacement. Where the "
+        "95% interval of the difference to the best contains 0 it is a tie, and the one saved first is proposed."
+    )
+
+
+def _forest(ranked: Ranking, chosen: int | None) -> Picture | None:
+    lines = estimates(ranked, chosen)
+    if len(lines) < 2:
+        return None
+    high = 60 + 27 * len(lines)
+    return picture(
+        "intervals",
+        "Differences of held-out losses to the best checkpoint, with 95% intervals",
+        lambda figure, _, narrow: figures.forest(lines, "held-out loss above the best, 95% interval", figure, narrow),
+        (high, high),
+        switchable=False,
+    )
+
+
+def gap(facts: Facts) -> tuple[Html, list[Picture]]:
+    """Held-out minus train."""
+    if len(gap_series(facts)) < 2:
+        told = "It takes two evaluations with evaluate.train_rows above 0."
+        return section("gap", "Gap between held-out and training text", notice(told)), []
+    drawn = picture(
+        "gap",
+        "Line chart of held-out loss minus training loss over the run",
+        lambda figure, axis, narrow: figures.gap(facts, figure, axis, narrow),
+        (300, 280),
+    )
+    text = lead("A gap that grows while the held-out loss no longer falls: the model learns its text by heart.")
+    return section("gap", "Gap between held-out and training text", text, drawn.html), [drawn]
+
+
+def optimisation(facts: Facts) -> tuple[Html, list[Picture]]:
+    """Learning rate, gradient norm, speed."""
+    inside: list[Child] = []
+    pictures: list[Picture] = []
+    if len(facts.metrics["loss"]):
+        pictures.append(
+            picture(
+                "schedule",
+                "Line charts of learning rate and gradient norm over the run",
+                lambda figure, axis, narrow: figures.schedule(facts, figure, axis, narrow),
+                (380, 360),
+            )
+        )
+        inside += [element("h3", "Learning rate and gradient norm"), pictures[-1].html]
+    if facts.speed.tokens_per_s:
+        pictures.append(
+            picture(
+                "speed",
+                "Tokens a second over the run, and how long training waited for each save",
+                lambda figure, axis, narrow: figures.speed(facts, figure, axis, narrow),
+                (340, 330),
+            )
+        )
+        inside += [element("h3", "Speed"), lead(_waits(facts)), pictures[-1].html]
+    else:
+        inside.append(notice("No times: TensorBoard was switched off (log.tensorboard) or has written nothing yet."))
+    return section("optimisation", "Optimisation and speed", *inside), pictures
+
+
+def _waits(facts: Facts) -> str:
+    waits, rates = list(facts.speed.save_wait_s.values()), sorted(facts.speed.tokens_per_s.values())
+    middle = f"{words.quantity(rates[len(rates) // 2])} tokens a second (median), evaluations and saves left out."
+    if not waits:
+        return middle
+    saves = words.count(len(waits), "save")
+    return f"{middle} Training waited {_seconds(sum(waits))} in all for {saves}, {_seconds(max(waits))} at most."
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:.2f} s" if seconds < 10 else display.duration(seconds)
+
+
+def samples(facts: Facts) -> Html:
+    """What the model wrote, from its first words to its last."""
+    every = facts.samples
+    if not every:
+        return section("samples", "Generated text", notice("None yet (evaluate.sample)."))
+    picked = sorted({round(at) for at in np.linspace(0, len(every) - 1, _TEXTS).tolist()})
+    texts = [
+        element(
+            "article",
+            element("h3", f"Step {int(every[at]['step']):,}"),
+            element(
+                "pre",
+                element("span", _shortened(str(every[at]["prompt"])), class_="prompt"),
+                _shortened(str(every[at]["text"])),
+                dir="auto",
+            ),
+        )
+        for at in picked
+    ]
+    told = f"{len(picked)} of {len(every):,}, evenly over the run; the prompt in grey."
+    return section("samples", "Generated text", lead(told), element("div", texts, class_="texts"))
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= _LONGEST_TEXT else f"{text[:_LONGEST_TEXT]} \u2026 ({len(text):,} characters)"
+
+
+def timeline(facts: Facts) -> Html:
+    """What happened on the way; one line for what happened again and again."""
+    if not facts.events:
+        return section("events", "On the way", notice("Nothing has been noted."))
+    grouped = [list(same) for _, same in groupby(facts.events, key=lambda e: (e.kind, e.step))]
+    lines = [_event(same) for same in grouped[-_EVENTS:]]
+    told = f"The last {_EVENTS} of {len(grouped):,}." if len(grouped) > _EVENTS else None
+    return section("events", "On the way", lead(told) if told else None, element("ol", lines, class_="log"))
+
+
+def _event(same: list[Event]) -> Html:
+    last = same[-1]
+    name, tone = _KINDS.get(last.kind, (last.kind, ""))
+    when = words.moment(same[0].time, seconds_too=True)
+    times = f"{len(same)} times, the last one {words.moment(last.time, seconds_too=True)}: " if len(same) > 1 else ""
+    step = f"step {last.step:,}: " if last.step is not None and last.kind not in ("started", "resumed") else ""
+    return element(
+        "li",
+        element("time", when),
+        element("b", name),
+        element("span", element("span", f"{step}{times}", class_="muted"), element("bdi", last.message), class_="what"),
+        class_=tone or None,
+    )
+
+
+def configuration(facts: Facts) -> Html:
+    unreadable = notice("This version cannot read it; it is shown as it stands.", "warn")
+    summary = element("summary", "Every setting, defaults included")
+    whole = element("details", summary, element("pre", facts.config_text))
+    return section("configuration", "Configuration", unreadable if facts.config is None else None, whole)
+
+
+def everything(facts: Facts) -> tuple[Html, list[Picture]]:
+    """All sections, and the figures in them."""
+    parts = [losses(facts), ranking(facts), gap(facts), optimisation(facts)]
+    (loss, rank, between, optim), pictures = [part for part, _ in parts], [p for _, drawn in parts for p in drawn]
+    whole = [use(facts), loss, rank, between, samples(facts), optim, timeline(facts), configuration(facts)]
+    return join(whole), pictures

@@ -1,0 +1,280 @@
+"""`llmtrain status`: what each run is doing, what waits, and what a person has to mend.
+
+`read_status` gathers, from the run folder alone; the rest shows it.
+"""
+
+import dataclasses
+import functools
+import json
+import os
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from launcher import listing
+from llmtrain import choose, ledger
+from llmtrain.batches import plan_batches
+from llmtrain.config import RunConfig
+from llmtrain.config.load import Origins
+from llmtrain.errors import RunFolderError, UserError
+from llmtrain.rundir import RunDir
+
+_TAIL = 1 << 16
+_RECENT_S = 60.0
+"""So long after its last sign a process on another machine, whose lock may not be seen here, counts as at work."""
+
+State = Literal["running", "finished", "ended early", "stopped", "not started"]
+
+
+@dataclass(frozen=True)
+class Training:
+    state: State
+    who: str | None
+    """Process and machine that hold the run, or held it last."""
+    step: int
+    total_steps: int | None
+    epoch: float | None
+    loss: float | None
+    heldout: tuple[int, float] | None
+    """Step and loss of the last evaluation."""
+    tokens_per_s: float | None
+    """Supervised tokens, on average since it was last started, with evaluations and saves. None unless running."""
+    left_s: float | None
+    """At that pace."""
+    written: float | None
+    """When the last step was written down."""
+    early_stop: str | None
+    """Why the service asks it to end."""
+
+
+@dataclass(frozen=True)
+class Checkpoints:
+    last: int | None
+    on_disk: list[int]
+    best: tuple[int, float] | None
+    """Step and held-out loss, as scored from disk."""
+    proposed: tuple[int, float] | None
+    quarantined: list[int]
+    not_scored: list[int]
+    """On disk, without a score of their own."""
+
+
+@dataclass(frozen=True)
+class Service:
+    wanted: bool
+    """service.start is not never."""
+    at_work: bool
+    status: ledger.Status | None
+    """What it said last; None where it has said nothing yet."""
+
+
+@dataclass(frozen=True)
+class Hub:
+    repo: str
+    state: ledger.HubState | None
+    confirmed: list[int]
+    waiting: list[int]
+    """On disk and not confirmed."""
+
+
+@dataclass(frozen=True)
+class RunStatus:
+    """One run at one moment."""
+
+    path: Path
+    time: float
+    training: Training
+    checkpoints: Checkpoints
+    service: Service
+    hub: Hub | None
+    """None where nothing is uploaded."""
+    problems: list[str]
+    """For a person to mend."""
+
+
+def find_runs(paths: Sequence[Path]) -> list[RunDir]:
+    """The runs that are named, and those in the folders of runs that are named; without any, those in ./runs.
+
+    Raises:
+        RunFolderError: there is no run in one of these places.
+    """
+    found: dict[Path, RunDir] = {}
+    for path in paths or [Path("runs")]:
+        below = [RunDir(path)] if listing.is_run(path) else listing.runs_below(path)
+        if not below and not paths:
+            raise RunFolderError("./runs: no run below it; name the run, or the folder that holds your runs")
+        for run in below or [listing.open_run(path)]:
+            found.setdefault(run.path.resolve(), run)
+    return list(found.values())
+
+
+def read_status(run: RunDir) -> RunStatus:
+    """Reads small files and the ends of the large ones; hashes nothing."""
+    problems: list[str] = []
+    config: RunConfig | None = None
+    try:
+        config = listing.config_of(run)
+    except UserError as error:
+        problems.append(str(error))
+    checkpoints = read_checkpoints(run)
+    service = _read_service(run, config)
+    if service.status is not None and service.status.problem is not None:
+        problems.append(service.status.problem)
+    if checkpoints.quarantined:
+        found = ", ".join(map(str, checkpoints.quarantined))
+        problems.append(f"in quarantine, because a file did not match its hash: step {found}")
+    return RunStatus(
+        path=run.path,
+        time=time.time(),
+        training=read_training(run, config),
+        checkpoints=checkpoints,
+        service=service,
+        hub=_read_hub(run, config, checkpoints.on_disk),
+        problems=problems,
+    )
+
+
+def read_training(run: RunDir, config: RunConfig | None) -> Training:
+    last, evaluation = last_record(run.metrics), last_record(run.heldout)
+    step = 0 if last is None else int(last["step"])
+    total = None if config is None else total_steps(config, last)
+    written = run.metrics.stat().st_mtime if last is not None else None
+    who = _holder(run.path)
+    request = choose.stop_request(run)
+    state: State = "stopped"
+    if run.is_training() or _is_at_work_elsewhere(who, written):
+        state = "running"
+    elif last is None:
+        state = "not started"
+    elif total is not None and step >= total:
+        state = "finished"
+    elif request is not None:
+        state = "ended early"
+    pace = _steps_per_s(run, step, written) if state == "running" else None
+    return Training(
+        state=state,
+        who=who,
+        step=step,
+        total_steps=total,
+        epoch=None if last is None else last["epoch"],
+        loss=None if last is None else last["loss"],
+        heldout=None if evaluation is None else (evaluation["step"], evaluation["loss"]),
+        tokens_per_s=pace * last["targets"] / step if pace is not None and last is not None and step else None,
+        left_s=(total - step) / pace if pace and total is not None else None,
+        written=written,
+        early_stop=None if request is None else request.message,
+    )
+
+
+def last_record(path: Path) -> dict[str, Any] | None:
+    """The last whole line of a JSON-lines file, without reading all of it."""
+    if not path.exists():
+        return None
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - _TAIL))
+        lines = [line for line in file.read().split(b"\n")[:-1] if line]
+    return json.loads(lines[-1]) if lines else None
+
+
+def total_steps(config: RunConfig, last: dict[str, Any] | None) -> int | None:
+    """That the run is planned for; None where only the data tell, and no step has been written down yet."""
+    rows = 2**62
+    if last is not None and last["epoch"] > 0:
+        rows = round(last["samples"] / last["epoch"])
+    elif config.train.epochs is not None:
+        return None
+    try:
+        return plan_batches(config, Origins(), 1, rows).total_steps
+    except UserError:
+        return None
+
+
+def _steps_per_s(run: RunDir, step: int, written: float | None) -> float | None:
+    """On average since training was last started or resumed; None where that is not known."""
+    starts = [event for event in ledger.events(run) if event.kind in ("started", "resumed") and event.step is not None]
+    if not starts or written is None:
+        return None
+    steps, seconds = step - (starts[-1].step or 0), written - starts[-1].time
+    return steps / seconds if steps > 0 and seconds > 0 else None
+
+
+def _holder(folder: Path) -> str | None:
+    """What a lock says; it stays there when its process has ended."""
+    lock = folder / "lock"
+    return (lock.read_text().strip() or None) if lock.exists() else None
+
+
+def _is_at_work_elsewhere(who: str | None, sign: float | None) -> bool:
+    """Not every shared file system shows another machine's locks: there a recent sign counts."""
+    here = os.uname().nodename
+    return who is not None and not who.endswith(f" on {here}") and sign is not None and time.time() - sign < _RECENT_S
+
+
+def read_checkpoints(run: RunDir) -> Checkpoints:
+    ranked = _ranking(run, _stamp(run))
+    on_disk = run.checkpoint_steps()
+    entries = [] if ranked is None else ranked.entries
+    scored = {entry.step for entry in entries if entry.on_disk}
+    best = None if ranked is None else (ranked.best.step, ranked.best.score.loss)
+    chosen = None if ranked is None else ranked.proposed
+    there = chosen is not None and (chosen.on_disk or chosen.uploaded)
+    return Checkpoints(
+        last=on_disk[-1] if on_disk else None,
+        on_disk=on_disk,
+        best=best,
+        proposed=(chosen.step, chosen.score.loss) if chosen is not None and there else None,
+        quarantined=run.quarantined_steps(),
+        not_scored=[step for step in on_disk if step not in scored],
+    )
+
+
+@functools.lru_cache(maxsize=256)
+def _ranking(run: RunDir, stamp: tuple[object, ...]) -> choose.Ranking | None:
+    """Kept while nothing that it depends on has changed: --watch asks every two seconds."""
+    del stamp
+    return choose.ranking(run)
+
+
+def _stamp(run: RunDir) -> tuple[object, ...]:
+    ledgers = [path.stat() for path in (run.scores, run.uploads, run.heldout) if path.exists()]
+    return (*((info.st_mtime_ns, info.st_size) for info in ledgers), *sorted(choose.identities(run).items()))
+
+
+def _read_service(run: RunDir, config: RunConfig | None) -> Service:
+    status = ledger.status(run)
+    said_by = None if status is None else f"process {status.pid} on {status.host}"
+    elsewhere = status is not None and _is_at_work_elsewhere(said_by, status.time)
+    served = run.is_served()
+    if served and _holder(run.service) != said_by:
+        status = None  # of the one before
+    wanted = config is None or config.service.start != "never"
+    return Service(wanted=wanted, at_work=served or elsewhere, status=status)
+
+
+def _read_hub(run: RunDir, config: RunConfig | None, on_disk: list[int]) -> Hub | None:
+    """Of the repository that the configuration names, or else the one that was contacted (--repo)."""
+    state = ledger.hub_state(run)
+    repo = config.hub.repo if config is not None and config.hub.repo is not None else state.repo if state else None
+    if not repo:
+        return None
+    here = choose.identities(run)
+    uploads = [upload for upload in ledger.uploads(run).values() if upload.repo == repo]
+    confirmed = {upload.step for upload in uploads if not upload.removed}
+    done = {upload.step for upload in uploads if here.get(upload.step, upload.checkpoint) == upload.checkpoint}
+    return Hub(
+        repo=repo,
+        state=state if state is not None and state.repo in (repo, "") else None,
+        confirmed=sorted(confirmed),
+        waiting=[step for step in on_disk if step not in done],
+    )
+
+
+def as_json(statuses: Iterable[RunStatus]) -> list[dict[str, Any]]:
+    """For programs: the fields of `RunStatus`."""
+
+    def plain(value: Any) -> Any:
+        return value.model_dump(mode="json") if isinstance(value, ledger.Status | ledger.HubState) else str(value)
+
+    return [json.loads(json.dumps(dataclasses.asdict(status), default=plain)) for status in statuses]

@@ -1,0 +1,292 @@
+"""Which checkpoint is proposed, and whether the interval that this rests on is right."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llmtrain import choose, ledger
+from llmtrain.choose import Entry, Ranking
+from llmtrain.ledger import Score
+from llmtrain.rundir import RunDir
+from tests.support.checkpoint_runs import TARGETS, make_run, save, score, stretches, upload
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDir:
+    return make_run(tmp_path / "run")
+
+
+def saved_and_scored(run: RunDir, shifts: dict[int, float], noise: float = 0.03, count: int = 200) -> None:
+    for step, shift in shifts.items():
+        save(run, step)
+        score(run, step, stretches(shift, count, noise, seed=step))
+
+
+def ranked(run: RunDir) -> Ranking:
+    found = choose.ranking(run)
+    assert found is not None
+    return found
+
+
+def record(step: int, loss: float, checkpoint: str = "x") -> Score:
+    return Score(
+        step=step, checkpoint=checkpoint, loss=loss, perplexity=1, bits_per_byte=1, targets=1, epoch=step / 100,
+        origin="disk",
+    )  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------- the bootstrap
+
+
+def test_a_difference_that_is_the_same_everywhere_is_certain():
+    targets = np.random.default_rng(0).integers(1, 200, 50).astype(float)
+    [(low, high)] = choose.bootstrap(0.25 * targets[None], targets)
+    assert (low, high) == pytest.approx((0.25, 0.25))
+
+
+def test_on_many_stretches_it_is_the_normal_interval():
+    generator = np.random.default_rng(1)
+    targets = generator.integers(20, 200, 2000).astype(float)
+    delta = targets * generator.normal(0.02, 0.2, 2000)
+    ratio = delta.sum() / targets.sum()
+    error = np.sqrt(((delta - ratio * targets) ** 2).sum()) / targets.sum()  # of a ratio of two sums
+    [(low, high)] = choose.bootstrap(delta[None], targets)
+    assert (low, high) == pytest.approx((ratio - 1.96 * error, ratio + 1.96 * error), abs=0.12 * error)
+
+
+def test_more_stretches_than_units_are_added_up_to_the_same_interval():
+    generator = np.random.default_rng(2)
+    count = 3 * choose.MAX_UNITS + 17
+    targets = np.full(count, 64.0)
+    delta = targets * generator.normal(0.01, 0.3, count)
+    error = 0.3 / np.sqrt(count)
+    [(low, high)] = choose.bootstrap(delta[None], targets)
+    mean = delta.mean() / 64
+    assert (low, high) == pytest.approx((mean - 1.96 * error, mean + 1.96 * error), abs=0.15 * error)
+
+
+def test_it_covers_the_true_difference_in_about_95_of_100_cases():
+    generator = np.random.default_rng(3)
+    simulations, count, truth = 1000, 120, 0.01
+    targets = generator.integers(32, 128, count).astype(float)
+    deltas = targets * generator.normal(truth, 0.1, (simulations, count))
+    covered = np.mean([low <= truth <= high for low, high in choose.bootstrap(deltas, targets)])
+    assert 0.92 <= covered <= 0.97
+
+
+def test_it_is_paired_so_hard_text_does_not_hide_a_difference(run: RunDir):
+    """The stretches' losses spread by 0.3; the difference is 0.005 with a spread of 0.01."""
+    saved_and_scored(run, {10: 0.005, 20: 0.0}, noise=0.01)
+    assert ranked(run).proposed.step == 20
+    assert not ranked(run).entries[0].is_tie
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    deltas=st.lists(st.integers(-50, 50), min_size=8, max_size=40),
+    factor=st.sampled_from([0.125, 0.3, 7.0]),
+    seed=st.integers(0, 5),
+)
+def test_the_interval_is_ordered_seeded_and_scales(deltas: list[int], factor: float, seed: int):
+    delta, targets = np.array(deltas, float)[None], np.full(len(deltas), 3.0)
+    [(low, high)] = choose.bootstrap(delta, targets, seed)
+    assert delta.min() / 3 - 1e-9 <= low <= high <= delta.max() / 3 + 1e-9
+    assert choose.bootstrap(delta, targets, seed) == [(low, high)]
+    assert choose.bootstrap(-delta, targets, seed)[0] == pytest.approx((-high, -low))
+    assert choose.bootstrap(factor * delta, targets, seed)[0] == pytest.approx((factor * low, factor * high), abs=1e-9)
+    both = choose.bootstrap(np.concatenate([delta, -delta]), targets, seed)
+    assert both[0] == pytest.approx((low, high))  # others that are compared too change nothing
+
+
+# ---------------------------------------------------------------------------------------------- the proposal
+
+
+def test_of_those_that_cannot_be_told_apart_the_first_is_proposed(run: RunDir):
+    saved_and_scored(run, {100: 0.5, 200: 0.001, 300: 0.0, 400: 0.002, 500: 0.2})
+    found = ranked(run)
+    best = min(found.entries, key=lambda entry: entry.score.loss)
+    assert found.best is best
+    assert best.difference is None
+    assert [e.step for e in found.entries if e.is_tie or e.is_best] == [200, 300, 400]
+    assert found.proposed.step == 200
+    low, high = found.entries[0].difference or (0, 0)
+    assert 0.4 < low < high < 0.6
+
+
+def test_a_clear_winner_is_proposed(run: RunDir):
+    saved_and_scored(run, {100: 0.5, 200: 0.1, 300: 0.0, 400: 0.1})
+    assert ranked(run).proposed.step == 300
+
+
+def test_equal_losses_propose_the_first(run: RunDir):
+    saved_and_scored(run, {100: 0.0, 200: 0.0}, noise=0)
+    assert (ranked(run).best.step, ranked(run).proposed.step) == (100, 100)
+
+
+def test_a_deleted_checkpoint_is_not_proposed_unless_it_is_on_the_hub(run: RunDir):
+    saved_and_scored(run, {100: 0.001, 200: 0.0, 300: 0.002, 400: 0.3})
+    shutil.rmtree(run.checkpoint(100))
+    assert ranked(run).proposed.step == 200
+    shutil.rmtree(run.checkpoint(200))
+    assert ranked(run).proposed.step == 300
+    assert ranked(run).best.step == 200  # a fact about the run, though it is gone
+    upload(run, 100)
+    assert ranked(run).proposed.step == 100
+    upload(run, 100, removed=True)
+    assert ranked(run).proposed.step == 300
+    shutil.rmtree(run.checkpoint(300))
+    assert ranked(run).proposed.step == 400  # not a tie, but the best of what is left
+    shutil.rmtree(run.checkpoint(400))
+    assert ranked(run).proposed.step == ranked(run).best.step == 200
+
+
+def test_a_step_that_was_saved_again_waits_for_its_own_score(run: RunDir):
+    saved_and_scored(run, {100: 0.0, 200: 0.2})
+    save(run, 100, content="other weights")
+    assert [entry.step for entry in ranked(run).entries] == [200]
+    score(run, 100, stretches(0.4))
+    assert [entry.step for entry in ranked(run).entries] == [100, 200]
+    assert ranked(run).best.step == 200
+
+
+def test_a_checkpoint_whose_manifest_cannot_be_read_is_not_proposed(run: RunDir):
+    saved_and_scored(run, {100: 0.0, 200: 0.2})
+    (run.checkpoint(100) / "manifest.json").write_text("{}")
+    assert ranked(run).proposed.step == 200
+    assert list(choose.identities(run)) == [200]
+
+
+def test_too_few_stretches_give_no_interval_and_no_tie(run: RunDir):
+    saved_and_scored(run, {100: 0.001, 200: 0.0}, count=choose.MIN_UNITS - 1)
+    assert [e.difference for e in ranked(run).entries] == [None, None]
+    assert ranked(run).proposed.step == ranked(run).best.step
+    saved_and_scored(run, {300: 0.001, 400: 0.0}, count=choose.MIN_UNITS)
+    assert sum(e.difference is not None for e in ranked(run).entries) == 1  # the older two are of another text
+
+
+def test_losses_on_another_text_are_not_compared(run: RunDir):
+    saved_and_scored(run, {100: 0.1, 200: 0.0})
+    other = stretches(0.1)
+    other[1, 3] += 1  # one token more is supervised
+    save(run, 150)
+    score(run, 150, other)
+    assert [e.difference is None for e in ranked(run).entries] == [False, True, True]
+
+
+def test_training_s_own_losses_have_no_interval(run: RunDir):
+    saved_and_scored(run, {100: 0.1, 200: 0.0})
+    save(run, 300)
+    score(run, 300, 2.0)
+    assert ranked(run).best.step == 300
+    assert [e.difference for e in ranked(run).entries] == [None, None, None]
+
+
+def test_what_training_measured_stands_beside_the_score(run: RunDir):
+    save(run, 100, loss=3.0)
+    score(run, 100, stretches(0.0))
+    assert ranked(run).entries[0].train_loss == pytest.approx(2.9)
+
+
+def test_nothing_scored_is_no_ranking(run: RunDir):
+    save(run, 100)
+    assert choose.ranking(run) is None
+    score(run, 100, stretches(0.0), split="test")
+    assert choose.ranking(run) is None
+
+
+def test_a_loss_that_is_not_a_number_is_never_the_best(run: RunDir):
+    for step, loss in ((100, float("nan")), (200, 3.0)):
+        save(run, step)
+        score(run, step, loss)
+    assert (ranked(run).best.step, ranked(run).proposed.step) == (200, 200)
+    assert choose.saves_without_improvement(ledger.scores(run)) == 0
+
+
+@st.composite
+def rankings(draw: st.DrawFn) -> Ranking:
+    """Any losses, any places, any ties."""
+    losses = draw(st.lists(st.sampled_from([2.5, 2.6, 2.7, 2.8]), min_size=1, max_size=8))
+    scores = [record(100 * (number + 1), loss) for number, loss in enumerate(losses)]
+    best = min(scores, key=lambda s: (s.loss, s.step))
+    entries = [
+        Entry(
+            score=s,
+            is_best=s is best,
+            is_tie=s is not best and draw(st.booleans()),
+            on_disk=draw(st.booleans()),
+            uploaded=draw(st.booleans()),
+        )
+        for s in scores
+    ]
+    return Ranking(entries)
+
+
+@given(rankings())
+def test_the_proposed_one_is_there_and_as_good_and_as_early_as_can_be(found: Ranking):
+    there = [e for e in found.entries if e.on_disk or e.uploaded]
+    chosen = found.proposed
+    assert chosen in (there or found.entries)
+    good = [e for e in there if e.is_best or e.is_tie]
+    if good:
+        assert chosen.step == min(e.step for e in good)
+    elif there:
+        assert chosen.score.loss == min(e.score.loss for e in there)
+    else:
+        assert chosen is found.best
+
+
+# ---------------------------------------------------------------------------------------------- patience, overfitting
+
+
+@pytest.mark.parametrize(
+    ("losses", "since"), [([], 0), ([3.0], 0), ([3.0, 2.0], 0), ([3.0, 2.0, 2.0], 1), ([3.0, 2.0, 2.5, 2.1], 2)]
+)
+def test_saves_without_improvement_are_counted_from_the_first_lowest(losses: list[float], since: int):
+    scored = {100 * n: record(100 * n, loss) for n, loss in enumerate(losses)}
+    assert choose.saves_without_improvement(scored) == since
+
+
+def test_overfitting_that_chance_does_not_explain(run: RunDir):
+    saved_and_scored(run, {100: 0.3, 200: 0.0, 300: 0.1, 400: 0.2})
+    found = choose.overfitting(ranked(run))
+    assert found.began
+    assert found.rise == pytest.approx(0.2, abs=0.02)
+    assert found.epochs_past == pytest.approx(6.4)
+    text = found.describe()
+    assert text.startswith("began after step 200 (epoch 6.40): 6.40 epochs past it the held-out loss is higher by 0.")
+    assert "95%: +0." in text
+    assert "the gap to the training loss went from" in text
+
+
+def test_a_rise_that_chance_explains_is_not_overfitting(run: RunDir):
+    saved_and_scored(run, {100: 0.3, 200: 0.0, 300: 0.001})
+    found = choose.overfitting(ranked(run))
+    assert not found.began
+    assert "none that chance does not explain: 3.20 epochs past it" in found.describe()
+
+
+def test_the_last_being_the_best_is_not_overfitting(run: RunDir):
+    saved_and_scored(run, {100: 0.3, 200: 0.1, 300: 0.0})
+    assert not choose.overfitting(ranked(run)).began
+    assert choose.overfitting(ranked(run)).describe() == "none seen: the last checkpoint is the best one"
+
+
+@pytest.mark.parametrize(("last", "began"), [(3.02, False), (3.04, True)])
+def test_without_intervals_a_rise_of_one_percent_counts(run: RunDir, last: float, began: bool):
+    for step, loss in ((100, 3.0), (200, last)):
+        save(run, step)
+        score(run, step, loss)
+    found = choose.overfitting(ranked(run))
+    assert found.began is began
+    assert found.describe().startswith("began after step 100" if began else "none to speak of")
+
+
+def test_a_stretch_is_as_heavy_as_its_tokens():
+    """Two stretches that differ by +1 and -1 a token: the sign is that of the one with more of them."""
+    targets = np.tile([3.0 * TARGETS, 1.0 * TARGETS], 100)
+    [(low, high)] = choose.bootstrap((targets * np.tile([1.0, -1.0], 100))[None], targets)
+    assert 0.3 < low < 0.5 < high < 0.7

@@ -1,0 +1,120 @@
+"""What is deleted, what is held back and why; over any state of a run the newest whole checkpoint stays."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llmtrain import retention
+from llmtrain.config.schema import CheckpointSection
+from llmtrain.retention import plan_deletions
+from tests.support.checkpoint_runs import config_of, make_run, save, score, stretches, upload
+
+STEPS = [100, 200, 300, 400, 500]
+LOSSES = {100: 3.5, 200: 3.0, 300: 3.1, 400: 3.2, 500: 3.3}
+
+
+def rule(last: int = 1, best: int = 1, every: int | None = None) -> CheckpointSection:
+    return CheckpointSection(keep_last=last, keep_best=best, keep_every=every)
+
+
+def test_what_the_rule_does_not_keep_is_deleted():
+    assert plan_deletions(STEPS, rule(), LOSSES, None, None, 500) == ({100, 300, 400}, {})
+    assert plan_deletions(STEPS, rule(last=2, best=2), LOSSES, None, None, 500) == ({100}, {})
+    assert plan_deletions(STEPS, rule(every=100), LOSSES, None, None, 500) == (set(), {})
+
+
+def test_what_is_not_scored_or_not_on_the_hub_is_held_back():
+    deleted, held = plan_deletions(STEPS, rule(), LOSSES, [100, 300], [300, 400], 500)
+    assert deleted == {300}
+    assert held == {100: "not confirmed on the Hub yet", 400: "not scored yet"}
+
+
+def test_nothing_is_deleted_where_nothing_verifies():
+    deleted, held = plan_deletions(STEPS, rule(), LOSSES, None, None, None)
+    assert deleted == set()
+    assert held == dict.fromkeys([100, 300, 400], "no checkpoint verifies")
+
+
+def test_newer_ones_that_do_not_verify_protect_what_they_push_out():
+    """keep_last=2 means whole ones: 400 and 500 may be damaged."""
+    deleted, held = plan_deletions(STEPS, rule(last=2, best=0), LOSSES, None, None, 300)
+    assert deleted == {100}
+    assert held == {200: "those after step 300 are not verified", 300: "the newest one that verifies"}
+    deleted, held = plan_deletions(STEPS, rule(last=1, best=0), LOSSES, None, None, 300)
+    assert deleted == {100, 200}
+    assert held == {300: "the newest one that verifies", 400: "not verified"}
+
+
+@st.composite
+def situations(draw: st.DrawFn) -> dict[str, object]:
+    steps = draw(st.sets(st.integers(1, 30), max_size=10))
+    subset = st.sets(st.sampled_from(sorted(steps))) if steps else st.just(set[int]())
+    every = draw(st.none() | st.integers(1, 5))
+    return {
+        "on_disk": steps,
+        "rule": rule(draw(st.integers(1, 4)), draw(st.integers(0, 4)), every),
+        "losses": {step: draw(st.sampled_from([2.0, 2.5, 3.0])) for step in draw(subset)},
+        "scored": draw(st.none() | subset),
+        "confirmed": draw(st.none() | subset),
+        "verified_newest": draw(st.none() | st.sampled_from(sorted(steps))) if steps else None,
+    }
+
+
+@given(situations())
+def test_whatever_the_state_nothing_is_lost(situation: dict):
+    deleted, held = plan_deletions(**situation)
+    steps, newest = situation["on_disk"], situation["verified_newest"]
+    kept_by_rule = retention.to_keep(steps, situation["losses"], situation["rule"])
+    assert deleted | set(held) == steps - kept_by_rule  # what the rule would delete is deleted or has a reason
+    assert not deleted & set(held)
+    assert newest not in deleted
+    if newest is None:
+        assert not deleted
+    else:
+        assert all(step < newest for step in deleted)
+        whole = {step for step in steps if step <= newest}
+        left = sorted(whole - deleted)
+        assert left[-situation["rule"].keep_last :] == sorted(whole)[-situation["rule"].keep_last :]
+    for known in (situation["scored"], situation["confirmed"]):
+        assert known is None or deleted <= known
+
+
+@given(situations())
+def test_deleting_is_done_once(situation: dict):
+    """What the rule says of the rest is: keep it."""
+    deleted, _ = plan_deletions(**situation)
+    again, _ = plan_deletions(**{**situation, "on_disk": situation["on_disk"] - deleted})
+    assert again == set()
+
+
+def test_a_run_s_ledgers_decide(tmp_path: Path):
+    run = make_run(tmp_path / "run", "hub.repo=ada/gpt", "checkpoint.keep_last=1", "checkpoint.keep_best=1")
+    for step in STEPS:
+        save(run, step)
+        score(run, step, stretches(step / 1000))
+    config = config_of(run)
+    assert retention.deletable(run, config, 500) == (
+        set(),
+        dict.fromkeys([200, 300, 400], "not confirmed on the Hub yet"),
+    )
+    upload(run, 200, repo="ada/gpt")
+    upload(run, 300, repo="ada/other")
+    upload(run, 400, repo="ada/gpt")
+    upload(run, 400, repo="ada/gpt", removed=True)  # the rule has removed its tag: it was there
+    assert retention.deletable(run, config, 500) == ({200, 400}, {300: "not confirmed on the Hub yet"})
+    save(run, 200, content="saved again")
+    assert retention.deletable(run, config, 500)[1][200] == "not scored yet"
+    shutil.rmtree(run.checkpoint(200))
+    assert retention.deletable(run, config, 500) == ({400}, {300: "not confirmed on the Hub yet"})
+
+
+@pytest.mark.parametrize("setting", ["service.start=never", "service.score=training"])
+def test_without_scoring_from_disk_nobody_waits_for_it(tmp_path: Path, setting: str):
+    run = make_run(tmp_path / "run", setting, "checkpoint.keep_last=1", "checkpoint.keep_best=1")
+    for step, loss in LOSSES.items():
+        save(run, step, loss)
+    score(run, 200, 3.0)
+    assert retention.deletable(run, config_of(run), 500) == ({100, 300, 400}, {})
