@@ -2,8 +2,8 @@
 
 import contextlib
 import json
+import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from llmtrain import checkpoint, choose, files, log, manifest, origin, recipe, shards, summary
+from llmtrain import checkpoint, choose, files, log, manifest, origin, recipe, shards
 from llmtrain.batches import BatchPlan, plan_batches
 from llmtrain.config import RunConfig, load_config, resolved_yaml
 from llmtrain.config.load import Origins
@@ -63,8 +63,11 @@ def run(file: str | None, overrides: list[str]) -> int:
                 parts.loader.close()
                 parts.meter.close()
         finished = state.step >= parts.plan.total_steps or stop.ended_early or prepared["enough"] is not None
-        if world.is_main:
-            finish(parts, run_dir, state, finished, locks, companion)
+        if world.is_main and not finished:
+            say_stopped(parts, state)
+        world.close()
+        if world.is_main and finished:
+            become_finish(run_dir)
         return 0 if finished else EXIT_REQUEUE
     finally:
         world.close()
@@ -288,23 +291,14 @@ def make_model_writer(data: ShardFolder, model: Trainable) -> checkpoint.ModelWr
     return write_model
 
 
-def finish(
-    parts: Parts, run_dir: RunDir, state: TrainState, finished: bool, locks: list[IO[str]], companion: Companion
-) -> None:
-    """On rank 0: say how it ended; at the end of the run, once the service is done with its checkpoints."""
-    if not finished:
-        reason = parts.stop.signal_name or "another rank's signal"
-        log.info(f"stopped by {reason} at step {state.step:,}, saved; the same command goes on from there")
-        return
-    if (asked := choose.stop_request(run_dir)) is not None:
-        log.info(f"ended      at step {state.step:,}: {asked.message}; a larger service.patience goes on")
-    for lock in locks:
-        lock.close()  # training is over: the service may take all cores and GPUs
-    if parts.config.service.start == "auto":
-        companion.wait()
-    result = summary.write(run_dir)
-    if result is None:
-        return
-    # A process border instead of an import: the core does not depend on the launcher.
-    subprocess.run([sys.executable, "-m", "launcher", "report", str(run_dir.path), "--quiet"], check=False)
-    print("\n" + summary.describe(run_dir, result), flush=True)  # noqa: T201  the run's result
+def say_stopped(parts: Parts, state: TrainState) -> None:
+    """On rank 0, where the run is not at its end."""
+    reason = parts.stop.signal_name or "another rank's signal"
+    log.info(f"stopped by {reason} at step {state.step:,}, saved; the same command goes on from there")
+
+
+def become_finish(run_dir: RunDir) -> None:
+    """Replace this process, on rank 0, by one that needs no GPU: it waits for the service and sums up."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.execv(sys.executable, [sys.executable, "-m", "llmtrain.finish", str(run_dir.path)])

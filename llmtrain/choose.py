@@ -65,10 +65,12 @@ class Ranking:
 
     @property
     def proposed(self) -> Entry:
-        """The first among those that cannot be told from the best: of those on disk, else of those on the Hub."""
-        there = [e for e in self.entries if e.on_disk] or [e for e in self.entries if e.uploaded]
-        ties = [e for e in there if e.is_best or e.is_tie]
-        return (ties or sorted(there, key=lambda e: _order(e.score)) or [self.best])[0]
+        """The first among those that cannot be told from the best: of those on disk, else of those on the Hub; where
+        all of them are gone, the best there is."""
+        equal = [e for e in self.entries if e.is_best or e.is_tie]
+        there = sorted((e for e in self.entries if e.on_disk or e.uploaded), key=lambda e: _order(e.score))
+        at_hand, on_hub = [e for e in equal if e.on_disk], [e for e in equal if e.uploaded]
+        return (at_hand or on_hub or there or [self.best])[0]
 
 
 def ranking(run: RunDir) -> Ranking | None:

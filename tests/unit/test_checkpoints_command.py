@@ -152,6 +152,7 @@ def test_without_a_service_training_s_own_loss_counts(tmp_path: Path, capsys: py
 
 def test_a_checkpoint_without_a_readable_manifest_is_damaged(run: RunDir, capsys: pytest.CaptureFixture[str]):
     (run.checkpoint(300) / "manifest.json").write_text("{")
+    shutil.rmtree(run.checkpoint(400))
     act(run.path, None, None, Options())
     output = capsys.readouterr().out
     assert "damaged" in lines_of(output)[300]
@@ -210,6 +211,7 @@ def test_best_prints_the_path_alone(run: RunDir, capsys: pytest.CaptureFixture[s
 
 def test_best_says_how_to_fetch_what_is_on_the_hub_alone(run: RunDir, capsys: pytest.CaptureFixture[str]):
     shutil.rmtree(run.checkpoint(300))
+    shutil.rmtree(run.checkpoint(400))
     with pytest.raises(CheckpointError) as error:
         act(run.path, "best", None, Options())
     assert "hf://ada/gpt@step-00000300" in str(error.value)
@@ -403,6 +405,7 @@ def test_the_test_split_needs_a_split_a_choice_and_files(run: RunDir, tmp_path: 
     with pytest.raises(CheckpointError, match="none has been scored from disk"):
         act(unscored.path, None, None, test)
     shutil.rmtree(run.checkpoint(300))
+    shutil.rmtree(run.checkpoint(400))
     with pytest.raises(CheckpointError, match="step 300 is not on this disk any more"):
         act(run.path, None, None, test)
 

@@ -135,10 +135,10 @@ def test_a_deleted_checkpoint_is_not_proposed_unless_it_is_on_the_hub(run: RunDi
     assert ranked(run).proposed.step == 300
     assert ranked(run).best.step == 200  # a fact about the run, though it is gone
     upload(run, 100)
+    assert ranked(run).proposed.step == 300  # as good, and at hand
+    shutil.rmtree(run.checkpoint(300))
     assert ranked(run).proposed.step == 100
     upload(run, 100, removed=True)
-    assert ranked(run).proposed.step == 300
-    shutil.rmtree(run.checkpoint(300))
     assert ranked(run).proposed.step == 400  # not a tie, but the best of what is left
     shutil.rmtree(run.checkpoint(400))
     assert ranked(run).proposed.step == ranked(run).best.step == 200
@@ -230,7 +230,8 @@ def test_the_proposed_one_is_there_and_as_good_and_as_early_as_can_be(found: Ran
     there = [e for e in found.entries if e.on_disk or e.uploaded]
     chosen = found.proposed
     assert chosen in (there or found.entries)
-    good = [e for e in there if e.is_best or e.is_tie]
+    equal = [e for e in there if e.is_best or e.is_tie]
+    good = [e for e in equal if e.on_disk] or equal
     if good:
         assert chosen.step == min(e.step for e in good)
     elif there:
