@@ -22,6 +22,7 @@ bench: .venv/ready-dev  ## our step against named peers, in one run (installs th
 	$(PY) -m benchmarks.step
 	$(PY) -m benchmarks.qlora
 	$(PY) -m benchmarks.saving
+	$(PY) -m benchmarks.service
 	$(PY) -m benchmarks.sharding
 
 clean:

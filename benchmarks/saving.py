@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.step import machine
+from llmtrain import retention
 from llmtrain.allocator import restart_with_settings
 from llmtrain.config.schema import CheckpointSection, GPTModel, RunConfig
 from llmtrain.data import Batch
@@ -61,7 +62,8 @@ def main() -> None:
         savers = {
             name: Saver(
                 run, world, strategy, lambda folder, weights: model.save(folder, weights, 0),
-                CheckpointSection(keep_last=1, keep_best=0, background=name == "beside training"),
+                CheckpointSection(background=name == "beside training"),
+                lambda: retention.prune(run, {}, CheckpointSection(keep_last=1, keep_best=0)),
             )
             for name in waits
         }  # fmt: skip

@@ -90,6 +90,7 @@ class Status(_Record):
     pid: int
     host: str
     time: float = pydantic.Field(default_factory=time.time)
+    """When it looked: what was saved after that is not in here."""
     idle: bool = False
     """Nothing waits and nothing is being done."""
     doing: list[str] = []

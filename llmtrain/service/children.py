@@ -92,10 +92,14 @@ def die_with_parent() -> None:
     threading.Thread(target=watch, name="parent", daemon=True).start()
 
 
-def be_nice(device: str) -> None:
-    """In a child that computes on the CPU: training on the same cores goes first."""
-    if device == "cpu" and os.name == "posix":
-        os.nice(19)
+NICE = 10
+"""Of children while little waits: training on the same cores goes first."""
+
+
+def be_nice(niceness: int) -> None:
+    """In a child."""
+    if os.name == "posix":
+        os.nice(niceness)
 
 
 class Pause:

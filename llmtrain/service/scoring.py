@@ -1,13 +1,14 @@
 """The scoring lane: one child at a time, which scores the checkpoints that wait, or the training ranks' own figures."""
 
 import os
+from collections import Counter
 
 from llmtrain import ledger, log, origin
 from llmtrain.config import RunConfig
 from llmtrain.ledger import Event, Score
 from llmtrain.rundir import RunDir
 from llmtrain.service import crash
-from llmtrain.service.children import Child, Pause
+from llmtrain.service.children import NICE, Child, Pause
 from llmtrain.service.queue import Work
 
 _MODULE = "llmtrain.service.validate"
@@ -50,6 +51,7 @@ class Scoring:
         self._run, self._lock = run, lock
         self._child: Child | None = None
         self._asked: list[int] = []
+        self._failed: Counter[int] = Counter()
         self.pause = Pause(first_s=5.0)
         self.last_error: str | None = None
 
@@ -71,7 +73,10 @@ class Scoring:
             for step in work.to_score:
                 self._take_over(work, step)
         elif work.to_score and self.pause.left_s == 0:
-            self._start(config, work.to_score, where)
+            steps = sorted(
+                work.to_score, key=lambda step: (self._failed[step], step)
+            )  # one that fails keeps nobody waiting
+            self._start(config, steps, where)
 
     def end(self) -> None:
         if self._child is not None:
@@ -85,6 +90,8 @@ class Scoring:
             beside = self._run.is_training() and origin.read(self._run).device == "cpu"
             cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
             arguments += ["--threads", str(config.service.threads or max(1, cores // (2 if beside else 1)))]
+            # The more checkpoints wait (and lie on the disk until they are scored), the less patient it is.
+            arguments += ["--nice", str(max(0, NICE - 3 * (len(steps) - 1)) if beside else 0)]
             environment["CUDA_VISIBLE_DEVICES"] = ""
         self._asked = list(steps)
         self._child = Child(_MODULE, arguments, self._run.service_log, self._lock, environment)
@@ -105,6 +112,7 @@ class Scoring:
         if code:
             pause = self.pause.failed()
             step = self._asked[0] if self._asked else None
+            self._failed[step or 0] += 1
             self.last_error = (
                 f"scoring step {step} failed (exit code {code}); {last_line(self._run)}; next try in {pause:.0f} s"
             )

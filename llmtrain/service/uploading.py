@@ -6,6 +6,7 @@ weights on `main` are gathered into a commit now and then. Nothing here gives up
 
 import json
 import time
+from collections import Counter
 from typing import Any
 
 from llmtrain import files, ledger, log
@@ -30,7 +31,7 @@ class Uploading:
         self._run, self._lock = run, lock
         self._child: Child | None = None
         self._task: tuple[str, int | None] = ("check", None)
-        self._attempts: dict[int, int] = {}
+        self._attempts: Counter[int] = Counter()
         self._repo = ""
         """That the child talks to."""
         self._checked: str | None = None
@@ -45,7 +46,7 @@ class Uploading:
         task, step = self._task
         match task:
             case "upload" if step is not None:
-                return f"uploading step {step} (attempt {self._attempts.get(step, 1)})"
+                return f"uploading step {step} (attempt {self._attempts[step]})"
             case "publish":
                 return "renewing main on the Hub"
             case "untag":
@@ -70,8 +71,9 @@ class Uploading:
         if self._checked != config.hub.repo:
             self._start("check", config)
         elif work.to_upload:
-            self._attempts[work.to_upload[0]] = self._attempts.get(work.to_upload[0], 0) + 1
-            self._start("upload", config, work.to_upload[0])
+            step = min(work.to_upload, key=lambda step: (self._attempts[step], step))  # one that fails blocks nobody
+            self._attempts[step] += 1
+            self._start("upload", config, step)
         elif self._is_due(config, hurry):
             self._start("publish", config)
         elif steps := plan.untaggable(self._run, config):

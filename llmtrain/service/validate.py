@@ -46,11 +46,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--split", choices=["heldout", "test"], default="heldout")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int)
+    parser.add_argument("--nice", type=int, default=0)
     options = parser.parse_args(arguments)
     with exit_with_code():
         run = RunDir(options.run.resolve())
         die_with_parent()
-        be_nice(options.device)
+        be_nice(options.nice)
         origin.enter(run)
         if options.threads:
             torch.set_num_threads(options.threads)

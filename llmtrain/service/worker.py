@@ -18,6 +18,7 @@ from llmtrain.service.uploading import Uploading
 
 _TURN_S = 0.25
 _SAY_S = 2.0
+_AFTER_ERROR_S = 5.0
 _LINGER_S = 3.0
 """After training has ended and nothing waits: it may be about to start again."""
 
@@ -54,8 +55,12 @@ class Service:
         retention.remove_leftovers(self._run)
         try:
             while not self.stop_requested and self._is_ours():
-                if not self.turn():
-                    return 0
+                try:
+                    if not self.turn():
+                        return 0
+                except OSError as error:  # a full disk, a file system that is away: it may come back
+                    log.warning(f"service    {type(error).__name__}: {error}; trying again in {_AFTER_ERROR_S:.0f} s")
+                    time.sleep(_AFTER_ERROR_S)
                 time.sleep(_TURN_S)
             return EXIT_REQUEUE
         finally:
@@ -65,6 +70,7 @@ class Service:
 
     def turn(self) -> bool:
         """One round; False when the service may end."""
+        looked = time.time()
         config = self._config = self._read_config()
         where = place(self._run, config)
         config = config.model_copy(update={"service": config.service.model_copy(update={"score": where})})
@@ -79,7 +85,7 @@ class Service:
         self._ask_to_stop(config, work)
         scoring = bool(self._scoring.doing or work.to_score) and not self._scoring.has_given_up
         uploading = bool(self._uploading.doing) or self._uploading.waits(config, work)
-        status = self._say(work, idle=not scoring and not uploading)
+        status = self._say(work, looked, idle=not scoring and not uploading)
         self._board.show(work.scores, status)
         if not scoring and uploading and self._options.drain and self._uploading.problem is not None:
             raise HubError(self._uploading.problem)
@@ -112,11 +118,12 @@ class Service:
         ledger.append(self._run.service_events, Event(kind="early-stop", message=message, step=max(work.scores)))
         log.info(f"enough     {message}: asked training to stop")
 
-    def _say(self, work: Work, idle: bool) -> Status:
+    def _say(self, work: Work, looked: float, idle: bool) -> Status:
         """Replace status.json when something has changed, and now and then as a sign of life."""
         status = Status(
             pid=os.getpid(),
             host=os.uname().nodename,
+            time=looked,
             doing=[what for what in (self._scoring.doing, self._uploading.doing) if what],
             idle=idle,
             to_score=work.to_score,
