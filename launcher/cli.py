@@ -149,6 +149,26 @@ def export(
     become("llmtrain.export", *given, "--", str(checkpoint), str(to))
 
 
+@app.command(epilog="Example: `llmtrain run configs/gpt2.yaml --gpus 8 strategy.kind=zero2`")
+def run(
+    settings: Settings = None,
+    gpus: Annotated[int | None, typer.Option(min=0, help="One rank each; by default all. 0: the CPU.")] = None,
+    ranks: Annotated[int | None, typer.Option(min=1, help="Processes on the CPU.")] = None,
+    max_restarts: Annotated[
+        int, typer.Option(min=0, help="After crashes in a row that brought no new checkpoint.")
+    ] = 3,
+) -> None:
+    """Train on this machine: one process, or torchrun with one for each GPU. After a crash it starts again.
+
+    Ctrl-C saves and stops (exit code 75, the same command goes on); a second one leaves at once.
+    """
+    with exit_with_code():
+        from launcher.torchrun import Start, Supervisor, check
+
+        count, device = check(gpus, ranks)
+        raise typer.Exit(Supervisor(Start(settings or [], count, device, max_restarts)).supervise())
+
+
 @app.command(epilog="Example: `llmtrain generate $(llmtrain checkpoints runs/stdlib-gpt best)`")
 def checkpoints(
     run: Annotated[Path, typer.Argument(help="A run folder.")],

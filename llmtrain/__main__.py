@@ -1,11 +1,16 @@
 """`python -m llmtrain [CONFIG] [section.key=value ...]`, alone or under torchrun."""
 
 import argparse
+import os
 import sys
+import threading
+import time
 from collections.abc import Sequence
 
 from llmtrain import allocator
-from llmtrain.errors import exit_with_code
+from llmtrain.errors import EXIT_CODES, EXIT_REQUEUE, exit_with_code, leave_code
+
+_LOOK_S = 0.5
 
 _HELP = """\
 Train a language model. Without a configuration: a small GPT on Python's own sources.
@@ -26,13 +31,34 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("settings", nargs="*", metavar="CONFIG | section.key=value")
     words: list[str] = parser.parse_args(arguments).settings
+    die_with_agent()
     with exit_with_code():
-        from llmtrain.config.load import split_settings
+        try:
+            from llmtrain.config.load import split_settings
 
-        file, overrides = split_settings(words)
-        from llmtrain.assemble import run  # imports torch: not before --help and argument errors
+            file, overrides = split_settings(words)
+            from llmtrain.assemble import run  # imports torch: not before --help and argument errors
 
-        sys.exit(run(file, overrides))
+            code = run(file, overrides)
+        except KeyboardInterrupt:  # before the handlers were there, or for the second time
+            sys.exit(130)
+        leave_code(code)
+        # `llmtrain run` knows from the code that it was left; torchrun would report a failure.
+        sys.exit(0 if code == EXIT_REQUEUE and EXIT_CODES in os.environ and "WORLD_SIZE" in os.environ else code)
+
+
+def die_with_agent() -> None:
+    """Under torchrun: end when its agent was killed, which leaves its workers training without a keeper."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return
+    agent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == agent:
+            time.sleep(_LOOK_S)
+        os._exit(1)
+
+    threading.Thread(target=watch, name="agent", daemon=True).start()
 
 
 if __name__ == "__main__":

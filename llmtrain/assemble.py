@@ -65,6 +65,7 @@ def run(file: str | None, overrides: list[str]) -> int:
         finished = state.step >= parts.plan.total_steps or stop.ended_early or prepared["enough"] is not None
         if world.is_main and not finished:
             say_stopped(parts, state)
+        world.sum_counts(0)  # collective: rank 0 may hold the store, so it leaves after the others have used it
         world.close()
         if world.is_main and finished:
             become_finish(run_dir)

@@ -201,18 +201,20 @@ class Overfitting:
         gaps = [(e, e.score.loss - e.train_loss) for e in (best, last) if e.train_loss is not None]
         gap = f"; the gap to the training loss went from {gaps[0][1]:.3f} to {gaps[1][1]:.3f}" if len(gaps) == 2 else ""
         if not self.began:
-            none = "none to speak of" if last.difference is None else "none that chance does not explain"
+            by_chance = last.difference is not None and last.difference[0] <= 0
+            none = "none that chance does not explain" if by_chance else "none to speak of"
             return f"{none}: {how_far}{interval}"
         return f"began after step {best.step} (epoch {best.score.epoch:.2f}): {how_far}{interval}{gap}"
 
 
-_RISE = 1.01
-"""Without an interval: a held-out loss this much above its lowest counts as overfitting."""
+_RISE, _SURE_RISE = 1.01, 1.002
+"""A held-out loss this much above its lowest counts as overfitting: without an interval, and beyond chance."""
 
 
 def overfitting(ranked: Ranking) -> Overfitting:
     best, last = ranked.best, ranked.entries[-1]
-    began = last.difference[0] > 0 if last.difference is not None else last.score.loss > best.score.loss * _RISE
+    rise = last.score.loss / best.score.loss if best.score.loss > 0 else 1.0
+    began = rise > _RISE if last.difference is None else last.difference[0] > 0 and rise > _SURE_RISE
     return Overfitting(best, last, began and last is not best)
 
 

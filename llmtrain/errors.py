@@ -7,6 +7,7 @@ a batch script may branch on them.
 
 import contextlib
 import errno
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -132,4 +133,23 @@ def exit_with_code() -> Iterator[None]:
         yield
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)  # noqa: T201
+        leave_code(error.exit_code)
         sys.exit(error.exit_code)
+    except SystemExit as leaving:
+        leave_code(leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None))
+        raise
+    leave_code(0)
+
+
+EXIT_CODES = "LLMTRAIN_EXIT_CODES"
+"""Variable that names a folder for exit codes: torchrun tells its caller nothing but 1."""
+
+
+def leave_code(code: int) -> None:
+    """Leave this process's exit code where `llmtrain run` looks; a process that was killed leaves none.
+
+    The first one counts: what follows is how it leaves.
+    """
+    if folder := os.environ.get(EXIT_CODES):
+        with contextlib.suppress(FileExistsError), (Path(folder) / str(os.getpid())).open("x") as file:
+            file.write(str(code))

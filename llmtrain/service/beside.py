@@ -47,43 +47,45 @@ class Companion:
         """Start it again if it has died; without a service, delete what the rule does not keep."""
         if self._config.service.start == "never":
             retention.prune(self._run, rundir.heldout_losses(self._run), self._config.checkpoint)
-        if self._process is None or self._process.poll() is None:
+        if self._config.service.start != "auto" or self._run.is_served():
             return
-        code = self._process.returncode
-        if not self._run.is_served():
-            message = f"the checkpoint service had ended (exit code {code}); started again"
-            log.warning(f"service    {message}; see {self._run.service_log}")
-            ledger.append(self._run.events, Event(kind="service-started", message=message))
-            self.start()
+        code = None if self._process is None else self._process.poll()
+        if self._process is not None and code is None:  # it is starting
+            return
+        how = "" if code is None else f" (exit code {code})"
+        message = f"the checkpoint service had ended{how}; started again"
+        log.warning(f"service    {message}; see {self._run.service_log}")
+        ledger.append(self._run.events, Event(kind="service-started", message=message))
+        self.start()
 
     def say_hub(self) -> None:
         """Say whether the Hub takes the checkpoints, loudly if not; training goes on in any case."""
-        if self._config.hub.repo is None:
+        if (repo := self._config.hub.repo) is None:
             return
         deadline = time.monotonic() + _HUB_S
         while time.monotonic() < deadline:
             state = ledger.hub_state(self._run)
-            if state is not None and state.time >= self._began:
+            at_work_before = self._process is None and self._run.is_served()
+            if state is not None and state.repo == repo and (at_work_before or state.time >= self._began):
                 if state.state == "ok":
                     log.info(f"hub        {state.message}")
                 else:
                     log.warning(f"HUB        {state.message}\n{' ' * 20}training goes on; checkpoints wait on disk")
                 return
             time.sleep(_LOOK_S)
-        log.warning(
-            f"HUB        no answer about {self._config.hub.repo} yet; training goes on, checkpoints wait on disk"
-        )
+        log.warning(f"HUB        no answer about {repo} yet; training goes on, checkpoints wait on disk")
 
     def wait(self) -> None:
         """Until all checkpoints are scored and uploaded, at most `service.wait_s`. Ctrl-C leaves it at work."""
         deadline = time.monotonic() + self._config.service.wait_s
         started, said, said_at = time.monotonic(), "", 0.0
+        since = time.time()
         self.start()
         while time.monotonic() < deadline:
             if not self._run.is_served() and time.monotonic() - started > _START_S:
                 log.warning(f"service    ended with work left; see {self._run.service_log}")
                 return
-            left = waiting(self._run, self._config)
+            left = waiting(self._run, self._config, since)
             if left is None:
                 return
             if left != said and time.monotonic() - said_at > (_SAY_S if said else 0):
@@ -93,11 +95,16 @@ class Companion:
         log.info(f"service    goes on by itself; to wait for it: {drain_command(self._run.path)}")
 
 
-def waiting(run: RunDir, config: RunConfig) -> str | None:
-    """What the service still has to do, for people; None when there is nothing that waiting would bring."""
+def waiting(run: RunDir, config: RunConfig, since: float = 0.0) -> str | None:
+    """What the service still has to do, for people; None when there is nothing that waiting would bring.
+
+    What it said before `since` does not count: it had not seen the last checkpoint, or was another service.
+    """
     steps = run.checkpoint_steps()
     scored, uploaded = ledger.scores(run), ledger.uploads(run)
     status = ledger.status(run)
+    if status is not None and status.time < since:
+        status = None
     to_score = [step for step in steps if step not in scored]
     if config.service.score == "training" or _scores_elsewhere(status, to_score):
         to_score = []
@@ -114,7 +121,7 @@ def waiting(run: RunDir, config: RunConfig) -> str | None:
 
 def _scores_elsewhere(status: Status | None, to_score: list[int]) -> bool:
     """The service has looked at these steps and found nothing to score: saves that a stop forced."""
-    return status is not None and not status.to_score and not status.doing and bool(to_score) and status.time > 0
+    return status is not None and not status.to_score and not status.doing and bool(to_score)
 
 
 def drain_command(path: Path) -> str:

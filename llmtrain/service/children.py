@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import runpy
 import subprocess
 import sys
 import threading
@@ -27,7 +28,7 @@ class Child:
         self._rest = b""
         self._log = log.open("ab")
         self._process = subprocess.Popen(
-            [sys.executable, "-m", module, *arguments],
+            [sys.executable, "-m", __name__, module, *arguments],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=self._log,
@@ -78,11 +79,12 @@ class Child:
         self._log.close()
 
 
-def die_with_parent() -> None:
-    """In a child: end when the service that started it has died, however it died."""
-    parent = int(os.environ.get(_PARENT, "0"))
-    if not parent:
-        return
+def run_and_die_with_parent(arguments: list[str]) -> None:
+    """In a child: run a module, and end when the service that started it has died, however it died.
+
+    What it imports takes seconds, in which the run's lock is held: the watch begins before that.
+    """
+    parent = int(os.environ[_PARENT])
 
     def watch() -> None:
         while os.getppid() == parent:
@@ -90,6 +92,8 @@ def die_with_parent() -> None:
         os._exit(1)
 
     threading.Thread(target=watch, name="parent", daemon=True).start()
+    sys.argv = arguments
+    runpy.run_module(arguments[0], run_name="__main__", alter_sys=True)
 
 
 NICE = 10
@@ -123,3 +127,7 @@ class Pause:
     @property
     def left_s(self) -> float:
         return max(0.0, self._until - time.monotonic())
+
+
+if __name__ == "__main__":
+    run_and_die_with_parent(sys.argv[1:])

@@ -28,7 +28,7 @@ from llmtrain.config import RunConfig, load_config
 from llmtrain.errors import CheckpointError, ConfigError
 from llmtrain.rundir import RunDir
 from llmtrain.service import crash
-from llmtrain.service.children import NICE, be_nice, die_with_parent
+from llmtrain.service.children import NICE, be_nice
 from llmtrain.service.publish import publish
 from llmtrain.service.remote import (
     BRANCH,
@@ -38,6 +38,7 @@ from llmtrain.service.remote import (
     marker,
     own_path,
     patient,
+    retry_after_s,
     run_marker,
     secrets_in,
 )
@@ -64,7 +65,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--step", type=int, default=0)
     parser.add_argument("--stall", type=float, default=300.0, help="longest wait for an answer, in s")
     options = parser.parse_args(arguments)
-    die_with_parent()
     be_nice(NICE)
     set_client_factory(lambda: _client(options.stall))
     run = RunDir(options.run.resolve())
@@ -117,9 +117,7 @@ def explain(error: HfHubHTTPError, name: str) -> dict[str, Any]:
     said = " ".join(str(error.server_message or error).split())
     if status in (401, 403, 404):
         return {"error": "refused", "message": f"{name}: the Hub refuses ({status}: {said}); {_TOKEN_HELP}"}
-    wait_s = 0.0
-    if (header := error.response.headers.get("Retry-After", "")).isdigit():
-        wait_s = float(header)
+    wait_s = retry_after_s(error)
     if status == 429 and (found := _IN_ABOUT.search(said)):
         wait_s = max(wait_s, float(found[1]) * _UNIT_S[found[2]])
     return {"error": "failed", "message": f"the Hub answered {status}: {said}", "retry_after_s": wait_s}
@@ -135,8 +133,7 @@ def check(repo: Repo, config: RunConfig, run: RunDir) -> dict[str, Any]:
     private = bool(patient(lambda: repo.api.model_info(repo.name)).private)
     if config.hub.private and not private:
         raise Refused(f"{repo.name} is public although hub.private=true: make it private in its settings on the Hub")
-    if BRANCH not in repo.refs()[0]:
-        patient(lambda: repo.api.create_branch(repo.name, branch=BRANCH, exist_ok=True))  # needs the right to write
+    patient(lambda: repo.api.create_branch(repo.name, branch=BRANCH, exist_ok=True))  # needs the right to write
     owners = {line for _, message in repo.commits() for line in message.splitlines() if line.startswith(run_marker(""))}
     if owners and run_marker(origin.read(run).id) not in owners:
         raise Refused(f"{repo.name} holds the checkpoints of another run; name another repository (hub.repo)")
@@ -164,6 +161,7 @@ def upload(repo: Repo, config: RunConfig, run: RunDir, step: int, token: str) ->
     repo.set_tag(tag, commit)
     crash.point("after-tag")
     if wrong := repo.differences(wanted, commit):
+        manifest.verify(run.checkpoint(step))  # it may be this side that has changed
         raise OSError(f"read back from {repo.name} at {commit[:10]}, {wrong[0]} is not what was sent")
     size = sum(file.size_bytes for file in wanted.values())
     return {"upload": {"checkpoint": identity, "commit": commit, "tag": tag, "size_bytes": size}}

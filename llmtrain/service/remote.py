@@ -41,12 +41,14 @@ class LocalFile:
         """Whether the Hub holds the same bytes, by its own hash."""
         if remote is None or remote.size != self.size_bytes:
             return False
-        return remote.lfs.sha256 == self.sha256 if remote.lfs else remote.blob_id == _git_hash(self.path)
+        if remote.lfs:
+            return remote.lfs.sha256 == self.sha256
+        content = self.path.read_bytes()
+        return hashlib.sha256(content).hexdigest() == self.sha256 and remote.blob_id == _git_hash(content)
 
 
-def _git_hash(path: Path) -> str:
+def _git_hash(content: bytes) -> str:
     """As git, and so the Hub, names a file's content."""
-    content = path.read_bytes()
     return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
 
 
@@ -91,8 +93,14 @@ def patient(call: Callable[[], Result]) -> Result:
         except (httpx2.HTTPError, HfHubHTTPError, RuntimeError, json.JSONDecodeError) as error:
             if not is_passing(error):
                 raise
-            time.sleep(pause_s)
+            time.sleep(max(pause_s, retry_after_s(error)))
     return call()
+
+
+def retry_after_s(error: Exception) -> float:
+    """How long the Hub asks to wait; 0 where it does not say."""
+    header = error.response.headers.get("Retry-After", "") if isinstance(error, HfHubHTTPError) else ""
+    return float(header) if header.isdigit() else 0.0
 
 
 def is_passing(error: Exception) -> bool:
@@ -101,9 +109,10 @@ def is_passing(error: Exception) -> bool:
         return isinstance(error.__cause__, Exception) and is_passing(error.__cause__)
     if not isinstance(error, HfHubHTTPError):
         return True
-    waits = error.response.headers.get("Retry-After", "0")
-    status = error.response.status_code
-    return status >= 500 or (status == 429 and waits.isdigit() and 0 < int(waits) <= _SHORT_WAIT_S) or status == 412
+    status, wait_s = error.response.status_code, retry_after_s(error)
+    if wait_s > _SHORT_WAIT_S:  # the service waits, and shows that it does
+        return False
+    return status >= 500 or status == 412 or (status == 429 and wait_s > 0)
 
 
 class Repo:

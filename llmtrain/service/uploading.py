@@ -18,6 +18,8 @@ from llmtrain.service.children import Child, Pause
 from llmtrain.service.queue import Work
 from llmtrain.service.scoring import last_line
 
+Task = tuple[str, int | None]
+"""What the child does, and to which step."""
 _MODULE = "llmtrain.service.hub"
 _REFUSED_S = 60.0
 _COMMITS_KEPT_FREE = 100
@@ -30,14 +32,16 @@ class Uploading:
     def __init__(self, run: RunDir, lock: int, pause_s: float):
         self._run, self._lock = run, lock
         self._child: Child | None = None
-        self._task: tuple[str, int | None] = ("check", None)
-        self._attempts: Counter[int] = Counter()
+        self._task: Task = ("check", None)
+        self._attempts: Counter[Task] = Counter()
         self._repo = ""
         """That the child talks to."""
         self._checked: str | None = None
         self.pause = Pause(first_s=pause_s)
         self.last_error: str | None = None
         self.problem: str | None = None
+        self._refused = "check"
+        """The task that met the problem."""
 
     @property
     def doing(self) -> str | None:
@@ -46,7 +50,7 @@ class Uploading:
         task, step = self._task
         match task:
             case "upload" if step is not None:
-                return f"uploading step {step} (attempt {self._attempts[step]})"
+                return f"uploading step {step} (attempt {self._attempts[self._task]})"
             case "publish":
                 return "renewing main on the Hub"
             case "untag":
@@ -69,15 +73,9 @@ class Uploading:
         if config.hub.repo is None or self.pause.left_s > 0:
             return []
         if self._checked != config.hub.repo:
-            self._start("check", config)
-        elif work.to_upload:
-            step = min(work.to_upload, key=lambda step: (self._attempts[step], step))  # one that fails blocks nobody
-            self._attempts[step] += 1
-            self._start("upload", config, step)
-        elif self._is_due(config, hurry):
-            self._start("publish", config)
-        elif steps := plan.untaggable(self._run, config):
-            self._start("untag", config, steps[0])
+            self._start("check", None, config)
+        elif tasks := self._tasks(config, work, hurry):
+            self._start(*min(tasks, key=lambda task: self._attempts[task]), config)  # one that fails blocks no other
         return []
 
     def end(self) -> None:
@@ -85,11 +83,18 @@ class Uploading:
             self._child.end()
             self._child = None
 
-    def _start(self, task: str, config: RunConfig, step: int | None = None) -> None:
+    def _tasks(self, config: RunConfig, work: Work, hurry: bool) -> list[Task]:
+        """What there is to do: weights first, then tags, and last the model card, which tells of both."""
+        tasks: list[Task] = [("upload", step) for step in work.to_upload]
+        tasks += [("untag", step) for step in plan.untaggable(self._run, config)]
+        return [*tasks, ("publish", None)] if self._is_due(config, hurry) else tasks
+
+    def _start(self, task: str, step: int | None, config: RunConfig) -> None:
         self._repo = config.hub.repo or ""
         arguments = [task, str(self._run.path), "--repo", self._repo]
         arguments += ["--stall", str(config.hub.stall_s), *([] if step is None else ["--step", str(step)])]
         self._task = (task, step)
+        self._attempts[self._task] += 1
         environment = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "CUDA_VISIBLE_DEVICES": ""}
         self._child = Child(_MODULE, arguments, self._run.service_log, self._lock, environment)
 
@@ -120,8 +125,12 @@ class Uploading:
 
     def _succeed(self, task: str, step: int | None, answer: dict[str, Any], seconds: float) -> None:
         self.pause.succeeded()
+        attempts, repo = self._attempts.pop(self._task, 1), self._repo
+        if task == "check" and self._refused != "check":  # what was refused since has not been tried again yet
+            self._checked = repo
+            return
         self.last_error = self.problem = None
-        repo = self._repo
+        self._refused = "check"
         match task:
             case "check":
                 state = HubState(state="ok", message=answer["message"], repo=repo, private=answer["private"])
@@ -132,7 +141,6 @@ class Uploading:
                 log.info(f"hub        {answer['message']}")
             case "upload" if step is not None:
                 crash.point("before-upload-record")
-                attempts = self._attempts.pop(step, 1)
                 record = Upload(step=step, repo=repo, seconds=seconds, attempts=attempts, **answer["upload"])
                 ledger.append(self._run.uploads, record)
                 size = f"{record.size_bytes / 1e6:,.1f} MB"
@@ -160,7 +168,7 @@ class Uploading:
     def _refuse(self, message: str) -> None:
         """Something that a person has to mend: said once, looked at again now and then."""
         self.pause.failed(_REFUSED_S)
-        self._checked = None
+        self._checked, self._refused = None, self._task[0]
         if self.problem == message:
             return
         self.problem = self.last_error = message

@@ -27,7 +27,7 @@ from llmtrain.evaluate import Score
 from llmtrain.hardware import is_bf16_fast
 from llmtrain.models import build_model
 from llmtrain.rundir import RunDir
-from llmtrain.service.children import be_nice, die_with_parent
+from llmtrain.service.children import be_nice
 from llmtrain.shards import Rows, ShardSet
 from llmtrain.strategies.forward import autocast
 
@@ -50,7 +50,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     with exit_with_code():
         run = RunDir(options.run.resolve())
-        die_with_parent()
         be_nice(options.nice)
         origin.enter(run)
         if options.threads:

@@ -87,8 +87,9 @@ class Service:
         uploading = bool(self._uploading.doing) or self._uploading.waits(config, work)
         status = self._say(work, looked, idle=not scoring and not uploading)
         self._board.show(work.scores, status)
-        if not scoring and uploading and self._options.drain and self._uploading.problem is not None:
-            raise HubError(self._uploading.problem)
+        alone = self._options.drain or not self._run.is_training()
+        if alone and not scoring and uploading and self._uploading.problem is not None:
+            raise HubError(self._uploading.problem)  # a person has to mend it, and then start a service with it
         if not status.idle:
             self._idle_since = time.monotonic()
             return True

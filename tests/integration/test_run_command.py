@@ -1,0 +1,141 @@
+"""`llmtrain run`: one machine, with torchrun underneath where there are several ranks."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from launcher import torchrun
+from launcher.torchrun import Start, check, command, verdict
+from llmtrain import errors
+from tests.support.runs import TIMEOUT_S, Workplace, environment
+
+LENGTH = ["train.steps=120", "checkpoint.every_steps=10", "evaluate.every_steps=null", "evaluate.sample.tokens=1"]
+
+
+def start(workplace: Workplace, *words: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "launcher", "run", str(workplace.config), *words],
+        cwd=workplace.folder,
+        env=environment(),
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+
+
+def wait_for_checkpoint(run: Path, beyond: int, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + TIMEOUT_S
+    while not any(int(p.name[5:]) > beyond for p in (run / "checkpoints").glob("step-*")):
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def ranks_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
+    agent = psutil.Process(process.pid).children()[0]
+    return agent.children()
+
+
+def test_a_killed_rank_and_a_killed_agent_cost_nothing_but_time(workplace: Workplace):
+    workplace.train("run.name=undisturbed-2", *LENGTH, ranks=2)
+    process = start(workplace, "run.name=supervised", "--ranks", "2", *LENGTH)
+    run = workplace.run_folder("supervised")
+    wait_for_checkpoint(run, 0, process)
+    ranks_of(process)[1].kill()
+    newest = max(int(p.name[5:]) for p in (run / "checkpoints").glob("step-*"))
+    wait_for_checkpoint(run, newest + 10, process)
+    orphans = ranks_of(process)
+    psutil.Process(process.pid).children()[0].kill()  # torchrun's agent: its ranks would train on without a keeper
+    output, _ = process.communicate(timeout=TIMEOUT_S)
+    assert process.returncode == 0, output
+    assert output.count("starting again from step") == 2
+    assert not any(orphan.is_running() for orphan in orphans)
+    assert workplace.weights("supervised") == workplace.weights("undisturbed-2")
+    assert workplace.ledger("supervised") == workplace.ledger("undisturbed-2")
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_ctrl_c_saves_once_and_says_go_on(workplace: Workplace, ranks: int):
+    name = f"interrupted-{ranks}"
+    words = [f"run.name={name}", "--ranks", str(ranks), *LENGTH, "train.steps=100000", "checkpoint.every_steps=50"]
+    process = start(workplace, *words)
+    wait_for_checkpoint(workplace.run_folder(name), 0, process)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=TIMEOUT_S)
+    assert process.returncode == errors.EXIT_REQUEUE, output
+    assert "stopped by SIGINT at step" in output
+    assert "Traceback" not in output
+    assert "ChildFailedError" not in output
+
+
+def test_a_second_ctrl_c_leaves_at_once(workplace: Workplace):
+    words = ["run.name=impatient-run", "--ranks", "2", *LENGTH, "train.steps=100000"]
+    process = start(workplace, *words)
+    wait_for_checkpoint(workplace.run_folder("impatient-run"), 0, process)
+    ranks = ranks_of(process)
+    for rank in ranks:
+        rank.suspend()  # so that they cannot save and leave before the second one
+    process.send_signal(signal.SIGINT)
+    time.sleep(1.0)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=TIMEOUT_S)
+    assert process.returncode == 130
+    assert not any(rank.is_running() and rank.status() != psutil.STATUS_ZOMBIE for rank in ranks)
+
+
+def test_an_error_that_a_person_has_to_mend_is_not_repeated(workplace: Workplace, own_workplace: Workplace):
+    process = start(workplace, "run.name=wrong", "model.num_heads=7")
+    output, _ = process.communicate(timeout=TIMEOUT_S)
+    assert (process.returncode, "starting again" in output) == (2, False), output
+    own_workplace.train("run.name=other", "train.steps=2")
+    process = start(own_workplace, "run.name=other", "--ranks", "2", "optim.lr=1e-5")
+    output, _ = process.communicate(timeout=TIMEOUT_S)
+    assert (process.returncode, "starting again" in output) == (errors.RunFolderError.exit_code, False), output
+
+
+def test_a_run_that_comes_no_further_is_given_up(workplace: Workplace, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(workplace.folder)
+    monkeypatch.setattr(torchrun, "command", lambda _: [sys.executable, "-c", "import os; os.abort()"])
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+    supervisor = torchrun.Supervisor(Start([str(workplace.config), "run.name=hopeless"], 1, None, max_restarts=2))
+    assert supervisor.supervise() == -signal.SIGABRT
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.mark.parametrize(
+    ("agents", "codes", "ranks", "told"),
+    [
+        (0, [0, 0], 2, 0),
+        (0, [75, 75], 2, 75),
+        (1, [1, 19], 2, 19),
+        (1, [], 2, 1),
+        (1, [75, 75], 2, 75),
+        (1, [75], 2, 1),
+        (-9, [], 2, -9),
+    ],
+)
+def test_what_a_run_came_to(agents: int, codes: list[int], ranks: int, told: int):
+    assert verdict(agents, codes, ranks) == told
+
+
+def test_where_it_runs(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torchrun, "num_gpus", lambda: 2)
+    assert check(None, None) == (2, "cuda")
+    assert check(0, None) == (1, "cpu")
+    assert check(0, 4) == (4, "cpu")
+    with pytest.raises(errors.ConfigError, match="this machine shows 2"):
+        check(3, None)
+    with pytest.raises(errors.ConfigError, match="--ranks is for the CPU"):
+        check(2, 2)
+    monkeypatch.setattr(torchrun, "num_gpus", lambda: 0)
+    assert check(None, None) == (1, None)
+    assert "torch.distributed.run" not in command(Start(["a.yaml"], 1, None))
+    assert os.path.basename(sys.executable) in command(Start(["a.yaml"], 2, None))[0]  # noqa: PTH119
