@@ -167,24 +167,7 @@ def propose(rows: list[Row], ranked: Ranking | None) -> tuple[Row | None, str]:
     there = {row.step: row for row in rows if row.entry is not None and (row.on_disk or row.upload is not None)}
     if chosen.step not in there:
         return None, "of those that were scored none is left, neither on disk nor on the Hub"
-    return there[chosen.step], _why(ranked, set(there))
-
-
-def _why(ranked: Ranking, there: set[int]) -> str:
-    best, chosen = ranked.best, ranked.proposed
-    gone = "" if best.step in there else f"step {best.step}, the best, is gone; "
-    ties = [entry.step for entry in ranked.entries if entry.is_tie and entry.step in there]
-    if chosen.is_tie:
-        first = f"; {chosen.step} was first" if len(ties) > 1 or not gone else ""
-        return f"{gone}{name_steps(ties)} cannot be told from the best (step {best.step}){first}"
-    if not chosen.is_best:
-        return f"{gone}of those left it has the lowest held-out loss"
-    if ties:
-        return f"the lowest held-out loss, and before {name_steps(ties)}, which cannot be told from it"
-    others = [entry for entry in ranked.entries if not entry.is_best]
-    if others and all(entry.difference is not None for entry in others):
-        return "the lowest held-out loss; every other one's is higher by more than chance explains"
-    return "the lowest held-out loss"
+    return there[chosen.step], ranked.reason()
 
 
 def missing_intervals(run: RunDir, ranked: Ranking | None) -> list[str]:

@@ -9,6 +9,7 @@ difference to the best contains 0, the two cannot be told apart, and the one tha
 import contextlib
 import functools
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -71,6 +72,34 @@ class Ranking:
         there = sorted((e for e in self.entries if e.on_disk or e.uploaded), key=lambda e: _order(e.score))
         at_hand, on_hub = [e for e in equal if e.on_disk], [e for e in equal if e.uploaded]
         return (at_hand or on_hub or there or [self.best])[0]
+
+    def reason(self) -> str:
+        """Why the proposed one, for people."""
+        best, chosen = self.best, self.proposed
+        there = {e.step for e in self.entries if e.on_disk or e.uploaded}
+        gone = "" if best.step in there else f"step {best.step}, the best, is gone; "
+        ties = [e.step for e in self.entries if e.is_tie and e.step in there]
+        if chosen.is_tie:
+            first = f"; {chosen.step} was first" if len(ties) > 1 or not gone else ""
+            return f"{gone}{name_steps(ties)} cannot be told from the best (step {best.step}){first}"
+        if not chosen.is_best:
+            return f"{gone}of those left it has the lowest held-out loss"
+        if ties:
+            return f"the lowest held-out loss, and before {name_steps(ties)}, which cannot be told from it"
+        if lost := [e.step for e in self.entries if e.is_tie]:
+            return f"the lowest held-out loss; {name_steps(lost)} cannot be told from it, but nothing is left of them"
+        others = [e for e in self.entries if not e.is_best]
+        if others and all(e.difference is not None for e in others):
+            return "the lowest held-out loss; every other one's is higher by more than chance explains"
+        return "the lowest held-out loss"
+
+
+def name_steps(steps: Iterable[int]) -> str:
+    """step 3; steps 3 and 5; steps 3, 5 and 8."""
+    numbers = [str(step) for step in steps]
+    if len(numbers) < 2:
+        return f"step {''.join(numbers)}"
+    return f"steps {', '.join(numbers[:-1])} and {numbers[-1]}"
 
 
 def ranking(run: RunDir) -> Ranking | None:

@@ -60,12 +60,8 @@ def _choose(run: RunDir, evaluations: list[dict[str, Any]]) -> tuple[int | None,
     there = set(run.checkpoint_steps())
     ranked = choose.ranking(run)
     if ranked is not None and (proposed := ranked.proposed).step in there:
-        ties = [e.step for e in ranked.entries if (e.is_tie or e.is_best) and e is not proposed]
-        reason = "scored from disk" if proposed.score.origin == "disk" else "scored at the save"
-        if ties:
-            others = f"step {ties[0]}" if len(ties) == 1 else f"steps {', '.join(map(str, ties))}"
-            reason += f"; {others} cannot be told from it by chance, it came first"
-        return proposed.step, proposed.score.loss, reason
+        how = "scored from disk" if proposed.score.origin == "disk" else "scored at the save"
+        return proposed.step, proposed.score.loss, f"{how}: {ranked.reason()}"
     saved = [e for e in evaluations if e["step"] in there]
     if not saved:
         return None, None, ""
