@@ -10,7 +10,7 @@ from launcher import listing
 from launcher.listing import Listing
 from launcher.report.speed import Speed, read_speed
 from launcher.status import RunStatus, read_status
-from llmtrain import choose, ledger, rundir
+from llmtrain import ledger, rundir
 from llmtrain.choose import Entry, Ranking
 from llmtrain.config.load import load_config
 from llmtrain.config.schema import RunConfig
@@ -109,19 +109,19 @@ def read_facts(run: RunDir) -> Facts:
     listing.open_run(run.path)
     records = {int(r["step"]): r for r in rundir.read_jsonl(run.metrics)}
     evaluations = ledger.heldout_at_saves(run)
-    ranking = choose.ranking(run)
+    listed = listing.gather(run)
     return Facts(
         run=run,
         now=read_status(run),
-        listed=listing.gather(run),
+        listed=listed,
         config=_config(run),
         config_text=run.config.read_text(encoding="utf-8", errors="replace") if run.config.exists() else "",
         metrics={key: _series(records, key) for key in ("loss", "lr", "grad_norm")},
         not_finite=next((step for step, r in records.items() if not _is_finite(r)), None),
         clock=_clock(records),
         evaluations=evaluations,
-        ranking=ranking or ranking_of_training(run, evaluations),
-        is_scored=ranking is not None,
+        ranking=listed.ranked or ranking_of_training(run, evaluations),
+        is_scored=listed.ranked is not None,
         test_scores=ledger.scores(run, "test"),
         uploads=ledger.uploads(run),
         events=ledger.events(run),

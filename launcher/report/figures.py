@@ -42,33 +42,39 @@ def losses(facts: Facts, figure: Figure, axis: Axis, narrow: bool) -> None:
     disk = facts.disk_scores()
     if len(disk):
         axes.plot(
-            clock.at(axis, disk.steps), disk.values, label="held-out, scored from disk", linestyle="none", marker="o",
+            clock.at(axis, disk.steps), disk.values, label="scored from disk", linestyle="none", marker="o",
             markersize=6.5, markerfacecolor=LIGHT["card"], markeredgecolor=LIGHT["disk"], markeredgewidth=1.4,
         )  # fmt: skip
     if facts.ranking is not None:
         best = facts.ranking.best
         at = clock.at(axis, np.array([best.step], np.float64))
         axes.plot(
-            at, [best.score.loss], marker="*", markersize=17, linestyle="none", color=LIGHT["best"],
+            at, [best.score.loss], marker="*", markersize=19, linestyle="none", color=LIGHT["best"],
             markeredgecolor=LIGHT["card"], markeredgewidth=1.0, label=f"best: step {best.step:,}", zorder=5,
         )  # fmt: skip
-    top = crop(facts)
-    if top is not None:
-        axes.set_ylim(*top)
+    limits = crop(loss_series(facts))
+    if limits is not None:
+        axes.set_ylim(*limits)
     axes.set_ylabel("loss, nats per token")
-    label_axis(axes, axis)
+    label_axis(axes, axis, narrow)
     legend_above(figure, narrow)
 
 
-def crop(facts: Facts) -> tuple[float, float] | None:
+def loss_series(facts: Facts) -> list[Series]:
+    """As drawn: of a long run each step's loss is a mean of neighbours, and its noise does not set the scale."""
+    each = thin(facts.metrics["loss"])
+    return [Series(each.steps, each.mean), facts.heldout(), facts.heldout("train_loss"), facts.disk_scores()]
+
+
+def crop(series: list[Series]) -> tuple[float, float] | None:
     """Limits of the loss that leave the steep start out, where it would press all the rest flat; else None."""
-    series = [facts.metrics["loss"], facts.heldout(), facts.heldout("train_loss"), facts.disk_scores()]
-    late = [s.values[s.steps >= _SETTLED * facts.last_step] for s in series if len(s)]
+    there = [s for s in series if len(s)]
+    late = [s.values[s.steps >= _SETTLED * s.steps[-1]] for s in there]
     settled = np.concatenate(late) if late else np.array([])
     if len(settled) < 10:
         return None
     low, high = float(settled.min()), float(np.quantile(settled, 0.995))
-    highest = max(float(s.values.max()) for s in series if len(s))
+    highest = max(float(s.values.max()) for s in there)
     if high <= low or highest - low < 2 * (high - low):
         return None
     return low - 0.06 * (high - low), high + 0.12 * (high - low)
@@ -77,14 +83,14 @@ def crop(facts: Facts) -> tuple[float, float] | None:
 def gap(facts: Facts, figure: Figure, axis: Axis, narrow: bool) -> None:
     """How much better the model does on text that it has seen."""
     axes, series = figure.add_subplot(), gap_series(facts)
-    _line(axes, facts.clock, axis, series, "heldout", label="held-out minus train, scored alike")
+    _line(axes, facts.clock, axis, series, "heldout", label="held-out minus train")
     axes.fill_between(facts.clock.at(axis, series.steps), 0, series.values, color=LIGHT["heldout"], alpha=0.1, lw=0)
     axes.axhline(0, color=LIGHT["muted"], linewidth=1)
     if facts.ranking is not None:
         best = facts.clock.at(axis, np.array([facts.ranking.best.step], np.float64))
         axes.axvline(float(best[0]), color=LIGHT["best"], linewidth=1.4, linestyle=(0, (4, 3)), label="best checkpoint")
     axes.set_ylabel("gap, nats per token")
-    label_axis(axes, axis)
+    label_axis(axes, axis, narrow)
     legend_above(figure, narrow)
 
 
@@ -97,8 +103,7 @@ def schedule(facts: Facts, figure: Figure, axis: Axis, narrow: bool) -> None:
     """Learning rate and gradient norm, one above the other."""
     upper, lower = figure.subplots(2, 1, sharex=True)
     _line(upper, facts.clock, axis, facts.metrics["lr"], "train", label="learning rate")
-    upper.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
-    upper.yaxis.get_offset_text().set_color(LIGHT["muted"])
+    upper.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     upper.set_ylim(bottom=0)
     norms = thin(facts.metrics["grad_norm"])
     x = facts.clock.at(axis, norms.steps)
@@ -110,8 +115,8 @@ def schedule(facts: Facts, figure: Figure, axis: Axis, narrow: bool) -> None:
     clip = None if facts.config is None else facts.config.optim.clip_norm
     if clip is not None:
         lower.axhline(clip, color=LIGHT["muted"], linewidth=1.2, linestyle=(0, (4, 3)), label=f"clipped at {clip:g}")
-    label_axis(upper, axis, label=False)
-    label_axis(lower, axis)
+    label_axis(upper, axis, narrow, label=False)
+    label_axis(lower, axis, narrow)
     legend_above(figure, narrow)
 
 
@@ -128,14 +133,12 @@ def speed(facts: Facts, figure: Figure, axis: Axis, narrow: bool) -> None:
     upper.set_ylim(0, 1.1 * float(np.quantile(drawn.high, 0.995)))
     lower.vlines(
         facts.clock.at(axis, waits.steps), 0, waits.values, color=LIGHT["heldout"], linewidth=2,
-        label="seconds that training waited for a save",
+        label="save wait, seconds",
     )  # fmt: skip
     lower.set_ylim(bottom=0)
-    label_axis(upper, axis, label=False)
-    label_axis(lower, axis)
+    label_axis(upper, axis, narrow, label=False)
+    label_axis(lower, axis, narrow)
     legend_above(figure, narrow)
-    if narrow and figure.legends:
-        figure.legends[0].set_ncols(1)
 
 
 @dataclass(frozen=True)
@@ -156,6 +159,8 @@ def estimates(ranked: Ranking, chosen: int | None) -> list[Estimate]:
     close = [e.difference[1] for e in order if e.difference is not None and (e.is_tie or e is order[1])]
     reach = 6 * max([*close, 1e-9])
     shown = [e for e in order if e.score.loss - ranked.best.score.loss <= reach]
+    if chosen is not None and chosen not in (e.step for e in shown):  # first among many that cannot be told apart
+        shown += [e for e in ranked.entries if e.step == chosen and e.is_tie]
     return [_estimate(e, ranked, chosen) for e in shown]
 
 
@@ -164,7 +169,7 @@ def _estimate(entry: Entry, ranked: Ranking, chosen: int | None) -> Estimate:
     if entry.step == chosen:
         words.append("proposed")
     if entry.is_tie:
-        words.append("cannot be told from the best")
+        words.append("tie")
     role = "best" if entry.is_best or entry.is_tie else "heldout"
     difference = entry.score.loss - ranked.best.score.loss
     return Estimate(f"step {entry.step:,}", ", ".join(words), difference, entry.difference, role)

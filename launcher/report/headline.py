@@ -12,7 +12,7 @@ from launcher.report.markup import Html, element
 from llmtrain import choose
 from llmtrain.config.schema import RunConfig
 
-STATE_TONES = {"finished": "best", "stopped": "warn", "not started": "warn"}
+STATE_TONES = {"running": "go", "finished": "best", "stopped": "warn", "not started": "warn"}
 _REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 
 
@@ -67,8 +67,8 @@ def cards(facts: Facts) -> Html:
         "div",
         _card("Is it done?", _training(facts)),
         _card("Held-out loss", _heldout(facts)),
-        _card("Use this checkpoint", _proposal(facts), tone="best"),
-        _card("Overfitting", _overfitting(facts)),
+        _card("Use this checkpoint", _proposal(facts), tone="best" if facts.listed.proposed is not None else ""),
+        _card("Overfitting", _overfitting(facts), tone="warn" if _overfits(facts) else ""),
         _card("On the Hugging Face Hub", _hub(facts)),
         _card("Problems", [said, listed or _all_well(facts)], tone="bad" if found else ""),
         class_="cards",
@@ -133,12 +133,12 @@ def _heldout(facts: Facts) -> list[str | None]:
         f"Lowest {words.loss(best.loss)} at step {best.step:,} (epoch {best.epoch:.2f}): perplexity "
         f"{words.figure(best.perplexity)}, {words.figure(best.bits_per_byte, 3)} bits per byte"
     )
-    tested = [f"test split {words.loss(s.loss)} (step {s.step:,})" for _, s in sorted(facts.test_scores.items())]
+    tested = [f"Test split {words.loss(s.loss)} (step {s.step:,})" for _, s in sorted(facts.test_scores.items())]
     return [
         f"{words.loss(first)} \u2192 {words.loss(last)}",
         f"From step {measured[0]:,} to step {measured[-1]:,}",
         low,
-        f"Once, at the end: {'; '.join(tested[-2:])}" if tested else None,
+        "; ".join(tested[-2:]) or None,
     ]
 
 
@@ -151,13 +151,18 @@ def _proposal(facts: Facts) -> list[str | None]:
     return [f"Step {chosen.step:,}", f"Held-out loss {words.loss(chosen.loss)}{how}", why]
 
 
+def _overfits(facts: Facts) -> bool:
+    return facts.ranking is not None and choose.overfitting(facts.ranking).began
+
+
 def _overfitting(facts: Facts) -> list[str | None]:
     if facts.ranking is None or len(facts.ranking.entries) < 2:
         return ["Not known yet", "It takes two checkpoints with a held-out loss."]
     verdict = choose.overfitting(facts.ranking)
     said = verdict.describe()
-    big = f"After step {verdict.best.step:,}" if verdict.began else "None seen"
-    return [big, said[:1].upper() + said[1:]]
+    big = f"Began after step {verdict.best.step:,}" if verdict.began else "None seen"
+    told = said if verdict.began else said.partition(": ")[2] or said
+    return [big, told[:1].upper() + told[1:]]
 
 
 def _hub(facts: Facts) -> list[str | None]:
@@ -192,8 +197,9 @@ def problems(facts: Facts) -> list[str]:
     found = list(facts.now.problems)
     if facts.not_finite is not None:
         found.append(f"Step {facts.not_finite:,} came to a loss or gradient norm that is no finite number")
-    hub = facts.now.hub
-    if hub is not None and hub.state is not None and hub.state.state != "ok" and hub.state.message not in found:
+    status, hub = facts.now.service.status, facts.now.hub
+    is_told = status is not None and status.problem is not None  # in more words than the Hub's
+    if hub is not None and hub.state is not None and hub.state.state != "ok" and not is_told:
         found.append(f"Hub {hub.state.state}: {hub.state.message}")
     waiting = _left_behind(facts)
     if waiting:
@@ -216,8 +222,12 @@ def _left_behind(facts: Facts) -> str:
 
 
 def _all_well(facts: Facts) -> str:
-    retried = sum(event.kind in ("score-failed", "upload-failed", "stalled") for event in facts.events)
-    resumed = sum(event.kind == "resumed" for event in facts.events)
-    counts = {"resume": resumed, "failed attempt": retried}
-    text = " and ".join(words.count(number, noun) for noun, number in counts.items() if number)
-    return f"{text} on the way, all dealt with" if text else "Nothing failed on the way."
+    """What nobody has to look at, since it was dealt with; the section of events tells it."""
+    kinds = [event.kind for event in facts.events]
+    counts = {
+        "resume": kinds.count("resumed"),
+        "failed attempt": sum(kinds.count(kind) for kind in ("score-failed", "upload-failed", "stalled")),
+        "rejected checkpoint": kinds.count("rejected"),
+    }
+    told = [words.count(number, noun) for noun, number in counts.items() if number]
+    return f"On the way: {display.words(told)}." if told else "Nothing failed on the way."

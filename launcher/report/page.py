@@ -10,6 +10,7 @@ from launcher.report.facts import AXES, read_facts
 from launcher.report.markup import Html, element
 from launcher.report.plots import Picture
 from llmtrain import __version__, files
+from llmtrain.errors import disk_errors
 from llmtrain.rundir import RunDir
 
 _CONTENTS = {
@@ -38,13 +39,15 @@ def write_report(run: RunDir) -> Path:
 
 
 def write_page(path: Path, title: str, body: list[Html]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    files.write_atomic(path, theme.document(title, Html("".join(body))))
+    with disk_errors("report", path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        files.write_atomic(path, theme.document(title, Html("".join(body))))
 
 
 def write_pictures(folder: Path, pictures: list[Picture]) -> None:
-    for picture in pictures:
-        files.write_atomic(folder / f"{picture.name}.png", picture.png)
+    with disk_errors("report", folder):
+        for picture in pictures:
+            files.write_atomic(folder / f"{picture.name}.png", picture.png)
 
 
 def bar(contents: dict[str, str]) -> Html:

@@ -13,7 +13,9 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
+from matplotlib.image import imsave
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from launcher.report.facts import AXES, Axis, Numbers, Series
@@ -26,16 +28,21 @@ Draw = Callable[[Figure, Axis, bool], None]
 AXIS_LABELS: dict[Axis, str] = {"steps": "optimizer steps", "epochs": "epochs", "tokens": "tokens learned from"}
 MOST_POINTS = 500
 """Of a line: more than a screen can show."""
+_MANY = 10_000
+"""From here on numbers along an axis are shortened (20k)."""
 _WIDE, _NARROW = 1040, 380
 """Units of a drawing, about a pixel each where it is shown."""
 _DPI = 72.0
 _PNG_DPI = 144.0
+_MARGIN, _WHITE = 48, 255
+"""Of a PNG, in pixels."""
 
 _SETTINGS: dict[Any, Any] = {
     "svg.fonttype": "none",  # text stays text
     "text.parse_math": False,  # names are not formulas
     "font.size": 13.0,
     "axes.labelsize": 13.0,
+    "axes.labelpad": 8.0,
     "xtick.labelsize": 12.5,
     "ytick.labelsize": 12.5,
     "legend.fontsize": 13.0,
@@ -101,21 +108,24 @@ def _settings(salt: str) -> Iterator[None]:
         yield
 
 
-def label_axis(axes: Axes, axis: Axis, label: bool = True) -> None:
+def label_axis(axes: Axes, axis: Axis, narrow: bool, label: bool = True) -> None:
     """Name the horizontal axis, with whole steps and short numbers."""
     if label:
         axes.set_xlabel(AXIS_LABELS[axis])
-    axes.xaxis.set_major_locator(MaxNLocator("auto", integer=axis == "steps", min_n_ticks=3))
-    if axis == "tokens":
+    axes.margins(x=0.02)
+    axes.xaxis.set_major_locator(MaxNLocator(5 if narrow else 10, integer=axis == "steps", steps=[1, 2, 5, 10]))
+    if axis == "tokens" or axes.get_xlim()[1] >= _MANY:
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
 
 
-def legend_above(figure: Figure, narrow: bool, columns: int = 5) -> None:
-    """One line of names over all axes (two on a phone), in the order in which things were drawn."""
+def legend_above(figure: Figure, narrow: bool, columns: int = 5, reverse: bool = False) -> None:
+    """Names over all axes, two beside each other on a phone, in the order in which things were drawn (or reversed)."""
     pairs: dict[str, Any] = {}
     for axes in figure.axes:
         for handle, name in zip(*axes.get_legend_handles_labels(), strict=True):
             pairs.setdefault(name, handle)
+    if reverse:
+        pairs = dict(reversed(pairs.items()))
     if pairs:
         figure.legend(
             list(pairs.values()),
@@ -158,9 +168,15 @@ def thin(series: Series, most: int = MOST_POINTS) -> Thinned:
 
 
 def _to_png(figure: Figure) -> bytes:
-    FigureCanvasAgg(figure)
+    """With a margin, which on the page is the card's."""
+    figure.patch.set_visible(True)
+    figure.set_dpi(_PNG_DPI)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    margins = ((_MARGIN, _MARGIN), (_MARGIN, _MARGIN), (0, 0))
+    pixels = np.pad(np.asarray(canvas.buffer_rgba()), margins, constant_values=_WHITE)
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=_PNG_DPI, metadata={"Software": None})
+    imsave(buffer, pixels, format="png")
     return buffer.getvalue()
 
 
@@ -175,7 +191,8 @@ def _to_svg(figure: Figure, prefix: str, alt: str) -> Html:
     """SVG for use inside a page: no fixed colours, no style attributes (the page's policy forbids them), no ids that
     clash, coordinates no finer than can be seen."""
     buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", facecolor="none", metadata={"Date": None})
+    figure.patch.set_visible(False)
+    FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None})  # `savefig` would lay it out twice
     root = ElementTree.fromstring(buffer.getvalue())
     box = root.get("viewBox", "")
     for parent in list(root.iter()):

@@ -16,6 +16,7 @@ from llmtrain.ledger import Event
 
 _ROWS = 12
 """Of a ranking that are shown at once."""
+_MORE_ROWS = 200
 _TEXTS = 8
 _LONGEST_TEXT = 1500
 _EVENTS = 60
@@ -90,10 +91,14 @@ def losses(facts: Facts) -> tuple[Html, list[Picture]]:
     if not len(facts.disk_scores()):
         missing.append("No checkpoint has been scored from its files.")
     start = facts.heldout().values[:1]
-    cut = f" The first steps lie above the picture (start: {start[0]:.2f})." if crop(facts) and len(start) else ""
+    cut = (
+        f" The first steps lie above the picture (start: {start[0]:.2f})."
+        if crop(figures.loss_series(facts)) and len(start)
+        else ""
+    )
     text = lead(
-        "Nats per token. \u201cTrain, each step\u201d is measured on the batch being learned, with dropout; the other "
-        f"two are scored in the same way, without.{cut}"
+        "Nats per token. \u201cTrain, each step\u201d is the loss of the batch being learned; the other two are scored "
+        f"alike, without dropout.{cut}"
     )
     return section("losses", "Losses", text, drawn.html, notice(" ".join(missing)) if missing else None), [drawn]
 
@@ -108,15 +113,18 @@ def ranking(facts: Facts) -> tuple[Html, list[Picture]]:
     chosen = None if facts.listed.proposed is None else facts.listed.proposed.step
     rows = [_row(facts, chosen, place, e, tasks) for place, e in enumerate(order, start=1)]
     classes = ["best" if e.step == chosen else "" for e in order]
-    heads = ["", "Step", "Epoch", "Held-out", "Perplexity", "Bits/byte", "Train", "Gap"]
+    heads = ["", "Step", "", "Epoch", "Held-out", "Perplexity", "Bits/byte", "Train", "Gap"]
     heads += [name.removeprefix("task_").replace("_", " ").capitalize() for name in tasks]
-    heads += ["Above the best, 95%", "", "Where"]
-    numeric = set(range(len(heads) - 2))
-    shown = table(heads, rows[:_ROWS], numeric, classes[:_ROWS])
+    heads += ["Above the best, 95%", "Where"]
+    numeric = set(range(len(heads) - 1)) - {2}
+    first = [at for at, e in enumerate(order) if at < _ROWS or e.step == chosen]
+    shown = table(heads, [rows[at] for at in first], numeric, [classes[at] for at in first])
+    others = [at for at in range(len(rows)) if at not in first]
     rest = None
-    if rows[_ROWS:]:
-        more = table(heads, rows[_ROWS:], numeric, classes[_ROWS:])
-        rest = element("details", element("summary", f"{len(rows) - _ROWS:,} more"), more)
+    if others:
+        more = table(heads, [rows[at] for at in others[:_MORE_ROWS]], numeric)
+        told = f"{len(others):,} more" if len(others) <= _MORE_ROWS else f"{_MORE_ROWS} of {len(others):,} more"
+        rest = element("details", element("summary", told), more)
     drawn = _forest(ranked, chosen)
     pictures = [drawn] if drawn is not None else []
     notes = [notice(f"{note[:1].upper()}{note[1:]}.") for note in facts.listed.notes] if facts.is_scored else []
@@ -141,6 +149,7 @@ def _row(facts: Facts, chosen: int | None, place: int, entry: Entry, tasks: list
     return [
         str(place),
         f"{entry.step:,}",
+        marks,
         f"{score.epoch:.2f}",
         element("b", words.loss(score.loss)),
         words.figure(score.perplexity),
@@ -149,7 +158,6 @@ def _row(facts: Facts, chosen: int | None, place: int, entry: Entry, tasks: list
         "\u2013" if train is None else words.signed(score.loss - train),
         *(words.figure(entry.task.get(name), 3) for name in tasks),
         words.interval(entry.difference),
-        marks,
         ", ".join(places) or gone,
     ]
 
@@ -204,7 +212,7 @@ def optimisation(facts: Facts) -> tuple[Html, list[Picture]]:
     """Learning rate, gradient norm, speed."""
     inside: list[Child] = []
     pictures: list[Picture] = []
-    if len(facts.metrics["loss"]):
+    if len(facts.metrics["lr"]):
         pictures.append(
             picture(
                 "schedule",
@@ -273,25 +281,27 @@ def timeline(facts: Facts) -> Html:
     """What happened on the way; one line for what happened again and again."""
     if not facts.events:
         return section("events", "On the way", notice("Nothing has been noted."))
-    grouped = [list(same) for _, same in groupby(facts.events, key=lambda e: (e.kind, e.step))]
-    lines = [_event(same) for same in grouped[-_EVENTS:]]
+    grouped = [list(same) for _, same in groupby(enumerate(facts.events), key=_repeated)]
+    lines = [_event([event for _, event in same]) for same in grouped[-_EVENTS:]]
     told = f"The last {_EVENTS} of {len(grouped):,}." if len(grouped) > _EVENTS else None
     return section("events", "On the way", lead(told) if told else None, element("ol", lines, class_="log"))
+
+
+def _repeated(numbered: tuple[int, Event]) -> tuple[str, int]:
+    """What failed and was tried again counts as one thing; all else stands for itself."""
+    number, event = numbered
+    return event.kind, -1 if _KINDS.get(event.kind, ("", ""))[1] == "warn" else number
 
 
 def _event(same: list[Event]) -> Html:
     last = same[-1]
     name, tone = _KINDS.get(last.kind, (last.kind, ""))
-    when = words.moment(same[0].time, seconds_too=True)
-    times = f"{len(same)} times, the last one {words.moment(last.time, seconds_too=True)}: " if len(same) > 1 else ""
-    step = f"step {last.step:,}: " if last.step is not None and last.kind not in ("started", "resumed") else ""
-    return element(
-        "li",
-        element("time", when),
-        element("b", name),
-        element("span", element("span", f"{step}{times}", class_="muted"), element("bdi", last.message), class_="what"),
-        class_=tone or None,
-    )
+    times = f"{len(same):,} times until {words.moment(last.time, seconds_too=True)}, last: " if len(same) > 1 else ""
+    numbers = sorted({e.step for e in same if e.step is not None and e.kind not in ("started", "resumed")})
+    about = f"{display.steps(numbers)}: " if numbers else ""
+    what = [element("span", f"{about}{times}", class_="muted"), element("bdi", last.message)]
+    when = element("time", words.moment(same[0].time, seconds_too=True))
+    return element("li", when, element("b", name), element("span", what, class_="what"), class_=tone or None)
 
 
 def configuration(facts: Facts) -> Html:

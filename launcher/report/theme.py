@@ -13,7 +13,7 @@ COLOURS = {  # role: light, dark. Figures are drawn in the light ones, which are
     "muted": ("#63656b", "#a2a5ad"),
     "soft": ("#efefec", "#26282c"),
     "train": ("#2563a8", "#74aef2"),
-    "train-pale": ("#a8c3e2", "#35506f"),
+    "train-pale": ("#a8c3e2", "#46698f"),
     "heldout": ("#c2410c", "#fb9a63"),
     "disk": ("#3b3d42", "#d6d7db"),
     "best": ("#0a7a56", "#4fd0a0"),
@@ -62,8 +62,9 @@ bdi{unicode-bidi:isolate}
 .head p{flex-basis:100%;color:var(--muted)}
 .badge{display:inline-block;padding:1px 9px;border-radius:99px;font-size:12.5px;font-weight:600;white-space:nowrap;
  background:var(--soft);color:var(--muted)}
-.badge.best{background:var(--best-pale);color:var(--best)}.badge.warn{background:var(--warn-pale);color:var(--warn)}
+.badge.go{color:var(--train)}.badge.best{background:var(--best-pale);color:var(--best)}.badge.warn{background:var(--warn-pale);color:var(--warn)}
 .badge.bad{background:var(--bad-pale);color:var(--bad)}.head .badge{font-size:14px;padding:3px 12px}
+.dot{display:inline-block;width:10px;height:10px;border-radius:50%;margin-right:8px}
 .badge+.badge{margin-left:4px}
 .progress{flex-basis:100%;height:6px;border-radius:3px;overflow:hidden;display:block;width:100%}
 .progress .rest{fill:var(--line)}.progress .done{fill:var(--train)}
@@ -77,6 +78,7 @@ bdi{unicode-bidi:isolate}
 .card.warn .big{color:var(--warn)}
 .card ul{margin:6px 0 0;padding-left:18px;font-size:14px}.card li+li{margin-top:4px}.card li{overflow-wrap:anywhere}
 section{margin-top:14px;padding:22px 24px 24px}
+section>h3{margin-top:22px}
 section>p,section>.lead{margin-top:6px;max-width:78ch;color:var(--muted);font-size:14px}
 section>.notice{max-width:none;padding:10px 14px;border-radius:9px;background:var(--soft);margin-top:14px}
 section>.notice.warn{background:var(--warn-pale);color:var(--warn)}
@@ -102,7 +104,7 @@ details>pre{margin-top:12px}
 .texts{display:grid;gap:14px;margin-top:16px}
 .texts article{display:grid;grid-template-columns:110px 1fr;gap:4px 16px;align-items:start}
 .texts h3{color:var(--muted);font-weight:500;font-size:14px;padding-top:9px}
-.texts pre{background:var(--soft);border-radius:9px;padding:10px 14px;max-height:22em;overflow:auto}
+.texts pre{background:var(--soft);border-radius:9px;padding:10px 14px;max-height:14em;overflow:auto}
 .texts .prompt{color:var(--muted)}
 .log{list-style:none;margin:16px 0 0;padding:0}
 .log li{display:grid;grid-template-columns:130px 170px 1fr;gap:2px 16px;padding:9px 0 9px 16px;
@@ -145,7 +147,8 @@ def _axis_rules() -> str:
 
 def style_sheet() -> str:
     """Dark where the reader's system is, on screens; paper is white."""
-    figures = "".join(f".f-{role}{{fill:var(--{role})}}.s-{role}{{stroke:var(--{role})}}" for role in COLOURS)
+    figures = "".join(f".b-{role}{{background:var(--{role})}}" for role in RUN_COLOURS)
+    figures += "".join(f".f-{role}{{fill:var(--{role})}}.s-{role}{{stroke:var(--{role})}}" for role in COLOURS)
     dark = f"@media screen and (prefers-color-scheme:dark){{{_variables(1)}}}"
     return f"{_variables(0)}{dark}{_RULES}{figures}{_axis_rules()}"
 
