@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 _BLOCK = 1 << 22
+_ASIDE = ".tmp-"
 
 
 def sha256(path: Path) -> str:
@@ -27,7 +28,7 @@ def sync(path: Path) -> None:
 
 def write_atomic(path: Path, content: str | bytes) -> None:
     """Replace `path` by `content` in one rename; a crash leaves the old file or the new one."""
-    aside = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    aside = path.with_name(f".{path.name}{_ASIDE}{os.getpid()}")
     try:
         aside.write_bytes(content.encode() if isinstance(content, str) else content)
         sync(aside)
@@ -36,3 +37,9 @@ def write_atomic(path: Path, content: str | bytes) -> None:
         aside.unlink(missing_ok=True)
         raise
     sync(path.parent)
+
+
+def remove_asides(folder: Path) -> None:
+    """Delete what kills have left of `write_atomic`; for a folder that nobody else writes to."""
+    for aside in folder.glob(f".*{_ASIDE}*"):
+        aside.unlink(missing_ok=True)

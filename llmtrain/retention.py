@@ -3,6 +3,7 @@
 The checkpoint service deletes, and nobody else; without one (service.start=never) training does.
 """
 
+import contextlib
 import shutil
 from collections.abc import Callable, Collection, Mapping
 
@@ -90,7 +91,8 @@ def remove(run: RunDir, steps: Collection[int], on_rename: Callable[[], None] | 
         run.checkpoint(step).rename(doomed)
         if on_rename is not None:
             on_rename()
-        shutil.rmtree(doomed)
+        with contextlib.suppress(FileNotFoundError):  # a starting training finishes it at the same moment
+            shutil.rmtree(doomed)
 
 
 def quarantine(run: RunDir, step: int) -> None:

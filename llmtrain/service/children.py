@@ -1,9 +1,11 @@
 """Processes that the service starts: one scores, one talks to the Hub. Both die with the service."""
 
 import contextlib
+import ctypes
 import json
 import os
 import runpy
+import signal
 import subprocess
 import sys
 import threading
@@ -16,6 +18,7 @@ import psutil
 _PARENT = "LLMTRAIN_SERVICE_PID"
 _LOOK_S = 0.2
 _CPU_S = 0.1
+_PR_SET_PDEATHSIG = 1
 
 
 class Child:
@@ -82,7 +85,7 @@ class Child:
 def run_and_die_with_parent(arguments: list[str]) -> None:
     """In a child: run a module, and end when the service that started it has died, however it died.
 
-    What it imports takes seconds, in which the run's lock is held: the watch begins before that.
+    What it imports takes seconds, in which the run's lock is held: this is arranged for before that.
     """
     parent = int(os.environ[_PARENT])
 
@@ -91,6 +94,10 @@ def run_and_die_with_parent(arguments: list[str]) -> None:
             time.sleep(_LOOK_S)
         os._exit(1)
 
+    if sys.platform == "linux":  # at once; the thread may have to wait for an import
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
     threading.Thread(target=watch, name="parent", daemon=True).start()
     sys.argv = arguments
     runpy.run_module(arguments[0], run_name="__main__", alter_sys=True)

@@ -94,6 +94,7 @@ def converse(task: str, run: RunDir, name: str, step: int, token: str) -> dict[s
             case "upload":
                 return upload(repo, config, run, step, token)
             case "publish":
+                refuse_secrets([run.config], token)
                 return patient(lambda: publish(repo, config, run))
             case _:
                 return untag(repo, step)
@@ -142,7 +143,7 @@ def check(repo: Repo, config: RunConfig, run: RunDir) -> dict[str, Any]:
 
 
 def upload(repo: Repo, config: RunConfig, run: RunDir, step: int, token: str) -> dict[str, Any]:
-    """Bytes, one commit, a tag, then reading back. What an earlier attempt has done is found and kept.
+    """Bytes, one commit, reading it back, a tag. What an earlier attempt has done is found and kept.
 
     Raises:
         Altered: a file does not match the manifest; nothing is committed.
@@ -151,20 +152,23 @@ def upload(repo: Repo, config: RunConfig, run: RunDir, step: int, token: str) ->
     identity = manifest.identity(described)
     wanted = local_files(run, step, described, config.hub.optimizer_state)
     if repo.find(identity) is None:
-        leaks = secrets_in([run.config, *(file.path for file in wanted.values())], token)
-        if leaks:
-            raise Refused(f"something like an access token stands in {leaks[0]}: not uploaded; take it out")
+        refuse_secrets([run.config, *(file.path for file in wanted.values())], token)
     description = f"{marker(identity)}\n{run_marker(origin.read(run).id)}"
     commit = patient(lambda: repo.find(identity) or commit_files(repo, run, wanted, f"step {step}", description))
     crash.point("after-commit")
-    tag = f"step-{step}"
-    repo.set_tag(tag, commit)
-    crash.point("after-tag")
     if wrong := repo.differences(wanted, commit):
         manifest.verify(run.checkpoint(step))  # it may be this side that has changed
         raise OSError(f"read back from {repo.name} at {commit[:10]}, {wrong[0]} is not what was sent")
+    tag = f"step-{step}"
+    repo.set_tag(tag, commit)
+    crash.point("after-tag")
     size = sum(file.size_bytes for file in wanted.values())
     return {"upload": {"checkpoint": identity, "commit": commit, "tag": tag, "size_bytes": size}}
+
+
+def refuse_secrets(paths: list[Path], token: str) -> None:
+    if leaks := secrets_in(paths, token):
+        raise Refused(f"something like an access token stands in {leaks[0]}: not uploaded; take it out")
 
 
 def commit_files(repo: Repo, run: RunDir, wanted: dict[str, LocalFile], title: str, description: str) -> str:

@@ -20,7 +20,8 @@ from llmtrain.rundir import RunDir
 BRANCH = "checkpoints"
 _OWN = "llmtrain"
 """Folder for what is ours and not the model's."""
-_SECRET = re.compile(rb"\b(hf_|sk-|ghp_|AKIA)[A-Za-z0-9_-]{16,}")
+_SECRET = re.compile(rb"\b(hf_[A-Za-z0-9]{30}|ghp_[A-Za-z0-9]{30}|sk-[\w-]{32}|AKIA[A-Z0-9]{16})")
+"""As long as real ones: `hf_hub_download` and a folder `hf_datasets_of_2024` are none."""
 _TEXT_BYTES = 4 << 20
 
 

@@ -129,6 +129,8 @@ class Uploading:
         if task == "check" and self._refused != "check":  # what was refused since has not been tried again yet
             self._checked = repo
             return
+        if task != "check" and self.problem is not None:
+            self._checked = None  # look once more, which says that it is mended
         self.last_error = self.problem = None
         self._refused = "check"
         match task:

@@ -53,6 +53,7 @@ class Service:
         for records in (self._run.scores, self._run.uploads, self._run.service_events):
             rundir.mend_jsonl(records)
         retention.remove_leftovers(self._run)
+        files.remove_asides(self._run.service)
         try:
             while not self.stop_requested and self._is_ours():
                 try:

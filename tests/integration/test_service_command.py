@@ -1,0 +1,253 @@
+"""`python -m llmtrain.service` beside training and without it: scoring, ranking, quarantine, ending early."""
+
+import json
+import shutil
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import SCALARS, EventAccumulator
+
+from llmtrain import choose, ledger, rundir
+from llmtrain.rundir import RunDir
+from tests.support.hub_server import Hub
+from tests.support.runs import Workplace, make_workplace
+from tests.support.service_runs import (
+    MANY_SAVES,
+    REPO,
+    copy_run,
+    end_service,
+    flip,
+    score_records,
+    serve,
+    serving,
+    status_of,
+    surroundings,
+    tags,
+    train,
+    wait_until,
+)
+
+SAVES = range(1, 11)
+
+
+@pytest.fixture(scope="module")
+def many(workplace: Workplace) -> str:
+    """Name of a run whose checkpoints nobody has looked after."""
+    train(workplace, "run.name=many", f"train.steps={SAVES[-1]}", *MANY_SAVES)
+    assert not RunDir(workplace.run_folder("many")).service.exists()
+    return "many"
+
+
+@pytest.fixture(scope="module")
+def scored(workplace: Workplace, many: str, tmp_path_factory: pytest.TempPathFactory) -> RunDir:
+    """That run after a service that was started by hand, later, and in another folder."""
+    run = RunDir(workplace.run_folder(many))
+    serve(run, "--drain", cwd=tmp_path_factory.mktemp("elsewhere"))
+    return run
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunDir]:
+    """A run on short documents, several in a row, whose training has started the service."""
+    workplace = make_workplace(tmp_path_factory.mktemp("served"), packing="bestfit")
+    settings = workplace.config.read_text()
+    workplace.config.write_text(settings.replace("{kind: text,", '{kind: text, separator: "\\n\\n",'))
+    output = train(workplace, "service.start=auto", "checkpoint.keep_last=100")
+    run = RunDir(workplace.run_folder("run"))
+    (run.path / "said.txt").write_text(output)
+    (run.path / "steps-scored-by-then.json").write_text(json.dumps(sorted(ledger.scores(run))))
+    yield run
+    end_service(run)
+
+
+def check_scores(run: RunDir) -> None:
+    """Every checkpoint's, against what the training ranks computed at that step, and against the stretches."""
+    measured, scores = ledger.heldout_at_saves(run), ledger.scores(run)
+    assert sorted(scores) == run.checkpoint_steps()
+    for step, score in scores.items():
+        assert (score.origin, score.how) == ("disk", "cpu fp32")
+        assert score.loss == pytest.approx(measured[step]["loss"], abs=1e-6)
+        assert score.bits_per_byte == pytest.approx(measured[step]["bits_per_byte"], abs=1e-6)
+        losses = choose.read_losses(run, score)
+        assert losses is not None
+        assert losses.shape[1] >= choose.MIN_UNITS
+        assert losses[1].sum() == score.targets
+        assert losses[0].sum() / losses[1].sum() == pytest.approx(score.loss, rel=1e-12)
+    assert len({score.loss for score in scores.values()}) == len(scores)
+
+
+def points(run: RunDir, tag: str = "heldout/loss") -> dict[int, float]:
+    """What TensorBoard shows; fails where a step stands there twice or too late."""
+    if not list(run.validation_board.glob("events.*")):
+        return {}
+    events = EventAccumulator(str(run.validation_board), size_guidance={SCALARS: 0}).Reload()
+    found = events.Scalars(tag) if tag in events.Tags()["scalars"] else []
+    steps = [point.step for point in found]
+    assert steps == sorted(set(steps))
+    return {point.step: point.value for point in found}
+
+
+def test_scores_from_disk_are_those_of_training_also_from_another_folder(scored: RunDir):
+    assert "dir: shards\n" in scored.config.read_text()  # as seen from the folder that training was started in
+    check_scores(scored)
+
+
+def test_training_ends_with_all_checkpoints_scored_and_ranked(served: RunDir):
+    steps = served.checkpoint_steps()
+    assert steps == [4, 8, 12, 16, 20, 24]
+    assert json.loads((served.path / "steps-scored-by-then.json").read_text()) == steps
+    check_scores(served)
+    ranked = choose.ranking(served)
+    assert ranked is not None
+    assert [entry.step for entry in ranked.entries] == steps
+    assert all(entry.difference is not None for entry in ranked.entries if not entry.is_best)
+    summary = json.loads(served.summary.read_text())
+    proposed = str(served.checkpoint(ranked.proposed.step))
+    assert proposed.endswith(summary["best_checkpoint"])
+    assert summary["best_reason"].startswith("scored from disk")
+    assert f"best checkpoint {summary['best_checkpoint']} (held-out loss" in (served.path / "said.txt").read_text()
+
+
+def test_tensorboard_shows_every_score_once(served: RunDir):
+    losses = {step: score.loss for step, score in ledger.scores(served).items()}
+    assert points(served) == pytest.approx(losses, abs=1e-6)
+    assert points(served, "heldout/bits_per_byte").keys() == losses.keys()
+
+
+def test_tensorboard_is_rebuilt_for_a_late_step_and_after_a_loss(workplace: Workplace, many: str, scored: RunDir):
+    run = copy_run(workplace, many, "board", [1, 3, 5])
+    late, aside = run.checkpoint(3), run.path / "aside"
+    late.rename(aside)
+    records = [score for score in score_records(run) if score.step != 3]
+    run.scores.write_text("".join(score.model_dump_json() + "\n" for score in records))
+    with serving(run):
+        wait_until(lambda: list(points(run)) == [1, 5])
+        aside.rename(late)
+        wait_until(lambda: list(points(run)) == [1, 3, 5])
+        assert [score.step for score in score_records(run)] == [1, 5, 3]
+    shutil.rmtree(run.validation_board)
+    serve(run, "--drain")
+    assert points(run) == pytest.approx({score.step: score.loss for score in score_records(run)}, abs=1e-6)
+
+
+def test_a_byte_that_changed_after_the_save_is_quarantined_and_the_others_go_on(workplace: Workplace, many: str):
+    run = copy_run(workplace, many, "flipped", range(1, 5), scored=False)
+    flip(run.checkpoint(2) / "model/model.safetensors")
+    flip(run.checkpoint(4) / "state/optimizer-00000-of-00001.safetensors")
+    serve(run, "--drain")
+    assert run.checkpoint_steps() == sorted(ledger.scores(run)) == [1, 3]
+    status = status_of(run)
+    assert status["checkpoints"]["quarantined"] == [2, 4]
+    assert status["problems"] == ["in quarantine, because a file did not match its hash: step 2, 4"]
+    reasons = [event.message for event in ledger.events(run) if event.kind == "quarantined"]
+    assert [reason.split(": ")[1] for reason in reasons] == ["altered"] * 2
+    output = train(workplace, "run.name=flipped", "train.steps=5", *MANY_SAVES)
+    assert "resuming   from step 3" in output
+
+
+def test_of_several_services_one_is_at_work(workplace: Workplace, many: str):
+    run = copy_run(workplace, many, "crowd", SAVES, scored=False)
+    with serving(run, "--drain") as first:
+        wait_until(run.is_served)
+        assert f"another service (process {first.pid} on" in serve(run)  # leaves at once, with 0
+        with serving(run, "--drain") as second:
+            assert first.wait(60) == 0
+            assert second.wait(60) == 0
+    assert [score.step for score in score_records(run)] == list(SAVES)
+
+
+def test_an_adapter_is_scored_as_training_scored_it(tmp_path: Path):
+    from tests.support.bases import write_llama
+
+    write_llama(tmp_path / "llama")
+    records = [{"prompt": f"Count from {n}:", "completion": f" {n + 1} {n + 2} {n + 3}"} for n in range(200)]
+    (tmp_path / "records.json").write_text(json.dumps(records))
+    (tmp_path / "config.yaml").write_text(
+        """
+run: {name: run, dir: runs}
+model: {kind: qlora, base: llama, context: 64, lora: {r: 4}}
+data:
+  dir: shards
+  sources: [{kind: json, paths: [records.json]}]
+  format: {kind: completion}
+  split: {heldout: 0.1}
+train: {steps: 4, global_batch_size: 8, precision: fp32}
+optim: {lr: 5e-3}
+evaluate: {every_steps: null, train_rows: 0}
+checkpoint: {every_steps: 2, keep_last: 100}
+service: {start: auto}
+"""
+    )
+    train(Workplace(tmp_path))
+    run = RunDir(tmp_path / "runs/run")
+    end_service(run)
+    assert run.checkpoint_steps() == [2, 4]
+    check_scores(run)
+
+
+@pytest.mark.parametrize(("saves", "every"), [(10, 4), pytest.param(30, 10, marks=pytest.mark.soak)])
+def test_the_rule_holds_here_and_on_the_hub_also_through_crashes(
+    workplace: Workplace, many: str, scored: RunDir, tmp_path: Path, saves: int, every: int
+):
+    if saves > len(SAVES):
+        train(workplace, "run.name=very-many", f"train.steps={saves}", *MANY_SAVES)
+        many, scored = "very-many", RunDir(workplace.run_folder("very-many"))
+        serve(scored, "--drain")
+    rule = {"checkpoint_keep_last": 2, "checkpoint_keep_best": 2, "checkpoint_keep_every": every}
+    steps = range(1, saves + 1)
+    run = copy_run(workplace, many, f"kept-{saves}", steps, **rule, hub_repo=REPO, hub_prune=True, hub_pause_s=0.2)
+    losses = {step: score.loss for step, score in ledger.scores(run).items()}
+    best = sorted(losses, key=losses.__getitem__)[:2]
+    for_other_reasons = {saves - 1, saves, *range(every, saves + 1, every)}
+    assert not for_other_reasons.issuperset(best)
+    kept = sorted({*best, *for_other_reasons})
+
+    def leftovers() -> list[Path]:
+        return list(run.checkpoints.glob(f"{rundir.DOOMED}*"))
+
+    with Hub(tmp_path / "hub") as hub:
+        crash = f"between-rename-and-delete:{tmp_path / 'first'}"
+        serve(run, "--drain", code=-signal.SIGKILL, env=surroundings(hub, crash=crash))
+        assert leftovers()
+        crash = f"before-untag-record:{tmp_path / 'second'}"
+        serve(run, "--drain", code=-signal.SIGKILL, env=surroundings(hub, crash=crash))
+        assert len(tags(hub)) == saves - 1
+        assert not any(upload.removed for upload in ledger.uploads(run).values())
+        serve(run, "--drain", env=surroundings(hub))
+        assert run.checkpoint_steps() == tags(hub) == kept
+        assert not leftovers()
+        removed = {step: upload.removed for step, upload in ledger.uploads(run).items()}
+        assert removed == {step: step not in kept for step in steps}
+        assert len(hub.commits(REPO)) == 2  # main was made once, when all of that was done
+        assert not hub.bugs
+
+
+def test_patience_ends_training_on_all_ranks_until_it_is_larger(workplace: Workplace):
+    settings = [
+        "run.name=patient", "service.start=auto", "service.score=training", "optim.lr=1e-30",
+        "checkpoint.every_steps=50", "evaluate.every_steps=null", "evaluate.train_rows=0", 'evaluate.sample.prompt=""',
+    ]  # fmt: skip
+    run = RunDir(workplace.run_folder("patient"))
+
+    def last_step() -> int:
+        return workplace.ledger("patient")[-1]["step"]
+
+    try:
+        output = train(workplace, *settings, "train.steps=100000", "service.patience=2", ranks=2)
+        ended = last_step()
+        assert ended < 100_000
+        assert "ended      early: the held-out loss has not improved for" in output
+        assert "a larger service.patience" in output
+        assert "stopped by" not in output
+        again = train(workplace, *settings, "train.steps=100000", "service.patience=2")
+        assert "ended      early: the held-out loss has not improved for" in again
+        assert last_step() == ended
+        on = train(workplace, *settings, f"train.steps={ended + 5}", "service.patience=100000")
+        assert f"resuming   from step {ended:,}" in on
+        assert "ended      early" not in on
+        assert last_step() == ended + 5
+        assert not run.early_stop.exists()
+    finally:
+        end_service(run)
