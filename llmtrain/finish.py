@@ -39,8 +39,9 @@ def finish(run: RunDir) -> None:
     result = summary.write(run)
     if result is None:
         return
-    # A process border instead of an import: the core does not depend on the launcher.
-    subprocess.run([sys.executable, "-m", "launcher", "report", str(run.path), "--quiet"], check=False)
+    if config.log.report:
+        # A process border instead of an import: the core does not depend on the launcher.
+        subprocess.run([sys.executable, "-m", "launcher", "report", str(run.path), "--quiet"], check=False)
     print("\n" + summary.describe(run, result), flush=True)  # noqa: T201  the run's result
 
 

@@ -146,6 +146,8 @@ class LogSection(Section):
     every_steps: Annotated[int, Field(ge=1)] = 10
     """Read the loss from the device and write TensorBoard every so many steps."""
     tensorboard: bool = True
+    report: bool = True
+    """Write the page of `llmtrain report` at the end of the run (a few seconds)."""
 
 
 class StrategySection(Section):

@@ -304,22 +304,22 @@ def test_a_hub_that_hangs_costs_training_nothing(workplace: Workplace, many: str
     hub.faults.add("hang", times=ALWAYS)
     run = RunDir(workplace.run_folder("hanging"))
     try:
-        settings = hub_settings("hanging", "checkpoint.every_steps=2", "hub.stall_s=1", "service.wait_s=0.1")
+        settings = hub_settings("hanging", "train.steps=5", "hub.stall_s=1", "service.wait_s=0.1")
         output = train(workplace, *settings, env=surroundings(hub))
         assert "training goes on; checkpoints wait on disk" in output
-        assert run.checkpoint_steps() == [2, 4, 6, 8]
+        assert run.checkpoint_steps() == [1, 2, 3, 4, 5]
         assert upload_records(run) == []
         waits, usual = (
             statistics.median(read_speed(one).save_wait_s.values())
             for one in (run, RunDir(workplace.run_folder(many)))
         )  # fmt: skip
-        assert waits < 20 * usual
+        assert waits < 8 * usual
         wait_until(lambda: len([event for event in ledger.events(run) if event.kind == "stalled"]) >= 2)
         hub.faults.clear()
-        wait_until(lambda: sorted(ledger.uploads(run)) == [2, 4, 6, 8])
+        wait_until(lambda: sorted(ledger.uploads(run)) == [1, 2, 3, 4, 5])
     finally:
         end_service(run)
-    assert tags(hub) == [2, 4, 6, 8]
+    assert tags(hub) == [1, 2, 3, 4, 5]
 
 
 # What goes wrong on the way
@@ -330,6 +330,7 @@ def test_an_answer_that_was_lost_leads_to_no_second_commit(copies: Copies, hub: 
     hub.empty_commits = True
     requests = ("^POST .*/commit/checkpoints", "^POST .*/tag/", "^POST .*/commit/main")
     lost = [hub.faults.add("lost_answer", request) for request in requests]
+    hub.faults.add("status", "^POST .*/preupload/checkpoints", skip=1, status=400)  # who repeats it blindly gives up
     serve(run, "--drain", env=surroundings(hub))
     assert [fault.struck for fault in lost] == [1, 1, 1]
     assert [commit.title for commit in checkpoint_commits(hub)] == ["step 1", "step 2"]

@@ -46,8 +46,8 @@ SETTINGS = [
 ]
 CHILDS_POINTS = ["after-bytes", "after-commit", "after-tag", "after-publish"]
 POINTS = ["before-score-record", "before-upload-record", *CHILDS_POINTS]
-GONE_S = 1.0
-"""Children have so long to end after the service."""
+GONE_S = 2.0
+"""Children have so long to end after the service: 0.05 s, but for one that is just starting on a busy machine."""
 
 
 @dataclass
@@ -413,9 +413,9 @@ def train_until(case: Case, what: Callable[[], bool]) -> "subprocess.Popen[bytes
     return training
 
 
-def has_saved(case: Case, more: int = 1) -> Callable[[], bool]:
+def has_saved(case: Case) -> Callable[[], bool]:
     before = len(case.published())
-    return lambda: len(case.published()) >= before + more
+    return lambda: len(case.published()) > before
 
 
 def kill_training(case: Case, draw: random.Random) -> None:
@@ -475,10 +475,10 @@ def test_five_kills_of_training_beside_the_service(case: Case, seed: int):
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("uploaded", range(6))
-def test_kills_of_training_and_service(case: Case, uploaded: int):
-    has_uploaded = lambda: len(ledger.uploads(case.run)) >= uploaded  # noqa: E731
-    kill_everything(case, train_until(case, has_uploaded if uploaded else has_saved(case)))
+@pytest.mark.parametrize(("saved", "uploaded"), [(1, 0), (4, 0), (8, 0), (1, 1), (1, 3), (1, 5)])
+def test_kills_of_training_and_service(case: Case, saved: int, uploaded: int):
+    training = train_until(case, lambda: len(case.published()) >= saved and len(ledger.uploads(case.run)) >= uploaded)
+    kill_everything(case, training)
     train_to_the_end(case)
 
 
