@@ -1,5 +1,6 @@
 """The branch that people see: the best checkpoint's weights, a model card, scores; renewed in one commit."""
 
+import hashlib
 from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationCopy, CommitOperationDelete
@@ -38,6 +39,8 @@ def publish(repo: Repo, config: RunConfig, run: RunDir) -> dict[str, Any]:
     additions = [CommitOperationAdd(path, content) for path, content in documents(repo, config, run, best).items()]
     added = {addition.path_in_repo for addition in additions}
     deletions = [CommitOperationDelete(path) for path in shown if path not in {*wanted, *added, _HUBS}]
+    if not deletions and {copy.path_in_repo for copy in copies} <= added and all(_stands(a, shown) for a in additions):
+        return {"digest": digest, "message": f"{repo.name} shows step {best.step:,} already"}  # an answer was lost
     repo.api.create_commit(
         repo.name,
         [*[copy for copy in copies if copy.path_in_repo not in added], *additions, *deletions],
@@ -47,6 +50,19 @@ def publish(repo: Repo, config: RunConfig, run: RunDir) -> dict[str, Any]:
     )
     crash.point("after-publish")
     return {"digest": digest, "message": f"{repo.name} shows step {best.step:,} as the best"}
+
+
+def _stands(addition: CommitOperationAdd, shown: dict[str, RepoFile]) -> bool:
+    """Whether a file is on the Hub as it would be written."""
+    remote = shown.get(addition.path_in_repo)
+    if remote is None:
+        return False
+    with addition.as_file() as file:
+        content = file.read()
+    if remote.lfs:
+        return remote.lfs.sha256 == hashlib.sha256(content).hexdigest()
+    blob = b"blob %d\0" % len(content) + content
+    return remote.blob_id == hashlib.sha1(blob, usedforsecurity=False).hexdigest()
 
 
 def _same(one: RepoFile, other: RepoFile | None) -> bool:

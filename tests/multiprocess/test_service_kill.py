@@ -84,7 +84,9 @@ class Case:
         return self.start([sys.executable, "-m", *command], **variables)
 
     def train(self) -> "subprocess.Popen[bytes]":
-        return self.start(self.workplace.command(f"run.name={self.name}", f"hub.repo={self.repo}", *SETTINGS))
+        return self.start(
+            self.workplace.command(f"run.name={self.name}", f"hub.repo={self.repo}", "service.start=auto", *SETTINGS)
+        )
 
     def start(self, command: list[str], **variables: str) -> "subprocess.Popen[bytes]":
         ours = {name: environment()[name] for name in ("OMP_NUM_THREADS", "PYTHONPATH")}
