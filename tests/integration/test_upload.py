@@ -302,9 +302,9 @@ def test_training_goes_on_without_a_hub_that_refuses(workplace: Workplace, hub: 
 
 def test_a_hub_that_hangs_costs_training_nothing(workplace: Workplace, many: str, hub: Hub):
     hub.faults.add("hang", times=ALWAYS)
-    run = RunDir(workplace.run_folder("hanging"))
+    stall_s, run = 1.0, RunDir(workplace.run_folder("hanging"))
     try:
-        settings = hub_settings("hanging", "train.steps=5", "hub.stall_s=1", "service.wait_s=0.1")
+        settings = hub_settings("hanging", "train.steps=5", f"hub.stall_s={stall_s}", "service.wait_s=0.1")
         output = train(workplace, *settings, env=surroundings(hub))
         assert "training goes on; checkpoints wait on disk" in output
         assert run.checkpoint_steps() == [1, 2, 3, 4, 5]
@@ -313,7 +313,7 @@ def test_a_hub_that_hangs_costs_training_nothing(workplace: Workplace, many: str
             statistics.median(read_speed(one).save_wait_s.values())
             for one in (run, RunDir(workplace.run_folder(many)))
         )  # fmt: skip
-        assert waits < 8 * usual
+        assert waits < 3 * usual + stall_s / 2  # whoever waited for the Hub would wait for `stall_s`
         wait_until(lambda: len([event for event in ledger.events(run) if event.kind == "stalled"]) >= 2)
         hub.faults.clear()
         wait_until(lambda: sorted(ledger.uploads(run)) == [1, 2, 3, 4, 5])
@@ -338,8 +338,9 @@ def test_an_answer_that_was_lost_leads_to_no_second_commit(copies: Copies, hub: 
         record.tag: record.commit for record in upload_records(run)
     }
     assert tags(hub) == [1, 2]
-    # A lost answer may renew main a second time, with the same weights: nothing older, and no weights sent again.
-    assert len([c for c in hub.commits(REPO) if c.title.startswith("best so far")]) <= 2
+    renewals = [commit.title for commit in hub.commits(REPO) if commit.title.startswith("best so far")]
+    assert renewals[0] == "best so far: step 2"
+    assert len(renewals) == len(set(renewals))  # once for each checkpoint that became the best
 
 
 def test_a_hash_that_is_not_ours_is_never_taken_for_confirmed(copies: Copies, hub: Hub):
