@@ -47,6 +47,7 @@ def prepare_run(run: RunDir, config: RunConfig, origins: Origins, data: ShardFol
         log.info(f"run.resume=never: the old run is now in {run.move_aside()}")
     with disk_errors("run folder", run.path):
         run.create()
+        files.remove_asides(run.path)
         checkpoint.remove_leftovers(run)
         retention.remove_leftovers(run)
         step = _resume_step(run, config, origins, data)
