@@ -111,6 +111,12 @@ class HubError(UserError):
     exit_code = 22
 
 
+class SlurmError(UserError):
+    """SLURM refuses a job, or does not answer."""
+
+    exit_code = 23
+
+
 @contextlib.contextmanager
 def disk_errors(what: str, folder: Path) -> Iterator[None]:
     """Turn "no space left" (and a full quota, or a file-size limit) into a `DiskFull` that names the folder."""

@@ -1,0 +1,86 @@
+"""Jobs that were submitted, written down beside the runs: they are there before a run folder is.
+
+DIR/.jobs/NAME/             for the run DIR/NAME
+    jobs.jsonl              one line per job, in the order of submission
+    JOB/                    of one job: its script, and each node's output (JOB_NODE_log.out)
+    JOB/start-R/            of its R-th start: where its nodes meet, what each rank said
+    stop                    asks the job to save, to end, and not to come back
+"""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from llmtrain import rundir
+from llmtrain.rundir import RunDir
+
+JOBS = ".jobs"
+
+Kind = Literal["train", "shard", "service"]
+
+
+class JobRecord(BaseModel):
+    """One job, as it was submitted."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    job_id: str
+    """As SLURM counts: "123", or "123_4" for the fourth of an array."""
+    kind: Kind
+    nodes: int = 1
+    ranks_per_node: int = 1
+    cluster: str = ""
+    """Name of the cluster profile."""
+    after: str = ""
+    """The dependency, as sbatch was given it."""
+    time: float = Field(default_factory=time.time)
+
+
+@dataclass(frozen=True)
+class JobDir:
+    """Where the jobs of one name are written down."""
+
+    path: Path
+
+    @staticmethod
+    def of(run: RunDir) -> "JobDir":
+        return JobDir(run.path.absolute().parent / JOBS / run.path.name)
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @property
+    def ledger(self) -> Path:
+        return self.path / "jobs.jsonl"
+
+    @property
+    def stop(self) -> Path:
+        return self.path / "stop"
+
+    def records(self) -> list[JobRecord]:
+        """In the order of submission; empty where nothing was submitted."""
+        return [JobRecord.model_validate(line) for line in rundir.read_jsonl(self.ledger)]
+
+    def last(self, kind: Kind) -> JobRecord | None:
+        return next((record for record in reversed(self.records()) if record.kind == kind), None)
+
+    def add(self, record: JobRecord) -> None:
+        self.path.mkdir(parents=True, exist_ok=True)
+        rundir.append_jsonl(self.ledger, [record.model_dump()])
+
+    def folder(self, job_id: str) -> Path:
+        """Of one job. An array's jobs share their first job's."""
+        return self.path / job_id
+
+    def start(self, job_id: str, restart: int) -> Path:
+        """Of one start of a job: SLURM counts the restarts."""
+        return self.folder(job_id) / f"start-{restart}"
+
+
+def job_dirs(folder: Path) -> list[JobDir]:
+    """All that were written down in a folder of runs (DIR), and in the folders of runs below it (sweeps)."""
+    return [JobDir(ledger.parent) for ledger in sorted(folder.glob(f"**/{JOBS}/*/jobs.jsonl"))]
