@@ -5,7 +5,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 import pydantic
 import yaml
@@ -19,6 +19,7 @@ from llmtrain.errors import ConfigError
 
 COMMAND_LINE = "command line"
 _LENGTHS = ("steps", "epochs", "tokens")
+AnySection = TypeVar("AnySection", bound=BaseModel)
 
 
 @dataclass
@@ -61,6 +62,17 @@ def load_config(file: str | Path | None, overrides: Sequence[str] = ()) -> tuple
     Raises:
         ConfigError: lists everything that is wrong, each with its place and what is allowed.
     """
+    return load_section(RunConfig, file, overrides)
+
+
+def load_section(
+    root: type[AnySection], file: str | Path | None, overrides: Sequence[str] = ()
+) -> tuple[AnySection, Origins]:
+    """The same for a file that holds another section, such as a cluster's profile.
+
+    Raises:
+        ConfigError: lists everything that is wrong, each with its place and what is allowed.
+    """
     origins = Origins()
     values: dict[str, Any] = {}
     problems: list[str] = []
@@ -73,9 +85,9 @@ def load_config(file: str | Path | None, overrides: Sequence[str] = ()) -> tuple
         except ValueError as error:
             problems.append(f"{override} ({COMMAND_LINE}): {error}")
     try:
-        config = RunConfig.model_validate(values)
+        config = root.model_validate(values)
     except pydantic.ValidationError as error:
-        problems += [_explain(e, values, origins) for e in error.errors()]
+        problems += [_explain(e, values, origins, root) for e in error.errors()]
         raise ConfigError(problems) from None
     if problems:
         raise ConfigError(problems)
@@ -159,15 +171,15 @@ def _apply_override(values: dict[str, Any], override: str, origins: Origins) -> 
                 holder.pop(other, None)
 
 
-def _explain(error: ErrorDetails, values: dict[str, Any], origins: Origins) -> str:
+def _explain(error: ErrorDetails, values: dict[str, Any], origins: Origins, root: type[BaseModel]) -> str:
     """One line: key, value, place, what is allowed, the nearest valid key."""
-    path, model = _locate(error["loc"], values)
+    path, model = _locate(error["loc"], values, root)
     dotted = ".".join(map(str, path))
     head = f"{dotted}={_show(error['input'])} ({origins.of(path)})"
     context = error.get("ctx", {})
     match error["type"]:
         case "extra_forbidden":
-            return f"{head}: unknown key; {_nearest_key(path, model)}"
+            return f"{head}: unknown key; {_nearest_key(path, model, root)}"
         case "literal_error":
             allowed = context["expected"].replace(" or ", ", ")
             return f"{head}: use one of {allowed}{_nearest_value(error['input'], allowed)}"
@@ -200,11 +212,14 @@ def _explain(error: ErrorDetails, values: dict[str, Any], origins: Origins) -> s
             return f"{head}: {message[:1].lower()}{message[1:]}"
 
 
-def _locate(loc: tuple[int | str, ...], values: Any) -> tuple[yaml_lines.Path, type[BaseModel] | None]:
-    """The path in the file that pydantic's `loc` means (it puts a union's tag between), and the
-    section it lies in."""
+def _locate(
+    loc: tuple[int | str, ...], values: Any, root: type[BaseModel]
+) -> tuple[yaml_lines.Path, type[BaseModel] | None]:
+    """The path in the file that pydantic's `loc` means (it puts a union's tag between, and marks what is wrong with
+    a key instead of its value), and the section it lies in."""
     path: list[str | int] = []
-    model: Any = RunConfig
+    model: Any = root
+    loc = loc[:-1] if loc[-1:] == ("[key]",) else loc
     for position, part in enumerate(loc):
         here = values.get("kind") if isinstance(values, dict) else None
         tagged = [m for m in _models(model) if _tag(m) == part]
@@ -246,18 +261,18 @@ def _tag(model: type[BaseModel]) -> str | None:
     return get_args(kind.annotation)[0] if kind and get_args(kind.annotation) else None
 
 
-def _nearest_key(path: yaml_lines.Path, model: type[BaseModel] | None) -> str:
+def _nearest_key(path: yaml_lines.Path, model: type[BaseModel] | None, root: type[BaseModel]) -> str:
     name = str(path[-1])
     prefix = ".".join(map(str, path[:-1]))
-    siblings = list(model.model_fields) if model else list(RunConfig.model_fields)
+    siblings = list((model or root).model_fields)
     near = difflib.get_close_matches(name, siblings, n=1, cutoff=0.6)
     if near:
         return f"did you mean {prefix + '.' if prefix else ''}{near[0]}?"
     everywhere: dict[str, str] = {}
-    for dotted in _all_keys(RunConfig):
+    for dotted in _all_keys(root):
         everywhere.setdefault(dotted.rsplit(".", 1)[-1], dotted)
     near = difflib.get_close_matches(name, everywhere, n=1, cutoff=0.75)
-    known = f"'{prefix}' has: " if prefix else "the sections are: "
+    known = f"'{prefix}' has: " if prefix else f"the {'sections' if root is RunConfig else 'keys'} are: "
     meant = f"did you mean {everywhere[near[0]]}? " if near else ""
     return meant + known + ", ".join(siblings)
 
