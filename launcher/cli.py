@@ -157,16 +157,23 @@ def run(
     max_restarts: Annotated[
         int, typer.Option(min=0, help="After crashes in a row that brought no new checkpoint.")
     ] = 3,
+    hang_after: Annotated[
+        float, typer.Option(min=0, help="Seconds without progress after which a rank counts as hanging; 0: never.")
+    ] = 600.0,
 ) -> None:
     """Train on this machine: one process, or torchrun with one for each GPU. After a crash it starts again.
+
+    A rank that stands still is found, named, and started again with the others; the Python stacks of all are kept.
 
     Ctrl-C saves and stops (exit code 75, the same command goes on); a second one leaves at once.
     """
     with exit_with_code():
-        from launcher.torchrun import Start, Supervisor, check
+        from launcher.one_machine import train_here
+        from launcher.supervisor import Rules
+        from launcher.torchrun import Start, check
 
         count, device = check(gpus, ranks)
-        raise typer.Exit(Supervisor(Start(settings or [], count, device, max_restarts)).supervise())
+        raise typer.Exit(train_here(Start(settings or [], count, device), Rules(max_restarts, hang_after)))
 
 
 @app.command(epilog="Example: `llmtrain generate $(llmtrain checkpoints runs/stdlib-gpt best)`")

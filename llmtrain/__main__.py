@@ -6,10 +6,13 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
-from llmtrain import allocator
+from llmtrain import allocator, heartbeat
 from llmtrain.errors import EXIT_CODES, EXIT_REQUEUE, exit_with_code, leave_code
 
+RANK_LOGS = "LLMTRAIN_RANK_LOGS"
+"""Variable that names a folder for the ranks' output."""
 _LOOK_S = 0.5
 
 _HELP = """\
@@ -31,7 +34,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("settings", nargs="*", metavar="CONFIG | section.key=value")
     words: list[str] = parser.parse_args(arguments).settings
+    rank = int(os.environ.get("RANK", "0"))
+    write_to_own_file(rank)
     die_with_agent()
+    heartbeat.start(rank)
     with exit_with_code():
         try:
             from llmtrain.config.load import split_settings
@@ -45,6 +51,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         leave_code(code)
         # `llmtrain run` knows from the code that it was left; torchrun would report a failure.
         sys.exit(0 if code == EXIT_REQUEUE and EXIT_CODES in os.environ and "WORLD_SIZE" in os.environ else code)
+
+
+def write_to_own_file(rank: int) -> None:
+    """Where several ranks would write to one terminal: every rank but the first gets a file."""
+    if (folder := os.environ.get(RANK_LOGS)) is None or rank == 0:
+        return
+    sys.stdout.flush()
+    file = os.open(Path(folder) / f"rank-{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    for descriptor in (1, 2):
+        os.dup2(file, descriptor)
 
 
 def die_with_agent() -> None:

@@ -11,7 +11,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from llmtrain import checkpoint, choose, files, log, manifest, origin, recipe, shards
+from llmtrain import checkpoint, choose, files, heartbeat, log, manifest, origin, recipe, shards
 from llmtrain.batches import BatchPlan, plan_batches
 from llmtrain.config import RunConfig, load_config, resolved_yaml
 from llmtrain.config.load import Origins
@@ -39,6 +39,7 @@ def run(file: str | None, overrides: list[str]) -> int:
     """Train as configured. Returns the exit code: 0 at the end of the plan, EXIT_REQUEUE after a stop."""
     rank = rank_from_environment()
     log.set_up(rank)
+    heartbeat.at("preparing", watched=False)
     with said_once(rank):
         config, origins = load_config(file, overrides)
     world = find_world(config.train.device)
@@ -65,6 +66,7 @@ def run(file: str | None, overrides: list[str]) -> int:
         finished = state.step >= parts.plan.total_steps or stop.ended_early or prepared["enough"] is not None
         if world.is_main and not finished:
             say_stopped(parts, state)
+        heartbeat.at("ending", watched=False)
         world.sum_counts(0)  # collective: rank 0 may hold the store, so it leaves after the others have used it
         world.close()
         if world.is_main and finished:
@@ -300,6 +302,7 @@ def say_stopped(parts: Parts, state: TrainState) -> None:
 
 def become_finish(run_dir: RunDir) -> None:
     """Replace this process, on rank 0, by one that needs no GPU: it waits for the service and sums up."""
+    heartbeat.stop(rank_from_environment())
     sys.stdout.flush()
     sys.stderr.flush()
     os.execv(sys.executable, [sys.executable, "-m", "llmtrain.finish", str(run_dir.path)])

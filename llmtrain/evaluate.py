@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from llmtrain import heartbeat
 from llmtrain.config.schema import SampleSection
 from llmtrain.data import Batch
 from llmtrain.shards import SplitInfo
@@ -39,6 +40,7 @@ def score(loss_of: Callable[[Batch], Tensor], batches: Iterable[Batch], world: W
     """
     losses, targets = [], 0
     for batch in batches:
+        heartbeat.at("evaluate")
         losses.append(loss_of(batch))
         targets += batch.num_targets
     total = torch.stack(losses).cpu().double().sum() if losses else torch.zeros((), dtype=torch.float64)
@@ -81,6 +83,7 @@ def continue_text(
     generator = torch.Generator().manual_seed(seed)
     ids = torch.tensor(prompt_ids, dtype=torch.int64)
     for _ in range(config.tokens):
+        heartbeat.at("sample")
         token = sample_token(model.next_logits(ids), config, generator)
         if token == eos_id:
             return

@@ -27,6 +27,7 @@ EventKind = Literal[
     "hub-accepted",
     "stalled",
     "early-stop",
+    "restarted",
     "service-started",
     "service-ended",
 ]

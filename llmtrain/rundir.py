@@ -8,6 +8,7 @@ DIR/NAME/
     metrics.jsonl           one line per optimizer step: the truth that TensorBoard is a view of
     heldout.jsonl           one line per evaluation
     samples.jsonl           generated text
+    saves.jsonl             how long each checkpoint took to be written
     tensorboard/            event files
     events.jsonl            what happened to training: starts, resumes, rejected checkpoints
     origin.json             the folder that training was started in: relative paths of the configuration start there
@@ -77,6 +78,10 @@ class RunDir:
     @property
     def samples(self) -> Path:
         return self.path / "samples.jsonl"
+
+    @property
+    def saves(self) -> Path:
+        return self.path / "saves.jsonl"
 
     @property
     def tensorboard(self) -> Path:

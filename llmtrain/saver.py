@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from llmtrain import checkpoint, log
+from llmtrain import checkpoint, log, rundir
 from llmtrain.config.schema import CheckpointSection
 from llmtrain.errors import ConfigError, UserError, disk_errors
 from llmtrain.fragments import Fragment
@@ -132,6 +132,7 @@ class Saver:
             world.post(f"saved-{step}", {})
         score = "" if described.heldout_loss is None else f", held-out loss {described.heldout_loss:.4f}"
         wrote_s = time.perf_counter() - began
+        rundir.append_jsonl(self._run.saves, [{"step": step, "wrote_s": round(wrote_s, 3)}])
         log.info(f"saved      step {step:,}{score} (written in {wrote_s:.1f} s, training waited {waited})")
 
     def _write_all(self, folder: Path, described: Manifest, weights: dict[str, Tensor], share: list[Fragment]) -> None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from llmtrain import heartbeat
 from llmtrain.batches import BatchPlan
 from llmtrain.config.schema import RunConfig
 from llmtrain.data import Loader
@@ -53,7 +54,9 @@ def train(parts: Parts, state: TrainState) -> TrainState:
     if state.step == 0 and 0 in config.evaluate.also_at:
         evaluate(parts, state, with_task=True)
         meter.restart_clock()
+    heartbeat.at("data", state.step)
     for data in parts.loader.steps(state.samples, parts.plan.total_steps - state.step):
+        heartbeat.at("counts")
         # Collective (control group): host integers only, the GPU is not waited for.
         targets, digest, stops, failures, enough = parts.world.sum_counts(
             data.num_targets,
@@ -64,6 +67,7 @@ def train(parts: Parts, state: TrainState) -> TrainState:
         )
         if failures:
             parts.saver.wait()  # raises, on every rank
+        heartbeat.at("compute")
         seed_step(config.run.seed, state.step, parts.world.rank)
         lr = learning_rate(state.step, parts.plan.total_steps, config.optim)
         loss_sum = torch.zeros((), device=parts.world.device)
@@ -75,9 +79,11 @@ def train(parts: Parts, state: TrainState) -> TrainState:
 
         due = what_is_due(parts, before, state, stopping=stops + enough > 0)
         if due.log:
+            heartbeat.at("log")
             meter.flush(parts.loader.wait_s)  # collective; the only host sync; raises if not finite
         heldout = evaluate(parts, state, with_task=due.save)["loss"] if due.evaluate else None  # collective
         if due.sample and parts.world.is_main:
+            heartbeat.at("sample")
             parts.write_sample(state)
         if due.save:
             save(parts, state, heldout)  # host sync: the copy; writing goes on beside the next steps
@@ -86,6 +92,8 @@ def train(parts: Parts, state: TrainState) -> TrainState:
         if stops or enough:
             parts.stop.ended_early = bool(enough)
             break
+        heartbeat.at("data", state.step)
+    heartbeat.at("save", watched=False)
     parts.saver.wait()
     return state
 
@@ -138,6 +146,7 @@ def what_is_due(parts: Parts, before: TrainState, state: TrainState, stopping: b
 
 def evaluate(parts: Parts, state: TrainState, with_task: bool) -> dict[str, float]:
     """Collective. Score the held-out split and write the scores down."""
+    heartbeat.at("evaluate")
     scores = parts.evaluate(state, with_task)
     if not math.isfinite(scores["loss"]):
         raise NotFinite(
@@ -149,6 +158,7 @@ def evaluate(parts: Parts, state: TrainState, with_task: bool) -> dict[str, floa
 
 def save(parts: Parts, state: TrainState, heldout_loss: float | None) -> None:
     """Begin a checkpoint; waits for the copy to host memory, and for the last checkpoint if it is still written."""
+    heartbeat.at("save", watched=False)  # a file system may take its time, and a restart would not make it faster
     described = Manifest(
         train_state=state,
         seed=parts.config.run.seed,

@@ -11,7 +11,10 @@ import psutil
 import pytest
 
 from launcher import torchrun
-from launcher.torchrun import Start, check, command, verdict
+from launcher.one_machine import train_here
+from launcher.processes import verdict
+from launcher.supervisor import Rules
+from launcher.torchrun import Start, check, command
 from llmtrain import errors
 from tests.support.runs import TIMEOUT_S, Workplace, environment
 
@@ -101,10 +104,10 @@ def test_an_error_that_a_person_has_to_mend_is_not_repeated(workplace: Workplace
 
 def test_a_run_that_comes_no_further_is_given_up(workplace: Workplace, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(workplace.folder)
-    monkeypatch.setattr(torchrun, "command", lambda _: [sys.executable, "-c", "import os; os.abort()"])
+    monkeypatch.setattr(torchrun, "command", lambda *_: [sys.executable, "-c", "import os; os.abort()"])
     monkeypatch.setattr(time, "sleep", lambda _: None)
-    supervisor = torchrun.Supervisor(Start([str(workplace.config), "run.name=hopeless"], 1, None, max_restarts=2))
-    assert supervisor.supervise() == -signal.SIGABRT
+    words = [str(workplace.config), "run.name=hopeless"]
+    assert train_here(Start(words, 1), Rules(max_restarts=2)) == 1
     for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -123,7 +126,7 @@ def test_a_run_that_comes_no_further_is_given_up(workplace: Workplace, monkeypat
     ],
 )
 def test_what_a_run_came_to(agents: int, codes: list[int], ranks: int, told: int):
-    assert verdict(agents, codes, ranks) == told
+    assert verdict([agents], codes, ranks) == told
 
 
 def test_where_it_runs(monkeypatch: pytest.MonkeyPatch):

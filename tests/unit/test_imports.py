@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 CONTRACTS = [
-    "errors", "log", "files", "config.yaml_lines", "config.section", "config.data_sections",
+    "errors", "log", "files", "heartbeat", "config.yaml_lines", "config.section", "config.data_sections",
     "config.model_sections", "config.service_sections", "config.schema", "config.load", "config", "rundir", "shards",
     "manifest", "recipe", "batches", "memory", "base_facts", "memory_lora", "ledger", "choose", "retention", "summary",
     "origin",

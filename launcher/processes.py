@@ -1,0 +1,53 @@
+"""The processes of a run on this machine: which they are, how they ended, how to end them."""
+
+import contextlib
+import signal
+from pathlib import Path
+
+import psutil
+
+from llmtrain.errors import EXIT_REQUEUE, UserError
+
+
+def ranks_of(agent: int) -> list[psutil.Process]:
+    """torchrun's workers. They are signalled themselves: torchrun would report a failure."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return psutil.Process(agent).children()
+    return []
+
+
+def kill_tree(pid: int) -> None:
+    """SIGKILL for a process and all that it started but the checkpoint service."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        root = psutil.Process(pid)
+        for victim in [*root.children(recursive=True), root]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if "llmtrain.service" not in victim.cmdline():  # it finishes what is queued
+                    victim.kill()
+
+
+def read_codes(folder: Path) -> list[int]:
+    """What the ranks left; one that was killed left nothing."""
+    return [int(file.read_text()) for file in folder.iterdir()]
+
+
+def verdict(agents: list[int], codes: list[int], ranks: int) -> int:
+    """What a start came to, from the exit codes of torchrun's agents, one a node, and of all ranks."""
+    failed = next((code for code in agents if code), 0)
+    if not failed:
+        return max(codes, default=0)  # ranks that were asked to stop leave 75, and end well for torchrun
+    for code in codes:
+        if is_for_a_person(code):
+            return code
+    if len(codes) == ranks and all(code in (0, EXIT_REQUEUE) for code in codes):
+        return max(codes)
+    return failed
+
+
+def is_for_a_person(code: int) -> bool:
+    """Whether starting again would meet the same error."""
+    return code in {kind.exit_code for kind in UserError.__subclasses__()}
+
+
+def told(code: int) -> str:
+    return f"exit code {code}" if code >= 0 else f"{signal.Signals(-code).name}"

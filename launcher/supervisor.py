@@ -1,0 +1,283 @@
+"""Keeps a run going on one node: starts its ranks, passes signals on, finds hangs, starts again after a crash.
+
+One supervisor a node. They agree through `Meeting`: when the ranks of one node have ended badly the others end theirs,
+the first node decides, and all start again together. A stop that was asked for ends with 75, an error that a person
+has to mend ends with its own code, and after a crash the run goes on from its newest whole checkpoint, unless it has
+come no further since the last time.
+"""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import psutil
+
+from launcher import hangs, torchrun
+from launcher.meeting import Meeting
+from launcher.processes import is_for_a_person, kill_tree, ranks_of, read_codes, told, verdict
+from launcher.torchrun import Start
+from llmtrain import heartbeat, ledger
+from llmtrain.errors import EXIT_CODES, EXIT_REQUEUE
+from llmtrain.rundir import RunDir
+
+RANK_LOGS = "LLMTRAIN_RANK_LOGS"
+"""Variable that names the folder for the ranks' output (llmtrain/__main__.py)."""
+_POLL_S = 0.1
+_LOOK_S = 1.0
+_SAME_S = 0.3
+"""Wrappers such as `timeout` pass one Ctrl-C on twice."""
+_OTHERS_S = 10.0
+"""After the ranks of one node have failed, those of the others end by themselves, or are ended."""
+_SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+_LAST_LINES = 15
+
+
+@dataclass(frozen=True)
+class Rules:
+    """How long and how often."""
+
+    max_restarts: int = 3
+    """In a row without a new checkpoint."""
+    hang_s: float = 600.0
+    """A rank that does not get ahead for so long hangs; 0: nobody looks."""
+    grace_s: float = 600.0
+    """For ranks that were asked to stop, until they are killed: they save first."""
+    ends_at: float | None = None
+    """When the job is killed, in seconds since 1970."""
+    lead_s: float = 120.0
+    """The run saves and stops so long before that."""
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What the first node says after an attempt."""
+
+    again: bool
+    code: int
+
+
+class Supervisor:
+    """Of one node."""
+
+    def __init__(self, start: Start, run: RunDir, rules: Rules, meeting: Meeting, logs: Path, stop_file: Path):
+        """`logs`: for the ranks' output. `stop_file`: its appearance asks for the end, as `llmtrain stop` does."""
+        self._start, self._run, self._rules, self._meeting = start, run, rules, meeting
+        self._logs, self._stop_file = logs, stop_file
+        self._process: subprocess.Popen[bytes] | None = None
+        self._interrupts, self._interrupted_at = 0, 0.0
+        self._asked_at: float | None = None
+        self._told: set[int] = set()
+        """Process ids of ranks that know that they are to stop."""
+        self._failures = 0
+        self.stopped_by: str | None = None
+        """What asked the run to stop: a signal's name, "time limit" or "llmtrain stop"."""
+
+    def supervise(self, goes_on: bool = False) -> int:
+        """Until the run ends; returns its exit code. `goes_on`: an earlier start of this job has been there."""
+        for number in (*_SIGNALS, signal.SIGINT):
+            signal.signal(number, self._on_signal)
+        attempt, newest = 0, self._newest_step()
+        while True:
+            outcome = self._attempt(attempt, again=goes_on or attempt > 0)
+            if self._interrupts > 1:
+                return 130
+            self._meeting.tell("ended", attempt, outcome)
+            if self._start.node == 0:
+                self._meeting.tell("decision", attempt, asdict(self._decide(attempt, newest)))
+            decision = Decision(**self._meeting.wait_for_first("decision", attempt))
+            if not decision.again:
+                return decision.code
+            newest = self._newest_step()
+            attempt += 1
+
+    # What comes next
+
+    def _decide(self, attempt: int, newest: int) -> Decision:
+        """On the first node, after all nodes have told how their ranks ended."""
+        ended = self._meeting.wait_for_all("ended", attempt, 2 * _OTHERS_S)
+        codes = [code for outcome in ended.values() for code in outcome["codes"]]
+        agents = [outcome["agent"] for outcome in ended.values()]
+        if len(ended) < self._start.num_nodes:
+            agents.append(1)
+        code = verdict(agents, codes, self._start.ranks * self._start.num_nodes)
+        if self.stopped_by is not None and code < 0:
+            code = EXIT_REQUEUE  # before it could listen to signals: nothing is lost
+        if code in (0, EXIT_REQUEUE) or self.stopped_by is not None or is_for_a_person(code):
+            return Decision(again=False, code=code)
+        reached = self._newest_step()
+        self._failures = 1 if reached > newest else self._failures + 1
+        why = next((outcome["hang"] for outcome in ended.values() if outcome["hang"]), f"ended with {told(code)}")
+        if self._failures > self._rules.max_restarts:
+            say(f"{why}, {self._failures} times in a row without a new checkpoint: not started again")
+            return Decision(again=False, code=code if code > 0 else 1)
+        say(f"{why}; starting again from step {reached:,}")
+        if self._run.config.exists():
+            ledger.append(self._run.events, ledger.Event(kind="restarted", message=why, step=reached))
+        self._rest(min(30.0, 2.0 ** (self._failures - 1)) if self._failures > 1 else 0.0)
+        stopped = self.stopped_by is not None
+        return Decision(again=not stopped, code=EXIT_REQUEUE if stopped else code)
+
+    def _rest(self, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline and self.stopped_by is None:
+            time.sleep(_POLL_S)
+
+    def _newest_step(self) -> int:
+        return max(self._run.checkpoint_steps(), default=0)
+
+    # One attempt
+
+    def _attempt(self, attempt: int, again: bool) -> dict[str, Any]:
+        """Start this node's ranks and stay with them; returns how they ended."""
+        place = self._meeting.place(attempt) if self._start.num_nodes > 1 else None
+        if self._start.ranks * self._start.num_nodes > 1:
+            self._logs.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix="llmtrain-") as scratch:
+            codes, beats = Path(scratch) / "codes", Path(scratch) / "beats"
+            codes.mkdir()
+            beats.mkdir()
+            told_to_ranks = {EXIT_CODES: str(codes), heartbeat.FOLDER: str(beats), RANK_LOGS: str(self._logs)}
+            # A session of its own: Ctrl-C comes here alone, and is passed on once.
+            self._process = subprocess.Popen(
+                torchrun.command(self._start, place, again),
+                env={**os.environ, **torchrun.ENVIRONMENT, **told_to_ranks},
+                start_new_session=True,
+            )
+            if self.stopped_by is not None:  # asked for while there was no process yet
+                self._asked_at = self._asked_at or time.monotonic()
+            hang = self._stay(self._process, attempt, beats)
+            if self._process.returncode:
+                kill_tree(self._process.pid)
+            left = read_codes(codes)
+        agent = self._process.returncode
+        if self._start.ranks * self._start.num_nodes == 1:
+            left = [agent] if agent >= 0 else []
+        elif agent and not any(is_for_a_person(code) for code in left) and self.stopped_by is None:
+            self._show_last_words()
+        return {"agent": agent, "codes": left, "hang": hang}
+
+    def _stay(self, process: "subprocess.Popen[bytes]", attempt: int, beats: Path) -> str | None:
+        """Until the process has ended. Returns what hung, if that was why."""
+        hang: str | None = None
+        next_look, others_failed_at = 0.0, None
+        while process.poll() is None:
+            now = time.monotonic()
+            if self._asked_at is not None and now - self._asked_at > self._rules.grace_s:
+                say(f"still there after {self._rules.grace_s:.0f} s: killed")
+                kill_tree(process.pid)
+            if now >= next_look:
+                next_look = now + _LOOK_S
+                self._look_for_reasons_to_stop()
+                if self._asked_at is not None:
+                    self._ask_to_stop(signal.SIGTERM)  # ranks that were not there yet
+                if self._rules.hang_s and hang is None and self._asked_at is None:
+                    hang = self._look_for_hangs(attempt, beats)
+                if hang is not None:
+                    kill_tree(process.pid)
+                if others_failed_at is None and self._others_failed(attempt):
+                    others_failed_at = now
+            if others_failed_at is not None and now - others_failed_at > _OTHERS_S / 2:
+                kill_tree(process.pid)
+            time.sleep(_POLL_S)
+        return hang
+
+    def _others_failed(self, attempt: int) -> bool:
+        if self._start.num_nodes == 1:
+            return False
+        return any(outcome["agent"] for outcome in self._meeting.told("ended", attempt).values())
+
+    def _look_for_hangs(self, attempt: int, beats: Path) -> str | None:
+        """What hangs, after the stacks of all ranks have been written down; None if nothing does."""
+        limit = self._rules.hang_s
+        if not hangs.look(beats, limit) and not self._meeting.told("still", attempt):
+            return None
+        time.sleep(2 * _LOOK_S)  # who is waited for has stood still since almost the same moment
+        self._meeting.tell("still", attempt, [asdict(each) for each in hangs.look(beats, limit)])
+        everywhere = self._meeting.wait_for_all("still", attempt, 2 * _LOOK_S)
+        still = [hangs.Still(**each) for node in everywhere.values() for each in node]
+        if not still:  # it got ahead in the meantime
+            return None
+        stacks = self._logs / f"stacks-{attempt}-node-{self._start.node}.txt"
+        hangs.write_stacks(beats, stacks)
+        named = "; ".join(each.describe() for each in hangs.culprits(still))
+        say(f"{named}: the stacks of all ranks are in {stacks}")
+        return f"{named} (stacks: {stacks})"
+
+    def _show_last_words(self) -> None:
+        """Of ranks whose output goes into files, where they end in an error."""
+        for log in sorted(self._logs.glob("rank-*.log")):
+            lines = log.read_text(errors="replace").splitlines()[-_LAST_LINES:]
+            if any("Error" in line for line in lines):
+                print(f"\nthe last lines of {log}:", *lines, sep="\n  ", file=sys.stderr, flush=True)
+
+    # Reasons to stop
+
+    def _look_for_reasons_to_stop(self) -> None:
+        if self.stopped_by is not None:
+            return
+        ends_at, lead_s = self._rules.ends_at, self._lead_s()
+        if self._stop_file.exists():
+            self.stopped_by = "llmtrain stop"
+        elif ends_at is not None and time.time() > ends_at - lead_s:
+            self.stopped_by = "time limit"
+        else:
+            return
+        say(f"stopping, because of {self.stopped_by}: the run saves first")
+        self._ask_to_stop(signal.SIGUSR2)
+
+    def _lead_s(self) -> float:
+        """Before the time limit; longer where the saves of this run have taken longer."""
+        return max(self._rules.lead_s, 30.0 + 2.0 * slowest_save(self._run)) if self._rules.ends_at else 0.0
+
+    def _on_signal(self, number: int, _frame: FrameType | None) -> None:
+        if number == signal.SIGINT:
+            if time.monotonic() - self._interrupted_at < _SAME_S:
+                return
+            self._interrupted_at = time.monotonic()
+            self._interrupts += 1
+        self.stopped_by = self.stopped_by or signal.Signals(number).name
+        process = self._process
+        if process is None or process.poll() is not None:
+            return
+        if self._interrupts > 1:
+            say("leaving at once, without saving")
+            kill_tree(process.pid)
+            return
+        say(f"{signal.Signals(number).name}: the run saves and stops" + self._hint(number))
+        self._ask_to_stop(number)
+
+    def _hint(self, number: int) -> str:
+        return "; Ctrl-C again leaves at once" if number == signal.SIGINT else ""
+
+    def _ask_to_stop(self, number: int) -> None:
+        self._asked_at = self._asked_at or time.monotonic()
+        process = self._process
+        if process is None:
+            return
+        alone = self._start.ranks * self._start.num_nodes == 1
+        for rank in [process] if alone else ranks_of(process.pid):
+            if rank.pid in self._told:
+                continue
+            self._told.add(rank.pid)
+            with contextlib.suppress(ProcessLookupError, psutil.NoSuchProcess):
+                rank.send_signal(signal.SIGTERM if number == signal.SIGHUP else number)  # ranks do not know SIGHUP
+
+
+def slowest_save(run: RunDir) -> float:
+    """Seconds that the slowest of the last saves took; 0 before the first."""
+    from launcher.status import last_record
+
+    record = last_record(run.saves)
+    return 0.0 if record is None else float(record["wrote_s"])
+
+
+def say(line: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')} llmtrain: {line}", file=sys.stderr, flush=True)
