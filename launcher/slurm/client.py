@@ -1,21 +1,30 @@
 """SLURM's commands: what they say, or their own error. Each has a time limit: they retry for minutes in silence.
 
-A job's fate is asked of squeue first, then of scontrol, which knows jobs for some minutes after their end, and of
-sacct only where it answers: many clusters keep no accounts.
+A job's fate is asked of squeue, which knows jobs for some minutes after their end, then of sacct where that answers:
+many clusters keep no accounts.
 """
 
+import collections
 import os
 import re
 import shutil
 import subprocess
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from llmtrain.errors import SlurmError
 
 _TIMEOUT_S = 30.0
+_PING_S = 5.0
 _UNITS_S = (1, 60, 3600)
+_OVER = (
+    "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "OUT_OF_MEMORY", "DEADLINE", "BOOT_FAIL",
+)  # fmt: skip
+_MOST_ALIVE = ("RUNNING", "COMPLETING", "CONFIGURING", "PENDING")
+"""What an array counts as, while some of its tasks are."""
+_HABITS = ("SQUEUE_", "SACCT_", "SCONTROL_")
+"""Variables in which people keep options of their own: they would change what is read here."""
 
 
 @dataclass(frozen=True)
@@ -35,19 +44,23 @@ class Queued:
 
     @property
     def is_over(self) -> bool:
-        return self.state not in ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED", "REQUEUED", "STOPPED")
+        return self.state in _OVER
 
 
 def is_here() -> bool:
     return shutil.which("sbatch") is not None
 
 
-def call(command: Sequence[str], timeout_s: float = _TIMEOUT_S) -> str:
+def call(command: Sequence[str], timeout_s: float = _TIMEOUT_S, any_code: bool = False) -> str:
     """Standard output of one of SLURM's commands.
+
+    Args:
+        any_code: an exit code other than 0 is no error.
 
     Raises:
         SlurmError: it failed (with its own words), does not answer, or is not installed.
     """
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(_HABITS)}
     try:
         done = subprocess.run(
             command,
@@ -55,13 +68,13 @@ def call(command: Sequence[str], timeout_s: float = _TIMEOUT_S) -> str:
             text=True,
             timeout=timeout_s,
             check=False,
-            env={**os.environ, "SLURM_TIME_FORMAT": "%s"},
+            env={**environment, "SLURM_TIME_FORMAT": "%s"},
         )
     except FileNotFoundError:
         raise SlurmError(f"{command[0]}: not found; is this a login node of a SLURM cluster?") from None
     except subprocess.TimeoutExpired:
         raise SlurmError(f"{command[0]}: no answer within {timeout_s:.0f} s; is slurmctld running?") from None
-    if done.returncode:
+    if done.returncode and not any_code:
         said = (done.stderr.strip() or done.stdout.strip()) or f"exit code {done.returncode}"
         raise SlurmError(said)
     return done.stdout
@@ -70,43 +83,79 @@ def call(command: Sequence[str], timeout_s: float = _TIMEOUT_S) -> str:
 def queue(job_ids: Iterable[str]) -> dict[str, Queued]:
     """What SLURM says of these jobs; one that nobody remembers is left out.
 
+    An array asked for as a whole ("123") has the state of its liveliest task, and as reason how many are in which.
+
     Raises:
         SlurmError: SLURM is not here or does not answer.
     """
-    wanted = set(job_ids)
+    wanted = sorted(set(job_ids))
     if not wanted:
         return {}
+    _ping()
+    known = _told_by_squeue(wanted)
+    found = {job_id: told for job_id in wanted if (told := _of(job_id, known)) is not None}
+    if forgotten := [job_id for job_id in wanted if job_id not in found]:
+        known = _told_by_sacct(forgotten)
+        found |= {job_id: told for job_id in forgotten if (told := _of(job_id, known)) is not None}
+    return found
+
+
+def _ping() -> None:
+    """The other commands would try for half a minute."""
+    if "is UP" not in (said := call(["scontrol", "ping"], _PING_S, any_code=True)):
+        raise SlurmError(f"slurmctld does not answer: {' '.join(said.split('*')[0].split()) or 'scontrol ping failed'}")
+
+
+def _of(job_id: str, known: dict[str, Queued]) -> Queued | None:
+    """Of a job, or of all tasks of an array together."""
+    tasks = [told for each, told in known.items() if each.startswith(f"{job_id}_")]
+    if job_id in known or not tasks:
+        return known.get(job_id)
+    counts = collections.Counter(told.state for told in tasks)
+    failed = [state for state in counts if state != "COMPLETED"]
+    state = next((state for state in (*_MOST_ALIVE, *failed) if state in counts), "COMPLETED")
+    alike = [told for told in tasks if told.state == state]
+    return Queued(
+        job_id,
+        state,
+        ", ".join(f"{count} {state.lower()}" for state, count in counts.most_common()),
+        ",".join(dict.fromkeys(told.nodes for told in alike if told.nodes)),
+        max((told.left_s for told in alike if told.left_s is not None), default=None),
+        min((told.starts for told in alike if told.starts is not None), default=None),
+    )
+
+
+def _told_by_squeue(wanted: Iterable[str]) -> dict[str, Queued]:
+    """With all tasks of their arrays."""
     roots = sorted({job_id.split("_")[0] for job_id in wanted})
-    form = "%i|%T|%r|%N|%L|%S"
+    words = ["squeue", "--noheader", "--array", "--states=all", f"--jobs={','.join(roots)}"]
+    try:
+        lines = call([*words, "--format=%i|%T|%r|%N|%L|%S"]).splitlines()
+    except SlurmError as error:
+        if len(roots) == 1 and "Invalid job id" in str(error):
+            return {}  # among several it leaves out one that it has forgotten
+        raise
     found: dict[str, Queued] = {}
-    for line in _lines(["squeue", "--noheader", "--array", f"--jobs={','.join(roots)}", f"--format={form}"], roots):
+    for line in lines:
         job_id, state, reason, nodes, left, starts = line.split("|", 5)
         found[job_id] = Queued(
             job_id, state, "" if reason == "None" else reason, nodes,
             seconds(left) if state == "RUNNING" else None,
             float(starts) if state == "PENDING" and starts.isdigit() else None,
         )  # fmt: skip
-    for job_id in wanted - found.keys():
-        if (told := _told_by_scontrol(job_id) or _told_by_sacct(job_id)) is not None:
-            found[job_id] = told
-    return {job_id: told for job_id, told in found.items() if job_id in wanted}
+    for job_id, told in found.items():
+        if told.is_over:  # squeue's reason is what it waited for
+            code = describe(job_id).get("ExitCode", "") if told.state == "FAILED" else ""
+            found[job_id] = replace(told, reason=_exit(code))
+    return found
 
 
-def _lines(command: list[str], roots: list[str]) -> list[str]:
-    """squeue refuses a single job that it has forgotten; among several it leaves that one out."""
-    try:
-        return call(command).splitlines()
-    except SlurmError as error:
-        if len(roots) == 1 and "Invalid job id" in str(error):
-            return []
-        raise
-
-
-def _told_by_scontrol(job_id: str) -> Queued | None:
-    fields = describe(job_id)
-    if not fields:
-        return None
-    return Queued(job_id, fields["JobState"], _ending(fields), fields.get("NodeList", "").replace("(null)", ""))
+def _exit(code: str) -> str:
+    """Of SLURM's "code:signal"."""
+    number, _, killed = code.partition(":")
+    if killed not in ("", "0"):
+        return f"signal {killed}"
+    return f"exit code {number}" if number not in ("", "0") else ""
 
 
 def describe(job_id: str) -> dict[str, str]:
@@ -125,25 +174,19 @@ def describe(job_id: str) -> dict[str, str]:
     return fields[0] if fields else {}
 
 
-def _ending(fields: dict[str, str]) -> str:
-    code, _, number = fields.get("ExitCode", "0:0").partition(":")
-    if number != "0":
-        return f"signal {number}"
-    return f"exit code {code}" if code != "0" else ""
-
-
-def _told_by_sacct(job_id: str) -> Queued | None:
+def _told_by_sacct(wanted: Iterable[str]) -> dict[str, Queued]:
     if shutil.which("sacct") is None:
-        return None
+        return {}
+    words = ["sacct", "--noheader", "--parsable2", "-X", f"--jobs={','.join(wanted)}"]
     try:
-        said = call(["sacct", "--noheader", "--parsable2", "-X", f"--jobs={job_id}", "--format=State,ExitCode,NodeList"])
+        said = call([*words, "--format=JobID,State,ExitCode,NodeList"])
     except SlurmError:
-        return None  # no accounts are kept: that is no error of the job's
-    lines = [line.split("|") for line in said.splitlines() if line.strip()]
-    if not lines:
-        return None
-    state, code, nodes = lines[-1]
-    return Queued(job_id, state.split()[0], _ending({"ExitCode": code}), nodes)
+        return {}  # no accounts are kept: that is no error of the job's
+    found: dict[str, Queued] = {}
+    for line in said.splitlines():
+        job_id, state, code, nodes = line.split("|", 3)
+        found[job_id] = Queued(job_id, state.split()[0], _exit(code), "" if nodes == "None assigned" else nodes)
+    return found
 
 
 def seconds(limit: str) -> float | None:
@@ -152,7 +195,7 @@ def seconds(limit: str) -> float | None:
     Raises:
         ValueError: it is none of these.
     """
-    if limit.upper() in ("UNLIMITED", "INFINITE", "NOT_SET", "INVALID", "N/A"):
+    if limit.upper() in ("UNLIMITED", "INFINITE", "NOT_SET", "INVALID", "N/A", "0"):  # sbatch --time=0: no limit
         return None
     matched = re.fullmatch(r"(?:(\d+)-)?(\d+(?::\d+){0,2})", limit)
     if not matched:

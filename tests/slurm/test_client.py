@@ -1,0 +1,137 @@
+"""What SLURM says of jobs, asked of a real one."""
+
+import os
+import re
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from launcher.slurm import client
+from launcher.slurm.client import Queued
+from llmtrain.errors import SlurmError
+from tests.support.slurm_cluster import Cluster
+
+LONG = "sleep 300"
+ALL_NODES = ["--nodes=3", "--exclusive"]
+
+
+def test_jobs_that_run_wait_and_ended(cluster: Cluster):
+    fine, failed, killed = cluster.submit("true"), cluster.submit("exit 3"), cluster.submit("kill -9 $$")
+    for job in (fine, failed, killed):
+        cluster.wait_for(job)
+    runs = cluster.submit(LONG, "--nodes=2", "--time=10")
+    cluster.wait_for(runs, "RUNNING")
+    waits = cluster.submit(LONG, *ALL_NODES)
+    depends = cluster.submit(LONG, f"--dependency=afterok:{runs}")
+    time.sleep(1.5)  # the scheduler says when it expects to start them
+    told = client.queue([fine, failed, killed, runs, waits, depends, "1"])
+
+    assert told[fine] == Queued(fine, "COMPLETED", "", told[fine].nodes)
+    assert (told[failed].state, told[failed].reason) == ("FAILED", "exit code 3")
+    assert (told[killed].state, told[killed].reason) == ("FAILED", "signal 9")
+    assert all(told[job].is_over for job in (fine, failed, killed))
+    assert (told[runs].state, told[runs].nodes, told[runs].is_over) == ("RUNNING", "n[1-2]", False)
+    assert told[runs].left_s == pytest.approx(600, abs=30)
+    assert client.end_time(runs) == pytest.approx(time.time() + 600, abs=30)
+    assert (told[waits].state, told[waits].reason, told[waits].is_over) == ("PENDING", "Resources", False)
+    assert told[waits].starts == pytest.approx(time.time() + 600, abs=60)
+    assert (told[depends].state, told[depends].reason) == ("PENDING", "Dependency")
+    assert "1" not in told  # never heard of
+    assert client.queue(["1"]) == {}
+    assert client.describe("1") == {}
+    assert client.describe(waits)["JobState"] == "PENDING"
+    assert client.end_time(waits) is None
+
+
+def test_tasks_of_an_array_and_the_whole(cluster: Cluster):
+    job = cluster.submit('[ "$SLURM_ARRAY_TASK_ID" = 0 ] && exit 4; sleep 300', "--array=0-3%2")
+    deadline = time.monotonic() + 30
+    while client.queue([f"{job}_2"])[f"{job}_2"].state != "RUNNING":
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    told = client.queue([f"{job}_0", f"{job}_1", f"{job}_3", job, f"{job}_77"])
+    assert (told[f"{job}_0"].state, told[f"{job}_0"].reason) == ("FAILED", "exit code 4")
+    assert told[f"{job}_1"].state == "RUNNING"
+    assert (told[f"{job}_3"].state, told[f"{job}_3"].reason) == ("PENDING", "JobArrayTaskLimit")
+    assert (told[job].state, told[job].reason) == ("RUNNING", "2 running, 1 failed, 1 pending")
+    assert f"{job}_77" not in told
+    assert client.describe(f"{job}_3")["ArrayTaskId"] == "3"
+
+
+def test_habits_of_the_user_change_nothing(cluster: Cluster, monkeypatch: pytest.MonkeyPatch):
+    job = cluster.submit("true", "--hold")
+    for name, value in {"SQUEUE_FORMAT": "%j", "SQUEUE_PARTITION": "high", "SQUEUE_STATES": "RUNNING"}.items():
+        monkeypatch.setenv(name, value)
+    assert client.queue([job])[job] == Queued(job, "PENDING", "JobHeldUser")
+
+
+def test_forgotten_jobs_are_asked_of_sacct(cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    sacct = tmp_path / "sacct"
+    sacct.write_text(
+        "#!/bin/sh\n"
+        'case "$*" in *--jobs=1,2*) ;; *) exit 1;; esac\n'
+        "echo '1|CANCELLED by 1000|0:15|n1'; echo '2_0|COMPLETED|0:0|n2'; echo '2_1|OUT_OF_MEMORY|0:125|n[2-3]'\n"
+    )
+    sacct.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert client.queue(["1", "2"]) == {
+        "1": Queued("1", "CANCELLED", "signal 15", "n1"),
+        "2": Queued("2", "OUT_OF_MEMORY", "1 completed, 1 out_of_memory", "n[2-3]"),
+    }
+
+
+def test_a_slurm_that_is_down_is_said_quickly(cluster: Cluster):
+    controller = cluster.daemons[1]
+    controller.send_signal(signal.SIGSTOP)  # it would be asked again and again
+    try:
+        began = time.monotonic()
+        with pytest.raises(SlurmError, match=r"slurmctld|scontrol: no answer within 5 s"):
+            client.queue(["1"])
+        assert time.monotonic() - began < 12
+    finally:
+        controller.send_signal(signal.SIGCONT)
+
+
+def test_sbatch_speaks_for_itself(cluster: Cluster):
+    with pytest.raises(SlurmError, match="invalid partition specified: nowhere"):
+        client.call(["sbatch", "--partition=nowhere", "--wrap=true"])
+
+
+def test_without_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert not client.is_here()
+    with pytest.raises(SlurmError, match="scontrol: not found; is this a login node"):
+        client.queue(["1"])
+    assert client.queue([]) == {}
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("90", 5400), ("01:30", 90), ("24:00:00", 86_400), ("2-12", 216_000), ("2-12:30", 217_800),
+        ("1-00:00:01", 86_401), ("UNLIMITED", None), ("INVALID", None), ("0", None), ("0:00", 0),
+    ],
+)  # fmt: skip
+def test_seconds(text: str, expected: float | None):
+    assert client.seconds(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "1h", "1:2:3:4", "-5", "1-", "1.5", "²"])
+def test_seconds_of_nonsense(text: str):
+    with pytest.raises(ValueError, match=re.escape(repr(text))):
+        client.seconds(text)
+
+
+@given(st.integers(0, 400), st.integers(0, 23), st.integers(0, 59), st.integers(0, 59))
+def test_seconds_of_what_slurm_prints(days: int, hours: int, minutes: int, seconds: int):
+    """%L: the shortest of M:SS, H:MM:SS and D-HH:MM:SS."""
+    text = f"{minutes}:{seconds:02}"
+    if days or hours:
+        text = f"{hours}:{minutes:02}:{seconds:02}"
+    if days:
+        text = f"{days}-{hours:02}:{minutes:02}:{seconds:02}"
+    assert client.seconds(text) == ((days * 24 + hours) * 60 + minutes) * 60 + seconds
