@@ -213,6 +213,7 @@ def _log(folder: Path) -> str:
 
 def main() -> None:
     """Until Ctrl-C, with the lines that make a shell a client of it."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     cluster = start()
     for name in ("SLURM_CONF", "PATH"):
         print(f"export {name}={cluster.environment[name]}", flush=True)
