@@ -2,11 +2,14 @@
 
 DIR/.jobs/NAME/             for the run DIR/NAME
     jobs.jsonl              one line per job, in the order of submission
-    JOB/                    of one job: its script, and each node's output (JOB_NODE_log.out)
-    JOB/start-R/            of its R-th start: where its nodes meet, what each rank said
+    submitted-TIME/         its configuration as it was then, its script, each node's output (JOB_NODE_log.out)
+    JOB                     a link to that
+    start-JOB-R/            of its R-th start: where its nodes meet, what each rank said
+    progress.json           how far it was at the last start
     stop                    asks the job to save, to end, and not to come back
 """
 
+import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,17 +71,23 @@ class JobDir:
     def last(self, kind: Kind) -> JobRecord | None:
         return next((record for record in reversed(self.records()) if record.kind == kind), None)
 
-    def add(self, record: JobRecord) -> None:
+    def add(self, record: JobRecord, folder: Path) -> None:
+        """Write down a job that was submitted from `folder`."""
         self.path.mkdir(parents=True, exist_ok=True)
+        (self.path / record.job_id).symlink_to(os.path.relpath(folder, self.path))
         rundir.append_jsonl(self.ledger, [record.model_dump()])
 
+    @property
+    def progress(self) -> Path:
+        return self.path / "progress.json"
+
     def folder(self, job_id: str) -> Path:
-        """Of one job. An array's jobs share their first job's."""
+        """With the script and the output of one job. The jobs of an array share one."""
         return self.path / job_id
 
     def start(self, job_id: str, restart: int) -> Path:
         """Of one start of a job: SLURM counts the restarts."""
-        return self.folder(job_id) / f"start-{restart}"
+        return self.path / f"start-{job_id}-{restart}"
 
 
 def job_dirs(folder: Path) -> list[JobDir]:

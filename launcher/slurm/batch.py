@@ -1,0 +1,142 @@
+"""The batch script of a job, as submitit writes it: the same for `submit`, its preview, and the scripts in slurm/."""
+
+import math
+import shlex
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from launcher.cluster import Profile, SideJob
+from launcher.slurm.client import seconds
+
+_EVER = 1_000_000
+"""Requeues after time-outs; what ends a job that comes no further is its supervisor."""
+
+
+@dataclass(frozen=True)
+class JobSpec:
+    """A job, before it is submitted."""
+
+    name: str
+    """As SLURM shows it."""
+    folder: Path
+    """Absolute, on the shared file system: script, pickles, output."""
+    profile: Profile
+    words: tuple[str, ...]
+    """For `python -m launcher` on each node, where there is no submitit."""
+    nodes: int = 1
+    gpus_per_node: int = 0
+    ranks_per_node: int = 1
+    time: str = ""
+    """Limit; by default the profile's."""
+    after: str = ""
+    """Dependency, as sbatch takes it: afterok:123."""
+    side: SideJob | None = None
+    """It does not train: one node, with what the profile says for such jobs."""
+
+    @property
+    def minutes(self) -> int:
+        own = self.side.time if self.side is not None else None
+        limit = seconds(self.time or own or self.profile.time)
+        return 525_600 if limit is None else math.ceil(limit / 60)
+
+
+def parameters(spec: JobSpec) -> dict[str, Any]:
+    """For submitit's executor."""
+    profile, side = spec.profile, spec.side
+    further: dict[str, Any] = {"requeue" if profile.requeue else "no-requeue": True, **profile.extra}
+    further["output"] = "%x-%j.out"  # of the script itself; srun's is the nodes'
+    cpus, gpus = _cpus(spec), side.gpus if side is not None else spec.gpus_per_node
+    if side is None and profile.nodes_at_least is not None and profile.nodes_at_least < spec.nodes:
+        further["nodes"] = f"{profile.nodes_at_least}-{spec.nodes}"
+    if spec.after:
+        further["kill-on-invalid-dep"] = "yes"
+    if profile.mail_user is not None:
+        further |= {"mail-user": profile.mail_user, "mail-type": profile.mail_type}
+    return {
+        "job_name": spec.name,
+        "partition": (side.partition if side is not None else None) or profile.partition,
+        "account": profile.account,
+        "qos": profile.qos,
+        "constraint": profile.constraint,
+        "time": spec.minutes,
+        "nodes": spec.nodes,
+        "ntasks_per_node": 1,
+        "cpus_per_task": cpus,
+        "gpus_per_node": gpus or None,
+        "mem": (side.mem if side is not None else None) or profile.mem,
+        "exclusive": True if profile.exclusive and side is None else None,
+        "dependency": spec.after or None,
+        "signal_delay_s": profile.signal_s,
+        "wckey": None,
+        "stderr_to_stdout": True,
+        "setup": _setup(profile),
+        "srun_args": _srun(profile, cpus),
+        "additional_parameters": further,
+    }
+
+
+def executor(spec: JobSpec) -> Any:
+    """submitit's, ready to submit."""
+    import submitit
+
+    made = submitit.SlurmExecutor(spec.folder, max_num_timeout=_EVER, python=_python(spec.profile))
+    made.update_parameters(**{name: value for name, value in parameters(spec).items() if value is not None})
+    # None is not "not given" here: submitit would name its own wckey, which clusters that count them refuse.
+    made.parameters["wckey"] = None
+    return made
+
+
+def render(spec: JobSpec, plain: bool = False, count: int = 1) -> str:
+    """The script of a job, or of an array of `count`. `plain`: to be submitted with sbatch, without submitit.
+
+    Needs no SLURM.
+    """
+    from submitit.slurm import slurm
+
+    python, further = _python(spec.profile), parameters(spec)
+    make: Any = vars(slurm)["_make_sbatch_string"]  # it has no public name; a test fails where it moves
+    if plain:
+        srun = shlex.join(["srun", "--unbuffered", *further.pop("srun_args")])
+        # What the script is given becomes settings: sbatch SCRIPT train.steps=100
+        payload = f'{srun} {python} -u -m launcher {shlex.join(spec.words)} "$@"'
+        return make(payload, spec.folder, **further, use_srun=False)
+    payload = f"{python} -u -m submitit.core._submit {shlex.quote(str(spec.folder))}"
+    return make(payload, spec.folder, **further, map_count=count if count > 1 else None)
+
+
+def _python(profile: Profile) -> str:
+    inside = profile.container is not None or profile.venv is not None
+    return profile.python or ("python" if inside else shlex.quote(sys.executable))
+
+
+def _cpus(spec: JobSpec) -> int | None:
+    """Of the one task on each node; None leaves it to SLURM."""
+    if spec.side is not None:
+        return spec.side.cpus
+    if spec.profile.cpus_per_node is not None:
+        return spec.profile.cpus_per_node
+    if spec.profile.cpus_per_gpu is not None and spec.gpus_per_node:
+        return spec.profile.cpus_per_gpu * spec.gpus_per_node
+    return None
+
+
+def _setup(profile: Profile) -> list[str]:
+    """Shell lines before Python starts."""
+    return [
+        *(f"export {name}={shlex.quote(value)}" for name, value in sorted(profile.environment.items())),
+        *(f"module load {shlex.quote(module)}" for module in profile.modules),
+        *([f"source {shlex.quote(profile.venv + '/bin/activate')}"] if profile.venv is not None else []),
+        *profile.setup,
+    ]
+
+
+def _srun(profile: Profile, cpus: int | None) -> list[str]:
+    # Since SLURM 22.05 a step does not inherit --cpus-per-task.
+    arguments = [] if cpus is None else [f"--cpus-per-task={cpus}"]
+    if profile.container is not None:
+        arguments.append(f"--container-image={profile.container}")
+        if profile.container_mounts:
+            arguments.append(f"--container-mounts={','.join(profile.container_mounts)}")
+    return arguments

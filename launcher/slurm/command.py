@@ -1,0 +1,66 @@
+"""What `llmtrain submit` does with its options: check, then show the script or queue the job."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from launcher.cluster import load_profile
+from launcher.slurm import submit
+from launcher.slurm.submit import Request
+from llmtrain.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """The command line."""
+
+    words: list[str]
+    cluster: Path | None
+    nodes: int
+    gpus_per_node: int | None
+    ranks_per_node: int | None
+    time: str
+    after: str
+    sweep: list[str]
+    service_job: bool
+    max_restarts: int
+    hang_s: float
+
+
+def request_of(wishes: Wishes) -> Request:
+    """Raises ConfigError where options contradict each other or the profile."""
+    if wishes.cluster is None:
+        raise ConfigError(
+            ["--cluster is missing: the file that describes your cluster; 'llmtrain doctor --cluster' drafts one"]
+        )
+    profile = load_profile(wishes.cluster)
+    gpus = wishes.gpus_per_node
+    if gpus is None:
+        gpus = 0 if wishes.ranks_per_node is not None else profile.gpus_per_node
+    if gpus and wishes.ranks_per_node is not None:
+        raise ConfigError(["--ranks-per-node is for nodes without GPUs: else there is one rank per GPU; leave it out"])
+    return Request(
+        profile=profile,
+        nodes=wishes.nodes,
+        gpus_per_node=gpus,
+        ranks_per_node=gpus or wishes.ranks_per_node or 1,
+        time=wishes.time,
+        after=wishes.after,
+        max_restarts=wishes.max_restarts,
+        hang_s=wishes.hang_s,
+    )
+
+
+def act(wishes: Wishes, dry_run: bool, plain: bool) -> None:
+    """Show the script, or queue the job and say how to follow it."""
+    request = request_of(wishes)
+    if dry_run:
+        print(submit.preview(wishes.words, request, wishes.sweep, plain), end="")
+        return
+    records = submit.submit(wishes.words, request, wishes.sweep, wishes.service_job)
+    runs = submit.plan_runs(wishes.words, wishes.sweep)
+    for record in records:
+        print(f"job {record.job_id}  {record.kind}")
+    folder = runs[0].run.path if not wishes.sweep else runs[0].run.path.parent
+    print(f"follow it with: llmtrain status {folder}")
+    if wishes.sweep:
+        print(f"compare its {len(runs)} runs with: llmtrain compare {folder}")

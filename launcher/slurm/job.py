@@ -1,0 +1,112 @@
+"""What submitit carries to the nodes: small classes that hold words and paths, and know how to come back."""
+
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from launcher.slurm import client, node
+from launcher.supervisor import Rules, say
+from llmtrain.errors import EXIT_REQUEUE, SlurmError, exit_with_code
+from llmtrain.rundir import RunDir
+
+_LOOK_S = 2.0
+
+
+@dataclass(frozen=True)
+class TrainJob:
+    """Trains; one on each node."""
+
+    words: list[str]
+    """A configuration file, and settings over it."""
+    ranks: int
+    device: str | None
+    rules: Rules
+    again: bool
+    """Whether to be queued again after a stop that SLURM asked for."""
+
+    def __call__(self) -> None:
+        submitits: Any = signal.getsignal(signal.SIGUSR2)  # before the supervisor takes the signals
+
+        def requeue(_job_id: str) -> None:
+            """submitit's own way: pickles `checkpoint()`, calls scontrol, leaves with SystemExit."""
+            try:
+                submitits(signal.SIGUSR2, None)
+            except SystemExit:
+                return
+            except subprocess.SubprocessError as error:
+                raise SlurmError(str(error)) from error
+
+        with exit_with_code():
+            _leave(node.keep_going(self.words, self.ranks, self.device, self.rules, requeue, self.again))
+
+    def checkpoint(self) -> Any:
+        """The same again: what the run has reached lies in its folder."""
+        return _again(self)
+
+
+@dataclass(frozen=True)
+class ServiceJob:
+    """The checkpoint service of a run that another job trains."""
+
+    run: Path
+    train_job: str
+
+    def __call__(self) -> None:
+        run = RunDir(self.run)
+        code = 0
+        while True:
+            over = self._is_over()
+            if run.config.exists():
+                # Ends when nothing waits and nobody trains: before, between and after training's own starts.
+                code = subprocess.run(
+                    [sys.executable, "-m", "llmtrain.service", "--run", str(run.path)], check=False
+                ).returncode
+            if over:
+                break
+            time.sleep(_LOOK_S)
+        if run.config.exists():
+            subprocess.run([sys.executable, "-m", "llmtrain.finish", str(run.path)], check=False)
+        _leave(code)
+
+    def _is_over(self) -> bool:
+        try:
+            told = client.queue([self.train_job]).get(self.train_job)
+        except SlurmError as error:
+            say(f"SLURM does not say how job {self.train_job} stands: {error}")
+            return False
+        return told is None or told.is_over
+
+    def checkpoint(self) -> Any:
+        return _again(self)
+
+
+@dataclass(frozen=True)
+class CommandJob:
+    """Runs one of llmtrain's own commands; killed and started again it goes on."""
+
+    words: list[str]
+
+    def __call__(self) -> None:
+        _leave(subprocess.run([sys.executable, "-m", "launcher", *self.words], check=False).returncode)
+
+    def checkpoint(self) -> Any:
+        return _again(self)
+
+
+def _again(job: Any) -> Any:
+    import submitit
+
+    return submitit.helpers.DelayedSubmission(job)
+
+
+def _leave(code: int) -> None:
+    """End this task. An error is raised, so that submitit writes it down; a job that comes back leaves no result."""
+    if code == 0:
+        return
+    if code != EXIT_REQUEUE:
+        say(f"ended with exit code {code}")
+    raise SystemExit(code)

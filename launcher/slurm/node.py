@@ -1,0 +1,148 @@
+"""What runs on each node of a job: a supervisor for its ranks, and the way back into the queue.
+
+SLURM's signals (preemption, time limit, scancel) reach every node. The run saves and stops; then the first node asks
+SLURM to queue the job again, unless SLURM has done so itself, or has been told to end it.
+"""
+
+import json
+import os
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from launcher.jobs import JobDir
+from launcher.meeting import Meeting
+from launcher.processes import is_for_a_person
+from launcher.slurm import client
+from launcher.supervisor import Rules, Supervisor, say
+from launcher.torchrun import Start
+from llmtrain import files
+from llmtrain.config import load_config
+from llmtrain.config.load import split_settings
+from llmtrain.errors import EXIT_REQUEUE, ConfigError, SlurmError
+from llmtrain.rundir import RunDir
+
+Requeue = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Node:
+    """This node's place in its job."""
+
+    job_id: str
+    number: int
+    num_nodes: int
+    restart: int
+    """How often SLURM has started this job again."""
+
+
+def this_node() -> Node:
+    """From SLURM's variables; raises ConfigError outside of a job."""
+    try:
+        environment = os.environ
+        job_id = environment["SLURM_JOB_ID"]
+        if "SLURM_ARRAY_JOB_ID" in environment:
+            job_id = f"{environment['SLURM_ARRAY_JOB_ID']}_{environment['SLURM_ARRAY_TASK_ID']}"
+        return Node(
+            job_id=job_id,
+            number=int(environment["SLURM_NODEID"]),
+            num_nodes=int(environment.get("SLURM_STEP_NUM_NODES", environment["SLURM_JOB_NUM_NODES"])),
+            restart=int(environment.get("SLURM_RESTART_COUNT", "0")),
+        )
+    except KeyError as missing:
+        raise ConfigError([f"{missing} is not set: this belongs into a SLURM job, behind srun"]) from None
+
+
+def keep_going(words: list[str], ranks: int, device: str | None, rules: Rules, requeue: Requeue, again: bool) -> int:
+    """Train on this node until the job's part is over; returns the exit code. `again`: requeue after a stop."""
+    node = this_node()
+    config, _ = load_config(*split_settings(words))
+    run = RunDir(Path(config.run.dir) / config.run.name)
+    jobs = JobDir.of(run)
+    folder = jobs.start(node.job_id, node.restart)
+    meeting = Meeting(folder, node.number, node.num_nodes)
+    start = Start(words, ranks, device, node.number, node.num_nodes)
+    rules = Rules(rules.max_restarts, rules.hang_s, rules.grace_s, _ends_at(node), rules.lead_s)
+    if not _may_go_on(jobs, run, node, meeting, rules.max_restarts):
+        return 1
+    supervisor = Supervisor(start, run, rules, meeting, folder / "ranks", jobs.stop)
+    code = supervisor.supervise(goes_on=node.restart > 0)
+    stopped = supervisor.stopped_by is not None
+    if node.number == 0:
+        _note(jobs, run, clean=stopped or code == 0)
+    if not stopped or code == 0 or is_for_a_person(code):
+        return code
+    if supervisor.stopped_by == "llmtrain stop" or jobs.stop.exists() or not again:
+        return EXIT_REQUEUE if code == EXIT_REQUEUE else code
+    if node.number > 0:
+        return 0  # some clusters end a job when one of its tasks ends badly: the first node has work to do
+    come_back(node.job_id, requeue)
+    return EXIT_REQUEUE
+
+
+def come_back(job_id: str, requeue: Requeue) -> None:
+    """Have SLURM queue this job again, unless it has done so, or has been told to end it."""
+    # The wave of signals that ends the job must not end the command that queues it again.
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+    if not _is_ours_to_requeue(job_id):
+        return
+    try:
+        requeue(job_id)
+    except (SlurmError, OSError, RuntimeError) as error:
+        # It may have been accepted all the same, or SLURM was faster: the queue tells.
+        if _is_ours_to_requeue(job_id):
+            say(f"not queued again: {error}; trying once more")
+            client.call(["scontrol", "requeue", job_id])
+    say(f"job {job_id} is queued again, and goes on from the newest checkpoint")
+
+
+def _is_ours_to_requeue(job_id: str) -> bool:
+    """Whether SLURM still takes the job for a running one: else it is queued again already, or was cancelled."""
+    try:
+        state = client.describe(job_id).get("JobState", "")
+    except SlurmError as error:
+        say(f"SLURM does not say how the job stands: {error}")
+        return True
+    if state != "RUNNING":
+        say(f"job {job_id} is {state}: nothing to ask for")
+    return state == "RUNNING"
+
+
+def requeue_with_scontrol(job_id: str) -> None:
+    client.call(["scontrol", "requeue", job_id])
+
+
+def _ends_at(node: Node) -> float | None:
+    """When the time limit ends this job; None on other nodes than the first: one that knows is enough."""
+    if node.number > 0:
+        return None
+    if (told := os.environ.get("SLURM_JOB_END_TIME", "")).isdigit():
+        return float(told)
+    try:
+        return client.end_time(node.job_id)
+    except SlurmError as error:  # in a container without SLURM's commands its signal comes all the same
+        say(f"the time limit is not known: {error}")
+        return None
+
+
+def _may_go_on(jobs: JobDir, run: RunDir, node: Node, meeting: Meeting, limit: int) -> bool:
+    """The first node counts starts that end without word and without a new checkpoint (a node that crashes)."""
+    if node.number == 0:
+        before = json.loads(jobs.progress.read_text()) if jobs.progress.exists() and node.restart else None
+        reached = max(run.checkpoint_steps(), default=0)
+        failures = 0
+        if before is not None and not before["clean"] and reached <= before["step"]:
+            failures = before["failures"] + 1
+        jobs.path.mkdir(parents=True, exist_ok=True)
+        files.write_atomic(jobs.progress, json.dumps({"step": reached, "failures": failures, "clean": False}))
+        if failures > limit:
+            say(f"ended {failures} times in a row without a new checkpoint: not started again")
+        meeting.tell("begin", 0, failures <= limit)
+    return bool(meeting.wait_for_first("begin", 0))
+
+
+def _note(jobs: JobDir, run: RunDir, clean: bool) -> None:
+    reached = max(run.checkpoint_steps(), default=0)
+    files.write_atomic(jobs.progress, json.dumps({"step": reached, "failures": 0, "clean": clean}))

@@ -1,0 +1,250 @@
+"""`llmtrain submit`: a run, a sweep of runs, the checkpoint service and sharding as jobs on SLURM."""
+
+import itertools
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from launcher.cluster import Profile
+from launcher.jobs import JobDir, JobRecord, Kind
+from launcher.slurm import batch
+from launcher.slurm.batch import JobSpec
+from launcher.slurm.job import CommandJob, ServiceJob, TrainJob
+from launcher.supervisor import Rules
+from llmtrain import files
+from llmtrain.config import RunConfig, load_config, resolved_yaml
+from llmtrain.config.load import split_settings
+from llmtrain.errors import ConfigError, SlurmError
+from llmtrain.rundir import RunDir
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the command line asks for."""
+
+    profile: Profile
+    nodes: int = 1
+    gpus_per_node: int = 0
+    ranks_per_node: int = 1
+    time: str = ""
+    after: str = ""
+    """Job numbers, or a whole dependency such as afterany:123."""
+    max_restarts: int = 3
+    hang_s: float = 600.0
+
+    @property
+    def dependency(self) -> str:
+        return f"afterok:{self.after}" if self.after and ":" not in self.after else self.after
+
+
+@dataclass(frozen=True)
+class Training:
+    """One run to be submitted: its folder, and what `python -m llmtrain` is given."""
+
+    run: RunDir
+    config: RunConfig
+    settings: tuple[str, ...] = ()
+    """Over the configuration that all runs of a sweep share."""
+
+
+def plan_runs(words: Sequence[str], sweep: Sequence[str]) -> list[Training]:
+    """The run that is asked for, or one for each combination of a sweep's values, in a folder of their own.
+
+    Raises:
+        ConfigError: of the configuration, or of any of its combinations.
+    """
+    file, overrides = split_settings(list(words))
+    config, _ = load_config(file, overrides)
+    if not sweep:
+        return [Training(RunDir(Path(config.run.dir) / config.run.name), config)]
+    runs: list[Training] = []
+    folder = Path(config.run.dir) / config.run.name
+    for number, chosen in enumerate(itertools.product(*(_values(setting) for setting in sweep))):
+        name = f"{number:02d}-" + "-".join(setting.rsplit(".", 1)[-1].replace("=", "_") for setting in chosen)
+        settings = (*chosen, f"run.dir={folder}", f"run.name={name}")
+        each, _ = load_config(file, [*overrides, *settings])
+        runs.append(Training(RunDir(folder / name), each, settings))
+    return runs
+
+
+def _values(setting: str) -> list[str]:
+    """ "optim.lr=1e-4,3e-4" as one setting for each value."""
+    name, equals, values = setting.partition("=")
+    found = [value.strip() for value in values.split(",") if value.strip()]
+    if not equals or not found:
+        raise ConfigError([f"--sweep {setting}: write it as section.key=value,value, e.g. optim.lr=1e-4,3e-4"])
+    return [f"{name}={value}" for value in found]
+
+
+def device_of(config: RunConfig, gpus: int) -> str | None:
+    """Where GPUs are asked for, training must not go on in silence on a CPU."""
+    return "cuda" if gpus and config.train.device == "auto" else None
+
+
+def spec_of(request: Request, name: str, folder: Path, words: Sequence[str], config: RunConfig) -> JobSpec:
+    """The training job of a run, as `sbatch` is told of it."""
+    device = device_of(config, request.gpus_per_node)
+    options = ["--ranks", str(request.ranks_per_node), *(["--device", device] if device else [])]
+    rules = ["--max-restarts", str(request.max_restarts), "--hang-after", f"{request.hang_s:g}"]
+    lead = ["--lead", str(request.profile.signal_s)]
+    again = [] if request.profile.requeue else ["--no-requeue"]
+    return JobSpec(
+        name=name,
+        folder=folder,
+        profile=request.profile,
+        words=("node", *options, *rules, *lead, *again, *words),
+        nodes=request.nodes,
+        gpus_per_node=request.gpus_per_node,
+        ranks_per_node=request.ranks_per_node,
+        time=request.time,
+        after=request.dependency,
+    )
+
+
+def preview(words: Sequence[str], request: Request, sweep: Sequence[str], plain: bool = False) -> str:
+    """The script that would be submitted. Needs neither SLURM nor the cluster's file systems, and writes nothing.
+
+    `plain`: one for sbatch itself, which names the configuration as it was given.
+    """
+    runs = plan_runs(words, sweep)
+    folder = _folder(runs)
+    if plain:
+        if sweep:
+            raise ConfigError(["--plain is for one run: a sweep needs 'llmtrain submit'"])
+        return batch.render(spec_of(request, _name(runs), folder, list(words), runs[0].config), plain=True)
+    spec = spec_of(request, _name(runs), folder, [str(folder / "config.yaml"), *runs[0].settings], runs[0].config)
+    return batch.render(spec, count=len(runs))
+
+
+def submit(words: Sequence[str], request: Request, sweep: Sequence[str], with_service: bool) -> list[JobRecord]:
+    """Queue the training job (an array for a sweep), and the service's where one is asked for.
+
+    Raises:
+        ConfigError: found before anything is queued.
+        SlurmError: sbatch refuses, in its own words.
+    """
+    if with_service:
+        words = [*words, "service.start=manual"]
+    runs = plan_runs(words, sweep)
+    folder = _folder(runs)
+    for training in runs:
+        refuse_if_queued(training.run)
+    folder.mkdir(parents=True)
+    shared, _ = load_config(*split_settings(list(words)))
+    frozen = folder / "config.yaml"
+    files.write_atomic(frozen, resolved_yaml(shared))  # what is queued does not change when the file is edited
+    spec = spec_of(request, _name(runs), folder, [str(frozen)], shared)
+    rules = Rules(request.max_restarts, request.hang_s, lead_s=request.profile.signal_s)
+    device = device_of(shared, request.gpus_per_node)
+    jobs = [
+        TrainJob([str(frozen), *training.settings], request.ranks_per_node, device, rules, request.profile.requeue)
+        for training in runs
+    ]
+    records: list[JobRecord] = []
+    for training, job_id in zip(runs, queue_jobs(spec, jobs), strict=True):
+        jobs_of_run = JobDir.of(training.run)
+        records.append(_write_down(jobs_of_run, spec, job_id, "train"))
+        jobs_of_run.stop.unlink(missing_ok=True)
+        if with_service:
+            records.append(_submit_service(request, training.run, job_id))
+    return records
+
+
+def submit_shards(words: Sequence[str], profile: Profile, parts: int) -> list[JobRecord]:
+    """Queue sharding: the tokenizer first, then the parts as an array, then what joins them."""
+    config, _ = load_config(*split_settings(list(words)))
+    run = RunDir(Path(config.run.dir) / f"shard-{config.run.name}")
+    jobs = JobDir.of(run)
+    records: list[JobRecord] = []
+    after = ""
+    steps = {"prepare": [["--only", "prepare"]], "parts": [["--part", f"{i}/{parts}"] for i in range(parts)], "": [[]]}
+    for step, choices in steps.items():
+        folder = _fresh(jobs)
+        folder.mkdir(parents=True)
+        frozen = folder / "config.yaml"
+        files.write_atomic(frozen, resolved_yaml(config))
+        workers = ["--workers", str(profile.shard.cpus)]
+        name = f"shard-{config.run.name}" + (f"-{step}" if step else "")
+        spec = JobSpec(name, folder, profile, ("shard", str(frozen), *workers), after=after, side=profile.shard)
+        ids = queue_jobs(spec, [CommandJob(["shard", str(frozen), *workers, *choice]) for choice in choices])
+        records += [_write_down(jobs, spec, job_id, "shard") for job_id in ids]
+        after = f"afterok:{ids[0].split('_')[0]}"
+    return records
+
+
+def _submit_service(request: Request, run: RunDir, train_job: str) -> JobRecord:
+    jobs = JobDir.of(run)
+    folder = _fresh(jobs)
+    folder.mkdir(parents=True)
+    name = f"{run.path.name}-service"
+    words = ("service", str(run.path))
+    side = request.profile.service
+    spec = JobSpec(name, folder, request.profile, words, after=f"after:{train_job}", side=side)
+    if side.time is None:
+        spec = replace(spec, time=request.time)
+    ids = queue_jobs(spec, [ServiceJob(run.path.absolute(), train_job)])
+    return _write_down(jobs, spec, ids[0], "service")
+
+
+def queue_jobs(spec: JobSpec, jobs: Sequence[Any]) -> list[str]:
+    """Submit one job, or several as an array; returns their numbers."""
+    from submitit.core.utils import FailedJobError, FailedSubmissionError
+
+    executor = batch.executor(spec)
+    try:
+        if len(jobs) == 1:
+            return [str(executor.submit(jobs[0]).job_id)]
+        with executor.batch():  # an array
+            queued = [executor.submit(job) for job in jobs]
+    except (FailedJobError, FailedSubmissionError) as error:
+        raise SlurmError(str(error).strip()) from error
+    return [str(job.job_id) for job in queued]
+
+
+def refuse_if_queued(run: RunDir) -> None:
+    """Two jobs of one run would take turns at failing."""
+    from launcher.slurm import client
+
+    last = JobDir.of(run).last("train")
+    told = client.queue([last.job_id]).get(last.job_id) if last is not None else None
+    if told is not None and not told.is_over:
+        raise ConfigError(
+            [
+                f"run {run.path.name} is {told.state} already, as job {told.job_id}: stop it first "
+                f"('llmtrain stop {run.path}'), or give this one a name of its own (run.name=...)"
+            ]
+        )
+
+
+def _name(runs: Sequence[Training]) -> str:
+    run = runs[0].run.path
+    return run.name if len(runs) == 1 and not runs[0].settings else run.parent.name
+
+
+def _folder(runs: Sequence[Training]) -> Path:
+    """For the script and the output; a sweep's runs share one."""
+    run = runs[0].run
+    if not runs[0].settings:
+        return _fresh(JobDir.of(run))
+    return _fresh(JobDir.of(RunDir(run.path.parent)))
+
+
+def _fresh(jobs: JobDir) -> Path:
+    """Job numbers begin anew on a cluster that was set up again: a folder is never used twice."""
+    return jobs.path / f"submitted-{time.strftime('%Y%m%d-%H%M%S')}-{os.urandom(2).hex()}"
+
+
+def _write_down(jobs: JobDir, spec: JobSpec, job_id: str, kind: Kind) -> JobRecord:
+    record = JobRecord(
+        job_id=job_id,
+        kind=kind,
+        nodes=spec.nodes,
+        ranks_per_node=spec.ranks_per_node if kind == "train" else 1,
+        cluster=spec.profile.name,
+        after=spec.after,
+    )
+    jobs.add(record, spec.folder)
+    return record
