@@ -5,6 +5,8 @@ One YAML file per cluster (configs/clusters/), for all runs. `llmtrain doctor --
 
 import os
 import re
+import shlex
+import sys
 from pathlib import Path
 from typing import Annotated, Any, Self
 
@@ -171,6 +173,12 @@ class Profile(Section):
     def shared_folders(self) -> list[Path]:
         """`shared`, with ~ and variables filled in."""
         return [Path(_expanded(folder)) for folder in self.shared]
+
+    def python_command(self) -> list[str]:
+        """What starts Python on the nodes, outside a container."""
+        if self.python is not None:
+            return [_expanded(word) for word in shlex.split(self.python)]
+        return [sys.executable] if self.venv is None else [f"{_expanded(self.venv)}/bin/python"]
 
 
 def _expanded(folder: str) -> str:

@@ -91,5 +91,9 @@ class JobDir:
 
 
 def job_dirs(folder: Path) -> list[JobDir]:
-    """All that were written down in a folder of runs (DIR), and in the folders of runs below it (sweeps)."""
-    return [JobDir(ledger.parent) for ledger in sorted(folder.glob(f"**/{JOBS}/*/jobs.jsonl"))]
+    """All that were written down in a folder of runs (DIR), and in the folders of runs right below it (sweeps).
+
+    Looks no deeper: runs hold thousands of files.
+    """
+    ledgers = [*folder.glob(f"{JOBS}/*/jobs.jsonl"), *folder.glob(f"*/{JOBS}/*/jobs.jsonl")]
+    return [JobDir(ledger.parent) for ledger in sorted(ledgers)]

@@ -18,7 +18,7 @@ from llmtrain.batches import BatchPlan, plan_batches
 from llmtrain.config.data_sections import FolderTokenizer, TrainedTokenizer
 from llmtrain.config.load import Origins, resolved_yaml
 from llmtrain.config.schema import RunConfig
-from llmtrain.errors import ConfigError
+from llmtrain.errors import ConfigError, UserError
 from llmtrain.memory import Device, Part, Sizes
 from llmtrain.memory_lora import LoraSizes
 from llmtrain.shards import ShardManifest
@@ -27,6 +27,14 @@ KINDS = {"ddp": "DDP", "zero2": "ZeRO-2"}
 _GB = 1e9
 _SPARE = 0.95
 """Of a GPU's memory; allocators lose some of the rest to fragmentation."""
+
+
+class UnknownBase(UserError):
+    """What a base is made of cannot be had; leaves with the exit code of the process that asked."""
+
+    def __init__(self, message: str, code: int):
+        self.exit_code = code
+        super().__init__(message)
 
 
 @dataclass(frozen=True)
@@ -117,6 +125,7 @@ def find_sizes(config: RunConfig, vocabulary: int | None, base: str | None, buil
 
     Raises:
         ConfigError: it would take a download to know.
+        UnknownBase: the base cannot be asked.
     """
     model = config.model
     if model.kind == "gpt":
@@ -126,11 +135,11 @@ def find_sizes(config: RunConfig, vocabulary: int | None, base: str | None, buil
         file.write_text(resolved_yaml(config), encoding="utf-8")
         told = [] if base is None else [f"model.base={base}"]
         command = [sys.executable, "-m", "llmtrain.inspect_base", str(file), *told]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         hint = "" if base else "; where it cannot be reached, give --base-config FOLDER with its config.json"
-        print(f"error: what {model.base} is made of is not known{hint}", file=sys.stderr)
-        raise SystemExit(done.returncode)
+        said = done.stderr.strip().removeprefix("error: ")
+        raise UnknownBase(f"{said}\nwhat {model.base} is made of is not known{hint}", done.returncode)
     return LoraSizes(model, BaseFacts.from_json(done.stdout.splitlines()[-1]))
 
 

@@ -1,6 +1,6 @@
 """`llmtrain status`: what each run is doing, what waits, and what a person has to mend.
 
-`read_status` gathers, from the run folder alone; the rest shows it.
+`read_status` gathers, from the run folder and from what SLURM said of its jobs.
 """
 
 import dataclasses
@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from launcher import listing
+from launcher import listing, queue_view
+from launcher.queue_view import Job, Queue
 from llmtrain import choose, ledger
 from llmtrain.batches import plan_batches
 from llmtrain.config import RunConfig
@@ -90,8 +91,28 @@ class RunStatus:
     service: Service
     hub: Hub | None
     """None where nothing is uploaded."""
+    jobs: list[Job]
+    """Submitted for it: the last one of each kind, training first."""
+    slurm: str | None
+    """What SLURM said in place of an answer."""
     problems: list[str]
     """For a person to mend."""
+
+
+def find_submitted(paths: Sequence[Path]) -> list[RunDir]:
+    """As `find_runs`, with those that have jobs in the queue and no folder yet.
+
+    Raises:
+        RunFolderError: there is no run in one of these places, and none was submitted there.
+    """
+    found: dict[Path, RunDir] = {}
+    for path in paths or [Path("runs")]:
+        runs = [RunDir(path)] if queue_view.was_submitted(RunDir(path)) else queue_view.submitted_below(path)
+        if not runs or listing.runs_below(path):
+            runs += find_runs([path] if paths else [])
+        for run in sorted(runs, key=lambda run: run.path):
+            found.setdefault(run.path.resolve(), run)
+    return list(found.values())
 
 
 def find_runs(paths: Sequence[Path]) -> list[RunDir]:
@@ -110,12 +131,13 @@ def find_runs(paths: Sequence[Path]) -> list[RunDir]:
     return list(found.values())
 
 
-def read_status(run: RunDir) -> RunStatus:
-    """Reads small files and the ends of the large ones; hashes nothing."""
+def read_status(run: RunDir, queue: Queue | None = None) -> RunStatus:
+    """Reads small files and the ends of the large ones; hashes nothing, starts no process."""
     problems: list[str] = []
     config: RunConfig | None = None
+    jobs = [] if queue is None else queue.of(run)
     try:
-        config = listing.config_of(run)
+        config = listing.config_of(run) if run.config.exists() or not jobs else None
     except UserError as error:
         problems.append(str(error))
     checkpoints = read_checkpoints(run)
@@ -125,13 +147,19 @@ def read_status(run: RunDir) -> RunStatus:
     if checkpoints.quarantined:
         found = ", ".join(map(str, checkpoints.quarantined))
         problems.append(f"in quarantine, because a file did not match its hash: step {found}")
+    training = read_training(run, config)
+    failure = queue_view.failure(run, jobs) if training.state in ("stopped", "not started") else None
+    if failure is not None:
+        problems.append(failure)
     return RunStatus(
         path=run.path,
         time=time.time(),
-        training=read_training(run, config),
+        training=training,
         checkpoints=checkpoints,
         service=service,
         hub=_read_hub(run, config, checkpoints.on_disk),
+        jobs=jobs,
+        slurm=None if queue is None or not jobs else queue.problem,
         problems=problems,
     )
 

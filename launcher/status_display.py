@@ -10,8 +10,10 @@ from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.text import Text
 
+from launcher import queue_view
 from launcher.display import Column, duration, figure, fitted, named, one_line, steps, when, words
-from launcher.status import Hub, RunStatus, Service, Training, as_json, find_runs, read_status
+from launcher.queue_view import read_queue
+from launcher.status import Hub, RunStatus, Service, Training, as_json, find_submitted, read_status
 
 REFRESH_S = 2.0
 _STALE_S = 30.0
@@ -23,7 +25,7 @@ def show_status(paths: Sequence[Path], json_too: bool, watch: bool) -> None:
     """Print it; with `watch` again and again, until Ctrl-C.
 
     Raises:
-        RunFolderError: there is no run in one of these places.
+        RunFolderError: there is no run in one of these places, and none was submitted there.
     """
     try:
         if watch:
@@ -47,7 +49,9 @@ def _watch(paths: Sequence[Path], json_too: bool) -> None:
 
 
 def _read(paths: Sequence[Path]) -> list[RunStatus]:
-    return [read_status(run) for run in find_runs(paths)]
+    runs = find_submitted(paths)
+    queue = read_queue(runs)
+    return [read_status(run, queue) for run in runs]
 
 
 def _print(paths: Sequence[Path], json_too: bool, console: Console) -> None:
@@ -71,6 +75,7 @@ def overview(statuses: Sequence[RunStatus], width: int) -> RenderableType:
     columns = [
         Column("run", [one_line(str(status.path)) for status in statuses], 100, left=True),
         Column("training", [t.state for t in trainings], 95, left=True),
+        Column("queue", [queue_view.word(s.jobs, s.slurm, s.time) for s in statuses], 92, left=True),
         Column("step", [progress(t) for t in trainings], 90),
         Column("left", ["" if t.left_s is None else duration(t.left_s) for t in trainings], 50),
         Column("epoch", [figure(t.epoch, 2) for t in trainings], 30),
@@ -84,8 +89,11 @@ def overview(statuses: Sequence[RunStatus], width: int) -> RenderableType:
     ]
     table, left_out = fitted(columns, [_COLOURS.get(t.state, "") for t in trainings], width)
     parts: list[RenderableType] = [table]
-    if any(status.problems for status in statuses) or left_out:
+    silence = next((status.slurm for status in statuses if status.slurm is not None), None)
+    if any(status.problems for status in statuses) or left_out or silence:
         parts.append(Text())
+    if silence is not None:
+        parts.append(named("queue", f"SLURM does not answer: {silence}", "yellow"))
     for status in statuses:
         parts += [named("mend", f"{one_line(str(status.path))}: {one_line(p)}", "red") for p in status.problems]
     if left_out:
@@ -123,6 +131,11 @@ def _hub_word(hub: Hub | None) -> str:
 def block(status: RunStatus) -> RenderableType:
     """Everything about one run."""
     lines: list[RenderableType] = [Text(one_line(str(status.path)), style="bold")]
+    for number, job in enumerate(status.jobs):
+        lines.append(named("" if number else "queue", *queue_view.describe(job, status.slurm)))
+    if status.jobs and not status.path.exists():
+        lines.append(named("training", "not started; its folder appears when the job starts", "dim"))
+        return Group(*lines, *(named("mend", one_line(problem), "bold red") for problem in status.problems))
     lines += [named("training", *_training_line(status))]
     lines += [named("", text) for text in _training_figures(status)]
     lines += [named("checkpoints", text) for text in [_checkpoints_line(status)]]

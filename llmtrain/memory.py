@@ -47,6 +47,10 @@ class Sizes(Protocol):
         ...
 
     def checkpoint_bytes(self, config: RunConfig) -> float: ...
+    def model_bytes(self, config: RunConfig) -> float:
+        """What of a checkpoint is the model: it is uploaded."""
+        ...
+
     def host_copy(self, config: RunConfig, ranks: int) -> float:
         """Host memory of rank 0 for saving beside training: weights and its share of the optimizer's state."""
         ...
@@ -103,6 +107,9 @@ class GPTSizes:
 
     def checkpoint_bytes(self, config: RunConfig) -> float:
         return self.trainable * (4 + moment_bytes(config))
+
+    def model_bytes(self, config: RunConfig) -> float:
+        return self.trainable * 4
 
     def host_copy(self, config: RunConfig, ranks: int) -> float:
         return self.trainable * (4 + moment_bytes(config) / ranks) if config.checkpoint.background else 0.0

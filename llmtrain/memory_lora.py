@@ -80,6 +80,9 @@ class LoraSizes:
         weights, moments = self._adapter_bytes(config)
         return self.trainable * (weights + moments)
 
+    def model_bytes(self, config: RunConfig) -> float:
+        return self.trainable * self._adapter_bytes(config)[0]
+
     def host_copy(self, config: RunConfig, ranks: int) -> float:
         weights, moments = self._adapter_bytes(config)
         return self.trainable * (weights + moments / ranks) if config.checkpoint.background else 0.0

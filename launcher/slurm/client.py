@@ -112,13 +112,14 @@ def _of(job_id: str, known: dict[str, Queued]) -> Queued | None:
     if job_id in known or not tasks:
         return known.get(job_id)
     counts = collections.Counter(told.state for told in tasks)
-    failed = [state for state in counts if state != "COMPLETED"]
-    state = next((state for state in (*_MOST_ALIVE, *failed) if state in counts), "COMPLETED")
+    failed = sorted(counts.keys() - {*_MOST_ALIVE, "COMPLETED"})
+    ordered = [state for state in (*_MOST_ALIVE, *failed, "COMPLETED") if state in counts]
+    state = ordered[0]
     alike = [told for told in tasks if told.state == state]
     return Queued(
         job_id,
         state,
-        ", ".join(f"{count} {state.lower()}" for state, count in counts.most_common()),
+        ", ".join(f"{counts[each]} {each.lower()}" for each in ordered),
         ",".join(dict.fromkeys(told.nodes for told in alike if told.nodes)),
         max((told.left_s for told in alike if told.left_s is not None), default=None),
         min((told.starts for told in alike if told.starts is not None), default=None),
@@ -137,6 +138,8 @@ def _told_by_squeue(wanted: Iterable[str]) -> dict[str, Queued]:
         raise
     found: dict[str, Queued] = {}
     for line in lines:
+        if line.count("|") < 5:
+            continue  # a notice of the site's
         job_id, state, reason, nodes, left, starts = line.split("|", 5)
         found[job_id] = Queued(
             job_id, state, "" if reason == "None" else reason, nodes,
@@ -184,6 +187,8 @@ def _told_by_sacct(wanted: Iterable[str]) -> dict[str, Queued]:
         return {}  # no accounts are kept: that is no error of the job's
     found: dict[str, Queued] = {}
     for line in said.splitlines():
+        if line.count("|") < 3:
+            continue
         job_id, state, code, nodes = line.split("|", 3)
         found[job_id] = Queued(job_id, state.split()[0], _exit(code), "" if nodes == "None assigned" else nodes)
     return found

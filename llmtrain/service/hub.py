@@ -134,12 +134,21 @@ def check(repo: Repo, config: RunConfig, run: RunDir) -> dict[str, Any]:
     private = bool(patient(lambda: repo.api.model_info(repo.name)).private)
     if config.hub.private and not private:
         raise Refused(f"{repo.name} is public although hub.private=true: make it private in its settings on the Hub")
-    patient(lambda: repo.api.create_branch(repo.name, branch=BRANCH, exist_ok=True))  # needs the right to write
+    patient(lambda: _make_branch(repo))  # needs the right to write
     owners = {line for _, message in repo.commits() for line in message.splitlines() if line.startswith(run_marker(""))}
     if owners and run_marker(origin.read(run).id) not in owners:
         raise Refused(f"{repo.name} holds the checkpoints of another run; name another repository (hub.repo)")
     visibility = "private" if private else "public"
     return {"message": f"{repo.name} ({visibility}) takes the checkpoints of this run", "private": private}
+
+
+def _make_branch(repo: Repo) -> None:
+    """Without the client's exist_ok: it takes "you may not write" for done where the branch is there already."""
+    try:
+        repo.api.create_branch(repo.name, branch=BRANCH)
+    except HfHubHTTPError as error:
+        if error.response.status_code != 409:
+            raise
 
 
 def upload(repo: Repo, config: RunConfig, run: RunDir, step: int, token: str) -> dict[str, Any]:

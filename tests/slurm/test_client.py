@@ -57,7 +57,7 @@ def test_tasks_of_an_array_and_the_whole(cluster: Cluster):
     assert (told[f"{job}_0"].state, told[f"{job}_0"].reason) == ("FAILED", "exit code 4")
     assert told[f"{job}_1"].state == "RUNNING"
     assert (told[f"{job}_3"].state, told[f"{job}_3"].reason) == ("PENDING", "JobArrayTaskLimit")
-    assert (told[job].state, told[job].reason) == ("RUNNING", "2 running, 1 failed, 1 pending")
+    assert (told[job].state, told[job].reason) == ("RUNNING", "2 running, 1 pending, 1 failed")
     assert f"{job}_77" not in told
     assert client.describe(f"{job}_3")["ArrayTaskId"] == "3"
 
@@ -80,7 +80,7 @@ def test_forgotten_jobs_are_asked_of_sacct(cluster: Cluster, tmp_path: Path, mon
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     assert client.queue(["1", "2"]) == {
         "1": Queued("1", "CANCELLED", "signal 15", "n1"),
-        "2": Queued("2", "OUT_OF_MEMORY", "1 completed, 1 out_of_memory", "n[2-3]"),
+        "2": Queued("2", "OUT_OF_MEMORY", "1 out_of_memory, 1 completed", "n[2-3]"),
     }
 
 

@@ -1,0 +1,101 @@
+"""Which folders all nodes of a cluster see: by the profile's word, else by the kind of their file system."""
+
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from launcher.findings import Finding, Severity, fine
+
+Reach = Literal["shared", "node-local", "unknown"]
+_SHARED = {
+    "nfs", "nfs4", "lustre", "gpfs", "beegfs", "beegfs_nodev", "ceph", "wekafs", "panfs", "pvfs2", "orangefs", "afs",
+    "glusterfs", "ocfs2", "gfs2", "cifs", "smb3",
+}  # fmt: skip
+_LOCAL = {"tmpfs", "ramfs", "devtmpfs"}
+_LOCAL_FUSE = ("fuse.fuse-overlayfs", "fuse.overlay", "fuse.squashfuse", "fuse.lxcfs")
+_SCRATCH = tuple(map(Path, ("/tmp", "/var/tmp", "/dev/shm")))
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a path lies."""
+
+    reach: Reach
+    why: str
+
+
+def find_place(path: Path, shared: Sequence[Path], mounts: str | None = None) -> Place:
+    """Whether all nodes see a path (which need not exist).
+
+    Args:
+        shared: the profile's folders; if there are any, they alone decide.
+        mounts: as /proc/mounts has them.
+    """
+    lies = path.expanduser().resolve()
+    if shared:
+        for folder in shared:
+            if lies.is_relative_to(folder.resolve()):
+                return Place("shared", f"below {folder}, which all nodes see (profile)")
+        return Place("node-local", f"not below what all nodes see by the profile ({', '.join(map(str, shared))})")
+    kind = kind_of_file_system(lies, mounts)
+    if kind in _SHARED or (kind.startswith("fuse.") and kind not in _LOCAL_FUSE):
+        return Place("shared", f"on {kind}")
+    if kind in _LOCAL:
+        return Place("node-local", f"on {kind}, the memory of one machine")
+    for scratch in _SCRATCH:
+        if lies.is_relative_to(scratch):
+            return Place("node-local", f"below {scratch}, which every machine has for itself")
+    return Place("unknown", f"on {kind or 'a file system of an unknown kind'}, which is mostly one machine's own")
+
+
+def kind_of_file_system(path: Path, mounts: str | None = None) -> str:
+    """Of the mount that holds an absolute path; "" where that cannot be known."""
+    table = Path("/proc/mounts")
+    if mounts is None:
+        mounts = table.read_text() if table.exists() else ""
+    best, kind = Path(), ""
+    for line in mounts.splitlines():
+        _, where, found, *_ = line.split(" ")
+        mount = Path(re.sub(r"\\([0-7]{3})", lambda octal: chr(int(octal[1], 8)), where))  # a blank is written as \040
+        if path.is_relative_to(mount) and len(mount.parts) >= len(best.parts):  # of two mounts the later one is seen
+            best, kind = mount, found
+    return kind
+
+
+def check_place(what: str, path: Path, shared: Sequence[Path], nodes: int) -> Finding:
+    """Whether the nodes of a job will find what is here, and the others what one of them writes."""
+    place = find_place(path, shared)
+    shown = path.expanduser().absolute()
+    if place.reach == "shared":
+        return fine(what, f"{shown}: {place.why}")
+    severity: Severity = "error" if place.reach == "node-local" or nodes > 1 else "warning"
+    help_text = "name what all nodes see in the profile (shared: [...])"
+    if place.reach == "node-local":
+        or_name_it = "" if shared else ", or name it in the profile (shared: [...])"
+        help_text = f"use a folder that all nodes see{or_name_it}"
+    elif nodes == 1:
+        help_text = f"a job that is queued again may start on another node; {help_text}"
+    return Finding(what, f"{shown} is {place.why}; {help_text}", severity)
+
+
+def nearest_existing(path: Path) -> Path:
+    """The path itself, or the folder above it in which it would be made."""
+    lies = path.expanduser().absolute()
+    while not _is_there(lies):
+        lies = lies.parent
+    return lies
+
+
+def _is_there(path: Path) -> bool:
+    try:
+        return path.exists()
+    except PermissionError:  # of a folder above it
+        return False
+
+
+def can_write(path: Path) -> bool:
+    """Whether this user may write there, or make it."""
+    return os.access(nearest_existing(path), os.W_OK | os.X_OK)

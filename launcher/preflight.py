@@ -1,0 +1,249 @@
+"""Before a job is queued: all that can be known to fail, in one report.
+
+A queue is slow to tell: a job may wait for hours, and then find no shards, no room, or a torch without CUDA. Here
+nothing is queued and nothing is changed, with one exception: where `hub.repo` is set, the repository is made if it is
+not there, which is how the right to write is found out.
+"""
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from launcher import display, environment, forecast
+from launcher.cluster import Profile
+from launcher.findings import Finding, doubtful, fine, wrong
+from launcher.places import can_write, check_place, nearest_existing
+from launcher.plan import find_sizes
+from launcher.sharding.sources import list_units
+from launcher.slurm import client
+from launcher.slurm.limits import Request, check_limits
+from launcher.slurm.partitions import partitions
+from llmtrain import recipe, shards
+from llmtrain.batches import BatchPlan, plan_batches
+from llmtrain.config.data_sections import Source
+from llmtrain.config.load import Origins, fixed_differences, load_config, resolved_yaml
+from llmtrain.config.schema import RunConfig
+from llmtrain.errors import ConfigError, SlurmError, UserError
+from llmtrain.rundir import RunDir
+from llmtrain.shards import ShardManifest
+
+_HUB_S = 60.0
+_NO_PROGRESS = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+
+
+def check(
+    config: RunConfig,
+    origins: Origins,
+    profile: Profile,
+    request: Request,
+    script: str,
+    sbatch: list[str] | None = None,
+) -> list[Finding]:
+    """Everything that was looked at, in the order in which a person would.
+
+    Args:
+        script: what would be given to sbatch.
+        sbatch: further options that it would be given.
+    """
+    run = RunDir(Path(config.run.dir) / config.run.name)
+    data, built = _check_data(config, profile, request)
+    batch, plan = _check_batch(config, origins, request, built)
+    try:
+        folder = [*_check_run(config, origins, run, profile, request), *_check_disk(config, run, plan, built)]
+    except OSError as error:
+        folder = [wrong("run folder", f"{run.path}: cannot be read ({error.strerror})")]
+    return [
+        *_check_slurm(profile, request, script, sbatch or []),
+        *data,
+        *batch,
+        *folder,
+        *check_python(config, profile, request),
+        *check_hub(config, run),
+    ]
+
+
+def _check_slurm(profile: Profile, request: Request, script: str, options: list[str]) -> list[Finding]:
+    if not client.is_here():
+        return [wrong("SLURM", "sbatch: not found; is this a login node of a SLURM cluster?")]
+    try:
+        found = check_limits(request, profile, partitions())
+    except SlurmError as error:
+        return [wrong("SLURM", str(error))]
+    with tempfile.TemporaryDirectory() as scratch:
+        file = Path(scratch) / "job.sbatch"
+        file.write_text(script, encoding="utf-8")
+        try:
+            client.call(["sbatch", "--test-only", *options, str(file)])
+        except SlurmError as error:
+            # It also refuses what would only have to wait: nodes that are down at the moment.
+            waits = any(finding.what == "nodes" and finding.severity == "warning" for finding in found)
+            return [*found, Finding("sbatch", str(error), "warning" if waits else "error")]
+    return [*found, fine("sbatch", "takes the script (--test-only)")]
+
+
+def _check_data(config: RunConfig, profile: Profile, request: Request) -> tuple[list[Finding], ShardManifest | None]:
+    """Finished shards, or what they would be built from at the beginning of the job."""
+    folder = recipe.shard_folder(config)
+    shared = profile.shared_folders()
+    try:
+        if shards.exists(folder):
+            opened = shards.open_folder(folder, "size")
+            opened.check_recipe(recipe.recipe_of(config), recipe.tokenizer_file(config))
+            for split in opened.manifest.splits.values():
+                for shard in split.shards:
+                    with (folder / shard.file).open("rb") as file:
+                        file.read(1)
+            return [check_place("shards", folder, shared, request.nodes)], opened.manifest
+        # To list a data set of the Hub is to download it.
+        read: list[Source] = [source for source in config.data.sources if source.kind != "huggingface"]
+        size = sum(unit.size_bytes for unit in list_units(read, config.data.format))
+        if not can_write(folder):
+            return [wrong("shards", f"{folder} is not there, and may not be made by you")], None
+    except UserError as error:
+        return [wrong("shards", str(error))], None
+    except OSError as error:
+        return [wrong("shards", f"{folder}: cannot be read ({error.strerror})")], None
+    told = f"none yet in {folder}: the job builds them first, from {display.size(size)}; on GPU nodes that is a waste: "
+    return [
+        doubtful("shards", told + "'llmtrain shard --submit' does it beforehand"),
+        check_place("shards", folder, shared, request.nodes),
+        *_check_sources(config, shared, request.nodes),
+    ], None
+
+
+def _check_sources(config: RunConfig, shared: list[Path], nodes: int) -> list[Finding]:
+    """Of each pattern the folder in which its files lie."""
+    patterns = [path for source in config.data.sources for path in getattr(source, "paths", [])]
+    folders = dict.fromkeys(nearest_existing(Path(pattern.split("*")[0].split("?")[0])) for pattern in patterns)
+    found = [check_place("sources", folder, shared, nodes) for folder in folders]
+    return [finding for finding in found if finding.severity != "ok"]
+
+
+def _check_batch(
+    config: RunConfig, origins: Origins, request: Request, built: ShardManifest | None
+) -> tuple[list[Finding], BatchPlan | None]:
+    ranks = request.nodes * request.ranks_per_node
+    try:
+        plan = plan_batches(config, origins, ranks, built.splits["train"].rows if built else 2**62)
+    except ConfigError as error:
+        return [wrong("batch", problem) for problem in error.problems], None
+    except UserError as error:
+        return [wrong("batch", str(error))], None
+    told = f"{plan.global_batch_size} rows = {ranks} ranks x {plan.micro_batch_size} x {plan.accumulation}"
+    return [fine("batch", told)], plan
+
+
+def _check_run(config: RunConfig, origins: Origins, run: RunDir, profile: Profile, request: Request) -> list[Finding]:
+    found = [check_place("run folder", run.path, profile.shared_folders(), request.nodes)]
+    if not can_write(run.path):
+        found.append(wrong("run folder", f"you may not write to {nearest_existing(run.path)}"))
+    if config.run.resume == "never":
+        return found
+    if not run.checkpoint_steps():
+        if config.run.resume == "must":
+            message = f"{origins.describe(config, 'run.resume')}: {run.checkpoints} holds no checkpoint to resume from"
+            found.append(wrong("run folder", message))
+        return found
+    try:
+        differences = fixed_differences(load_config(run.config)[0], config)
+    except ConfigError as error:
+        return [*found, wrong("run folder", f"{run.config}: not readable by this version: {error}")]
+    if differences:
+        lines = "\n".join(f"  {key}: the run has {before}, now {after}" for key, before, after in differences)
+        message = f"{run.path} holds checkpoints of another configuration:\n{lines}\ngive this run a name of its own"
+        return [*found, wrong("run folder", f"{message} (run.name=...)")]
+    return [*found, fine("resume", f"from step {max(run.checkpoint_steps()):,}, if that checkpoint verifies")]
+
+
+def _check_disk(config: RunConfig, run: RunDir, plan: BatchPlan | None, built: ShardManifest | None) -> list[Finding]:
+    if plan is None:
+        return []
+    try:
+        size = find_sizes(config, None, None, built).checkpoint_bytes(config)
+    except UserError as error:
+        return [doubtful("disk", f"not compared with checkpoints: {display.one_line(str(error))}")]
+    rows = built.splits["train"].rows if built else None
+    number = forecast.most_on_disk(config, plan, forecast.count_saves(config, plan, rows))
+    there = sum(file.stat().st_size for file in run.checkpoints.rglob("*") if file.is_file())
+    needed = max(0.0, number * size - there)
+    free = shutil.disk_usage(nearest_existing(run.path)).free
+    told = f"{number} checkpoints of {display.size(size)} take {display.size(number * size)}"
+    if needed > free:
+        help_text = "free some space, or keep fewer (checkpoint.keep_last, checkpoint.keep_best)"
+        return [wrong("disk", f"{told}; {display.size(free)} are free: {help_text}")]
+    return [fine("disk", f"{told}; {display.size(free)} are free (a quota may be less)")]
+
+
+def check_python(config: RunConfig, profile: Profile, request: Request) -> list[Finding]:
+    """What the job's Python has; of a container, and of one that modules bring, that cannot be told from here."""
+    if profile.container is not None:
+        return [fine("Python", f"comes with {profile.container}: not looked into")]
+    python = profile.python_command()
+    try:
+        found = environment.look_into(python)
+    except OSError as error:
+        if profile.modules or profile.setup:
+            return [doubtful("Python", f"comes with modules or setup: not looked into ({error})")]
+        return [wrong("Python", str(error))]
+    said: list[Finding] = []
+    place = check_place("Python", found.prefix, profile.shared_folders(), 1)
+    if place.severity != "ok" and not found.prefix.is_relative_to("/usr") and not found.prefix.is_relative_to("/opt"):
+        said.append(doubtful("Python", f"{place.message}, or be sure that each node has it"))
+    if not found.has_llmtrain:
+        said.append(wrong("Python", f"{' '.join(python)} has no llmtrain: install it there"))
+    return [*said, *_check_torch(config, request, found, " ".join(python))]
+
+
+def _check_torch(config: RunConfig, request: Request, found: environment.Environment, python: str) -> list[Finding]:
+    if found.torch is None:
+        return [wrong("torch", f"{python} has none: install it there")]
+    built_for = found.torch.accelerator or "CPUs alone"
+    told = f"{found.torch.version} for {built_for}, Python {found.version}"
+    if config.train.device == "cpu":
+        waste = request.gpus_per_node > 0
+        note = "; train.device=cpu leaves the GPUs unused" if waste else ""
+        return [Finding("torch", told + note, "warning" if waste else "ok")]
+    if request.gpus_per_node and found.torch.accelerator is None:
+        return [wrong("torch", f"{told} ({python}): it cannot use the GPUs that are asked for")]
+    if config.train.device == "cuda" and not request.gpus_per_node:
+        return [wrong("torch", f"{told}; train.device=cuda, and no GPUs are asked for")]
+    if request.gpus_per_node and request.ranks_per_node > request.gpus_per_node:
+        per = f"{request.ranks_per_node} ranks for {request.gpus_per_node} GPUs on a node"
+        return [wrong("torch", f"{told}; {per}: one rank for each GPU")]
+    return [fine("torch", told)]
+
+
+def check_hub(config: RunConfig, run: RunDir) -> list[Finding]:
+    """Asked in a process of the core's, as the checkpoint service would; the token stays there."""
+    if config.hub.repo is None:
+        return []
+    with tempfile.TemporaryDirectory() as scratch:
+        asked = RunDir(Path(scratch) / config.run.name)
+        asked.path.mkdir()
+        asked.config.write_text(resolved_yaml(config), encoding="utf-8")
+        if run.origin.exists():
+            shutil.copyfile(run.origin, asked.origin)  # so that its own repository is not taken for another run's
+        command = [sys.executable, "-m", "llmtrain.service.hub", "check", str(asked.path), "--repo", config.hub.repo]
+        try:
+            done = subprocess.run(
+                [*command, "--stall", "10"], capture_output=True, text=True, timeout=_HUB_S, check=False,
+                env={**os.environ, **_NO_PROGRESS},
+            )  # fmt: skip
+        except subprocess.TimeoutExpired:
+            return [doubtful("Hub", f"no answer within {math.floor(_HUB_S)} s; uploads wait until there is one")]
+    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    if not lines:
+        return [doubtful("Hub", f"could not be asked: {display.one_line(done.stderr)[-200:]}")]
+    answer = json.loads(lines[-1])
+    match answer.get("error"):
+        case None:
+            return [fine("Hub", answer["message"])]
+        case "refused":
+            return [wrong("Hub", answer["message"])]
+        case _:
+            return [doubtful("Hub", f"could not be asked: {answer['message']}; uploads wait until it can")]

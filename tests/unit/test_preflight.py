@@ -1,0 +1,316 @@
+"""What is looked at before a job is queued, where no SLURM is needed to tell."""
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from launcher import preflight
+from launcher.cluster import Profile
+from launcher.environment import look_into, read_torch
+from launcher.findings import Finding, NotQueued, fine, settle, wrong
+from launcher.places import find_place, kind_of_file_system
+from launcher.slurm import partitions as told_by_slurm
+from launcher.slurm.limits import Request, check_limits
+from launcher.slurm.partitions import NodeGroup, Partition, partitions
+from llmtrain.config import RunConfig, load_config
+from llmtrain.rundir import RunDir
+from tests.support.hub_server import TOKEN, Hub, client_environment
+
+MOUNTS = r"""
+/dev/sda / ext4 rw 0 0
+fs:/home /home nfs4 rw 0 0
+/dev/sdb /home/local\040disk xfs rw 0 0
+x@tcp:/s /scratch lustre rw 0 0
+tmpfs /scratch/ram tmpfs rw 0 0
+u /sq fuse.squashfuse ro 0 0
+u /s3 fuse.goofys rw 0 0
+fs:/tmp /tmp/projects nfs rw 0 0
+""".strip()
+
+
+def findings(profile: Profile, request: Request, *settings: str) -> list[Finding]:
+    return preflight.check(*load_config(None, settings), profile, request, "#!/bin/bash\n")
+
+
+def errors(found: list[Finding]) -> list[str]:
+    return [f"{finding.what}: {finding.message}" for finding in found if finding.severity == "error"]
+
+
+# ---------------------------------------------------------------------------------------------- file systems
+
+
+@pytest.mark.parametrize(
+    ("path", "reach", "kind"),
+    [
+        ("/home/ada", "shared", "nfs4"),
+        ("/home/local disk/runs", "unknown", "xfs"),
+        ("/scratch/ada", "shared", "lustre"),
+        ("/scratch/ram/x", "node-local", "tmpfs"),
+        ("/srv/runs", "unknown", "ext4"),
+        ("/tmp/runs", "node-local", "ext4"),
+        ("/tmp/projects/runs", "shared", "nfs"),
+        ("/sq/x", "unknown", "fuse.squashfuse"),
+        ("/s3/x", "shared", "fuse.goofys"),
+    ],
+)
+def test_the_kind_of_file_system_tells_what_all_nodes_see(path: str, reach: str, kind: str):
+    assert find_place(Path(path), [], MOUNTS).reach == reach
+    assert kind_of_file_system(Path(path), MOUNTS) == kind
+
+
+def test_the_profiles_word_counts_for_more(tmp_path: Path):
+    assert find_place(tmp_path / "runs", [tmp_path], MOUNTS).reach == "shared"
+    assert find_place(Path("/home/ada"), [tmp_path], MOUNTS).reach == "node-local"
+    (tmp_path / "link").symlink_to("/srv")
+    assert find_place(tmp_path / "link/x", [tmp_path], MOUNTS).reach == "node-local"  # it leads out of there
+
+
+# ---------------------------------------------------------------------------------------------- partitions
+
+SINFO = """gpu|idle|2|64|512000|gpu:a100:4(S:0-1)|a100
+gpu|down*|1|64|512000|gpu:a100:4(S:0-1)|a100
+gpu|mixed|1|64|512000|gpu:v100:2,gpu:p100:1|v100
+cpu|allocated|9|128|256000|(null)|(null)
+empty||0|0|0||
+"""
+SCONTROL = """PartitionName=gpu AllowAccounts=ALL Default=NO MaxNodes=UNLIMITED MaxTime=2-00:00:00 State=UP
+PartitionName=cpu AllowAccounts=physics,math Default=YES MaxNodes=4 MaxTime=UNLIMITED State=UP
+PartitionName=empty DenyAccounts=guest Default=NO MaxNodes=UNLIMITED MaxTime=60 State=DRAIN
+"""
+
+
+def test_partitions_are_read_from_sinfo_and_scontrol(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(told_by_slurm, "call", lambda words: SINFO if words[0] == "sinfo" else SCONTROL)
+    found = partitions()
+    gpu, cpu, empty = found["gpu"], found["cpu"], found["empty"]
+    assert (gpu.num_nodes, gpu.gpus_per_node, gpu.num_nodes_with(4), gpu.num_nodes_with(3)) == (4, 4, 3, 4)
+    assert (gpu.num_nodes_with(4, up=True), gpu.limit_s, gpu.is_default) == (2, 172_800, False)
+    assert (cpu.is_default, cpu.max_nodes, cpu.limit_s, cpu.accounts) == (True, 4, None, ("physics", "math"))
+    assert (empty.num_nodes, empty.state, empty.denied_accounts, empty.limit_s) == (0, "DRAIN", ("guest",), 3600)
+
+
+def partition(name: str = "gpu", **changes: Any) -> Partition:
+    nodes = (NodeGroup("idle", 2, 64, 512_000, 4), NodeGroup("drained", 1, 64, 512_000, 4))
+    fields: dict[str, Any] = {
+        "name": name, "is_default": True, "state": "UP", "limit_s": 3600.0, "max_nodes": None, "accounts": (),
+        "denied_accounts": (), "nodes": nodes, **changes,
+    }  # fmt: skip
+    return Partition(**fields)
+
+
+def judged(profile: dict[str, Any], known: list[Partition], **request: Any) -> dict[str, Finding]:
+    settings = {"name": "p", "gpus_per_node": 8, "time": "30", **profile}
+    found = check_limits(Request(**request), Profile(**settings), {each.name: each for each in known})
+    assert len({finding.what for finding in found}) == len(found)
+    return {finding.what: finding for finding in found}
+
+
+def test_a_job_that_fits_is_told_so():
+    found = judged({"account": "physics"}, [partition()], nodes=2, gpus_per_node=4)
+    assert {finding.severity for finding in found.values()} == {"ok"}
+    assert list(found) == ["partition", "nodes", "GPUs", "time limit", "account"]
+
+
+@pytest.mark.parametrize(
+    ("profile", "changes", "asked", "what", "expected"),
+    [
+        ({"partition": "gqu"}, {}, {}, "partition", "no such partition; did you mean gpu? There are gpu"),
+        ({}, {"is_default": False}, {}, "partition", "none is named, and there is no default; use one of gpu"),
+        ({}, {"state": "DRAIN"}, {}, "partition", "takes no jobs"),
+        ({}, {}, {"nodes": 4}, "nodes", "4 are asked for; gpu has 3"),
+        ({}, {"max_nodes": 2}, {"nodes": 3}, "nodes", "gpu has 3, of which a job may have 2"),
+        ({}, {}, {"gpus_per_node": 5}, "GPUs", "5 per node are asked for; a node in gpu has 4"),
+        ({"gpus_per_node": 2}, {}, {"gpus_per_node": 4}, "profile", "a node has gpus_per_node=2 (profile p)"),
+        ({}, {"nodes": ()}, {"gpus_per_node": 1}, "GPUs", "nodes in gpu have none"),
+        ({"time": "61"}, {}, {}, "time limit", "61 is too long: gpu allows 1 h 00 min"),
+        ({}, {}, {"time": "UNLIMITED"}, "time limit", "UNLIMITED is too long"),
+        ({}, {}, {"time": "2"}, "time limit", "the job would save at once"),
+        ({"account": "math"}, {"accounts": ("physics",)}, {}, "account", "may not use gpu: it is for physics alone"),
+        ({"account": "math"}, {"denied_accounts": ("math",)}, {}, "account", "it is refused there"),
+    ],
+)  # fmt: skip
+def test_what_would_never_start(
+    profile: dict[str, Any], changes: dict[str, Any], asked: dict[str, Any], what: str, expected: str
+):
+    found = judged(profile, [partition(**changes)], **asked)
+    assert found[what].severity == "error"
+    assert expected in found[what].message
+
+
+@pytest.mark.parametrize(
+    ("profile", "changes", "asked", "what"),
+    [
+        ({}, {"state": "DOWN"}, {}, "partition"),
+        ({}, {}, {"nodes": 3}, "nodes"),
+        ({}, {"accounts": ("physics",)}, {}, "account"),
+    ],
+)
+def test_what_only_has_to_wait_is_a_warning(
+    profile: dict[str, Any], changes: dict[str, Any], asked: dict[str, Any], what: str
+):
+    assert judged(profile, [partition(**changes)], **asked)[what].severity == "warning"
+
+
+def test_of_several_partitions_one_has_to_fit():
+    small = partition("small", nodes=(), is_default=False)
+    found = judged({"partition": "small,gpu"}, [partition(), small], nodes=2)
+    assert {finding.severity for finding in found.values()} == {"ok"}
+    assert "gpu" in found["partition"].message
+
+
+# ---------------------------------------------------------------------------------------------- torch
+
+VERSIONS = {
+    "2.9.0+cu128": ("cuda: Optional[str] = '12.8'\nhip: Optional[str] = None", "CUDA 12.8"),
+    "2.9.0+rocm6.4": ("cuda: Optional[str] = None\nhip: Optional[str] = '6.4.43483'", "ROCm 6.4.43483"),
+    "2.13.0+cpu": ("cuda: Optional[str] = None\nhip: Optional[str] = None", None),
+    "1.13.1": ("cuda = '11.7'\nhip = None", "CUDA 11.7"),
+}
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_torch_is_read_as_text(tmp_path: Path, version: str):
+    lines, accelerator = VERSIONS[version]
+    (tmp_path / "version.py").write_text(f"__version__ = '{version}'\ndebug = False\n{lines}\n")
+    found = read_torch(tmp_path)
+    assert found is not None
+    assert (found.version, found.accelerator) == (version, accelerator)
+
+
+def test_a_python_is_asked_what_it_has(tmp_path: Path):
+    here = look_into([sys.executable])
+    assert here.prefix == Path(sys.prefix)
+    assert here.torch is not None
+    assert here.has_llmtrain
+    with pytest.raises(OSError, match="No such file"):
+        look_into([str(tmp_path / "bin/python")])
+    with pytest.raises(OSError, match="ends with 3"):
+        look_into(["sh", "-c", "exit 3", "--"])
+
+
+def fake_python(folder: Path, accelerator: str) -> Path:
+    """A virtual environment's python, which says that it has a torch."""
+    (folder / "bin").mkdir()
+    (folder / "version.py").write_text(f"__version__ = '2.9.0'\ncuda: str = '{accelerator}'\n")
+    told = {"version": "3.11.7", "prefix": str(folder), "torch": str(folder / "__init__.py"), "llmtrain": "x"}
+    python = folder / "bin/python"
+    python.write_text(f"#!/bin/sh\necho '{json.dumps(told)}'\n")
+    python.chmod(0o755)
+    return python
+
+
+def test_torch_must_be_able_to_use_the_gpus_that_are_asked_for(tmp_path: Path):
+    config, asked = RunConfig(), Request(gpus_per_node=4, ranks_per_node=4)
+    (refused,) = errors(preflight.check_python(config, Profile(gpus_per_node=4), asked))
+    assert "for CPUs alone" in refused
+    fake_python(tmp_path, "12.8")
+    profile = Profile(gpus_per_node=4, venv=str(tmp_path), shared=[str(tmp_path)])
+    assert preflight.check_python(config, profile, asked) == [fine("torch", "2.9.0 for CUDA 12.8, Python 3.11.7")]
+    (refused,) = errors(preflight.check_python(config, profile, Request(gpus_per_node=2, ranks_per_node=4)))
+    assert "one rank for each GPU" in refused
+
+
+def test_a_venv_that_is_not_there(tmp_path: Path):
+    profile = Profile(gpus_per_node=0, venv=str(tmp_path / "venv"))
+    (refused,) = errors(preflight.check_python(RunConfig(), profile, Request()))
+    assert str(tmp_path / "venv/bin/python") in refused
+
+
+# ---------------------------------------------------------------------------------------------- all together
+
+
+def test_all_problems_are_gathered_and_refuse(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "shards").mkdir()
+    (tmp_path / "shards/manifest.json").write_text("{")
+    profile = Profile(gpus_per_node=0, shared=["/elsewhere"])
+    found = findings(
+        profile, Request(nodes=3), "data.dir=shards", "run.resume=must", "train.device=cuda", "run.dir=/dev/shm/runs"
+    )
+    with pytest.raises(NotQueued) as caught:
+        settle(found, Console())
+    names = [problem.split(":")[0] for problem in caught.value.problems]
+    assert names == ["SLURM", "shards", "batch", "run folder", "run folder", "torch"]
+    assert caught.value.exit_code == 2
+    assert str(caught.value).startswith("nothing was queued: 6 problems\n  - SLURM: sbatch: not found")
+    shown = capsys.readouterr().out
+    assert "warning" in shown  # what is doubtful is shown as well
+    assert "error" not in shown
+
+
+def test_without_an_error_nothing_is_refused(capsys: pytest.CaptureFixture[str]):
+    settle([fine("a", "[b] is shown as it is"), Finding("c", "d", "warning")], Console())
+    assert capsys.readouterr().out.split() == ["ok", "a", "[b]", "is", "shown", "as", "it", "is", "warning", "c", "d"]
+    with pytest.raises(NotQueued, match="1 problem"):
+        settle([wrong("a", "b")], Console())
+
+
+def test_too_little_room_for_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 100_000_000}))
+    monkeypatch.chdir(tmp_path)
+    (refused,) = [e for e in errors(findings(Profile(gpus_per_node=0, shared=[str(tmp_path)]), Request()))
+                  if e.startswith("disk")]  # fmt: skip
+    assert "3 checkpoints of 63.9 MB take 191.6 MB; 100.0 MB are free: free some space, or keep fewer" in refused
+
+
+def test_a_run_that_goes_on_must_have_the_same_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "runs/stdlib-gpt"
+    (folder / "checkpoints/step-00000100").mkdir(parents=True)
+    (folder / "config.yaml").write_text("optim: {lr: 0.1}\n")
+    profile = Profile(gpus_per_node=0, shared=[str(tmp_path)])
+    (refused,) = [e for e in errors(findings(profile, Request())) if e.startswith("run folder")]
+    assert "optim.lr: the run has 0.1, now 0.002" in refused
+    found = findings(profile, Request(), "optim.lr=0.1")
+    assert fine("resume", "from step 100, if that checkpoint verifies") in found
+
+
+# ---------------------------------------------------------------------------------------------- the Hub
+
+
+READER = "hf_" + "r" * 34
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    with Hub(tmp_path / "hub", {TOKEN: "write", READER: "read"}) as running:
+        wanted = client_environment(running.endpoint, tmp_path / "home")
+        for name in os.environ.keys() - wanted.keys():
+            monkeypatch.delenv(name)
+        for name, value in wanted.items():
+            monkeypatch.setenv(name, value)
+        yield running
+
+
+def ask_hub(tmp_path: Path) -> Finding:
+    (found,) = preflight.check_hub(load_config(None, ["hub.repo=tester/gpt"])[0], RunDir(tmp_path / "run"))
+    return found
+
+
+def test_the_tokens_right_to_write_is_found_out(tmp_path: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch):
+    assert ask_hub(tmp_path) == fine("Hub", "tester/gpt (private) takes the checkpoints of this run")
+    monkeypatch.setenv("HF_TOKEN", READER)
+    found = ask_hub(tmp_path)
+    assert found.severity == "error"
+    assert "403" in found.message
+    assert READER not in found.message
+    monkeypatch.delenv("HF_TOKEN")
+    assert "there is no token" in ask_hub(tmp_path).message
+
+
+def test_a_hub_that_cannot_be_reached_is_a_warning(tmp_path: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch):
+    hub.stop()
+    found = ask_hub(tmp_path)
+    assert found.severity == "warning"
+    assert "uploads wait" in found.message
+    monkeypatch.setattr(preflight, "_HUB_S", 0.01)
+    assert ask_hub(tmp_path).severity == "warning"
