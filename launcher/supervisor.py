@@ -150,6 +150,7 @@ class Supervisor:
                 torchrun.command(self._start, place, again),
                 env={**os.environ, **torchrun.ENVIRONMENT, **told_to_ranks},
                 start_new_session=True,
+                preexec_fn=torchrun.ignore_stops,  # noqa: PLW1509  there are no threads here
             )
             if self.stopped_by is not None:  # asked for while there was no process yet
                 self._asked_at = self._asked_at or time.monotonic()

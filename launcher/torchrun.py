@@ -7,6 +7,7 @@ depend on which node came first.
 """
 
 import os
+import signal
 import sys
 from dataclasses import dataclass
 
@@ -16,6 +17,7 @@ ENVIRONMENT = {
     # Without it a killed rank left 5 of 14 restarts hanging in rendezvous (pytorch#135712).
     "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
 }
+STOPS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 _SHUTDOWN_S = 5
 """For the other ranks after one has failed: they cannot save any more. A stop goes to the ranks themselves."""
 
@@ -58,8 +60,17 @@ def command(start: Start, place: Place | None = None, again: bool = False) -> li
         ]  # fmt: skip
     return [
         sys.executable, "-m", "torch.distributed.run", *meeting, "--nproc_per_node", str(start.ranks),
-        "--max_restarts", "0", "--shutdown_timeout", str(_SHUTDOWN_S), "-m", "llmtrain", "--", *words,
+        "--signals_to_handle", "SIGQUIT", "--max_restarts", "0", "--shutdown_timeout", str(_SHUTDOWN_S),
+        "-m", "llmtrain", "--", *words,
     ]  # fmt: skip
+
+
+def ignore_stops() -> None:
+    """In the new process, before it becomes torchrun: SLURM signals every process of a job, and torchrun would end the
+    ranks while they save. They listen themselves.
+    """
+    for number in STOPS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def check(gpus: int | None, ranks: int | None) -> tuple[int, str | None]:

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import signal
 import sys
 import threading
 import time
@@ -34,6 +35,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("settings", nargs="*", metavar="CONFIG | section.key=value")
     words: list[str] = parser.parse_args(arguments).settings
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        if signal.getsignal(number) == signal.SIG_IGN:  # as a supervisor leaves them to torchrun
+            signal.signal(number, signal.SIG_DFL)  # until the loop listens
     rank = int(os.environ.get("RANK", "0"))
     write_to_own_file(rank)
     die_with_agent()

@@ -1,0 +1,123 @@
+"""`llmtrain submit` on a real SLURM: runs that come back from whatever SLURM does to them."""
+
+import random
+import re
+import time
+
+import pytest
+
+from tests.support.runs import Workplace
+from tests.support.slurm_cluster import Cluster
+from tests.support.slurm_runs import (
+    finishes,
+    output_of,
+    run_of,
+    submit,
+    wait_for_checkpoint,
+    wait_until,
+    write_profile,
+)
+
+LENGTH = ["train.steps=240", "train.global_batch_size=32", "checkpoint.every_steps=20", "evaluate.every_steps=null"]
+CALM = "calm-on-slurm"
+WHOLE = ["--nodes=3", "--exclusive", "--partition=high"]
+
+
+@pytest.fixture(scope="module")
+def calm(workplace: Workplace) -> str:
+    """A run that nothing has disturbed, on one machine."""
+    workplace.train(f"run.name={CALM}", *LENGTH, ranks=4)
+    return CALM
+
+
+def same_as_calm(workplace: Workplace, name: str) -> None:
+    assert workplace.weights(name) == workplace.weights(CALM)
+    assert workplace.ledger(name) == workplace.ledger(CALM)
+
+
+def test_two_nodes_train_as_torchrun_does(cluster: Cluster, workplace: Workplace, calm: str):
+    job = submit(workplace, "undisturbed", "--nodes", "2", *LENGTH)
+    finishes(cluster, workplace, "undisturbed", job.job_id)
+    ours, theirs = workplace.ledger("undisturbed"), workplace.ledger(calm)
+    assert [record["digest"] for record in ours] == [record["digest"] for record in theirs]
+    assert [record["loss"] for record in ours] == pytest.approx([record["loss"] for record in theirs], abs=1e-6)
+
+
+def test_preempted_three_times_it_saves_in_time_and_comes_back(cluster: Cluster, workplace: Workplace, calm: str):
+    draw, name = random.Random(6), "preempted"
+    job = submit(workplace, name, "--nodes", "2", *LENGTH)
+    run = run_of(workplace, name)
+    reached = 0
+    for restart in range(1, 4):
+        reached = wait_for_checkpoint(run, reached)
+        time.sleep(draw.uniform(0, 1))
+        taker = cluster.submit("sleep 1", *WHOLE)
+        assert cluster.wait_for(taker) == "COMPLETED"
+        cluster.release(job.job_id)
+        cluster.wait_for_restart(job.job_id, restart)
+        reached = max(run.checkpoint_steps())
+    finishes(cluster, workplace, name, job.job_id)
+    same_as_calm(workplace, calm)
+    said = output_of(workplace, name)
+    assert len(re.findall(r"stopped by .+ at step [\d,]+, saved", said)) == 3, said
+    assert said.count("is queued again, and goes on from the newest checkpoint") == 3
+    assert "Traceback" not in said
+
+
+def test_preempted_without_grace_it_goes_on_from_the_last_checkpoint(cluster: Cluster, workplace: Workplace, calm: str):
+    name = "preempted-at-once"
+    job = submit(workplace, name, "--nodes", "2", *LENGTH, profile=write_profile(workplace, partition="nograce"))
+    wait_for_checkpoint(run_of(workplace, name))
+    taker = cluster.submit("sleep 1", *WHOLE)
+    assert cluster.wait_for(taker) == "COMPLETED"
+    finishes(cluster, workplace, name, job.job_id)
+    same_as_calm(workplace, name)
+
+
+def test_a_time_limit_is_known_in_advance(cluster: Cluster, workplace: Workplace, calm: str):
+    name = "limited"
+    job = submit(workplace, name, "--nodes", "2", *LENGTH, "--time", "1")
+    wait_until(lambda: "because of time limit: the run saves first" in output_of(workplace, name))
+    finishes(cluster, workplace, name, job.job_id)
+    same_as_calm(workplace, name)
+
+
+def test_requeued_by_hand_it_goes_on(cluster: Cluster, workplace: Workplace, calm: str):
+    name = "requeued"
+    job = submit(workplace, name, "--nodes", "2", *LENGTH)
+    wait_for_checkpoint(run_of(workplace, name))
+    cluster.call("scontrol", "requeue", job.job_id)
+    finishes(cluster, workplace, name, job.job_id)
+    same_as_calm(workplace, name)
+
+
+def test_a_node_that_crashes_costs_nothing_but_time(cluster: Cluster, workplace: Workplace, calm: str):
+    """Two of three nodes; then the crashed one is down, and the two others go on."""
+    name = "crashed"
+    job = submit(workplace, name, "--nodes", "2", *LENGTH)
+    wait_for_checkpoint(run_of(workplace, name))
+    cluster.kill_node("n2")
+    finishes(cluster, workplace, name, job.job_id)
+    same_as_calm(workplace, name)
+
+
+def test_with_one_node_left_it_goes_on_with_that_one(cluster: Cluster, workplace: Workplace, calm: str):
+    name = "smaller"
+    profile = write_profile(workplace, nodes_at_least=1, extra="{exclude: n3}")
+    job = submit(workplace, name, "--nodes", "2", *LENGTH, profile=profile)
+    wait_for_checkpoint(run_of(workplace, name))
+    cluster.kill_node("n2")
+    finishes(cluster, workplace, name, job.job_id)
+    ours, theirs = workplace.ledger(name), workplace.ledger(calm)
+    assert [record["digest"] for record in ours] == [record["digest"] for record in theirs]
+    assert workplace.ledger(name)[-1]["loss"] == pytest.approx(theirs[-1]["loss"], abs=1e-3)
+    assert "2 ranks on cpu" in (run_of(workplace, name).log).read_text()
+
+
+def test_an_error_of_configuration_is_not_queued_again(cluster: Cluster, workplace: Workplace):
+    submit(workplace, "first", "train.steps=2")
+    wait_until(lambda: run_of(workplace, "first").checkpoint_steps())
+    job = submit(workplace, "first", "train.steps=2", "optim.lr=1e-5")
+    finishes(cluster, workplace, "first", job.job_id, state="FAILED")
+    assert cluster.describe(job.job_id)["ExitCode"] == "17:0"
+    assert cluster.describe(job.job_id)["Restarts"] == "0"
