@@ -98,6 +98,29 @@ def plan(
             raise typer.Exit(3)
 
 
+@app.command(epilog="Example: `llmtrain doctor --cluster -o configs/clusters/juno.yaml`")
+def doctor(
+    cluster: Annotated[bool, typer.Option("--cluster", help="Draft a profile of the SLURM cluster here.")] = False,
+    partition: Annotated[
+        str | None, typer.Option(help="For --cluster; by default the one with GPUs, or SLURM's default.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="For --cluster: the file to write; by default the terminal.")
+    ] = None,
+) -> None:
+    """Say what this machine has of what a run needs: Python, torch, GPUs, disk, SLURM, the Hub's login.
+
+    `--cluster` drafts a profile for `llmtrain submit` from what SLURM says of its partitions and nodes.
+    """
+    with exit_with_code():
+        from launcher.doctor import draft, report
+
+        if cluster or partition or output:
+            draft(partition, output)
+        else:
+            report()
+
+
 @app.command(epilog="Example: `llmtrain schema > configs/schema.json`")
 def schema() -> None:
     """Print the JSON schema of a configuration file: every setting with its type, default and meaning."""
