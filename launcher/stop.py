@@ -1,7 +1,7 @@
 """`llmtrain stop`: training saves, ends, and does not come back; then says where it stands.
 
-A job is asked through a file that its nodes look at, or cancelled while it waits; a process on this machine gets a
-signal.
+A job and `llmtrain run` are asked through a file that they look at, a job that still waits is cancelled; what was
+started in another way gets a signal.
 """
 
 import contextlib
@@ -159,12 +159,13 @@ def _ask_process(run: RunDir, jobs: JobDir, training: Training, now: bool) -> St
         if now:
             kill_tree(root.pid)
             say(run, f"killed process {pid}" + (f" and what kept it going ({root.pid})" if root != rank else ""))
+            return Stopping(run, [], root)
+        if is_launcher(_command(root)):  # it asks all ranks; one that was asked twice may die of that at its very end
+            jobs.path.mkdir(parents=True, exist_ok=True)
+            jobs.stop.touch()
         else:
-            if root != rank:  # `llmtrain run` would take an end while it starts for a crash
-                jobs.path.mkdir(parents=True, exist_ok=True)
-                jobs.stop.touch()
             rank.send_signal(signal.SIGTERM)
-            say(run, f"process {pid} is asked to save and to end")
+        say(run, f"process {pid} is asked to save and to end")
     except psutil.NoSuchProcess:
         if run.is_training():
             raise RunFolderError(
@@ -178,22 +179,32 @@ def keeper(rank: psutil.Process) -> psutil.Process:
     """The topmost of the processes that would start the rank again or report its end: torchrun, `llmtrain run`."""
     found = rank
     for parent in rank.parents():
-        if not _keeps_going(_command(parent)):
+        if not (is_torchrun(_command(parent)) or is_launcher(_command(parent))):
             break
         found = parent
     return found
 
 
-def _keeps_going(command: Sequence[str]) -> bool:
-    """Whether that is a Python that runs torchrun or this launcher; a terminal that was given such words is not."""
+def is_torchrun(command: Sequence[str]) -> bool:
+    return _python_runs(command) in ("torch.distributed.run", "torchrun")
+
+
+def is_launcher(command: Sequence[str]) -> bool:
+    return _python_runs(command) in ("launcher", "llmtrain")
+
+
+def _python_runs(command: Sequence[str]) -> str:
+    """The module or script that a Python was started with; a terminal that was given such words runs none."""
     if not command or not Path(command[0]).name.startswith("python"):
-        return False
+        return ""
     for number, word in enumerate(command[1:], 1):
         if word == "-m":
-            return command[number + 1 : number + 2] in (["torch.distributed.run"], ["launcher"])
+            # `-m llmtrain` is a rank, the script of that name is the launcher.
+            module = "".join(command[number + 1 : number + 2])
+            return "rank" if module == "llmtrain" else module
         if not word.startswith("-"):
-            return Path(word).name in ("torchrun", "llmtrain")
-    return False
+            return Path(word).name
+    return ""
 
 
 def _command(process: psutil.Process) -> list[str]:

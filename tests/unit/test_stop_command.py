@@ -158,21 +158,22 @@ def test_where_slurm_is_silent_the_nodes_are_asked_all_the_same(run: RunDir, slu
 
 
 @pytest.mark.parametrize(
-    ("command", "expected"),
+    ("command", "torchrun", "launcher"),
     [
-        (["python", "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "llmtrain"], True),
-        (["/v/bin/python3.11", "-u", "/v/bin/torchrun", "-m", "llmtrain"], True),
-        (["python", "/v/bin/llmtrain", "run", "c.yaml"], True),
-        (["python", "-m", "launcher", "run", "c.yaml"], True),
-        (["tmux", "new-session", "llmtrain", "run"], False),
-        (["bash", "-c", "llmtrain run c.yaml"], False),
-        (["python", "-m", "pytest"], False),
-        (["python", "train.py", "torchrun"], False),
-        ([], False),
+        (["python", "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "llmtrain"], True, False),
+        (["/v/bin/python3.11", "-u", "/v/bin/torchrun", "-m", "llmtrain"], True, False),
+        (["python", "/v/bin/llmtrain", "run", "c.yaml"], False, True),
+        (["python", "-m", "launcher", "run", "c.yaml"], False, True),
+        (["python", "-u", "-m", "llmtrain", "c.yaml"], False, False),
+        (["tmux", "new-session", "llmtrain", "run"], False, False),
+        (["bash", "-c", "llmtrain run c.yaml"], False, False),
+        (["python", "-m", "pytest"], False, False),
+        (["python", "train.py", "torchrun"], False, False),
+        ([], False, False),
     ],
 )
-def test_who_keeps_a_run_going(command: list[str], expected: bool):
-    assert stop._keeps_going(command) == expected
+def test_who_keeps_a_run_going(command: list[str], torchrun: bool, launcher: bool):
+    assert (stop.is_torchrun(command), stop.is_launcher(command)) == (torchrun, launcher)
 
 
 def test_the_keeper_is_the_topmost(tmp_path: Path):
