@@ -98,6 +98,29 @@ def plan(
             raise typer.Exit(3)
 
 
+@app.command(epilog="Example: `llmtrain doctor --cluster -o configs/clusters/juno.yaml`")
+def doctor(
+    cluster: Annotated[bool, typer.Option("--cluster", help="Draft a profile of the SLURM cluster here.")] = False,
+    partition: Annotated[
+        str | None, typer.Option(help="For --cluster; by default the one with GPUs, or SLURM's default.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="For --cluster: the file to write; by default the terminal.")
+    ] = None,
+) -> None:
+    """Say what this machine has of what a run needs: Python, torch, GPUs, disk, SLURM, the Hub's login.
+
+    `--cluster` drafts a profile for `llmtrain submit` from what SLURM says of its partitions and nodes.
+    """
+    with exit_with_code():
+        from launcher.doctor import draft, report
+
+        if cluster or partition or output:
+            draft(partition, output)
+        else:
+            report()
+
+
 @app.command(epilog="Example: `llmtrain schema > configs/schema.json`")
 def schema() -> None:
     """Print the JSON schema of a configuration file: every setting with its type, default and meaning."""
@@ -282,11 +305,59 @@ def status(
     watch: Annotated[bool, typer.Option("--watch", help="Show it anew every 2 seconds, until Ctrl-C.")] = False,
     json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
 ) -> None:
-    """Say what runs are doing: training, checkpoints, the checkpoint service, the Hub, and what needs mending."""
+    """Say what runs are doing: their jobs in SLURM's queue, training, checkpoints, the checkpoint service, the Hub.
+
+    And what needs mending. Where SLURM does not answer, or there is none, the run folders tell what they know. Jobs
+    that still wait for their first start are shown too.
+    """
     with exit_with_code():
         from launcher.status_display import show_status
 
         show_status(runs or [], json, watch)
+
+
+@app.command(epilog="Example: `llmtrain logs runs/stdlib-gpt -f`")
+def logs(
+    run: Annotated[Path, typer.Argument(help="A run folder, also one that its job has not made yet.")],
+    follow: Annotated[
+        bool, typer.Option("--follow", "-f", help="And what comes, through restarts, until the run ends or Ctrl-C.")
+    ] = False,
+    rank: Annotated[int | None, typer.Option(min=0, help="What that rank said since the newest start.")] = None,
+    node: Annotated[int | None, typer.Option(min=0, help="What that node of a job wrote last, from 0.")] = None,
+    lines: Annotated[
+        int | None, typer.Option("--lines", "-n", min=0, help="The last so many; by default all, with -f 20.")
+    ] = None,
+) -> None:
+    """Print a run's log, or where it has none yet, the output of its job. Says where it lies (on standard error).
+
+    Rank 0 speaks for all in the log; `--rank 3` shows what another one said, such as the error that it ended with.
+    `--node 0` is the raw output of a SLURM job's first node.
+    """
+    with exit_with_code():
+        from launcher.logs import Wanted, show_logs
+
+        if rank is not None and node is not None:
+            raise typer.BadParameter("either --rank or --node")
+        show_logs(run, Wanted(rank, node), follow, lines)
+
+
+@app.command(epilog="Example: `llmtrain stop runs/stdlib-gpt`; it goes on with the command that started it")
+def stop(
+    runs: Annotated[list[Path], typer.Argument(help="Run folders, also those that their jobs have not made yet.")],
+    now: Annotated[bool, typer.Option("--now", help="At once, without a save; a job is cancelled.")] = False,
+) -> None:
+    """Have training save, end, and not come back; wait for that, and say what its last checkpoint is.
+
+    Works for jobs on SLURM, which are not requeued then (one that still waits is cancelled), and for runs on this
+    machine. The checkpoint service finishes what it has to do.
+    """
+    with exit_with_code():
+        from launcher.stop import stop_runs
+
+        try:
+            stop_runs(runs, now)
+        except KeyboardInterrupt:
+            raise typer.Exit(130) from None
 
 
 @app.command(epilog="Example: `llmtrain report runs/stdlib-gpt`")

@@ -56,7 +56,7 @@ def check(
     try:
         folder = [*_check_run(config, origins, run, profile, request), *_check_disk(config, run, plan, built)]
     except OSError as error:
-        folder = [wrong("run folder", f"{run.path}: cannot be read ({error.strerror})")]
+        folder = [wrong("run folder", f"{error.filename or run.path}: cannot be read ({error.strerror})")]
     return [
         *_check_slurm(profile, request, script, sbatch or []),
         *data,
@@ -107,7 +107,7 @@ def _check_data(config: RunConfig, profile: Profile, request: Request) -> tuple[
     except UserError as error:
         return [wrong("shards", str(error))], None
     except OSError as error:
-        return [wrong("shards", f"{folder}: cannot be read ({error.strerror})")], None
+        return [wrong("shards", f"{error.filename or folder}: cannot be read ({error.strerror})")], None
     told = f"none yet in {folder}: the job builds them first, from {display.size(size)}; on GPU nodes that is a waste: "
     return [
         doubtful("shards", told + "'llmtrain shard --submit' does it beforehand"),

@@ -151,7 +151,7 @@ def word(jobs: Sequence[Job], problem: str | None, now: float) -> str:
     name = job.job_id if job.kind == "train" else f"{job.job_id} {job.kind}"
     if job.state is None:
         return f"{name} ?"
-    how = f" in {duration(job.starts - now)}" if job.starts is not None else ""
+    how = f", starts in {duration(job.starts - now)}" if job.starts is not None else ""
     how = f", {duration(job.left_s)} left" if job.left_s is not None else how
     return one_line(f"{name} {job.state.lower()}{how}")
 

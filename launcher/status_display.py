@@ -113,6 +113,8 @@ def _ago(status: RunStatus) -> str:
 
 def _service_word(status: RunStatus) -> str:
     service = status.service
+    if not status.path.exists():
+        return ""
     if not service.wanted:
         return "none"
     waiting = len(status.checkpoints.not_scored) + (0 if status.hub is None else len(status.hub.waiting))
@@ -134,7 +136,8 @@ def block(status: RunStatus) -> RenderableType:
     for number, job in enumerate(status.jobs):
         lines.append(named("" if number else "queue", *queue_view.describe(job, status.slurm)))
     if status.jobs and not status.path.exists():
-        lines.append(named("training", "not started; its folder appears when the job starts", "dim"))
+        comes = any(job.kind == "train" and not job.is_over for job in status.jobs)
+        lines.append(named("training", "not started" + ("; its folder comes when the job starts" if comes else ""), "dim"))
         return Group(*lines, *(named("mend", one_line(problem), "bold red") for problem in status.problems))
     lines += [named("training", *_training_line(status))]
     lines += [named("", text) for text in _training_figures(status)]

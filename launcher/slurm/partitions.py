@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from launcher.slurm.client import call, seconds
 
 _BACK_SOON = ("allocated", "completing", "idle", "mixed", "planned", "reserved", "blocked", "rebooting")
-_GPUS = re.compile(r"(?:^|,)gpu(?::[^:,(]+)??:(\d+)")
-"""gpu:4, gpu:a100:4, gpu:a100:4(S:0-1); several kinds with commas between them."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +84,13 @@ def partitions() -> dict[str, Partition]:
 
 
 def _gpus(gres: str) -> int:
-    return sum(int(number) for number in _GPUS.findall(re.sub(r"\([^)]*\)", "", gres)))
+    """Of "gpu:4", "gpu:a100:4" or "gpu:a100:4(S:0-1)"; of several kinds, with commas between them, all together."""
+    total = 0
+    for entry in re.sub(r"\([^)]*\)", "", gres).split(","):
+        kind, *rest = entry.split(":")
+        if kind == "gpu":
+            total += int(rest[-1]) if rest and rest[-1].isdigit() else 1
+    return total
 
 
 def _names(listed: str) -> tuple[str, ...]:

@@ -95,6 +95,17 @@ def test_partitions_are_read_from_sinfo_and_scontrol(monkeypatch: pytest.MonkeyP
     assert (empty.num_nodes, empty.state, empty.denied_accounts, empty.limit_s) == (0, "DRAIN", ("guest",), 3600)
 
 
+@pytest.mark.parametrize(
+    ("gres", "gpus"),
+    [("(null)", 0), ("gpu:2", 2), ("gpu:2080:8", 8), ("gpu:2080ti:4(S:0,1)", 4), ("craynetwork:4,gpu:a:2,gpu:b:1", 3),
+     ("gpu", 1), ("mps:100,shard:4", 0)],
+)  # fmt: skip
+def test_gpus_are_counted_whatever_they_are_called(monkeypatch: pytest.MonkeyPatch, gres: str, gpus: int):
+    said = {"sinfo": f"p|idle|1|8|1000|{gres}|(null)\n", "scontrol": SCONTROL.replace("=gpu ", "=p ")}
+    monkeypatch.setattr(told_by_slurm, "call", lambda words: said[words[0]])
+    assert partitions()["p"].gpus_per_node == gpus
+
+
 def partition(name: str = "gpu", **changes: Any) -> Partition:
     nodes = (NodeGroup("idle", 2, 64, 512_000, 4), NodeGroup("drained", 1, 64, 512_000, 4))
     fields: dict[str, Any] = {

@@ -94,7 +94,7 @@ def test_before_the_first_start_there_is_no_folder(
     )
     output = told(capsys, waiting.path)
     assert "job 13 of big (train): pending, waits for another job to end well, submitted to start afterok:11" in output
-    assert "training not started; its folder appears when the job starts" in output
+    assert "training not started; its folder comes when the job starts" in output
     monkeypatch.chdir(tmp_path)
     status = {run.path.name: told(capsys, run.path) for run in find_submitted([])}
     assert set(status) == {"new", "shards"}

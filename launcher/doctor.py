@@ -1,0 +1,146 @@
+"""`llmtrain doctor`: what this machine has of what a run needs. Nothing is loaded or changed."""
+
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import psutil
+from rich.console import Console
+
+from launcher import display
+from launcher.environment import look_into
+from launcher.findings import Finding, doubtful, fine, show, wrong
+from launcher.places import kind_of_file_system, nearest_existing
+from launcher.slurm import client
+from launcher.slurm.draft import draft_profile
+from launcher.slurm.partitions import partitions
+from llmtrain.errors import ConfigError, SlurmError
+
+_SCARCE_BYTES = 10e9
+
+
+def report() -> None:
+    """Print what `examine` finds. Leaves with 2 where a run could not start."""
+    findings = examine()
+    show(findings, Console())
+    if any(finding.severity == "error" for finding in findings):
+        raise SystemExit(2)
+
+
+def draft(partition: str | None, output: Path | None) -> None:
+    """Print a drafted profile, or write it to a new file.
+
+    Raises:
+        ConfigError: the file exists.
+        SlurmError: SLURM is not here or does not answer.
+    """
+    text = draft_profile(partition, output)
+    if output is None:
+        print(text, end="")
+        return
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with output.open("x", encoding="utf-8") as file:
+            file.write(text)
+    except FileExistsError:
+        raise ConfigError([f"{output} exists; name another file, or move it away"]) from None
+    print(f"{output}: look through the lines marked FILL IN")
+
+
+def examine() -> list[Finding]:
+    """Everything, in the order in which a run needs it."""
+    drivers = _driver_cuda()
+    return [
+        *_examine_python(drivers),
+        *_examine_gpus(drivers),
+        _examine_cpu(),
+        fine("memory", f"{display.size(psutil.virtual_memory().total)}"),
+        _examine_disk(Path("runs")),
+        _examine_slurm(),
+        examine_login(),
+    ]
+
+
+def _examine_python(driver: tuple[int, int] | None) -> list[Finding]:
+    found = look_into([sys.executable])
+    python = fine("Python", f"{found.version} in {found.prefix}")
+    if found.torch is None:
+        return [python, wrong("torch", "not installed: pip install torch (docs/dependencies.md)")]
+    told = f"{found.torch.version} for {found.torch.accelerator or 'CPUs alone'}"
+    if driver is None:
+        return [python, fine("torch", told)]
+    if found.torch.accelerator is None:
+        return [python, wrong("torch", f"{told}: it cannot use the GPUs here; install the build for CUDA")]
+    built = found.torch.accelerator.removeprefix("CUDA ").split(".")
+    if built[0].isdigit() and int(built[0]) > driver[0]:
+        told += f", and the driver here goes up to CUDA {driver[0]}.{driver[1]}: update it, or install an older build"
+        return [python, wrong("torch", told)]
+    return [python, fine("torch", told)]
+
+
+def _driver_cuda() -> tuple[int, int] | None:
+    """The newest CUDA that the NVIDIA driver here can run; None without a driver."""
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+        version = int(pynvml.nvmlSystemGetCudaDriverVersion())
+    except pynvml.NVMLError:
+        return None
+    return version // 1000, version % 1000 // 10
+
+
+def _examine_gpus(driver: tuple[int, int] | None) -> list[Finding]:
+    if driver is None:
+        return [fine("GPUs", "none of NVIDIA's here: runs take the CPU (or Apple's MPS)")]
+    import pynvml
+
+    kinds: dict[str, int] = {}
+    for number in range(pynvml.nvmlDeviceGetCount()):
+        handle = pynvml.nvmlDeviceGetHandleByIndex(number)
+        major, _ = pynvml.nvmlDeviceGetCudaComputeCapability(handle)
+        memory = display.size(float(pynvml.nvmlDeviceGetMemoryInfo(handle).total))
+        bf16 = "fast bf16" if major >= 8 else "no fast bf16"
+        kind = f"{pynvml.nvmlDeviceGetName(handle)} with {memory}, {bf16}"
+        kinds[kind] = kinds.get(kind, 0) + 1
+    listed = "; ".join(f"{count} x {kind}" for kind, count in kinds.items()) or "a driver, and no GPU"
+    return [fine("GPUs", f"{listed}; driver {pynvml.nvmlSystemGetDriverVersion()} up to CUDA {driver[0]}.{driver[1]}")]
+
+
+def _examine_cpu() -> Finding:
+    cpuinfo = Path("/proc/cpuinfo")
+    flags = cpuinfo.read_text(encoding="utf-8") if cpuinfo.exists() else ""
+    bf16 = "fast bf16" if "avx512_bf16" in flags or "amx_bf16" in flags else "no fast bf16: runs on it take fp32"
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return fine("CPU", f"{usable} cores, {bf16}")
+
+
+def _examine_disk(runs: Path) -> Finding:
+    place = nearest_existing(runs)
+    free = shutil.disk_usage(place).free
+    kind = kind_of_file_system(place.resolve())
+    told = f"{display.size(free)} free in {place}{f' ({kind})' if kind else ''}"
+    return doubtful("disk", f"{told}: checkpoints take several GB each") if free < _SCARCE_BYTES else fine("disk", told)
+
+
+def _examine_slurm() -> Finding:
+    if not client.is_here():
+        return fine("SLURM", "not here: 'llmtrain run' trains on this machine")
+    try:
+        names = [f"{name} (default)" if each.is_default else name for name, each in partitions().items()]
+    except SlurmError as error:
+        return doubtful("SLURM", str(error))
+    return fine("SLURM", f"partitions {display.words(names)}; 'llmtrain doctor --cluster' drafts a profile")
+
+
+def examine_login() -> Finding:
+    """Where the Hub's client would find a token. The token itself is not looked at."""
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        if os.environ.get(name, "").strip():
+            return fine("Hub", f"a token in {name}")
+    home = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "huggingface"
+    file = Path(os.environ.get("HF_TOKEN_PATH", Path(os.environ.get("HF_HOME", home)) / "token")).expanduser()
+    if file.is_file() and file.stat().st_size:
+        return fine("Hub", f"logged in ({file})")
+    return fine("Hub", "not logged in: for uploads and gated models run 'hf auth login'")

@@ -1,0 +1,215 @@
+"""`llmtrain logs`: what a run said, what one of its ranks or nodes said; to the end, or as it comes."""
+
+import contextlib
+import os
+import re
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from launcher import listing, queue_view
+from launcher.display import printable, words
+from launcher.jobs import JobDir
+from launcher.status import read_status
+from llmtrain.errors import RunFolderError
+from llmtrain.rundir import RunDir
+
+_POLL_S = 0.5
+_LOOK_S = 2.0
+_BLOCK = 1 << 16
+_FOLLOWED_LINES = 20
+"""Shown of what was there before, with -f."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Whose output. Neither: the run's log."""
+
+    rank: int | None = None
+    node: int | None = None
+
+
+def show_logs(path: Path, wanted: Wanted, follow: bool, lines: int | None) -> None:
+    """Print it; with `follow` also what comes, until the run has ended or Ctrl-C.
+
+    Args:
+        lines: the last so many; None for all, with `follow` for the last few.
+
+    Raises:
+        RunFolderError: there is no such run, or it has said nothing of that kind; says what there is.
+    """
+    run = open_submitted(path)
+    source = find(run, wanted)
+    if lines is None and follow:
+        lines = _FOLLOWED_LINES
+    try:
+        _announce(source)
+        with source.open("rb") as file:
+            file.seek(0 if lines is None else start_of_last(file, lines))
+            _pass_on(file)
+            if follow:
+                _follow(file, source, lambda: find(run, wanted), lambda: _is_over(run))
+    except KeyboardInterrupt:
+        return
+    except BrokenPipeError:  # `llmtrain logs RUN | head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def open_submitted(path: Path) -> RunDir:
+    """A run that is there, or for which a job was submitted. Raises RunFolderError where there is neither."""
+    run = RunDir(path)
+    return run if run.log.exists() or queue_view.was_submitted(run) else listing.open_run(path)
+
+
+def find(run: RunDir, wanted: Wanted) -> Path:
+    """Where that output lies. Raises RunFolderError where it does not."""
+    if wanted.rank is not None:
+        return _of_rank(run, wanted.rank)
+    if wanted.node is not None:
+        return _of_node(run, wanted.node)
+    if run.log.exists():
+        return run.log
+    outputs = _outputs(run)  # it did not come as far as its log, or has not started
+    if outputs:
+        return outputs[-1]
+    raise RunFolderError(f"{run.path}: nothing was said yet{_waiting(run)}")
+
+
+# Nodes
+
+
+def _of_node(run: RunDir, node: int) -> Path:
+    outputs = _outputs(run)
+    found = [path for path in outputs if _node(path) == node]
+    if found:
+        return found[-1]
+    if not outputs:
+        why = _waiting(run) or ": only jobs that were submitted have output by node; leave out --node"
+        raise RunFolderError(f"{run.path}: no node of it has said anything yet{why}")
+    there = words(sorted({number for path in outputs if (number := _node(path)) is not None}))
+    raise RunFolderError(f"{run.path}: no output of node {node}; there is that of node {there} in {outputs[-1].parent}")
+
+
+def _outputs(run: RunDir) -> list[Path]:
+    """Of training's jobs, the newest last."""
+    jobs = [record.job_id for record in JobDir.of(run).records() if record.kind == "train"]
+    found = [path for job_id in jobs for path in queue_view.outputs(run, job_id)]
+    return sorted(found, key=_modified)
+
+
+def _node(output: Path) -> int | None:
+    """From JOB_NODE_log.out."""
+    matched = re.search(r"_(\d+)_log\.out$", output.name)
+    return int(matched.group(1)) if matched else None
+
+
+def _waiting(run: RunDir) -> str:
+    queue = queue_view.read_queue([run])
+    return "".join(f"; {queue_view.describe(job, queue.problem)[0]}" for job in queue.of(run)[:1])
+
+
+# Ranks
+
+
+def _of_rank(run: RunDir, rank: int) -> Path:
+    """Of the newest start. The first rank speaks for all: to the terminal or the job's output, and to the log."""
+    starts = sorted((folder for folder in _rank_folders(run) if _rank_logs(folder)), key=_last_word)
+    newest = _rank_logs(starts[-1]) if starts else {}
+    if rank in newest:
+        return newest[rank]
+    if rank == 0:
+        return _of_node(run, 0) if any(_node(path) == 0 for path in _outputs(run)) else find(run, Wanted())
+    if not starts:
+        raise RunFolderError(
+            f"{run.path}: no rank has a file of its own; runs of several ranks that `llmtrain run` or "
+            "`llmtrain submit` started have: leave out --rank"
+        )
+    raise RunFolderError(f"{run.path}: no output of rank {rank}; {starts[-1]} has that of rank {words(sorted(newest))}")
+
+
+def _rank_folders(run: RunDir) -> list[Path]:
+    jobs = JobDir.of(run)
+    starts = [start for record in jobs.records() for start in jobs.folder(record.job_id).glob("start-*")]
+    return [folder / "ranks" for folder in (*starts, jobs.path / "local")]
+
+
+def _rank_logs(folder: Path) -> dict[int, Path]:
+    numbers = {path: path.stem.removeprefix("rank-") for path in folder.glob("rank-*.log")}
+    return {int(number): path for path, number in numbers.items() if number.isdigit()}
+
+
+def _last_word(folder: Path) -> float:
+    return max(map(_modified, _rank_logs(folder).values()))
+
+
+def _modified(path: Path) -> float:
+    return path.stat().st_mtime
+
+
+# Printing
+
+
+def start_of_last(file: BinaryIO, lines: int) -> int:
+    """Where the last so many lines begin, without reading what is before them."""
+    position, found = file.seek(0, os.SEEK_END), b""
+    while position and found.count(b"\n") <= lines:
+        step = min(_BLOCK, position)
+        position -= step
+        file.seek(position)
+        found = file.read(step) + found
+    kept = found.split(b"\n")[-lines - 1 :] if found.endswith(b"\n") else found.split(b"\n")[-lines:]
+    return position + len(found) - (len(b"\n".join(kept)) if lines else 0)
+
+
+def _announce(source: Path) -> None:
+    print(f"==> {source} <==", file=sys.stderr, flush=True)
+
+
+def _pass_on(file: BinaryIO) -> bool:
+    """All that there is; returns whether there was anything."""
+    anything = False
+    while block := file.read(_BLOCK):
+        anything = True
+        if sys.stdout.isatty():
+            sys.stdout.write("\n".join(map(_shown, block.decode(errors="replace").split("\n"))))
+        else:
+            sys.stdout.buffer.write(block)
+    sys.stdout.flush()
+    return anything
+
+
+def _shown(line: str) -> str:
+    """Without what could move the cursor; of a progress bar its last state."""
+    return printable(line.rstrip("\r").rpartition("\r")[2].replace("\t", "    "))
+
+
+def _follow(file: BinaryIO, source: Path, newest: Callable[[], Path], is_over: Callable[[], bool]) -> None:
+    """As `tail -F`: goes on in the file of a newer start."""
+    next_look = time.monotonic()
+    with contextlib.ExitStack() as later:
+        while True:
+            if _pass_on(file):
+                continue
+            if time.monotonic() >= next_look:
+                over = is_over()
+                next_look = time.monotonic() + _LOOK_S
+                there = newest()
+                if there != source or there.stat().st_ino != os.fstat(file.fileno()).st_ino:
+                    source, file = there, later.enter_context(there.open("rb"))
+                    _announce(source)
+                elif over and not _pass_on(file):
+                    return
+            time.sleep(_POLL_S)
+
+
+def _is_over(run: RunDir) -> bool:
+    """Nothing more will be said; a run that was stopped may go on."""
+    queue = queue_view.read_queue([run])
+    state = read_status(run, queue).training.state
+    job = next((job for job in queue.of(run) if job.kind == "train"), None)
+    if state == "running" or job is None:
+        return state in ("finished", "ended early")
+    return job.is_over or (job.state is None and queue.problem is None)

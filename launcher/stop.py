@@ -1,0 +1,253 @@
+"""`llmtrain stop`: training saves, ends, and does not come back; then says where it stands.
+
+A job and `llmtrain run` are asked through a file that they look at, a job that still waits is cancelled; what was
+started in another way gets a signal.
+"""
+
+import contextlib
+import os
+import re
+import signal
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from launcher.display import duration
+from launcher.jobs import JobDir
+from launcher.logs import open_submitted
+from launcher.processes import kill_tree
+from launcher.slurm import client
+from launcher.slurm.client import Queued
+from launcher.status import Training, read_training
+from llmtrain.errors import RunFolderError, SlurmError, UserError
+from llmtrain.rundir import RunDir
+
+_POLL_S = 0.5
+_ASK_SLURM_S = 3.0
+_REMIND_S = 30.0
+
+
+@dataclass
+class Stopping:
+    """A run that was asked to end."""
+
+    run: RunDir
+    job_ids: list[str]
+    root: psutil.Process | None
+    """On this machine, the process that keeps it going."""
+    state: str = ""
+    """Of its jobs, as told last."""
+    next_question: float = 0.0
+
+    def is_over(self) -> bool:
+        if self.job_ids:
+            return self._jobs_are_over()
+        return self.root is None or not is_alive(self.root)
+
+    def _jobs_are_over(self) -> bool:
+        if time.monotonic() < self.next_question:
+            return False
+        self.next_question = time.monotonic() + _ASK_SLURM_S
+        try:
+            alive = [told for told in client.queue(self.job_ids).values() if not told.is_over]
+            cancel_waiting([told for told in alive if told.state == "PENDING"])  # it was requeued meanwhile
+        except SlurmError as error:
+            self._tell(f"SLURM does not answer ({error}); trying again")
+            return False
+        if alive:
+            self._tell(", ".join(f"job {told.job_id} is {told.state.lower()}" for told in alive))
+        return not alive
+
+    def _tell(self, state: str) -> None:
+        if state != self.state:
+            self.state = state
+            say(self.run, state)
+
+
+def stop_runs(paths: Sequence[Path], now: bool) -> None:
+    """Ask all, then wait until all have ended.
+
+    Args:
+        now: kill, without a save.
+
+    Raises:
+        UserError: one of them cannot be stopped from here; the others are, first.
+    """
+    asked: list[Stopping] = []
+    errors: list[UserError] = []
+    for path in paths:
+        try:
+            if (stopping := ask(open_submitted(path), now)) is not None:
+                asked.append(stopping)
+        except UserError as error:
+            errors.append(error)
+    wait(asked)
+    for error in errors[1:]:
+        print(f"error: {error}", flush=True)
+    if errors:
+        raise errors[0]
+
+
+def ask(run: RunDir, now: bool) -> Stopping | None:
+    """None where nothing runs.
+
+    Raises:
+        RunFolderError: it runs on another machine, and not as a job.
+        SlurmError: what SLURM thinks of its jobs is not known.
+    """
+    training = read_training(run, None)
+    jobs = JobDir.of(run)
+    if alive := _alive_jobs(jobs):
+        return _ask_jobs(run, jobs, alive, now)
+    if training.state == "running":
+        return _ask_process(run, jobs, training, now)
+    say(run, f"does not run; {where_it_stands(run)}")
+    return None
+
+
+def _alive_jobs(jobs: JobDir) -> list[Queued]:
+    ids = [record.job_id for record in jobs.records() if record.kind == "train"]
+    if not ids:
+        return []
+    try:
+        return [told for told in client.queue(ids).values() if not told.is_over]
+    except SlurmError as error:
+        jobs.stop.touch()
+        raise SlurmError(
+            f"{jobs.name}: {error}. Its nodes are asked to save and end, if it runs ({jobs.stop}); whether job "
+            f"{ids[-1]} waits in the queue is not known: try again, or scancel {ids[-1]}"
+        ) from error
+
+
+def _ask_jobs(run: RunDir, jobs: JobDir, alive: list[Queued], now: bool) -> Stopping:
+    names = ", ".join(told.job_id for told in alive)
+    if now:
+        client.call(["scancel", *(told.job_id for told in alive)])
+        say(run, f"cancelled job {names}")
+    else:
+        jobs.stop.touch()
+        waiting = [told for told in alive if told.state == "PENDING"]
+        cancel_waiting(waiting)
+        for told in alive:
+            how = "waited and is cancelled" if told in waiting else "is asked to save and to end"
+            say(run, f"job {told.job_id} {how}")
+    return Stopping(run, [told.job_id for told in alive], None)
+
+
+def cancel_waiting(jobs: Sequence[Queued]) -> None:
+    """One that has started in this moment is left to save."""
+    if jobs:
+        client.call(["scancel", "--state=PENDING", *(told.job_id for told in jobs)])
+
+
+def _ask_process(run: RunDir, jobs: JobDir, training: Training, now: bool) -> Stopping:
+    matched = re.fullmatch(r"process (\d+) on (.+)", training.who or "")
+    if matched is None:
+        raise RunFolderError(f"{run.path}: something holds {run.path / 'lock'}, and has not said who it is; try again")
+    pid, host = int(matched.group(1)), matched.group(2)
+    if host != os.uname().nodename:
+        raise RunFolderError(
+            f"{run.path}: process {pid} on {host} trains it, not as a job that is known here; stop it there: "
+            f"ssh {host} kill -{'KILL' if now else 'TERM'} {pid}"
+        )
+    try:
+        rank = psutil.Process(pid)
+        root = keeper(rank)
+        if now:
+            kill_tree(root.pid)
+            say(run, f"killed process {pid}" + (f" and what kept it going ({root.pid})" if root != rank else ""))
+            return Stopping(run, [], root)
+        if is_launcher(_command(root)):  # it asks all ranks; one that was asked twice may die of that at its very end
+            jobs.path.mkdir(parents=True, exist_ok=True)
+            jobs.stop.touch()
+        else:
+            rank.send_signal(signal.SIGTERM)
+        say(run, f"process {pid} is asked to save and to end")
+    except psutil.NoSuchProcess:
+        if run.is_training():
+            raise RunFolderError(
+                f"{run.path}: process {pid} trains it, and is not seen here (in another container?); stop it there"
+            ) from None
+        return Stopping(run, [], None)  # it has ended in this moment
+    return Stopping(run, [], root)
+
+
+def keeper(rank: psutil.Process) -> psutil.Process:
+    """The topmost of the processes that would start the rank again or report its end: torchrun, `llmtrain run`."""
+    found = rank
+    for parent in rank.parents():
+        if not (is_torchrun(_command(parent)) or is_launcher(_command(parent))):
+            break
+        found = parent
+    return found
+
+
+def is_torchrun(command: Sequence[str]) -> bool:
+    return _python_runs(command) in ("torch.distributed.run", "torchrun")
+
+
+def is_launcher(command: Sequence[str]) -> bool:
+    return _python_runs(command) in ("launcher", "llmtrain")
+
+
+def _python_runs(command: Sequence[str]) -> str:
+    """The module or script that a Python was started with; a terminal that was given such words runs none."""
+    if not command or not Path(command[0]).name.startswith("python"):
+        return ""
+    for number, word in enumerate(command[1:], 1):
+        if word == "-m":
+            # `-m llmtrain` is a rank, the script of that name is the launcher.
+            module = "".join(command[number + 1 : number + 2])
+            return "rank" if module == "llmtrain" else module
+        if not word.startswith("-"):
+            return Path(word).name
+    return ""
+
+
+def _command(process: psutil.Process) -> list[str]:
+    with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+        return process.cmdline()
+    return []
+
+
+def is_alive(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return False
+
+
+def wait(asked: list[Stopping]) -> None:
+    """Until all have ended; Ctrl-C ends the waiting alone."""
+    began = reminded = time.monotonic()
+    waiting = list(asked)
+    if waiting:
+        print("waiting until that has happened (Ctrl-C: it happens without us)", flush=True)
+    try:
+        while waiting:
+            for stopping in [each for each in waiting if each.is_over()]:
+                waiting.remove(stopping)
+                JobDir.of(stopping.run).stop.unlink(missing_ok=True)  # not for the next job
+                say(stopping.run, f"has ended; {where_it_stands(stopping.run)}")
+            if waiting and time.monotonic() - reminded > _REMIND_S:
+                reminded = time.monotonic()
+                for stopping in waiting:
+                    say(
+                        stopping.run, f"still there after {duration(reminded - began)}; {where_it_stands(stopping.run)}"
+                    )
+            time.sleep(_POLL_S if waiting else 0)
+    except KeyboardInterrupt:
+        names = ", ".join(str(stopping.run.path) for stopping in waiting)
+        print(f"not waiting any longer; asked to end: {names}", flush=True)
+        raise
+
+
+def where_it_stands(run: RunDir) -> str:
+    steps = run.checkpoint_steps()
+    return f"last checkpoint: step {steps[-1]:,} ({run.checkpoint(steps[-1])})" if steps else "no checkpoint yet"
+
+
+def say(run: RunDir, text: str) -> None:
+    print(f"{run.path}: {text}", flush=True)

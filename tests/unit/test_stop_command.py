@@ -1,0 +1,196 @@
+"""`llmtrain stop`: who is asked, and what is said, where nothing real runs."""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from launcher import stop
+from launcher.stop import ask, keeper, stop_runs
+from llmtrain.errors import RunFolderError, SlurmError
+from llmtrain.rundir import RunDir
+from tests.support.checkpoint_runs import make_run, save
+from tests.support.jobs import Slurm, submitted
+
+HOLD = """
+import signal, sys, time
+from pathlib import Path
+from llmtrain.rundir import RunDir
+run = RunDir(Path(sys.argv[1]))
+lock = run.lock()
+if len(sys.argv) > 2:
+    lock.truncate(0), lock.write(sys.argv[2]), lock.flush()
+signal.signal(signal.SIGTERM, lambda *_: (run.checkpoint(9).mkdir(), sys.exit(75)))
+print("here", flush=True)
+time.sleep(60)
+"""
+Holder = Callable[..., subprocess.Popen[str]]
+
+
+@pytest.fixture(autouse=True)
+def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Slurm:
+    monkeypatch.setattr(stop, "_ASK_SLURM_S", 0.1)
+    return Slurm(tmp_path / "bin", monkeypatch)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDir:
+    made = make_run(tmp_path / "runs" / "gpt", "train.steps=1000")
+    save(made, 5)
+    return made
+
+
+@pytest.fixture
+def hold(run: RunDir) -> Iterator[Holder]:
+    """Starts a process that holds the run, as training does."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start(*words: str) -> subprocess.Popen[str]:
+        command = [sys.executable, "-c", HOLD, str(run.path), *words]
+        started.append(subprocess.Popen(command, text=True, stdout=subprocess.PIPE, cwd=Path(__file__).parents[2]))
+        assert started[-1].stdout is not None
+        assert started[-1].stdout.readline() == "here\n"
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def test_what_does_not_run_is_no_error(run: RunDir, slurm: Slurm, capsys: pytest.CaptureFixture[str]):
+    stop_runs([run.path], False)
+    output = capsys.readouterr().out
+    assert output == f"{run.path}: does not run; last checkpoint: step 5 ({run.checkpoint(5)})\n"
+    assert slurm.calls == []
+
+
+def test_a_process_here_saves_and_ends(run: RunDir, hold: Holder, capsys: pytest.CaptureFixture[str]):
+    process = hold()
+    stop_runs([run.path], False)
+    output = capsys.readouterr().out
+    assert f"process {process.pid} is asked to save and to end" in output
+    assert f"has ended; last checkpoint: step 9 ({run.checkpoint(9)})" in output
+    assert process.wait() == 75
+
+
+def test_now_means_without_a_save(run: RunDir, hold: Holder, capsys: pytest.CaptureFixture[str]):
+    process = hold()
+    stop_runs([run.path], True)
+    assert f"killed process {process.pid}\n" in capsys.readouterr().out
+    assert process.wait() == -9
+    assert run.checkpoint_steps() == [5]
+
+
+def test_a_process_elsewhere_is_named(run: RunDir, hold: Holder):
+    hold("process 7 on faraway")
+    with pytest.raises(RunFolderError, match=r"process 7 on faraway trains it.*: ssh faraway kill -TERM 7"):
+        stop_runs([run.path], False)
+
+
+def test_a_process_in_another_container_is_named(run: RunDir, hold: Holder):
+    hold(f"process 4194304 on {os.uname().nodename}")
+    with pytest.raises(RunFolderError, match="process 4194304 trains it, and is not seen here"):
+        stop_runs([run.path], False)
+
+
+def test_one_that_cannot_be_stopped_does_not_keep_the_others(
+    run: RunDir, hold: Holder, capsys: pytest.CaptureFixture[str]
+):
+    process = hold()
+    with pytest.raises(RunFolderError, match="nope: no such folder"):
+        stop_runs([run.path.parent / "nope", run.path], False)
+    assert process.wait() == 75
+    assert "has ended" in capsys.readouterr().out
+
+
+def test_a_waiting_job_is_cancelled_and_a_running_one_asked(
+    tmp_path: Path, slurm: Slurm, capsys: pytest.CaptureFixture[str]
+):
+    run = RunDir(tmp_path / "runs" / "new")
+    jobs = submitted(run, "11")
+    submitted(run, "12")
+    submitted(run, "13", kind="service")
+    slurm.queued("11|RUNNING|None|n1|10:00|1", "12|PENDING|Resources||10:00|N/A", "13|RUNNING|None|n2|1:00|1")
+    stopping = ask(run, False)
+    assert stopping is not None
+    assert jobs.stop.exists()
+    assert not stopping.is_over()
+    slurm.queued("11|COMPLETED|None|n1|10:00|1", "12|CANCELLED|None||10:00|N/A", "13|RUNNING|None|n2|1:00|1")
+    stop.wait([stopping])
+    assert not jobs.stop.exists()  # the next job is not asked to end
+    output = capsys.readouterr().out
+    assert "job 11 is asked to save and to end" in output
+    assert "job 12 waited and is cancelled" in output
+    assert output.endswith(f"{run.path}: has ended; no checkpoint yet\n")
+    assert next(call for call in slurm.calls if call.startswith("scancel")) == "scancel --state=PENDING 12"
+
+
+def test_a_job_that_is_requeued_meanwhile_does_not_come_back(run: RunDir, slurm: Slurm):
+    submitted(run, "11")
+    slurm.queued("11|RUNNING|None|n1|10:00|1")
+    stopping = ask(run, False)
+    assert stopping is not None
+    slurm.queued("11|PENDING|BeginTime||10:00|N/A")
+    assert not stopping.is_over()
+    assert slurm.calls[-1] == "scancel --state=PENDING 11"
+
+
+def test_a_job_is_cancelled_now(run: RunDir, slurm: Slurm):
+    jobs = submitted(run, "11")
+    slurm.queued("11|RUNNING|None|n1|10:00|1")
+    ask(run, True)
+    assert slurm.calls[-1] == "scancel 11"
+    assert not jobs.stop.exists()
+
+
+def test_where_slurm_is_silent_the_nodes_are_asked_all_the_same(run: RunDir, slurm: Slurm):
+    jobs = submitted(run, "11")
+    slurm.says("scontrol", "Slurmctld(primary) at x is DOWN", 1)
+    with pytest.raises(SlurmError, match=r"slurmctld does not answer.*whether job 11 waits .* is not known"):
+        ask(run, False)
+    assert jobs.stop.exists()
+
+
+@pytest.mark.parametrize(
+    ("command", "torchrun", "launcher"),
+    [
+        (["python", "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "llmtrain"], True, False),
+        (["/v/bin/python3.11", "-u", "/v/bin/torchrun", "-m", "llmtrain"], True, False),
+        (["python", "/v/bin/llmtrain", "run", "c.yaml"], False, True),
+        (["python", "-m", "launcher", "run", "c.yaml"], False, True),
+        (["python", "-u", "-m", "llmtrain", "c.yaml"], False, False),
+        (["tmux", "new-session", "llmtrain", "run"], False, False),
+        (["bash", "-c", "llmtrain run c.yaml"], False, False),
+        (["python", "-m", "pytest"], False, False),
+        (["python", "train.py", "torchrun"], False, False),
+        ([], False, False),
+    ],
+)
+def test_who_keeps_a_run_going(command: list[str], torchrun: bool, launcher: bool):
+    assert (stop.is_torchrun(command), stop.is_launcher(command)) == (torchrun, launcher)
+
+
+def test_the_keeper_is_the_topmost(tmp_path: Path):
+    (tmp_path / "launcher").mkdir()
+    start = "import subprocess, sys; subprocess.run([sys.executable, *{}])"
+    inner = ["-c", "import time; time.sleep(60)"]
+    (tmp_path / "torchrun").write_text(start.format(inner))
+    (tmp_path / "launcher" / "__main__.py").write_text(start.format([str(tmp_path / "torchrun")]))
+    (tmp_path / "launcher" / "__init__.py").write_text("")
+    process = subprocess.Popen([sys.executable, "-m", "launcher", "run"], cwd=tmp_path)
+    try:
+        top = psutil.Process(process.pid)
+        deadline = time.monotonic() + 20
+        while len(found := top.children(recursive=True)) < 2 or "-c" not in found[-1].cmdline():
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        assert keeper(found[-1]) == top
+    finally:
+        stop.kill_tree(process.pid)
+        process.wait()
