@@ -37,27 +37,42 @@ def shard(
     workers: Annotated[int | None, typer.Option(min=1, help="Processes; by default one per CPU.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Build again, even if finished shards are there.")] = False,
     show: Annotated[int, typer.Option(min=0, help="Print so many samples, with what will be learned in colour.")] = 0,
+    only: Annotated[
+        Literal["prepare"] | None, typer.Option(help="Measure, train the tokenizer, and leave the rest to parts.")
+    ] = None,
+    part: Annotated[
+        str | None, typer.Option(metavar="I/N", help="Tokenise one of N parts, I from 0 to N-1, and leave the rest.")
+    ] = None,
 ) -> None:
     """Turn raw text into token shards. A killed build goes on where it stopped.
 
-    Training does this by itself where the shards are missing; do it beforehand for large data.
+    Training does this by itself where the shards are missing; do it beforehand for large data. Several machines that
+    share a file system do it together, and get the same bytes: `--only prepare` on one of them, then `--part 0/3`,
+    `--part 1/3` and `--part 2/3` wherever there is room, then the command without either.
     """
     with exit_with_code():
-        from launcher.sharding.build import build
+        from launcher.sharding.build import Built, build, build_part, prepare_build
+        from launcher.sharding.parts import choose_job
         from launcher.sharding.show import describe, show_samples
         from llmtrain.config import load_config
         from llmtrain.config.load import split_settings
 
+        job = choose_job(only, part, force, show)
         file, overrides = split_settings(settings or [])
         config, _ = load_config(file, overrides)
         try:
-            built = build(config, workers, force)
+            if job is None:
+                built = build(config, workers, force)
+            elif job == "prepare":
+                built = prepare_build(config, workers, force)
+            else:
+                built = build_part(config, job, workers)
         except KeyboardInterrupt:
             typer.echo("stopped; what is finished is kept: the same command goes on from there", err=True)
             raise typer.Exit(130) from None
         for line in describe(built):
             typer.echo(line)
-        if show:
+        if show and isinstance(built, Built):
             from rich.console import Console
 
             show_samples(built.folder, show, Console())

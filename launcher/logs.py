@@ -42,10 +42,10 @@ def show_logs(path: Path, wanted: Wanted, follow: bool, lines: int | None) -> No
         RunFolderError: there is no such run, or it has said nothing of that kind; says what there is.
     """
     run = open_submitted(path)
-    source = find(run, wanted)
     if lines is None and follow:
         lines = _FOLLOWED_LINES
     try:
+        source = _wait_for(run, wanted) if follow else find(run, wanted)
         _announce(source)
         with source.open("rb") as file:
             file.seek(0 if lines is None else start_of_last(file, lines))
@@ -76,6 +76,21 @@ def find(run: RunDir, wanted: Wanted) -> Path:
     if outputs:
         return outputs[-1]
     raise RunFolderError(f"{run.path}: nothing was said yet{_waiting(run)}")
+
+
+def _wait_for(run: RunDir, wanted: Wanted) -> Path:
+    """As `find`; while a job may still say something, waits for it."""
+    said = ""
+    while True:
+        try:
+            return find(run, wanted)
+        except RunFolderError as error:
+            if not queue_view.was_submitted(run) or _is_over(run):
+                raise
+            if str(error) != said:
+                said = str(error)
+                print(f"waiting: {said}", file=sys.stderr, flush=True)
+        time.sleep(_LOOK_S)
 
 
 # Nodes
@@ -196,7 +211,11 @@ def _follow(file: BinaryIO, source: Path, newest: Callable[[], Path], is_over: C
             if time.monotonic() >= next_look:
                 over = is_over()
                 next_look = time.monotonic() + _LOOK_S
-                there = newest()
+                there = source
+                with contextlib.suppress(RunFolderError):  # it was moved away
+                    there = newest()
+                if not there.exists():
+                    continue
                 if there != source or there.stat().st_ino != os.fstat(file.fileno()).st_ino:
                     source, file = there, later.enter_context(there.open("rb"))
                     _announce(source)

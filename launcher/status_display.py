@@ -137,7 +137,8 @@ def block(status: RunStatus) -> RenderableType:
         lines.append(named("" if number else "queue", *queue_view.describe(job, status.slurm)))
     if status.jobs and not status.path.exists():
         comes = any(job.kind == "train" and not job.is_over for job in status.jobs)
-        lines.append(named("training", "not started" + ("; its folder comes when the job starts" if comes else ""), "dim"))
+        text = "not started; its folder comes when the job starts" if comes else "not started"
+        lines.append(named("training", text, "dim"))
         return Group(*lines, *(named("mend", one_line(problem), "bold red") for problem in status.problems))
     lines += [named("training", *_training_line(status))]
     lines += [named("", text) for text in _training_figures(status)]

@@ -1,11 +1,12 @@
-"""How far a build has come: a bar on a terminal, a line every few seconds without one."""
+"""How far a build has come: a bar on a terminal, a line now and then without one."""
 
 import sys
 import time
 from types import TracebackType
 from typing import Any, Self
 
-_PLAIN_EVERY_S = 5.0
+_PLAIN_EVERY_S = (5.0, 60.0)
+"""Between two lines, at first and at most: a job of hours should not fill its log."""
 
 
 class ShardProgress:
@@ -13,7 +14,8 @@ class ShardProgress:
 
     def __init__(self) -> None:
         self._bar: Any = None
-        self._name, self._done, self._total, self._last_plain = "", 0, 0, 0.0
+        self._name, self._done, self._before, self._total = "", 0, 0, 0
+        self._started = self._last_plain = 0.0
 
     def __enter__(self) -> Self:
         if sys.stderr.isatty():
@@ -35,17 +37,27 @@ class ShardProgress:
             self._bar.stop()
 
     def stage(self, name: str, total_bytes: int, done_bytes: int = 0) -> None:
-        self._name, self._total, self._done, self._last_plain = name, total_bytes, done_bytes, time.monotonic()
+        self._name, self._total, self._done, self._before = name, total_bytes, done_bytes, done_bytes
+        self._started = self._last_plain = time.monotonic()
         if self._bar is not None:
             self._task = self._bar.add_task(name, total=total_bytes, completed=done_bytes)
         else:
-            print(f"sharding: {name} ({total_bytes / 1e6:,.1f} MB)", file=sys.stderr, flush=True)
+            before = f", {done_bytes / 1e6:,.1f} MB of them done before" if done_bytes else ""
+            print(f"sharding: {name} ({total_bytes / 1e6:,.1f} MB{before})", file=sys.stderr, flush=True)
 
     def advance(self, size_bytes: int) -> None:
         self._done += size_bytes
         if self._bar is not None:
             self._bar.update(self._task, completed=self._done)
-        elif time.monotonic() - self._last_plain >= _PLAIN_EVERY_S:
-            self._last_plain = time.monotonic()
-            share = self._done / max(1, self._total)
-            print(f"sharding: {self._name} {share:.0%}", file=sys.stderr, flush=True)
+            return
+        now = time.monotonic()
+        first, most = _PLAIN_EVERY_S
+        if now - self._last_plain >= min(most, max(first, (now - self._started) / 10)):
+            self._last_plain = now
+            speed = (self._done - self._before) / (now - self._started)
+            print(
+                f"sharding: {self._name} {self._done / max(1, self._total):.0%}, {speed / 1e6:,.1f} MB/s, "
+                f"{(self._total - self._done) / speed / 60:,.1f} min left",
+                file=sys.stderr,
+                flush=True,
+            )

@@ -1,4 +1,4 @@
-"""What `llmtrain shard` prints: what a build came to, and samples as the model will see them (`--show N`)."""
+"""What `llmtrain shard` prints: what a job came to, and samples as the model will see them (`--show N`)."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.text import Text
 
-from launcher.sharding.build import Built
+from launcher.sharding.build import Built, BuiltPart, PreparedBuild
 from llmtrain.shards import ShardFolder, SplitName
 
 _OPEN, _CLOSE = "\u27e6", "\u27e7"
@@ -25,12 +25,29 @@ class Shown:
     learned: NDArray[np.bool_]
 
 
-def describe(built: Built) -> Iterator[str]:
-    """What a build came to, in lines."""
+def describe(done: Built | PreparedBuild | BuiltPart) -> Iterator[str]:
+    """What a job came to, in lines."""
+    match done:
+        case Built(was_there=True):
+            yield f"shards     {done.folder.path} (finished before; fingerprint {done.folder.fingerprint[:12]})"
+        case Built():
+            yield from _describe_built(done)
+        case PreparedBuild():
+            plan, num_tasks = done.plan, len(done.plan.tasks)
+            size = f"{sum(plan.sizes) / 1e6:,.1f} MB in {num_tasks:,} tasks"
+            yield f"prepared   {plan.folder}: {size}, {done.missing:,} of them to tokenise"
+            yield "next       llmtrain shard CONFIG --part I/N for every I from 0 to N-1, then llmtrain shard CONFIG"
+        case BuiltPart():
+            sizes = done.plan.sizes
+            size = f"{sum(sizes[number] for number in done.chosen) / 1e6:,.1f} MB in {len(done.chosen):,} tasks"
+            now = f"{done.size_bytes / 1e6:,.1f} MB of it now, in {done.seconds:,.1f} s"
+            yield f"part {done.part}   {done.plan.folder}: {size} are tokenised, {now}"
+            if done.part.count > len(sizes):
+                yield f"note       there are only {len(sizes)} tasks: more parts than that have nothing to do"
+
+
+def _describe_built(built: Built) -> Iterator[str]:
     folder, manifest = built.folder, built.folder.manifest
-    if built.was_there:
-        yield f"shards     {folder.path} (finished before; fingerprint {folder.fingerprint[:12]})"
-        return
     for name, split in manifest.splits.items():
         yield (
             f"{name:<10} {split.documents:,} documents, {split.text_bytes / 1e6:,.2f} MB to learn -> {split.rows:,} "
@@ -44,8 +61,8 @@ def describe(built: Built) -> Iterator[str]:
         yield f"cut        {manifest.cut:,} samples lack the beginning of their prompt, to fit into model.context"
     by = "tiktoken (ids proven equal)" if built.fast else "tokenizers"
     yield f"tokenizer  {manifest.tokenizer.vocab_size:,} tokens, applied with {by}"
-    speed = built.size_bytes / 1e6 / built.seconds
-    yield f"shards     {folder.path}, {speed:.1f} MB/s, fingerprint {folder.fingerprint[:12]}"
+    now = f"{built.size_bytes / 1e6:,.1f} MB tokenised now, {built.seconds:,.1f} s"
+    yield f"shards     {folder.path}, {now}, fingerprint {folder.fingerprint[:12]}"
 
 
 def documents(folder: ShardFolder, split: SplitName, count: int) -> Iterator[Shown]:

@@ -6,7 +6,7 @@ never on which process runs it.
 """
 
 import hashlib
-import os
+import uuid
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,6 +25,8 @@ from llmtrain.config import data_sections as schema
 from llmtrain.shards import ShardInfo, SplitName, write_shard
 
 SPLITS: tuple[SplitName, ...] = ("train", "heldout", "test")
+ASIDE = ".tmp.npz"
+"""How the name of a task's file ends while it is being written; kills leave such files behind."""
 
 
 @dataclass(frozen=True)
@@ -151,11 +153,20 @@ def tokenise(job: TokeniseJob) -> int:
     }
     for name in SPLITS:
         arrays |= {f"{name}_{key}": array for key, array in tokens[name].arrays(encoder.vocab_size).items()}
-    aside = job.result.with_suffix(f".{os.getpid()}.tmp.npz")
-    np.savez(aside, **arrays)
-    files.sync(aside)
-    aside.rename(job.result)
+    _write_whole(job.result, arrays)
     return sum(unit.size_bytes for unit in job.task)
+
+
+def _write_whole(path: Path, arrays: dict[str, Any]) -> None:
+    """Write an .npz file in one rename."""
+    aside = path.with_suffix(f".{uuid.uuid4().hex}{ASIDE}")  # processes on two machines may have the same number
+    try:
+        np.savez(aside, **arrays)
+        files.sync(aside)
+        aside.rename(path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
 
 
 class _Tokens:

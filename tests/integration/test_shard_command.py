@@ -1,7 +1,6 @@
 """`llmtrain shard` as a user runs it."""
 
 import contextlib
-import hashlib
 import os
 import random
 import signal
@@ -14,7 +13,7 @@ import psutil
 import pytest
 
 from llmtrain import errors
-from tests.support.data import python_sources
+from tests.support.data import folder_content, python_sources
 from tests.support.runs import environment
 
 ROOT = Path(__file__).parents[2]
@@ -46,18 +45,12 @@ def long_settings(name: str) -> list[str]:
     return [f"data.dir={name}", "data.tokenizer={vocab_size: 400, train_bytes: 3000000}", "model.context=64"]
 
 
-def content(folder: Path) -> dict[str, str]:
-    """Hash of every file below a shard folder."""
-    files = (path for path in folder.rglob("*") if path.is_file())
-    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
-
-
 @pytest.mark.parametrize("packing", ["contiguous", "bestfit"])
 def test_the_same_bytes_for_any_number_of_processes(tmp_path: Path, packing: str):
     """On 30 MB: several tasks, several shards."""
     said = shard(tmp_path, *long_settings("one"), f"data.packing={packing}", "--workers", "1")
     shard(tmp_path, *long_settings("three"), f"data.packing={packing}", "--workers", "3")
-    assert content(tmp_path / "one") == content(tmp_path / "three")
+    assert folder_content(tmp_path / "one") == folder_content(tmp_path / "three")
     assert "tiktoken (ids proven equal)" in said
     assert "fingerprint" in said
 
@@ -67,10 +60,10 @@ def test_finished_shards_are_found_and_kept_unless_forced(tmp_path: Path):
     before = (tmp_path / "s/manifest.json").stat().st_mtime_ns
     assert "finished before" in shard(tmp_path, *settings("s"))
     assert (tmp_path / "s/manifest.json").stat().st_mtime_ns == before
-    kept = content(tmp_path / "s")
+    kept = folder_content(tmp_path / "s")
     shard(tmp_path, *settings("s"), "--force")
     assert (tmp_path / "s/manifest.json").stat().st_mtime_ns != before
-    assert content(tmp_path / "s") == kept
+    assert folder_content(tmp_path / "s") == kept
     said = shard(tmp_path, *settings("s", "bestfit"), code=errors.DataMismatch.exit_code)
     assert "packing: shards have contiguous, the configuration bestfit" in said
 
@@ -110,7 +103,7 @@ def test_a_killed_build_goes_on_and_gives_the_same_bytes(tmp_path: Path):
             break
     assert kills
     shard(tmp_path, *words)
-    assert content(tmp_path / "s") == content(tmp_path / "undisturbed")
+    assert folder_content(tmp_path / "s") == folder_content(tmp_path / "undisturbed")
 
 
 def test_a_changed_source_is_not_mixed_with_work_on_the_old_one(tmp_path: Path):

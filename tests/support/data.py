@@ -1,5 +1,6 @@
 """Real text for tests: some of Python's own sources, and the shared files where they are there."""
 
+import hashlib
 import sysconfig
 from pathlib import Path
 
@@ -14,6 +15,12 @@ def shared(name: str) -> Path:
     if not path.exists():
         pytest.skip(f"{name} is not in the folder shared/data beside the checkout")
     return path
+
+
+def folder_content(folder: Path) -> dict[str, str]:
+    """Hash of every file below a folder."""
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
 
 
 def python_sources(count: int) -> list[Path]:

@@ -127,11 +127,28 @@ def test_what_a_terminal_is_shown():
 # What comes
 
 
-def follow(run: RunDir, *words: str) -> subprocess.Popen[str]:
+def follow(run: RunDir, *words: str, errors: int = subprocess.DEVNULL) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-m", "launcher", "logs", str(run.path), "--follow", *words],
-        env=environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+        env=environment(), text=True, stdout=subprocess.PIPE, stderr=errors,
     )  # fmt: skip
+
+
+def test_following_waits_for_a_job_to_start(tmp_path: Path, slurm: Slurm):
+    run = RunDir(tmp_path / "runs" / "new")
+    jobs = submitted(run, "12")
+    slurm.queued("12|PENDING|Resources||1:00:00|N/A")
+    process = follow(run, errors=subprocess.PIPE)
+    assert process.stdout is not None
+    assert process.stderr is not None
+    assert "new: nothing was said yet; job 12 of big (train): pending" in process.stderr.readline()
+    write(jobs.folder("12") / "12_0_log.out", "starting\n")
+    assert process.stdout.readline() == "starting\n"
+    made = make_run(run.path)
+    made.log.write_text("training\n")
+    assert process.stdout.readline() == "training\n"
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) == 0
 
 
 def test_following_goes_on_in_new_files_until_the_run_has_ended(run: RunDir):

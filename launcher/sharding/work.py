@@ -1,0 +1,161 @@
+"""The work folder of a build, FOLDER/.work: what there is to do, and who may do it.
+
+    key                       of the recipe and of every source file's size and time; other work is not used again
+    counts.json               characters of each task (split by `tail` alone)
+    tokenizer/                and tokenizer-done, last, which says whether tiktoken gives its ids
+    tokens-000000.npz ...     finished tasks
+    out/                      shards, before they are moved into place
+
+Jobs on several machines find the same tasks, in the same order, because each lists the same sources.
+"""
+
+import contextlib
+import errno
+import fcntl
+import functools
+import hashlib
+import json
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO
+
+from launcher.sharding import tasks
+from launcher.sharding.records import Unit
+from launcher.sharding.sources import group_units, list_units
+from llmtrain import files, recipe, shards
+from llmtrain.config.schema import RunConfig
+from llmtrain.errors import DataMismatch, SourceError, UserError
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What there is to do for a configuration, and where."""
+
+    config: RunConfig
+    folder: Path
+    tasks: list[list[Unit]]
+    key: str
+
+    @functools.cached_property
+    def sizes(self) -> list[int]:
+        """Bytes of text of each task."""
+        return [sum(unit.size_bytes for unit in task) for task in self.tasks]
+
+    @property
+    def work(self) -> Path:
+        return self.folder / ".work"
+
+    @property
+    def tokenizer(self) -> Path:
+        return self.work / shards.TOKENIZER
+
+    def missing(self) -> list[int]:
+        """Numbers of the tasks that are not tokenised yet."""
+        there = {path.name for path in self.work.iterdir()}  # one look at the folder, not one for each file
+        return [n for n in range(len(self.tasks)) if tasks.task_file(self.work, n).name not in there]
+
+
+def make_plan(config: RunConfig) -> Plan:
+    """List the sources.
+
+    Raises:
+        SourceError: names all files that are missing, empty or unreadable.
+    """
+    units = list_units(config.data.sources, config.data.format)
+    if not units:
+        raise SourceError("the sources hold no text at all")
+    file = recipe.tokenizer_file(config)
+    tokenizer = None if file is None else files.sha256(file)
+    made_from = json.dumps([recipe.recipe_of(config), tokenizer, [asdict(unit) for unit in units]], sort_keys=True)
+    key = hashlib.sha256(made_from.encode()).hexdigest()
+    return Plan(config, recipe.shard_folder(config), group_units(units), key)
+
+
+def num_tasks(config: RunConfig) -> int:
+    """How many tasks a build has: more parts than that have nothing to do.
+
+    Raises:
+        SourceError: names all files that are missing, empty or unreadable.
+    """
+    return len(group_units(list_units(config.data.sources, config.data.format)))
+
+
+def open_work(plan: Plan, anew: bool) -> None:
+    """Make the work folder ready; keep what an earlier try has finished, if it is of the same input and not `anew`.
+
+    Nobody else may be at work there.
+    """
+    marker = plan.work / "key"
+    if plan.work.exists() and (anew or not marker.exists() or marker.read_text() != plan.key):
+        if not anew:
+            told = f"sharding: starting anew; {plan.work} was of other sources or settings"
+            print(told, file=sys.stderr, flush=True)
+        shutil.rmtree(plan.work)
+    if not plan.work.exists():
+        plan.work.mkdir()
+        files.write_atomic(marker, plan.key)
+    for left in plan.work.glob(f"*{tasks.ASIDE}"):
+        left.unlink()
+
+
+def check_work(plan: Plan) -> None:
+    """See that the work folder was made ready for this input.
+
+    Raises:
+        UserError: it was not made ready.
+        DataMismatch: it was made for something else.
+    """
+    marker = plan.work / "key"
+    if not marker.exists():
+        raise not_prepared(plan)
+    if marker.read_text() != plan.key:
+        raise DataMismatch(
+            f"{plan.work}: prepared for other sources or settings than what this job finds: a file was changed since, "
+            "is not the same on this machine, or another configuration uses the same data.dir. Run "
+            "'llmtrain shard CONFIG --only prepare' again: it starts anew"
+        )
+
+
+def not_prepared(plan: Plan) -> UserError:
+    return UserError(
+        f"{plan.folder}: --part needs the tokenizer, and it is not prepared yet; run "
+        "'llmtrain shard CONFIG --only prepare' first, with the same configuration"
+    )
+
+
+@contextlib.contextmanager
+def locked(folder: Path, shared: bool = False) -> Iterator[None]:
+    """Keep others out of a folder; with `shared`, only those who do not share. Waits for them, and says so.
+
+    Also between machines, where their file system knows locks; a lock ends with the process that holds it.
+
+    Raises:
+        UserError: the file system knows no locks.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder.with_name(folder.name + ".lock")
+    with path.open("a+") as lock:  # NFS wants a file that may be read for a shared lock, written for the other one
+        kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+        if not _lock(lock, kind | fcntl.LOCK_NB, path):
+            print(f"sharding: waiting for other jobs, which hold {path}", file=sys.stderr, flush=True)
+            _lock(lock, kind, path)
+        yield
+
+
+def _lock(lock: IO[str], how: int, path: Path) -> bool:
+    """Whether the lock was had."""
+    try:
+        fcntl.flock(lock, how)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+            raise
+        raise UserError(
+            f"{path}: its file system has no locks ({error.strerror}); set data.dir to a folder on one that has "
+            "(Lustre has them where it is mounted with -o flock)"
+        ) from error
+    return True
