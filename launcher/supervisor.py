@@ -128,6 +128,7 @@ class Supervisor:
     def _rest(self, seconds: float) -> None:
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline and self.stopped_by is None:
+            self._look_for_reasons_to_stop()
             time.sleep(_POLL_S)
 
     def _newest_step(self) -> int:

@@ -15,6 +15,7 @@ from llmtrain.errors import EXIT_CODES, EXIT_REQUEUE, exit_with_code, leave_code
 RANK_LOGS = "LLMTRAIN_RANK_LOGS"
 """Variable that names a folder for the ranks' output."""
 _LOOK_S = 0.5
+_STOPS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 _HELP = """\
 Train a language model. Without a configuration: a small GPT on Python's own sources.
@@ -35,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("settings", nargs="*", metavar="CONFIG | section.key=value")
     words: list[str] = parser.parse_args(arguments).settings
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+    for number in _STOPS:
         if signal.getsignal(number) == signal.SIG_IGN:  # as a supervisor leaves them to torchrun
             signal.signal(number, signal.SIG_DFL)  # until the loop listens
     rank = int(os.environ.get("RANK", "0"))
@@ -52,6 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             code = run(file, overrides)
         except KeyboardInterrupt:  # before the handlers were there, or for the second time
             sys.exit(130)
+        for number in _STOPS:  # a second one must not kill what has saved and is leaving
+            signal.signal(number, signal.SIG_IGN)
         leave_code(code)
         # `llmtrain run` knows from the code that it was left; torchrun would report a failure.
         sys.exit(0 if code == EXIT_REQUEUE and EXIT_CODES in os.environ and "WORLD_SIZE" in os.environ else code)

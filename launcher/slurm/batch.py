@@ -48,8 +48,10 @@ def parameters(spec: JobSpec) -> dict[str, Any]:
     further: dict[str, Any] = {"requeue" if profile.requeue else "no-requeue": True, **profile.extra}
     further["output"] = "%x-%j.out"  # of the script itself; srun's is the nodes'
     cpus, gpus = _cpus(spec), side.gpus if side is not None else spec.gpus_per_node
-    if side is None and profile.nodes_at_least is not None and profile.nodes_at_least < spec.nodes:
-        further["nodes"] = f"{profile.nodes_at_least}-{spec.nodes}"
+    least = profile.nodes_at_least if side is None else None
+    elastic = least is not None and least < spec.nodes
+    if elastic:
+        further["nodes"] = f"{least}-{spec.nodes}"
     if spec.after:
         further["kill-on-invalid-dep"] = "yes"
     if profile.mail_user is not None:
@@ -62,7 +64,8 @@ def parameters(spec: JobSpec) -> dict[str, Any]:
         "constraint": profile.constraint,
         "time": spec.minutes,
         "nodes": spec.nodes,
-        "ntasks_per_node": 1,
+        # With a range of nodes SLURM would take the fewest, for the one task that it counts then: srun says it.
+        "ntasks_per_node": None if elastic else 1,
         "cpus_per_task": cpus,
         "gpus_per_node": gpus or None,
         "mem": (side.mem if side is not None else None) or profile.mem,
@@ -72,7 +75,7 @@ def parameters(spec: JobSpec) -> dict[str, Any]:
         "wckey": None,
         "stderr_to_stdout": True,
         "setup": _setup(profile),
-        "srun_args": _srun(profile, cpus),
+        "srun_args": [*(["--ntasks-per-node=1"] if elastic else []), *_srun(profile, cpus)],
         "additional_parameters": further,
     }
 

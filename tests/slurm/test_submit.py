@@ -74,10 +74,13 @@ def test_preempted_without_grace_it_goes_on_from_the_last_checkpoint(cluster: Cl
     same_as_calm(workplace, name)
 
 
-def test_a_time_limit_is_known_in_advance(cluster: Cluster, workplace: Workplace, calm: str):
+def test_before_the_time_limit_it_saves_and_comes_back(cluster: Cluster, workplace: Workplace, calm: str):
+    """SLURM's signal and the supervisor's own clock are both early; whichever is first, the limit is not reached."""
     name = "limited"
-    job = submit(workplace, name, "--nodes", "2", *LENGTH, "--time", "1")
-    wait_until(lambda: "because of time limit: the run saves first" in output_of(workplace, name))
+    job = submit(workplace, name, "--nodes", "2", *LENGTH, "--time", "1", "optim.lr=3e-3")
+    cluster.wait_for_restart(job.job_id, timeout_s=120)
+    cluster.call("scontrol", "update", f"JobId={job.job_id}", "TimeLimit=30")
+    assert re.search(r"stopped by .+ at step [\d,]+, saved", output_of(workplace, name))
     finishes(cluster, workplace, name, job.job_id)
     same_as_calm(workplace, name)
 
@@ -104,19 +107,20 @@ def test_a_node_that_crashes_costs_nothing_but_time(cluster: Cluster, workplace:
 def test_with_one_node_left_it_goes_on_with_that_one(cluster: Cluster, workplace: Workplace, calm: str):
     name = "smaller"
     profile = write_profile(workplace, nodes_at_least=1, extra="{exclude: n3}")
+    wait_until(lambda: cluster.call("sinfo", "-h", "-n", "n[1-2]", "-p", "low", "-o", "%t") == "idle")
     job = submit(workplace, name, "--nodes", "2", *LENGTH, profile=profile)
     wait_for_checkpoint(run_of(workplace, name))
     cluster.kill_node("n2")
     finishes(cluster, workplace, name, job.job_id)
     ours, theirs = workplace.ledger(name), workplace.ledger(calm)
     assert [record["digest"] for record in ours] == [record["digest"] for record in theirs]
-    assert workplace.ledger(name)[-1]["loss"] == pytest.approx(theirs[-1]["loss"], abs=1e-3)
-    assert "2 ranks on cpu" in (run_of(workplace, name).log).read_text()
+    said = run_of(workplace, name).log.read_text()
+    assert said.index("4 ranks on cpu") < said.index("2 ranks on cpu")
 
 
 def test_an_error_of_configuration_is_not_queued_again(cluster: Cluster, workplace: Workplace):
-    submit(workplace, "first", "train.steps=2")
-    wait_until(lambda: run_of(workplace, "first").checkpoint_steps())
+    first = submit(workplace, "first", "train.steps=2")
+    finishes(cluster, workplace, "first", first.job_id)
     job = submit(workplace, "first", "train.steps=2", "optim.lr=1e-5")
     finishes(cluster, workplace, "first", job.job_id, state="FAILED")
     assert cluster.describe(job.job_id)["ExitCode"] == "17:0"
