@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from launcher.cli_plan import Settings, doctor, plan
 from llmtrain.errors import exit_with_code
 
 app = typer.Typer(
@@ -24,12 +25,6 @@ app = typer.Typer(
 
     Any setting can be given on the command line as `section.key=value`.""",
 )
-
-Settings = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="[CONFIG] [section.key=value]...", help="A configuration file, and settings over it."),
-]
-
 
 @app.command(epilog="Example: `llmtrain shard configs/verdict.yaml data.split.heldout=0.2`")
 def shard(
@@ -78,62 +73,8 @@ def shard(
             show_samples(built.folder, show, Console())
 
 
-@app.command(epilog="Example: `llmtrain plan configs/gpt2.yaml --gpus 8 --gpu-memory 80 strategy.kind=zero2`")
-def plan(
-    settings: Settings = None,
-    gpus: Annotated[int, typer.Option(min=1, help="Ranks: one per GPU.")] = 1,
-    gpu_memory: Annotated[
-        float | None, typer.Option(min=0.1, help="GB of one GPU; by default this machine's first GPU.")
-    ] = None,
-    device: Annotated[str, typer.Option(help="auto, cuda or cpu: what to plan for.")] = "auto",
-    vocab_size: Annotated[
-        int | None, typer.Option(min=1, help="Where neither shards nor a local tokenizer tell.")
-    ] = None,
-    samples: Annotated[
-        int | None, typer.Option(min=1, help="Training samples, where they are not sharded yet (data.packing=none).")
-    ] = None,
-    base_config: Annotated[
-        str | None, typer.Option(help="Folder with the base's config.json, where the base itself is not here.")
-    ] = None,
-) -> None:
-    """Say what a run would take: steps, disk, and the memory of a rank under DDP and ZeRO-2, part by part.
-
-    Starts nothing. Where it does not fit, says which settings would. Exit code 3 if it does not fit.
-    """
-    with exit_with_code():
-        from rich.console import Console
-
-        from launcher.plan import Told, find_machine, show
-        from llmtrain.config import load_config
-        from llmtrain.config.load import split_settings
-
-        config, origins = load_config(*split_settings(settings or []))
-        machine = find_machine(gpus, gpu_memory, device)
-        if not show(config, origins, machine, Told(vocab_size, samples, base_config), Console()):
-            raise typer.Exit(3)
-
-
-@app.command(epilog="Example: `llmtrain doctor --cluster -o configs/clusters/juno.yaml`")
-def doctor(
-    cluster: Annotated[bool, typer.Option("--cluster", help="Draft a profile of the SLURM cluster here.")] = False,
-    partition: Annotated[
-        str | None, typer.Option(help="For --cluster; by default the one with GPUs, or SLURM's default.")
-    ] = None,
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="For --cluster: the file to write; by default the terminal.")
-    ] = None,
-) -> None:
-    """Say what this machine has of what a run needs: Python, torch, GPUs, disk, SLURM, the Hub's login.
-
-    `--cluster` drafts a profile for `llmtrain submit` from what SLURM says of its partitions and nodes.
-    """
-    with exit_with_code():
-        from launcher.doctor import draft, report
-
-        if cluster or partition or output:
-            draft(partition, output)
-        else:
-            report()
+app.command(epilog="Example: `llmtrain plan configs/gpt2.yaml --gpus 8 --gpu-memory 80 strategy.kind=zero2`")(plan)
+app.command(epilog="Example: `llmtrain doctor --cluster -o configs/clusters/juno.yaml`")(doctor)
 
 
 @app.command(epilog="Example: `llmtrain schema > configs/schema.json`")

@@ -103,6 +103,8 @@ class Profile(Section):
     """Time limit of a job ("24:00:00", "2-12:00:00", or minutes). Longer runs save before it and queue again."""
     gpus_per_node: Annotated[int, Field(ge=0)]
     """How many GPUs a node has; 0 for a cluster of CPUs."""
+    gpu_memory_gb: Annotated[float | None, Field(gt=0)] = None
+    """Memory of one GPU, for `llmtrain plan`: SLURM does not tell."""
     cpus_per_gpu: Annotated[int | None, Field(ge=1)] = None
     """CPUs for each GPU that is asked for; null for what the cluster gives by itself."""
     cpus_per_node: Annotated[int | None, Field(ge=1)] = None
@@ -169,6 +171,14 @@ class Profile(Section):
     def time_s(self) -> float | None:
         """The time limit in seconds; None without one."""
         return client.seconds(self.time)
+
+    @property
+    def mem_bytes(self) -> float | None:
+        """`mem`; None where it says "all", or nothing."""
+        if self.mem is None or not int(self.mem.rstrip("KMGTkmgt")):
+            return None
+        unit = self.mem[-1].upper() if self.mem[-1].isalpha() else "M"
+        return float(int(self.mem.rstrip("KMGTkmgt")) * 1024 ** ("KMGT".index(unit) + 1))
 
     def shared_folders(self) -> list[Path]:
         """`shared`, with ~ and variables filled in."""

@@ -84,6 +84,6 @@ def find_pace(config: RunConfig, plan: BatchPlan, told: float | None) -> Pace | 
     return Pace(tokens_of(config, plan, steps) / seconds, f"as in the last start of {run.path}")
 
 
-def num_jobs(seconds: float, limit_s: float | None, signal_s: float) -> int:
-    """Jobs that a run is spread over, each of which saves so long before its limit."""
-    return 1 if limit_s is None else max(1, math.ceil(seconds / max(1.0, limit_s - signal_s)))
+def num_jobs(seconds: float, job_s: float) -> int:
+    """Jobs that a run is spread over, each of which trains so long."""
+    return max(1, math.ceil(seconds / job_s))

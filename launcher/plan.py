@@ -1,9 +1,7 @@
 """`llmtrain plan`: what a run would take, before anything is started."""
 
 import itertools
-import subprocess
-import sys
-import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,15 +10,16 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
-from llmtrain import memory, recipe, shards
-from llmtrain.base_facts import BaseFacts
+from launcher import display, forecast
+from launcher.cluster import Profile
+from launcher.sizes import find_sizes
+from launcher.slurm.limits import Request
+from llmtrain import recipe, shards
 from llmtrain.batches import BatchPlan, plan_batches
-from llmtrain.config.data_sections import FolderTokenizer, TrainedTokenizer
-from llmtrain.config.load import Origins, resolved_yaml
+from llmtrain.config.load import Origins
 from llmtrain.config.schema import RunConfig
-from llmtrain.errors import ConfigError, UserError
+from llmtrain.errors import ConfigError
 from llmtrain.memory import Device, Part, Sizes
-from llmtrain.memory_lora import LoraSizes
 from llmtrain.shards import ShardManifest
 
 KINDS = {"ddp": "DDP", "zero2": "ZeRO-2"}
@@ -29,20 +28,12 @@ _SPARE = 0.95
 """Of a GPU's memory; allocators lose some of the rest to fragmentation."""
 
 
-class UnknownBase(UserError):
-    """What a base is made of cannot be had; leaves with the exit code of the process that asked."""
-
-    def __init__(self, message: str, code: int):
-        self.exit_code = code
-        super().__init__(message)
-
-
 @dataclass(frozen=True)
 class Machine:
     device: Device
     ranks: int
-    memory_bytes: float
-    """That one rank may take."""
+    memory_bytes: float | None
+    """That one rank may take; None: nobody has said."""
     told: str
 
 
@@ -55,6 +46,21 @@ def find_machine(gpus: int, gpu_memory_gb: float | None, device: str) -> Machine
     if size is None:
         raise ConfigError(["there is no GPU on this machine to ask: give --gpu-memory in GB, or --device cpu"])
     return Machine("cuda", gpus, size, f"{gpus} GPU{'s' * (gpus > 1)} with {size / _GB:.0f} GB")
+
+
+def find_nodes(profile: Profile, request: Request, gpu_memory_gb: float | None) -> Machine:
+    """What a job gets of a cluster, which is not asked."""
+    ranks = request.nodes * request.ranks_per_node
+    nodes = "1 node" if request.nodes == 1 else f"{request.nodes} nodes"
+    if not request.gpus_per_node:
+        size = None if profile.mem_bytes is None else profile.mem_bytes / request.ranks_per_node
+        memory = "memory not known" if profile.mem_bytes is None else display.size(profile.mem_bytes)
+        return Machine("cpu", ranks, size, f"{nodes} with {memory}, {_ranks(ranks)}")
+    gigabytes = gpu_memory_gb or profile.gpu_memory_gb
+    gpus = "1 GPU" if request.gpus_per_node == 1 else f"{request.gpus_per_node} GPUs"
+    if gigabytes is None:
+        return Machine("cuda", ranks, None, f"{nodes} with {gpus} of unknown size")
+    return Machine("cuda", ranks, gigabytes * _GB, f"{nodes} with {gpus} of {gigabytes:g} GB")
 
 
 def _ranks(count: int) -> str:
@@ -80,34 +86,6 @@ def uses_bf16(config: RunConfig, device: Device) -> bool:
     return device == "cuda" or "avx512_bf16" in flags or "amx_bf16" in flags
 
 
-def vocab_size(config: RunConfig, told: int | None, built: ShardManifest | None) -> int:
-    """As told; else from the shards if they are built, else from the tokenizer's settings.
-
-    Raises:
-        ConfigError: it would take a download to know.
-    """
-    if told is not None:
-        return told
-    if built is not None:
-        return built.tokenizer.vocab_size
-    tokenizer = config.data.tokenizer
-    if isinstance(tokenizer, TrainedTokenizer):
-        return tokenizer.vocab_size
-    if isinstance(tokenizer, FolderTokenizer):
-        from tokenizers import Tokenizer
-
-        path = Path(tokenizer.path) / "tokenizer.json"
-        if not path.is_file():
-            raise ConfigError([f"data.tokenizer.path={tokenizer.path}: there is no tokenizer.json in it"])
-        return Tokenizer.from_file(str(path)).get_vocab_size()
-    raise ConfigError(
-        [
-            f"the vocabulary of {tokenizer.name} is not known yet: "
-            "run 'llmtrain shard CONFIG' first, or give --vocab-size"
-        ]
-    )
-
-
 @dataclass(frozen=True)
 class Outlook:
     """What `plan` says about one way to run."""
@@ -120,29 +98,6 @@ class Outlook:
         return sum(part.size_bytes for part in self.parts)
 
 
-def find_sizes(config: RunConfig, vocabulary: int | None, base: str | None, built: ShardManifest | None) -> Sizes:
-    """How large the configured model is. For a base, a process of the core's asks transformers (no weights are read).
-
-    Raises:
-        ConfigError: it would take a download to know.
-        UnknownBase: the base cannot be asked.
-    """
-    model = config.model
-    if model.kind == "gpt":
-        return memory.GPTSizes(model, vocab_size(config, vocabulary, built))
-    with tempfile.TemporaryDirectory() as scratch:
-        file = Path(scratch) / "config.yaml"
-        file.write_text(resolved_yaml(config), encoding="utf-8")
-        told = [] if base is None else [f"model.base={base}"]
-        command = [sys.executable, "-m", "llmtrain.inspect_base", str(file), *told]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        hint = "" if base else "; where it cannot be reached, give --base-config FOLDER with its config.json"
-        said = done.stderr.strip().removeprefix("error: ")
-        raise UnknownBase(f"{said}\nwhat {model.base} is made of is not known{hint}", done.returncode)
-    return LoraSizes(model, BaseFacts.from_json(done.stdout.splitlines()[-1]))
-
-
 def outlook(config: RunConfig, sizes: Sizes, plan: BatchPlan, machine: Machine, kind: str) -> Outlook:
     bf16 = uses_bf16(config, machine.device)
     parts = sizes.estimate(config, plan, machine.ranks, kind, bf16, machine.device)
@@ -150,6 +105,10 @@ def outlook(config: RunConfig, sizes: Sizes, plan: BatchPlan, machine: Machine, 
         copy = sizes.host_copy(config, machine.ranks)
         parts.append(Part("save buffers", copy, "checkpoint.background: host copy of what is written"))
     return Outlook(kind, parts)
+
+
+def fits(outlook: Outlook, machine: Machine) -> bool:
+    return machine.memory_bytes is None or outlook.total <= _SPARE * machine.memory_bytes
 
 
 def remedies(
@@ -166,7 +125,7 @@ def remedies(
             continue
         changed = _changed(config, kind, micro, recompute, offload)
         replanned = plan_batches(changed, origins, machine.ranks, rows)
-        if outlook(changed, sizes, replanned, machine, kind).total <= _SPARE * machine.memory_bytes:
+        if fits(outlook(changed, sizes, replanned, machine, kind), machine):
             settings = {
                 "strategy.kind": (kind, config.strategy.kind),
                 "strategy.offload_optimizer": (offload, config.strategy.offload_optimizer),
@@ -200,6 +159,10 @@ class Told:
     """Training samples."""
     base_config: str | None = None
     """A folder with the base's config.json."""
+    tokens_per_s: float | None = None
+    """Of all ranks together."""
+    job_s: float | None = None
+    """How long one job may train before it saves and queues again; None: as long as it takes."""
 
 
 def count_rows(config: RunConfig, told: Told, built: ShardManifest | None) -> tuple[int | None, str]:
@@ -231,7 +194,7 @@ def show(config: RunConfig, origins: Origins, machine: Machine, told: Told, cons
     plan = plan_batches(config, origins, machine.ranks, rows if rows is not None else 2**62)
 
     def say(name: str, text: str) -> None:
-        console.print(f"{name:<12} {text}", highlight=False, soft_wrap=True)
+        console.print(f"{name:<12} {text}", highlight=False, soft_wrap=True, markup=False)
 
     say("model", sizes.title)
     say("data", data)
@@ -245,18 +208,15 @@ def show(config: RunConfig, origins: Origins, machine: Machine, told: Told, cons
         tokens = plan.total_steps * plan.global_batch_size * config.model.context
         epochs = "" if rows is None else f", {plan.total_steps * plan.global_batch_size / rows:.2f} epochs"
         say("steps", f"{plan.total_steps:,}, {tokens:,} tokens{epochs}")
-    kept, size = config.checkpoint.keep_last + config.checkpoint.keep_best, sizes.checkpoint_bytes(config) / _GB
-    forever = "" if config.checkpoint.keep_every is None else f", and every {config.checkpoint.keep_every}th for good"
-    say(
-        "disk",
-        f"{size:.2f} GB a checkpoint, {size * (kept + 1):.1f} GB with {kept} kept and one being written{forever}",
-    )
-
+    _say_course(config, plan, sizes, told, rows, say)
     outlooks = [outlook(config, sizes, plan, machine, kind) for kind in KINDS]
     console.print(_table(outlooks, machine))
     chosen = next(o for o in outlooks if o.kind == config.strategy.kind)
+    if machine.memory_bytes is None:
+        say("fits?", "give --gpu-memory, or gpu_memory_gb in the cluster's profile, to know")
+        return True
     taken = f"takes {chosen.total / _GB:.2f} of {machine.memory_bytes / _GB:.1f} GB"
-    if chosen.total <= _SPARE * machine.memory_bytes:
+    if fits(chosen, machine):
         say("fits", f"{KINDS[chosen.kind]} {taken}")
         return True
     say("too large", f"{KINDS[chosen.kind]} {taken}")
@@ -270,13 +230,42 @@ def show(config: RunConfig, origins: Origins, machine: Machine, told: Told, cons
     return False
 
 
+def _say_course(
+    config: RunConfig, plan: BatchPlan, sizes: Sizes, told: Told, rows: int | None, say: Callable[[str, str], None]
+) -> None:
+    """What comes of the run over its time: checkpoints, uploads, jobs."""
+    size = sizes.checkpoint_bytes(config)
+    if rows is None and config.train.epochs is not None:
+        say("disk", f"{display.size(size)} a checkpoint")
+        return
+    saves = forecast.count_saves(config, plan, rows)
+    most = forecast.most_on_disk(config, plan, saves)
+    say("saves", f"{saves:,}, of {display.size(size)} each")
+    say("disk", f"{display.size(most * size)} at most: {most} checkpoints at the same time, one of them being written")
+    upload = forecast.upload_volume(config, sizes, saves)
+    if upload is None:
+        say("upload", "none: hub.repo is not set")
+    else:
+        state = "with" if config.hub.optimizer_state else "without"
+        each, everything = display.size(upload.each_bytes), display.size(upload.all_bytes)
+        say("upload", f"{each} a checkpoint, {state} optimizer state; {everything} in all, to {config.hub.repo}")
+    pace = forecast.find_pace(config, plan, told.tokens_per_s)
+    if pace is None:
+        say("time", "not known: give --tokens-per-s, or start the run: its pace is then taken")
+        return
+    seconds = forecast.tokens_of(config, plan) / pace.tokens_per_s
+    number = 0 if told.job_s is None else forecast.num_jobs(seconds, told.job_s)
+    jobs = "" if not number else ", in one job" if number == 1 else f", in {number} jobs"
+    say("time", f"{display.duration(seconds)} at {pace.tokens_per_s:,.0f} tokens/s ({pace.told}){jobs}")
+
+
 def _table(outlooks: list[Outlook], machine: Machine) -> Table:
     table = Table(title=f"Memory of one rank at its peak, GB ({machine.told})", title_justify="left", show_footer=True)
     names = list(dict.fromkeys(part.name for o in outlooks for part in o.parts))
     table.add_column("", footer="total")
     for o in outlooks:
-        full = o.total > _SPARE * machine.memory_bytes
-        footer = f"[red]{o.total / _GB:.2f}, too large[/red]" if full else f"[green]{o.total / _GB:.2f}[/green]"
+        good = fits(o, machine)
+        footer = f"[green]{o.total / _GB:.2f}[/green]" if good else f"[red]{o.total / _GB:.2f}, too large[/red]"
         table.add_column(KINDS[o.kind], footer=footer, justify="right")
     table.add_column("", style="dim", overflow="fold")
     for name in names:

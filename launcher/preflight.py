@@ -18,8 +18,8 @@ from launcher import display, environment, forecast
 from launcher.cluster import Profile
 from launcher.findings import Finding, doubtful, fine, wrong
 from launcher.places import can_write, check_place, nearest_existing
-from launcher.plan import find_sizes
 from launcher.sharding.sources import list_units
+from launcher.sizes import find_sizes
 from launcher.slurm import client
 from launcher.slurm.limits import Request, check_limits
 from launcher.slurm.partitions import partitions

@@ -133,7 +133,10 @@ def _node_lines(partition: Partition) -> list[str]:
     group = max(partition.nodes, key=lambda each: (each.gpus == gpus, each.count), default=NodeGroup("", 0, 1, 0, 0))
     cpus = f"cpus_per_gpu: {max(1, group.cpus // gpus)}" if gpus else f"cpus_per_node: {group.cpus}"
     others = sorted({each.gpus for each in partition.nodes} - {gpus})
-    lines = [f"gpus_per_node: {gpus}" + (f"     # other nodes have {display.words(others)}" if others else ""), cpus]
+    lines = [f"gpus_per_node: {gpus}" + (f"     # other nodes have {display.words(others)}" if others else "")]
+    if gpus:
+        lines.append("# gpu_memory_gb: FILL IN     # of one GPU, for `llmtrain plan`")
+    lines.append(cpus)
     lines.append(f"# mem: {group.memory_mb}M     # all that a node has; without it the cluster's own rule counts")
     if features := sorted({name for each in partition.nodes for name in each.features.split(",") if name}):
         lines.append(f"# constraint: {features[0]}     # to choose among nodes: {', '.join(features)}")

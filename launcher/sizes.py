@@ -1,0 +1,75 @@
+"""How large the configured model is, found out without torch."""
+
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from llmtrain import memory
+from llmtrain.base_facts import BaseFacts
+from llmtrain.config.data_sections import FolderTokenizer, TrainedTokenizer
+from llmtrain.config.load import resolved_yaml
+from llmtrain.config.schema import RunConfig
+from llmtrain.errors import ConfigError, UserError
+from llmtrain.memory import Sizes
+from llmtrain.memory_lora import LoraSizes
+from llmtrain.shards import ShardManifest
+
+
+class UnknownBase(UserError):
+    """What a base is made of cannot be had; leaves with the exit code of the process that asked."""
+
+    def __init__(self, message: str, code: int):
+        self.exit_code = code
+        super().__init__(message)
+
+
+def find_sizes(config: RunConfig, vocabulary: int | None, base: str | None, built: ShardManifest | None) -> Sizes:
+    """How large the configured model is. For a base, a process of the core's asks transformers (no weights are read).
+
+    Raises:
+        ConfigError: it would take a download to know.
+        UnknownBase: the base cannot be asked.
+    """
+    model = config.model
+    if model.kind == "gpt":
+        return memory.GPTSizes(model, vocab_size(config, vocabulary, built))
+    with tempfile.TemporaryDirectory() as scratch:
+        file = Path(scratch) / "config.yaml"
+        file.write_text(resolved_yaml(config), encoding="utf-8")
+        told = [] if base is None else [f"model.base={base}"]
+        command = [sys.executable, "-m", "llmtrain.inspect_base", str(file), *told]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        hint = "" if base else "; where it cannot be reached, give --base-config FOLDER with its config.json"
+        said = done.stderr.strip().removeprefix("error: ")
+        raise UnknownBase(f"{said}\nwhat {model.base} is made of is not known{hint}", done.returncode)
+    return LoraSizes(model, BaseFacts.from_json(done.stdout.splitlines()[-1]))
+
+
+def vocab_size(config: RunConfig, told: int | None, built: ShardManifest | None) -> int:
+    """As told; else from the shards if they are built, else from the tokenizer's settings.
+
+    Raises:
+        ConfigError: it would take a download to know.
+    """
+    if told is not None:
+        return told
+    if built is not None:
+        return built.tokenizer.vocab_size
+    tokenizer = config.data.tokenizer
+    if isinstance(tokenizer, TrainedTokenizer):
+        return tokenizer.vocab_size
+    if isinstance(tokenizer, FolderTokenizer):
+        from tokenizers import Tokenizer
+
+        path = Path(tokenizer.path) / "tokenizer.json"
+        if not path.is_file():
+            raise ConfigError([f"data.tokenizer.path={tokenizer.path}: there is no tokenizer.json in it"])
+        return Tokenizer.from_file(str(path)).get_vocab_size()
+    raise ConfigError(
+        [
+            f"the vocabulary of {tokenizer.name} is not known yet: "
+            "run 'llmtrain shard CONFIG' first, or give --vocab-size"
+        ]
+    )
