@@ -172,7 +172,7 @@ def read_training(run: RunDir, config: RunConfig | None) -> Training:
     who = _holder(run.path)
     request = choose.stop_request(run)
     state: State = "stopped"
-    if run.is_training() or _is_at_work_elsewhere(who, written):
+    if run.is_training() or (_is_at_work_elsewhere(who, written) and not _is_summed_up(run, written)):
         state = "running"
     elif last is None:
         state = "not started"
@@ -238,6 +238,11 @@ def _is_at_work_elsewhere(who: str | None, sign: float | None) -> bool:
     """Not every shared file system shows another machine's locks: there a recent sign counts."""
     here = os.uname().nodename
     return who is not None and not who.endswith(f" on {here}") and sign is not None and time.time() - sign < _RECENT_S
+
+
+def _is_summed_up(run: RunDir, written: float | None) -> bool:
+    """Whether the run has ended since: the summary is written last."""
+    return written is not None and run.summary.exists() and run.summary.stat().st_mtime >= written
 
 
 def read_checkpoints(run: RunDir) -> Checkpoints:

@@ -1,14 +1,27 @@
 """Sharding, a sweep, and the checkpoint service as jobs of their own, on a real SLURM."""
 
 import re
+from pathlib import Path
+
+import pytest
 
 from launcher.jobs import JobDir
 from llmtrain import ledger
 from llmtrain.rundir import RunDir
 from tests.support.runs import Workplace
 from tests.support.slurm_cluster import Cluster
-from tests.support.slurm_runs import finishes, launch, output_of, run_of, submit, wait_until, write_profile
+from tests.support.slurm_runs import (
+    finishes,
+    launch,
+    output_of,
+    run_of,
+    submit,
+    wait_for_checkpoint,
+    wait_until,
+    write_profile,
+)
 
+ROOT = Path(__file__).parents[2]
 SHORT = ["train.steps=12", "train.device=cpu", "checkpoint.every_steps=4", "evaluate.every_steps=null"]
 
 
@@ -75,3 +88,32 @@ def test_two_jobs_of_one_run_are_refused(cluster: Cluster, workplace: Workplace)
     launch(workplace, "stop", f"runs/{name}")
     assert "because of llmtrain stop: the run saves first" in output_of(workplace, name)
     assert len(JobDir.of(run_of(workplace, name)).records()) == 1
+
+
+@pytest.mark.parametrize("name", [path.name for path in sorted((ROOT / "slurm").glob("*.sbatch"))])
+def test_sbatch_takes_the_scripts(cluster: Cluster, name: str):
+    here = ["--partition=low", "--nodes=2", "--gpus-per-node=2", "--cpus-per-task=4"]
+    cluster.call("sbatch", "--test-only", *here, str(ROOT / "slurm" / name), "train.steps=2")
+
+
+def test_a_script_runs_and_comes_back_by_itself(cluster: Cluster, own_workplace: Workplace):
+    """As a user calls it: sbatch's options before the script, settings behind it. Preempted once."""
+    workplace, name = own_workplace, "scripted"
+    (workplace.folder / "configs").mkdir()
+    (workplace.folder / "configs/gpt2.yaml").write_text(workplace.config.read_text())
+    words = ["--partition=low", "--gpus-per-node=2", "--cpus-per-task=2", "--mem=100"]
+    settings = [f"run.name={name}", "train.device=cpu", "train.steps=100", "checkpoint.every_steps=5", "evaluate.every_steps=null"]
+    script = (ROOT / "slurm/one-node.sbatch").read_text()
+    own = workplace.folder / "one-node.sbatch"
+    own.write_text(script.replace("--ranks 4", "--ranks 2").replace("--cpus-per-task=32", "--cpus-per-task=2"))
+    job = cluster.call("sbatch", "--parsable", f"--chdir={workplace.folder}", *words, str(own), *settings)
+    run = run_of(workplace, name)
+    reached = wait_for_checkpoint(run)
+    taker = cluster.submit("sleep 1", "--nodes=3", "--exclusive", "--partition=high")
+    assert cluster.wait_for(taker) == "COMPLETED"
+    cluster.release(job)
+    finishes(cluster, workplace, name, job)
+    said = (workplace.folder / f"gpt2-{job}.out").read_text()
+    assert "is queued again, and goes on from the newest checkpoint" in said
+    assert re.search(r"resuming +from step ", said)
+    assert reached < max(run.checkpoint_steps()) == 100
