@@ -15,19 +15,22 @@ UNPRIVILEGED = ["setpriv", "--bounding-set", "-dac_override,-dac_read_search"]
 """Root may read everything; without these it is held to what files allow."""
 CHECK = """
 import json, sys
+from pathlib import Path
 from launcher.cluster import load_profile
 from launcher.findings import settle
 from launcher.preflight import check
-from launcher.slurm.limits import Request
+from launcher.slurm.batch import render
+from launcher.slurm.submit import Request, spec_of
 from llmtrain.config import load_config
 from llmtrain.errors import exit_with_code
 from rich.console import Console
 
-profile_file, asked, script, config_file, *settings = sys.argv[1:]
+profile_file, asked, *words = sys.argv[1:]
 with exit_with_code():
-    config, origins = load_config(config_file, settings)
-    profile, request = load_profile(profile_file), Request(**json.loads(asked))
-    settle(check(config, origins, profile, request, script), Console(width=200))
+    config, origins = load_config(words[0], words[1:])
+    request = Request(load_profile(profile_file), **json.loads(asked))
+    spec = spec_of(request, "run", Path.cwd(), words, config)
+    settle(check(config, origins, spec, render(spec)), Console(width=200))
 """
 
 
@@ -49,11 +52,7 @@ class Login:
         asked = {name: wishes.pop(name) for name in ("nodes", "gpus_per_node", "ranks_per_node") if name in wishes}
         profile = {"gpus_per_node": 2, "time": "30", "shared": [str(self.work.folder)], "name": "tests", **wishes}
         (self.work.folder / "profile.yaml").write_text(yaml.safe_dump(profile))
-        options = {"partition": wishes.get("partition"), "account": wishes.get("account"), **asked}
-        options.pop("ranks_per_node", None)
-        lines = [f"#SBATCH --{name.replace('_', '-')}={value}" for name, value in options.items() if value]
-        script = "\n".join(["#!/bin/bash", *lines, "true", ""])
-        words = [sys.executable, "-c", CHECK, "profile.yaml", json.dumps(asked), script, str(self.work.config)]
+        words = [sys.executable, "-c", CHECK, "profile.yaml", json.dumps(asked), str(self.work.config)]
         done = subprocess.run(
             [*(prefix or []), *words, "train.device=cpu", *settings],
             cwd=self.work.folder, env=self.cluster.environment, text=True, capture_output=True, timeout=60, check=False,
