@@ -102,7 +102,13 @@ def test_a_script_runs_and_comes_back_by_itself(cluster: Cluster, own_workplace:
     (workplace.folder / "configs").mkdir()
     (workplace.folder / "configs/gpt2.yaml").write_text(workplace.config.read_text())
     words = ["--partition=low", "--gpus-per-node=2", "--cpus-per-task=2", "--mem=100"]
-    settings = [f"run.name={name}", "train.device=cpu", "train.steps=100", "checkpoint.every_steps=5", "evaluate.every_steps=null"]
+    settings = [
+        f"run.name={name}",
+        "train.device=cpu",
+        "train.steps=100",
+        "checkpoint.every_steps=5",
+        "evaluate.every_steps=null",
+    ]
     script = (ROOT / "slurm/one-node.sbatch").read_text()
     own = workplace.folder / "one-node.sbatch"
     own.write_text(script.replace("--ranks 4", "--ranks 2").replace("--cpus-per-task=32", "--cpus-per-task=2"))
