@@ -150,7 +150,7 @@ def submit(
     frozen = folder / "config.yaml"
     spec = spec_of(order, _name(runs), folder, [str(frozen)], shared)
     script = batch.render(spec, count=len(runs))
-    settle(preflight.check(runs[0].config, origins, order.profile, order.request, script), console)
+    settle(preflight.check([training.config for training in runs], origins, spec, script), console)
     folder.mkdir(parents=True)
     files.write_atomic(frozen, resolved_yaml(shared))  # what is queued does not change when the file is edited
     rules = Rules(order.max_restarts, order.hang_s, lead_s=order.profile.signal_s)
