@@ -11,11 +11,9 @@ from typing import Any
 
 from rich.console import Console
 
-from launcher import preflight
 from launcher.cluster import Profile
 from launcher.findings import settle
 from launcher.jobs import JobDir, JobRecord, Kind
-from launcher.sharding.work import num_tasks
 from launcher.slurm import batch
 from launcher.slurm.batch import JobSpec
 from launcher.slurm.job import CommandJob, ServiceJob, TrainJob
@@ -140,6 +138,8 @@ def submit(
         ConfigError, NotQueued: found before anything is queued.
         SlurmError: sbatch refuses, in its own words.
     """
+    from launcher import preflight  # a preview must not wait for what it loads
+
     if with_service:
         words = [*words, "service.start=manual"]
     runs = plan_runs(words, sweep)
@@ -171,6 +171,8 @@ def submit(
 
 def submit_shards(words: Sequence[str], profile: Profile, parts: int | None) -> list[JobRecord]:
     """Queue sharding: the tokenizer first, then the parts as an array, then what joins them."""
+    from launcher.sharding.work import num_tasks
+
     config, _ = load_config(*split_settings(list(words)))
     parts = min(parts or _PARTS, num_tasks(config))
     run = RunDir(Path(config.run.dir) / f"shard-{config.run.name}")
