@@ -12,7 +12,7 @@ from launcher.slurm.client import seconds
 from llmtrain.errors import ConfigError
 
 if TYPE_CHECKING:
-    from launcher.slurm.submit import Request
+    from launcher.slurm.submit import Order
 
 _SIGNAL_S = 120.0
 """Where no profile tells how long before its limit a job saves."""
@@ -30,7 +30,7 @@ class Wishes:
     time: str | None = None
 
 
-def find_job(wishes: Wishes) -> Request | None:
+def find_job(wishes: Wishes) -> Order | None:
     """What `llmtrain submit` would queue on the cluster that is named; None where none is.
 
     Raises:
@@ -51,7 +51,7 @@ def find_job(wishes: Wishes) -> Request | None:
         return None
     from launcher.slurm import command
 
-    return command.request_of(
+    return command.order_of(
         command.Wishes(
             words=[], cluster=wishes.cluster, nodes=wishes.nodes or 1, gpus_per_node=wishes.gpus_per_node,
             ranks_per_node=wishes.ranks_per_node, time=wishes.time or "", after="", sweep=[], service_job=False,
@@ -60,7 +60,7 @@ def find_job(wishes: Wishes) -> Request | None:
     )  # fmt: skip
 
 
-def machine_for(wishes: Wishes, job: Request | None, gpu_memory_gb: float | None, device: str) -> Machine:
+def machine_for(wishes: Wishes, job: Order | None, gpu_memory_gb: float | None, device: str) -> Machine:
     """What the run would have: of a job what its profile says, else GPUs like those here, or as they are described.
 
     Raises:
@@ -73,22 +73,23 @@ def machine_for(wishes: Wishes, job: Request | None, gpu_memory_gb: float | None
     return find_machine(wishes.gpus or (wishes.nodes or 1) * each, gpu_memory_gb, "cpu" if on_cpu else device)
 
 
-def find_nodes(job: Request, gpu_memory_gb: float | None) -> Machine:
+def find_nodes(job: Order, gpu_memory_gb: float | None) -> Machine:
     """What a job gets of a cluster, which is not asked."""
-    profile, ranks = job.profile, job.nodes * job.ranks_per_node
-    nodes = "1 node" if job.nodes == 1 else f"{job.nodes} nodes"
-    if not job.gpus_per_node:
-        size = None if profile.mem_bytes is None else profile.mem_bytes / job.ranks_per_node
+    profile, asked = job.profile, job.request
+    ranks = asked.nodes * asked.ranks_per_node
+    nodes = "1 node" if asked.nodes == 1 else f"{asked.nodes} nodes"
+    if not asked.gpus_per_node:
+        size = None if profile.mem_bytes is None else profile.mem_bytes / asked.ranks_per_node
         memory = "unknown memory" if profile.mem_bytes is None else display.size(profile.mem_bytes)
         return Machine("cpu", ranks, size, f"{nodes} with {memory}, {num_ranks(ranks)}")
     gigabytes = gpu_memory_gb or profile.gpu_memory_gb
-    gpus = "1 GPU" if job.gpus_per_node == 1 else f"{job.gpus_per_node} GPUs"
+    gpus = "1 GPU" if asked.gpus_per_node == 1 else f"{asked.gpus_per_node} GPUs"
     if gigabytes is None:
         return Machine("cuda", ranks, None, f"{nodes} with {gpus} of unknown size")
     return Machine("cuda", ranks, gigabytes * GB, f"{nodes} with {gpus} of {gigabytes:g} GB")
 
 
-def train_seconds(wishes: Wishes, job: Request | None) -> float | None:
+def train_seconds(wishes: Wishes, job: Order | None) -> float | None:
     """How long one job trains until it has to save; None without a limit."""
     time = wishes.time or (job.profile.time if job is not None else None)
     limit_s = None if time is None else seconds(time)
@@ -96,7 +97,7 @@ def train_seconds(wishes: Wishes, job: Request | None) -> float | None:
     return None if limit_s is None else max(1.0, limit_s - lead_s)
 
 
-def script_for(words: list[str], job: Request) -> str:
+def script_for(words: list[str], job: Order) -> str:
     """The batch script that `llmtrain submit` would queue."""
     from launcher.slurm import submit
 

@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from launcher import display, environment, forecast
@@ -36,18 +37,20 @@ _HUB_S = 60.0
 _NO_PROGRESS = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
 
 
-def check(config: RunConfig, origins: Origins, spec: JobSpec, script: str) -> list[Finding]:
+def check(configs: Sequence[RunConfig], origins: Origins, spec: JobSpec, script: str) -> list[Finding]:
     """Everything that was looked at, in the order in which a person would.
 
     Args:
+        configs: of one run, or of each run of a sweep.
         script: what would be given to sbatch.
     """
-    return [
-        *check_queue(spec, script),
-        *check_run(config, origins, spec),
-        *check_python(config, spec),
-        *check_hub(config, _run_of(config)),
-    ]
+    found = [*check_queue(spec, script)]
+    for config in configs:
+        found += check_run(config, origins, spec)
+    found += check_python(configs[0], spec)
+    for config in configs:
+        found += check_hub(config, _run_of(config))
+    return list(dict.fromkeys(found))  # runs of a sweep have most in common
 
 
 def check_queue(spec: JobSpec, script: str) -> list[Finding]:
@@ -71,7 +74,7 @@ def check_queue(spec: JobSpec, script: str) -> list[Finding]:
 
 
 def check_run(config: RunConfig, origins: Origins, spec: JobSpec) -> list[Finding]:
-    """What is each run's own: its data, its batch, its folder. Of a sweep every run's."""
+    """What is each run's own: its data, its batch, its folder."""
     run = _run_of(config)
     data, built = _check_data(config, spec)
     batch, plan = _check_batch(config, origins, spec, built)

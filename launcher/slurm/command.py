@@ -7,7 +7,8 @@ from rich.console import Console
 
 from launcher.cluster import load_profile
 from launcher.slurm import submit
-from launcher.slurm.submit import Request
+from launcher.slurm.limits import Request
+from launcher.slurm.submit import Order
 from llmtrain.errors import ConfigError
 
 
@@ -28,7 +29,7 @@ class Wishes:
     hang_s: float
 
 
-def request_of(wishes: Wishes) -> Request:
+def order_of(wishes: Wishes) -> Order:
     """Raises ConfigError where options contradict each other or the profile."""
     if wishes.cluster is None:
         raise ConfigError(
@@ -40,12 +41,9 @@ def request_of(wishes: Wishes) -> Request:
         gpus = 0 if wishes.ranks_per_node is not None else profile.gpus_per_node
     if gpus and wishes.ranks_per_node is not None:
         raise ConfigError(["--ranks-per-node is for nodes without GPUs: else there is one rank per GPU; leave it out"])
-    return Request(
+    return Order(
         profile=profile,
-        nodes=wishes.nodes,
-        gpus_per_node=gpus,
-        ranks_per_node=gpus or wishes.ranks_per_node or 1,
-        time=wishes.time,
+        request=Request(wishes.nodes, gpus, gpus or wishes.ranks_per_node or 1, wishes.time or None),
         after=wishes.after,
         max_restarts=wishes.max_restarts,
         hang_s=wishes.hang_s,
@@ -54,11 +52,11 @@ def request_of(wishes: Wishes) -> Request:
 
 def act(wishes: Wishes, dry_run: bool, plain: bool) -> None:
     """Show the script, or queue the job and say how to follow it."""
-    request = request_of(wishes)
+    order = order_of(wishes)
     if dry_run:
-        print(submit.preview(wishes.words, request, wishes.sweep, plain), end="")
+        print(submit.preview(wishes.words, order, wishes.sweep, plain), end="")
         return
-    records = submit.submit(wishes.words, request, wishes.sweep, wishes.service_job, Console())
+    records = submit.submit(wishes.words, order, wishes.sweep, wishes.service_job, Console())
     runs = submit.plan_runs(wishes.words, wishes.sweep)
     for record in records:
         print(f"job {record.job_id}  {record.kind}")

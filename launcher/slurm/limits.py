@@ -5,11 +5,23 @@ leave a job waiting for ever. So these are compared before.
 """
 
 import difflib
+from dataclasses import dataclass
 
 from launcher import display
 from launcher.findings import Finding, doubtful, fine, wrong
 from launcher.slurm.batch import JobSpec
 from launcher.slurm.partitions import Partition
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a training job asks for."""
+
+    nodes: int = 1
+    gpus_per_node: int = 0
+    ranks_per_node: int = 1
+    time: str | None = None
+    """By default the profile's."""
 
 
 def check_limits(spec: JobSpec, known: dict[str, Partition]) -> list[Finding]:

@@ -11,14 +11,13 @@ from typing import Any
 
 from rich.console import Console
 
-from launcher import preflight
 from launcher.cluster import Profile
 from launcher.findings import settle
 from launcher.jobs import JobDir, JobRecord, Kind
-from launcher.sharding.work import num_tasks
 from launcher.slurm import batch
 from launcher.slurm.batch import JobSpec
 from launcher.slurm.job import CommandJob, ServiceJob, TrainJob
+from launcher.slurm.limits import Request
 from launcher.supervisor import Rules
 from llmtrain import files
 from llmtrain.config import RunConfig, load_config, resolved_yaml
@@ -30,14 +29,11 @@ _PARTS = 8
 
 
 @dataclass(frozen=True)
-class Request:
+class Order:
     """What the command line asks for."""
 
     profile: Profile
-    nodes: int = 1
-    gpus_per_node: int = 0
-    ranks_per_node: int = 1
-    time: str = ""
+    request: Request
     after: str = ""
     """Job numbers, or a whole dependency such as afterany:123."""
     max_restarts: int = 3
@@ -98,27 +94,27 @@ def device_of(config: RunConfig, gpus: int) -> str | None:
     return "cuda" if gpus and config.train.device == "auto" else None
 
 
-def spec_of(request: Request, name: str, folder: Path, words: Sequence[str], config: RunConfig) -> JobSpec:
+def spec_of(order: Order, name: str, folder: Path, words: Sequence[str], config: RunConfig) -> JobSpec:
     """The training job of a run, as `sbatch` is told of it."""
-    device = device_of(config, request.gpus_per_node)
-    options = ["--ranks", str(request.ranks_per_node), *(["--device", device] if device else [])]
-    rules = ["--max-restarts", str(request.max_restarts), "--hang-after", f"{request.hang_s:g}"]
-    lead = ["--lead", str(request.profile.signal_s)]
-    again = [] if request.profile.requeue else ["--no-requeue"]
+    device = device_of(config, order.request.gpus_per_node)
+    options = ["--ranks", str(order.request.ranks_per_node), *(["--device", device] if device else [])]
+    rules = ["--max-restarts", str(order.max_restarts), "--hang-after", f"{order.hang_s:g}"]
+    lead = ["--lead", str(order.profile.signal_s)]
+    again = [] if order.profile.requeue else ["--no-requeue"]
     return JobSpec(
         name=name,
         folder=folder,
-        profile=request.profile,
+        profile=order.profile,
         words=("node", *options, *rules, *lead, *again, *words),
-        nodes=request.nodes,
-        gpus_per_node=request.gpus_per_node,
-        ranks_per_node=request.ranks_per_node,
-        time=request.time,
-        after=request.dependency,
+        nodes=order.request.nodes,
+        gpus_per_node=order.request.gpus_per_node,
+        ranks_per_node=order.request.ranks_per_node,
+        time=order.request.time or "",
+        after=order.dependency,
     )
 
 
-def preview(words: Sequence[str], request: Request, sweep: Sequence[str], plain: bool = False) -> str:
+def preview(words: Sequence[str], order: Order, sweep: Sequence[str], plain: bool = False) -> str:
     """The script that would be submitted. Needs neither SLURM nor the cluster's file systems, and writes nothing.
 
     `plain`: one for sbatch itself, which names the configuration as it was given.
@@ -128,13 +124,13 @@ def preview(words: Sequence[str], request: Request, sweep: Sequence[str], plain:
     if plain:
         if sweep:
             raise ConfigError(["--plain is for one run: a sweep needs 'llmtrain submit'"])
-        return batch.render(spec_of(request, _name(runs), folder, list(words), runs[0].config), plain=True)
-    spec = spec_of(request, _name(runs), folder, [str(folder / "config.yaml"), *runs[0].settings], runs[0].config)
+        return batch.render(spec_of(order, _name(runs), folder, list(words), runs[0].config), plain=True)
+    spec = spec_of(order, _name(runs), folder, [str(folder / "config.yaml"), *runs[0].settings], runs[0].config)
     return batch.render(spec, count=len(runs))
 
 
 def submit(
-    words: Sequence[str], request: Request, sweep: Sequence[str], with_service: bool, console: Console
+    words: Sequence[str], order: Order, sweep: Sequence[str], with_service: bool, console: Console
 ) -> list[JobRecord]:
     """Queue the training job (an array for a sweep), and the service's where one is asked for.
 
@@ -142,6 +138,8 @@ def submit(
         ConfigError, NotQueued: found before anything is queued.
         SlurmError: sbatch refuses, in its own words.
     """
+    from launcher import preflight  # a preview must not wait for what it loads
+
     if with_service:
         words = [*words, "service.start=manual"]
     runs = plan_runs(words, sweep)
@@ -150,15 +148,15 @@ def submit(
         refuse_if_queued(training.run)
     shared, origins = load_config(*split_settings(list(words)))
     frozen = folder / "config.yaml"
-    spec = spec_of(request, _name(runs), folder, [str(frozen)], shared)
+    spec = spec_of(order, _name(runs), folder, [str(frozen)], shared)
     script = batch.render(spec, count=len(runs))
-    settle(preflight.check(runs[0].config, origins, spec, script), console)
+    settle(preflight.check([training.config for training in runs], origins, spec, script), console)
     folder.mkdir(parents=True)
     files.write_atomic(frozen, resolved_yaml(shared))  # what is queued does not change when the file is edited
-    rules = Rules(request.max_restarts, request.hang_s, lead_s=request.profile.signal_s)
-    device = device_of(shared, request.gpus_per_node)
+    rules = Rules(order.max_restarts, order.hang_s, lead_s=order.profile.signal_s)
+    device = device_of(shared, order.request.gpus_per_node)
     jobs = [
-        TrainJob([str(frozen), *training.settings], request.ranks_per_node, device, rules, request.profile.requeue)
+        TrainJob([str(frozen), *training.settings], order.request.ranks_per_node, device, rules, order.profile.requeue)
         for training in runs
     ]
     records: list[JobRecord] = []
@@ -167,12 +165,14 @@ def submit(
         records.append(_write_down(jobs_of_run, spec, job_id, "train"))
         jobs_of_run.stop.unlink(missing_ok=True)
         if with_service:
-            records.append(_submit_service(request, training.run, job_id))
+            records.append(_submit_service(order, training.run, job_id))
     return records
 
 
 def submit_shards(words: Sequence[str], profile: Profile, parts: int | None) -> list[JobRecord]:
     """Queue sharding: the tokenizer first, then the parts as an array, then what joins them."""
+    from launcher.sharding.work import num_tasks
+
     config, _ = load_config(*split_settings(list(words)))
     parts = min(parts or _PARTS, num_tasks(config))
     run = RunDir(Path(config.run.dir) / f"shard-{config.run.name}")
@@ -194,16 +194,16 @@ def submit_shards(words: Sequence[str], profile: Profile, parts: int | None) -> 
     return records
 
 
-def _submit_service(request: Request, run: RunDir, train_job: str) -> JobRecord:
+def _submit_service(order: Order, run: RunDir, train_job: str) -> JobRecord:
     jobs = JobDir.of(run)
     folder = _fresh(jobs)
     folder.mkdir(parents=True)
     name = f"{run.path.name}-service"
     words = ("service", str(run.path))
-    side = request.profile.service
-    spec = JobSpec(name, folder, request.profile, words, after=f"after:{train_job}", side=side)
+    side = order.profile.service
+    spec = JobSpec(name, folder, order.profile, words, after=f"after:{train_job}", side=side)
     if side.time is None:
-        spec = replace(spec, time=request.time)
+        spec = replace(spec, time=order.request.time or "")
     ids = queue_jobs(spec, [ServiceJob(run.path.absolute(), train_job)])
     return _write_down(jobs, spec, ids[0], "service")
 

@@ -40,7 +40,8 @@ def spec(profile: Profile, **wishes: Any) -> JobSpec:
 
 
 def findings(job: JobSpec, *settings: str) -> list[Finding]:
-    return preflight.check(*load_config(None, settings), job, "#!/bin/bash\n")
+    config, origins = load_config(None, settings)
+    return preflight.check([config], origins, job, "#!/bin/bash\n")
 
 
 def errors(found: list[Finding]) -> list[str]:
