@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from launcher import display, environment, forecast
@@ -73,6 +74,19 @@ def check_queue(spec: JobSpec, script: str) -> list[Finding]:
     return [*found, fine("sbatch", "takes the script (--test-only)")]
 
 
+def check_side(name: str, spec: JobSpec, script: str) -> list[Finding]:
+    """A job beside training: the same of SLURM, under its name."""
+    return [replace(found, what=f"{name}: {found.what}") for found in check_queue(spec, script)]
+
+
+def check_shard_job(config: RunConfig, spec: JobSpec, script: str) -> list[Finding]:
+    """What building shards in jobs of its own needs."""
+    data, built = _check_data(config, spec, builds=True)
+    if built is not None:
+        data.append(doubtful("shards", "they are built already: the jobs find nothing to do"))
+    return [*check_queue(spec, script), *data, *check_python(None, spec)]
+
+
 def check_run(config: RunConfig, origins: Origins, spec: JobSpec) -> list[Finding]:
     """What is each run's own: its data, its batch, its folder."""
     run = _run_of(config)
@@ -89,8 +103,8 @@ def _run_of(config: RunConfig) -> RunDir:
     return RunDir(Path(config.run.dir) / config.run.name)
 
 
-def _check_data(config: RunConfig, spec: JobSpec) -> tuple[list[Finding], ShardManifest | None]:
-    """Finished shards, or what they would be built from at the beginning of the job."""
+def _check_data(config: RunConfig, spec: JobSpec, builds: bool = False) -> tuple[list[Finding], ShardManifest | None]:
+    """Finished shards, or what they would be built from: by this job, by one before it, or by training itself."""
     folder = recipe.shard_folder(config)
     shared = spec.profile.shared_folders()
     try:
@@ -111,9 +125,15 @@ def _check_data(config: RunConfig, spec: JobSpec) -> tuple[list[Finding], ShardM
         return [wrong("shards", str(error))], None
     except OSError as error:
         return [wrong("shards", f"{error.filename or folder}: cannot be read ({error.strerror})")], None
-    told = f"none yet in {folder}: the job builds them first, from {display.size(size)}; on GPU nodes that is a waste: "
+    told = f"none yet in {folder}; their sources have {display.size(size)}"
+    if builds:
+        state = fine("shards", told)
+    elif spec.after:
+        state = fine("shards", f"{told}; this job waits for another ({spec.after}) that may build them")
+    else:
+        state = doubtful("shards", f"{told}: the job builds them first; 'llmtrain shard --submit' does it beforehand")
     return [
-        doubtful("shards", told + "'llmtrain shard --submit' does it beforehand"),
+        state,
         check_place("shards", folder, shared, spec.nodes),
         *_check_sources(config, shared, spec.nodes),
     ], None
@@ -182,8 +202,12 @@ def _check_disk(config: RunConfig, run: RunDir, plan: BatchPlan | None, built: S
     return [fine("disk", f"{told}; {display.size(free)} are free (a quota may be less)")]
 
 
-def check_python(config: RunConfig, spec: JobSpec) -> list[Finding]:
-    """What the job's Python has; of a container, and of one that modules bring, that cannot be told from here."""
+def check_python(config: RunConfig | None, spec: JobSpec) -> list[Finding]:
+    """What the job's Python has; of a container, and of one that modules bring, that cannot be told from here.
+
+    Args:
+        config: of a run; None where torch does not matter.
+    """
     profile = spec.profile
     if profile.container is not None:
         return [fine("Python", f"comes with {profile.container}: not looked into")]
@@ -200,7 +224,7 @@ def check_python(config: RunConfig, spec: JobSpec) -> list[Finding]:
         said.append(doubtful("Python", f"{place.message}, or be sure that each node has it"))
     if not found.has_llmtrain:
         said.append(wrong("Python", f"{' '.join(python)} has no llmtrain: install it there"))
-    return [*said, *_check_torch(config, spec, found, " ".join(python))]
+    return said if config is None else [*said, *_check_torch(config, spec, found, " ".join(python))]
 
 
 def _check_torch(config: RunConfig, spec: JobSpec, found: environment.Environment, python: str) -> list[Finding]:

@@ -70,7 +70,7 @@ def act_shards(words: list[str], cluster: Path | None, parts: int | None) -> Non
     """Queue sharding, and say how to train on it."""
     if cluster is None:
         raise ConfigError(["--submit needs --cluster: the file that describes your cluster"])
-    records = submit.submit_shards(words, load_profile(cluster), parts)
+    records = submit.submit_shards(words, load_profile(cluster), parts, Console())
     first, *arrays, last = records
     print(f"job {first.job_id}  prepare: measure, train the tokenizer")
     print(f"job {arrays[0].job_id.split('_')[0]}  {len(arrays)} parts")

@@ -150,7 +150,11 @@ def submit(
     frozen = folder / "config.yaml"
     spec = spec_of(order, _name(runs), folder, [str(frozen)], shared)
     script = batch.render(spec, count=len(runs))
-    settle(preflight.check([training.config for training in runs], origins, spec, script), console)
+    found = preflight.check([training.config for training in runs], origins, spec, script)
+    if with_service:
+        service = _service_spec(order, runs[0].run, folder)
+        found += preflight.check_side("service", service, batch.render(service))
+    settle(found, console)
     folder.mkdir(parents=True)
     files.write_atomic(frozen, resolved_yaml(shared))  # what is queued does not change when the file is edited
     rules = Rules(order.max_restarts, order.hang_s, lead_s=order.profile.signal_s)
@@ -169,14 +173,22 @@ def submit(
     return records
 
 
-def submit_shards(words: Sequence[str], profile: Profile, parts: int | None) -> list[JobRecord]:
-    """Queue sharding: the tokenizer first, then the parts as an array, then what joins them."""
+def submit_shards(words: Sequence[str], profile: Profile, parts: int | None, console: Console) -> list[JobRecord]:
+    """Queue sharding: the tokenizer first, then the parts as an array, then what joins them.
+
+    Raises:
+        ConfigError, NotQueued: found before anything is queued.
+        SlurmError: sbatch refuses, in its own words.
+    """
+    from launcher import preflight
     from launcher.sharding.work import num_tasks
 
     config, _ = load_config(*split_settings(list(words)))
-    parts = min(parts or _PARTS, num_tasks(config))
     run = RunDir(Path(config.run.dir) / f"shard-{config.run.name}")
     jobs = JobDir.of(run)
+    first = JobSpec(run.path.name, jobs.path, profile, ("shard",), side=profile.shard)
+    settle(preflight.check_shard_job(config, first, batch.render(first)), console)
+    parts = min(parts or _PARTS, num_tasks(config))
     records: list[JobRecord] = []
     after = ""
     steps = {"prepare": [["--only", "prepare"]], "parts": [["--part", f"{i}/{parts}"] for i in range(parts)], "": [[]]}
@@ -194,16 +206,18 @@ def submit_shards(words: Sequence[str], profile: Profile, parts: int | None) -> 
     return records
 
 
+def _service_spec(order: Order, run: RunDir, folder: Path) -> JobSpec:
+    side = order.profile.service
+    time = order.request.time or "" if side.time is None else ""
+    words = ("service", str(run.path))
+    return JobSpec(f"{run.path.name}-service", folder, order.profile, words, time=time, side=side)
+
+
 def _submit_service(order: Order, run: RunDir, train_job: str) -> JobRecord:
     jobs = JobDir.of(run)
     folder = _fresh(jobs)
     folder.mkdir(parents=True)
-    name = f"{run.path.name}-service"
-    words = ("service", str(run.path))
-    side = order.profile.service
-    spec = JobSpec(name, folder, order.profile, words, after=f"after:{train_job}", side=side)
-    if side.time is None:
-        spec = replace(spec, time=order.request.time or "")
+    spec = replace(_service_spec(order, run, folder), after=f"after:{train_job}")
     ids = queue_jobs(spec, [ServiceJob(run.path.absolute(), train_job)])
     return _write_down(jobs, spec, ids[0], "service")
 

@@ -4,7 +4,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -31,17 +31,19 @@ class Login:
     def __init__(self, cluster: Cluster, work: Workplace):
         self.cluster, self.work = cluster, work
 
-    def submit(self, *settings: str, prefix: list[str] | None = None, code: int = 2, **wishes: Any) -> str:
+    def submit(
+        self, *settings: str, prefix: list[str] | None = None, code: int = 2, options: Sequence[str] = (), **wishes: Any
+    ) -> str:
         """What `llmtrain submit` says, with these wishes of the profile or of the job. Refused, it queues nothing."""
         asked = {name: wishes.pop(name) for name in ("nodes", "gpus_per_node", "ranks_per_node") if name in wishes}
         if "gpus_per_node" not in asked:
             asked.setdefault("ranks_per_node", 1)
         profile = {"gpus_per_node": 2, "time": "30", "shared": [str(self.work.folder)], "name": "tests", **wishes}
         (self.work.folder / "profile.yaml").write_text(yaml.safe_dump(profile))
-        options = [word for name, value in asked.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+        given = [word for name, value in asked.items() for word in (f"--{name.replace('_', '-')}", str(value))]
         command = [sys.executable, "-m", "launcher", "submit", str(self.work.config), "--cluster", "profile.yaml"]
         done = subprocess.run(
-            [*(prefix or []), *command, *options, "train.device=cpu", *settings],
+            [*(prefix or []), *command, *given, *options, "train.device=cpu", *settings],
             cwd=self.work.folder, env={**self.cluster.environment, "COLUMNS": "200"}, text=True, capture_output=True,
             timeout=60, check=False,
         )  # fmt: skip
@@ -153,3 +155,29 @@ def test_nodes_that_are_down_only_make_the_job_wait(login: Login):
         assert "3 are asked for, and 2 of 3 in low are up: the job waits" in said
     finally:
         login.cluster.call("scontrol", "update", "NodeName=n3", "State=RESUME")
+
+
+def test_a_service_job_that_cannot_be_queued_keeps_the_training_job_out_too(login: Login):
+    said = login.submit(options=["--service-job"], service={"partition": "cpu"})
+    assert "service: partition: cpu (profile tests): no such partition" in said
+    assert "service: sbatch: sbatch: error: invalid partition specified: cpu" in said
+
+
+def test_every_run_of_a_sweep_is_looked_at(login: Login):
+    said = login.submit(options=["--sweep", "train.global_batch_size=8,7,6"], ranks_per_node=2)
+    assert said.count("2 ranks do not divide it") == 1
+    assert "train.global_batch_size=7" in said
+
+
+def test_sharding_that_cannot_be_queued(login: Login):
+    (login.work.folder / "profile.yaml").write_text("gpus_per_node: 0\nname: tests\nshard: {partition: cpu}\n")
+    words = [str(login.work.config), "data.dir=new", "--submit", "--cluster", "profile.yaml", "train.device=cuda"]
+    done = subprocess.run(
+        [sys.executable, "-m", "launcher", "shard", *words],
+        cwd=login.work.folder, env=login.cluster.environment, text=True, capture_output=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "partition: cpu (profile tests): no such partition" in done.stderr
+    assert "shards: " in done.stderr  # below /tmp, which every machine has for itself
+    assert "cuda" not in done.stderr
+    assert login.cluster.call("squeue", "--noheader") == ""
