@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     write_to_own_file(rank)
     die_with_agent()
     heartbeat.start(rank)
-    with exit_with_code():
+    with exit_with_code(is_rank=True):
         try:
             from llmtrain.config.load import split_settings
 

@@ -133,18 +133,23 @@ def disk_errors(what: str, folder: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def exit_with_code() -> Iterator[None]:
-    """For entry points: print a `UserError` without a traceback and leave with its exit code."""
+def exit_with_code(is_rank: bool = False) -> Iterator[None]:
+    """For entry points: print a `UserError` without a traceback and leave with its exit code.
+
+    `is_rank`: also write the code down for who keeps the run going. What a rank starts (the service, sharding) inherits
+    its variables, and is none.
+    """
+    told = leave_code if is_rank else (lambda _code: None)
     try:
         yield
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)  # noqa: T201
-        leave_code(error.exit_code)
+        told(error.exit_code)
         sys.exit(error.exit_code)
     except SystemExit as leaving:
-        leave_code(leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None))
+        told(leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None))
         raise
-    leave_code(0)
+    told(0)
 
 
 EXIT_CODES = "LLMTRAIN_EXIT_CODES"
