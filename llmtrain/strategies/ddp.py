@@ -58,6 +58,10 @@ class DDPStrategy:
         """Collective if `last` (default group, inside backward)."""
         self._module.train()
         self._accumulates |= not last
+        if last and not self._accumulates:
+            # DDP multiplies by 1/R what it copies into its buckets, but divides by R what lies there already, as it
+            # does after _settle_buckets: with three ranks the first step after a start would differ in the last bit.
+            self._optimizer.zero_grad(set_to_none=True)
         wait = contextlib.nullcontext() if last or self._world.size == 1 else self._forward.no_sync()
         with wait:
             with autocast(self._world.device, self._bf16):
