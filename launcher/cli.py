@@ -7,7 +7,9 @@ from typing import Annotated, Literal
 
 import typer
 
+from launcher.cli_jobs import node, run, submit
 from launcher.cli_plan import Settings, doctor, plan
+from launcher.cli_report import compare, report
 from llmtrain.errors import exit_with_code
 
 app = typer.Typer(
@@ -26,6 +28,7 @@ app = typer.Typer(
     Any setting can be given on the command line as `section.key=value`.""",
 )
 
+
 @app.command(epilog="Example: `llmtrain shard configs/verdict.yaml data.split.heldout=0.2`")
 def shard(
     settings: Settings = None,
@@ -38,6 +41,9 @@ def shard(
     part: Annotated[
         str | None, typer.Option(metavar="I/N", help="Tokenise one of N parts, I from 0 to N-1, and leave the rest.")
     ] = None,
+    submit: Annotated[bool, typer.Option("--submit", help="Do it as jobs on SLURM, the parts side by side.")] = False,
+    cluster: Annotated[Path | None, typer.Option(help="With --submit: the cluster's profile.")] = None,
+    parts: Annotated[int | None, typer.Option(min=1, help="With --submit: jobs side by side; by default 8.")] = None,
 ) -> None:
     """Turn raw text into token shards. A killed build goes on where it stopped.
 
@@ -52,6 +58,11 @@ def shard(
         from llmtrain.config import load_config
         from llmtrain.config.load import split_settings
 
+        if submit:
+            from launcher.slurm.command import act_shards
+
+            act_shards(settings or [], cluster, parts)
+            return
         job = choose_job(only, part, force, show)
         file, overrides = split_settings(settings or [])
         config, _ = load_config(file, overrides)
@@ -128,97 +139,11 @@ def export(
     become("llmtrain.export", *given, "--", str(checkpoint), str(to))
 
 
-@app.command(epilog="Example: `llmtrain run configs/gpt2.yaml --gpus 8 strategy.kind=zero2`")
-def run(
-    settings: Settings = None,
-    gpus: Annotated[int | None, typer.Option(min=0, help="One rank each; by default all. 0: the CPU.")] = None,
-    ranks: Annotated[int | None, typer.Option(min=1, help="Processes on the CPU.")] = None,
-    max_restarts: Annotated[
-        int, typer.Option(min=0, help="After crashes in a row that brought no new checkpoint.")
-    ] = 3,
-    hang_after: Annotated[
-        float, typer.Option(min=0, help="Seconds without progress after which a rank counts as hanging; 0: never.")
-    ] = 600.0,
-) -> None:
-    """Train on this machine: one process, or torchrun with one for each GPU. After a crash it starts again.
-
-    A rank that stands still is found, named, and started again with the others; the Python stacks of all are kept.
-
-    Ctrl-C saves and stops (exit code 75, the same command goes on); a second one leaves at once.
-    """
-    with exit_with_code():
-        from launcher.one_machine import train_here
-        from launcher.supervisor import Rules
-        from launcher.torchrun import Start, check
-
-        count, device = check(gpus, ranks)
-        raise typer.Exit(train_here(Start(settings or [], count, device), Rules(max_restarts, hang_after)))
-
-
-@app.command(
+app.command(epilog="Example: `llmtrain run configs/gpt2.yaml --gpus 8 strategy.kind=zero2`")(run)
+app.command(
     epilog="Example: `llmtrain submit configs/gpt2.yaml --cluster configs/clusters/mine.yaml --nodes 4 --time 48:00:00`"
-)
-def submit(
-    settings: Settings = None,
-    cluster: Annotated[
-        Path | None, typer.Option(help="The cluster's profile; 'llmtrain doctor --cluster' drafts one.")
-    ] = None,
-    nodes: Annotated[int, typer.Option(min=1, help="Machines.")] = 1,
-    gpus_per_node: Annotated[
-        int | None, typer.Option(min=0, help="One rank each; by default as many as the profile says a node has.")
-    ] = None,
-    ranks_per_node: Annotated[
-        int | None, typer.Option(min=1, help="Processes on each node, where it has no GPUs.")
-    ] = None,
-    time: Annotated[str, typer.Option(help="Limit, e.g. 24:00:00; by default the profile's. The run comes back.")] = "",
-    after: Annotated[str, typer.Option(help="Begin when this job has ended well; or a dependency: afterany:123.")] = "",
-    sweep: Annotated[
-        list[str] | None, typer.Option(help="section.key=value,value: one run for each; several: all combinations.")
-    ] = None,
-    service_job: Annotated[
-        bool, typer.Option("--service-job", help="The checkpoint service in a job of its own (profile: service).")
-    ] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the batch script, and submit nothing.")] = False,
-    plain: Annotated[bool, typer.Option("--plain", help="With --dry-run: a script for sbatch itself.")] = False,
-    max_restarts: Annotated[
-        int, typer.Option(min=0, help="After crashes in a row that brought no new checkpoint.")
-    ] = 3,
-    hang_after: Annotated[
-        float, typer.Option(min=0, help="Seconds without progress after which a rank counts as hanging; 0: never.")
-    ] = 600.0,
-) -> None:
-    """Train on SLURM. What can be known to fail is checked first; a job that is preempted comes back by itself.
-
-    Before preemption and before the time limit the run saves, is queued again, and goes on from there; `llmtrain
-    status`, `logs` and `stop` know it by its run folder. The configuration is kept as it is now.
-    """
-    with exit_with_code():
-        from launcher.slurm.command import Wishes, act
-
-        wishes = Wishes(
-            settings or [], cluster, nodes, gpus_per_node, ranks_per_node, time, after, sweep or [], service_job,
-            max_restarts, hang_after,
-        )  # fmt: skip
-        act(wishes, dry_run, plain)
-
-
-@app.command(hidden=True)
-def node(
-    settings: Settings = None,
-    ranks: Annotated[int, typer.Option(min=1, help="On each node.")] = 1,
-    device: Annotated[str | None, typer.Option(help="cuda where GPUs were asked for.")] = None,
-    max_restarts: Annotated[int, typer.Option(min=0)] = 3,
-    hang_after: Annotated[float, typer.Option(min=0)] = 600.0,
-    lead: Annotated[float, typer.Option(min=0, help="Save so many seconds before the time limit.")] = 120.0,
-    requeue: Annotated[bool, typer.Option(help="Ask for another turn after a stop by SLURM.")] = True,
-) -> None:
-    """One node's part of a SLURM job: what the scripts in slurm/ start with srun."""
-    with exit_with_code():
-        from launcher.slurm.node import keep_going, requeue_with_scontrol
-        from launcher.supervisor import Rules
-
-        rules = Rules(max_restarts, hang_after, lead_s=lead)
-        raise typer.Exit(keep_going(settings or [], ranks, device, rules, requeue_with_scontrol, requeue))
+)(submit)
+app.command(hidden=True)(node)
 
 
 @app.command(epilog="Example: `llmtrain generate $(llmtrain checkpoints runs/stdlib-gpt best)`")
@@ -316,43 +241,10 @@ def stop(
             raise typer.Exit(130) from None
 
 
-@app.command(epilog="Example: `llmtrain report runs/stdlib-gpt`")
-def report(
-    run: Annotated[Path, typer.Argument(help="A run folder.")],
-    quiet: Annotated[bool, typer.Option("--quiet", help="Do not print where the page is.")] = False,
-) -> None:
-    """Write a page about a run, RUN/report/index.html: is it done, which checkpoint to use, does it overfit.
-
-    One file that stands alone, for any browser, with its figures as PNG beside it. Training writes it at its end;
-    write it again at any time, also while a run goes on.
-    """
-    with exit_with_code():
-        from launcher.report.page import write_report
-        from llmtrain.rundir import RunDir
-
-        page = write_report(RunDir(run))
-        if not quiet:
-            typer.echo(page)
-
-
-@app.command(epilog="Example: `llmtrain compare runs/a runs/b`; all runs in a folder: `llmtrain compare runs/sweep`")
-def compare(
-    runs: Annotated[list[Path] | None, typer.Argument(help="Runs, or folders of runs; by default ./runs.")] = None,
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="The page; by default compare.html beside the first run.")
-    ] = None,
-) -> None:
-    """Rank runs by their best checkpoints, with intervals between them, and show which settings differ.
-
-    Prints the ranking and writes a page with the curves over each other. Where the runs' data or tokenizers differ it
-    says so and compares bits per byte, not losses.
-    """
-    with exit_with_code():
-        from rich.console import Console
-
-        from launcher.report.compare import compare as show_comparison
-
-        show_comparison(runs or [], output, Console())
+app.command(epilog="Example: `llmtrain report runs/stdlib-gpt`")(report)
+app.command(epilog="Example: `llmtrain compare runs/a runs/b`; all runs in a folder: `llmtrain compare runs/sweep`")(
+    compare
+)
 
 
 def become(module: str, *arguments: str) -> None:

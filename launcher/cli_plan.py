@@ -33,6 +33,9 @@ def plan(
     gpus_per_node: Annotated[
         int | None, typer.Option(min=0, help="On each node, one rank each; by default all that the profile says.")
     ] = None,
+    ranks_per_node: Annotated[
+        int | None, typer.Option(min=1, help="Processes on each node, where it has no GPUs.")
+    ] = None,
     cluster: Annotated[Path | None, typer.Option(help="A cluster's profile: the batch script is shown too.")] = None,
     time: Annotated[str | None, typer.Option(help="Time limit of a job; by default the profile's.")] = None,
     tokens_per_s: Annotated[
@@ -48,16 +51,19 @@ def plan(
         from rich.console import Console
 
         from launcher.plan import Told, show
-        from launcher.plan_job import Wishes, find_job, machine_for, train_seconds
+        from launcher.plan_job import Wishes, find_job, machine_for, script_for, train_seconds
         from llmtrain.config import load_config
         from llmtrain.config.load import split_settings
 
         config, origins = load_config(*split_settings(settings or []))
-        wishes = Wishes(gpus, nodes, gpus_per_node, cluster, time)
+        wishes = Wishes(gpus, nodes, gpus_per_node, ranks_per_node, cluster, time)
         job = find_job(wishes)
         machine = machine_for(wishes, job, gpu_memory, device)
         told = Told(vocab_size, samples, base_config, tokens_per_s, train_seconds(wishes, job))
-        if not show(config, origins, machine, told, Console()):
+        fits = show(config, origins, machine, told, Console())
+        if job is not None:
+            typer.echo(f"\n{script_for(settings or [], job)}", nl=False)
+        if not fits:
             raise typer.Exit(3)
 
 

@@ -44,6 +44,11 @@ def _holds_no_secret(text: str) -> str:
     return text
 
 
+def _expanded(text: str) -> str:
+    """With ~ and variables filled in, as they are where the job is submitted: in a script they stand in quotes."""
+    return os.path.expandvars(f"{Path.home()}{text[1:]}" if text == "~" or text.startswith("~/") else text)
+
+
 def _is_variable(name: str) -> str:
     if not re.fullmatch(r"[A-Za-z_]\w*", name):
         raise ValueError("is no name for a variable: letters, digits and _ only")
@@ -64,6 +69,7 @@ def _is_option(name: str) -> str:
 
 Word = Annotated[str, Field(pattern=r"^\S+$")]
 Line = Annotated[str, Field(pattern=r"^[^\n]+$"), AfterValidator(_holds_no_secret)]
+Location = Annotated[Line, AfterValidator(_expanded)]
 Value = Annotated[str, BeforeValidator(_number_as_text), Field(pattern=r"^[^\n]*$"), AfterValidator(_holds_no_secret)]
 Limit = Annotated[str, BeforeValidator(_number_as_text), AfterValidator(_is_limit)]
 Memory = Annotated[str, BeforeValidator(_number_as_text), Field(pattern=r"^\d+[KMGTkmgt]?$")]
@@ -125,17 +131,17 @@ class Profile(Section):
     """When to send one (sbatch --mail-type)."""
     modules: list[Word] = []
     """Environment modules to load, in order."""
-    venv: Line | None = None
-    """A virtual environment to activate, on a file system that all nodes see."""
-    container: Line | None = None
+    venv: Location | None = None
+    """A virtual environment to activate, which all nodes see. In paths ~ and $VARIABLES are filled in."""
+    container: Location | None = None
     """Image to run in (`srun --container-image`, which Pyxis and others give)."""
-    container_mounts: list[Line] = []
+    container_mounts: list[Location] = []
     """Folders that the container sees, "outside:inside"."""
-    python: Line | None = None
+    python: Location | None = None
     """The Python that runs; by default `python` of the venv or the container, else the one that submits."""
     environment: dict[Variable, Value] = {}
     """Variables of the job. Access tokens are refused: the Hub's own login is used."""
-    shared: list[Line] = []
+    shared: list[Location] = []
     """Folders that all nodes see, e.g. /scratch/$USER; run folders and shards must lie below one of them. Without any,
     the kind of file system decides."""
     setup: list[Line] = []
@@ -151,7 +157,7 @@ class Profile(Section):
     @classmethod
     def _from_the_root(cls, shared: list[str]) -> list[str]:
         for folder in shared:
-            if not Path(_expanded(folder)).is_absolute():
+            if not Path(folder).is_absolute():
                 raise ValueError(f"{folder!r} must start at the root: nodes do not know where you stand")
         return shared
 
@@ -181,18 +187,13 @@ class Profile(Section):
         return float(int(self.mem.rstrip("KMGTkmgt")) * 1024 ** ("KMGT".index(unit) + 1))
 
     def shared_folders(self) -> list[Path]:
-        """`shared`, with ~ and variables filled in."""
-        return [Path(_expanded(folder)) for folder in self.shared]
+        return [Path(folder) for folder in self.shared]
 
     def python_command(self) -> list[str]:
         """What starts Python on the nodes, outside a container."""
         if self.python is not None:
-            return [_expanded(word) for word in shlex.split(self.python)]
-        return [sys.executable] if self.venv is None else [f"{_expanded(self.venv)}/bin/python"]
-
-
-def _expanded(folder: str) -> str:
-    return os.path.expandvars(Path(folder).expanduser())
+            return shlex.split(self.python)
+        return [sys.executable] if self.venv is None else [f"{self.venv}/bin/python"]
 
 
 def load_profile(path: str | Path) -> Profile:

@@ -89,6 +89,10 @@ class JobDir:
         """Of one start of a job: SLURM counts the restarts."""
         return self.path / f"start-{job_id}-{restart}"
 
+    def starts(self) -> list[Path]:
+        """Of all jobs."""
+        return list(self.path.glob("start-*"))
+
 
 def job_dirs(folder: Path) -> list[JobDir]:
     """All that were written down in a folder of runs (DIR), and in the folders of runs right below it (sweeps).

@@ -147,8 +147,7 @@ def _of_rank(run: RunDir, rank: int) -> Path:
 
 def _rank_folders(run: RunDir) -> list[Path]:
     jobs = JobDir.of(run)
-    starts = [start for record in jobs.records() for start in jobs.folder(record.job_id).glob("start-*")]
-    return [folder / "ranks" for folder in (*starts, jobs.path / "local")]
+    return [folder / "ranks" for folder in (*jobs.starts(), jobs.path / "local")]
 
 
 def _rank_logs(folder: Path) -> dict[int, Path]:

@@ -11,9 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from launcher import display, forecast
-from launcher.cluster import Profile
 from launcher.sizes import find_sizes
-from launcher.slurm.limits import Request
 from llmtrain import recipe, shards
 from llmtrain.batches import BatchPlan, plan_batches
 from llmtrain.config.load import Origins
@@ -23,7 +21,7 @@ from llmtrain.memory import Device, Part, Sizes
 from llmtrain.shards import ShardManifest
 
 KINDS = {"ddp": "DDP", "zero2": "ZeRO-2"}
-_GB = 1e9
+GB = 1e9
 _SPARE = 0.95
 """Of a GPU's memory; allocators lose some of the rest to fragmentation."""
 
@@ -41,29 +39,14 @@ def find_machine(gpus: int, gpu_memory_gb: float | None, device: str) -> Machine
     """The GPUs that were described, or that are here; without any, this machine's CPU."""
     if device == "cpu" or (device == "auto" and gpu_memory_gb is None and _gpu_memory() is None):
         total = float(psutil.virtual_memory().total)
-        return Machine("cpu", gpus, total / gpus, f"{total / _GB:.0f} GB of host memory, {_ranks(gpus)}")
-    size = gpu_memory_gb * _GB if gpu_memory_gb is not None else _gpu_memory()
+        return Machine("cpu", gpus, total / gpus, f"{total / GB:.0f} GB of host memory, {num_ranks(gpus)}")
+    size = gpu_memory_gb * GB if gpu_memory_gb is not None else _gpu_memory()
     if size is None:
         raise ConfigError(["there is no GPU on this machine to ask: give --gpu-memory in GB, or --device cpu"])
-    return Machine("cuda", gpus, size, f"{gpus} GPU{'s' * (gpus > 1)} with {size / _GB:.0f} GB")
+    return Machine("cuda", gpus, size, f"{gpus} GPU{'s' * (gpus > 1)} with {size / GB:.0f} GB")
 
 
-def find_nodes(profile: Profile, request: Request, gpu_memory_gb: float | None) -> Machine:
-    """What a job gets of a cluster, which is not asked."""
-    ranks = request.nodes * request.ranks_per_node
-    nodes = "1 node" if request.nodes == 1 else f"{request.nodes} nodes"
-    if not request.gpus_per_node:
-        size = None if profile.mem_bytes is None else profile.mem_bytes / request.ranks_per_node
-        memory = "memory not known" if profile.mem_bytes is None else display.size(profile.mem_bytes)
-        return Machine("cpu", ranks, size, f"{nodes} with {memory}, {_ranks(ranks)}")
-    gigabytes = gpu_memory_gb or profile.gpu_memory_gb
-    gpus = "1 GPU" if request.gpus_per_node == 1 else f"{request.gpus_per_node} GPUs"
-    if gigabytes is None:
-        return Machine("cuda", ranks, None, f"{nodes} with {gpus} of unknown size")
-    return Machine("cuda", ranks, gigabytes * _GB, f"{nodes} with {gpus} of {gigabytes:g} GB")
-
-
-def _ranks(count: int) -> str:
+def num_ranks(count: int) -> str:
     return "1 rank" if count == 1 else f"{count} ranks"
 
 
@@ -200,7 +183,7 @@ def show(config: RunConfig, origins: Origins, machine: Machine, told: Told, cons
     say("data", data)
     say(
         "batch",
-        f"{plan.global_batch_size} rows = {_ranks(machine.ranks)} x {plan.micro_batch_size} x {plan.accumulation}",
+        f"{plan.global_batch_size} rows = {num_ranks(machine.ranks)} x {plan.micro_batch_size} x {plan.accumulation}",
     )
     if rows is None and config.train.epochs is not None:
         say("steps", f"{config.train.epochs:g} epochs; the number is known once 'llmtrain shard' has run")
@@ -215,7 +198,7 @@ def show(config: RunConfig, origins: Origins, machine: Machine, told: Told, cons
     if machine.memory_bytes is None:
         say("fits?", "give --gpu-memory, or gpu_memory_gb in the cluster's profile, to know")
         return True
-    taken = f"takes {chosen.total / _GB:.2f} of {machine.memory_bytes / _GB:.1f} GB"
+    taken = f"takes {chosen.total / GB:.2f} of {machine.memory_bytes / GB:.1f} GB"
     if fits(chosen, machine):
         say("fits", f"{KINDS[chosen.kind]} {taken}")
         return True
@@ -265,11 +248,11 @@ def _table(outlooks: list[Outlook], machine: Machine) -> Table:
     table.add_column("", footer="total")
     for o in outlooks:
         good = fits(o, machine)
-        footer = f"[green]{o.total / _GB:.2f}[/green]" if good else f"[red]{o.total / _GB:.2f}, too large[/red]"
+        footer = f"[green]{o.total / GB:.2f}[/green]" if good else f"[red]{o.total / GB:.2f}, too large[/red]"
         table.add_column(KINDS[o.kind], footer=footer, justify="right")
     table.add_column("", style="dim", overflow="fold")
     for name in names:
         parts = [next((p for p in o.parts if p.name == name), Part(name, 0)) for o in outlooks]
         notes = [parts[0].note] if parts[0].note == parts[1].note else [parts[0].note, f"ZeRO-2: {parts[1].note}"]
-        table.add_row(name, *(f"{part.size_bytes / _GB:.2f}" for part in parts), "; ".join(notes))
+        table.add_row(name, *(f"{part.size_bytes / GB:.2f}" for part in parts), "; ".join(notes))
     return table

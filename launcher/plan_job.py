@@ -1,13 +1,18 @@
 """What the command line of `llmtrain plan` means: this machine, nodes of some kind, or a job on a cluster."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from launcher.cluster import Profile, load_profile
-from launcher.plan import Machine, find_machine, find_nodes
+from launcher import display
+from launcher.plan import GB, Machine, find_machine, num_ranks
 from launcher.slurm.client import seconds
-from launcher.slurm.limits import Request
 from llmtrain.errors import ConfigError
+
+if TYPE_CHECKING:
+    from launcher.slurm.submit import Order
 
 _SIGNAL_S = 120.0
 """Where no profile tells how long before its limit a job saves."""
@@ -17,35 +22,23 @@ _SIGNAL_S = 120.0
 class Wishes:
     """As given on the command line; None: not given."""
 
-    gpus: int | None
-    nodes: int | None
-    gpus_per_node: int | None
-    cluster: Path | None
-    time: str | None
+    gpus: int | None = None
+    nodes: int | None = None
+    gpus_per_node: int | None = None
+    ranks_per_node: int | None = None
+    cluster: Path | None = None
+    time: str | None = None
 
 
-@dataclass(frozen=True)
-class Job:
-    """What would be queued."""
-
-    profile: Profile
-    request: Request
-
-    @property
-    def train_s(self) -> float | None:
-        """How long it trains until it has to save."""
-        limit_s = seconds(self.request.time or self.profile.time)
-        return None if limit_s is None else max(1.0, limit_s - self.profile.signal_s)
-
-
-def find_job(wishes: Wishes) -> Job | None:
-    """On the cluster that is named; None where none is.
+def find_job(wishes: Wishes) -> Order | None:
+    """What `llmtrain submit` would queue on the cluster that is named; None where none is.
 
     Raises:
         ConfigError: the profile is wrong, or the wishes contradict each other.
     """
     problems: list[str] = []
-    if wishes.gpus is not None and (wishes.nodes is not None or wishes.gpus_per_node is not None or wishes.cluster):
+    others = (wishes.nodes, wishes.gpus_per_node, wishes.ranks_per_node, wishes.cluster)
+    if wishes.gpus is not None and any(other is not None for other in others):
         problems.append("--gpus is for one machine: for others give --nodes and --gpus-per-node")
     if wishes.time is not None:
         try:
@@ -56,26 +49,56 @@ def find_job(wishes: Wishes) -> Job | None:
         raise ConfigError(problems)
     if wishes.cluster is None:
         return None
-    profile = load_profile(wishes.cluster)
-    gpus = profile.gpus_per_node if wishes.gpus_per_node is None else wishes.gpus_per_node
-    return Job(profile, Request(wishes.nodes or 1, gpus, max(1, gpus), wishes.time))
+    from launcher.slurm import command
+
+    return command.order_of(
+        command.Wishes(
+            words=[], cluster=wishes.cluster, nodes=wishes.nodes or 1, gpus_per_node=wishes.gpus_per_node,
+            ranks_per_node=wishes.ranks_per_node, time=wishes.time or "", after="", sweep=[], service_job=False,
+            max_restarts=3, hang_s=600.0,
+        )
+    )  # fmt: skip
 
 
-def machine_for(wishes: Wishes, job: Job | None, gpu_memory_gb: float | None, device: str) -> Machine:
+def machine_for(wishes: Wishes, job: Order | None, gpu_memory_gb: float | None, device: str) -> Machine:
     """What the run would have: of a job what its profile says, else GPUs like those here, or as they are described.
 
     Raises:
         ConfigError: there is no GPU here to go by, and none is described.
     """
     if job is not None:
-        return find_nodes(job.profile, job.request, gpu_memory_gb)
-    ranks = wishes.gpus or (wishes.nodes or 1) * max(1, wishes.gpus_per_node or 1)
-    return find_machine(ranks, gpu_memory_gb, "cpu" if wishes.gpus_per_node == 0 else device)
+        return find_nodes(job, gpu_memory_gb)
+    each = wishes.gpus_per_node or wishes.ranks_per_node or 1
+    on_cpu = wishes.gpus_per_node == 0 or wishes.ranks_per_node is not None
+    return find_machine(wishes.gpus or (wishes.nodes or 1) * each, gpu_memory_gb, "cpu" if on_cpu else device)
 
 
-def train_seconds(wishes: Wishes, job: Job | None) -> float | None:
+def find_nodes(job: Order, gpu_memory_gb: float | None) -> Machine:
+    """What a job gets of a cluster, which is not asked."""
+    profile, asked = job.profile, job.request
+    ranks = asked.nodes * asked.ranks_per_node
+    nodes = "1 node" if asked.nodes == 1 else f"{asked.nodes} nodes"
+    if not asked.gpus_per_node:
+        size = None if profile.mem_bytes is None else profile.mem_bytes / asked.ranks_per_node
+        memory = "unknown memory" if profile.mem_bytes is None else display.size(profile.mem_bytes)
+        return Machine("cpu", ranks, size, f"{nodes} with {memory}, {num_ranks(ranks)}")
+    gigabytes = gpu_memory_gb or profile.gpu_memory_gb
+    gpus = "1 GPU" if asked.gpus_per_node == 1 else f"{asked.gpus_per_node} GPUs"
+    if gigabytes is None:
+        return Machine("cuda", ranks, None, f"{nodes} with {gpus} of unknown size")
+    return Machine("cuda", ranks, gigabytes * GB, f"{nodes} with {gpus} of {gigabytes:g} GB")
+
+
+def train_seconds(wishes: Wishes, job: Order | None) -> float | None:
     """How long one job trains until it has to save; None without a limit."""
-    if job is not None:
-        return job.train_s
-    limit_s = None if wishes.time is None else seconds(wishes.time)
-    return None if limit_s is None else max(1.0, limit_s - _SIGNAL_S)
+    time = wishes.time or (job.profile.time if job is not None else None)
+    limit_s = None if time is None else seconds(time)
+    lead_s = _SIGNAL_S if job is None else job.profile.signal_s
+    return None if limit_s is None else max(1.0, limit_s - lead_s)
+
+
+def script_for(words: list[str], job: Order) -> str:
+    """The batch script that `llmtrain submit` would queue."""
+    from launcher.slurm import submit
+
+    return submit.preview(words, job, sweep=[])

@@ -12,16 +12,18 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from launcher import display, environment, forecast
-from launcher.cluster import Profile
 from launcher.findings import Finding, doubtful, fine, wrong
 from launcher.places import can_write, check_place, nearest_existing
 from launcher.sharding.sources import list_units
 from launcher.sizes import find_sizes
 from launcher.slurm import client
-from launcher.slurm.limits import Request, check_limits
+from launcher.slurm.batch import JobSpec
+from launcher.slurm.limits import check_limits
 from launcher.slurm.partitions import partitions
 from llmtrain import recipe, shards
 from llmtrain.batches import BatchPlan, plan_batches
@@ -36,49 +38,35 @@ _HUB_S = 60.0
 _NO_PROGRESS = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
 
 
-def check(
-    config: RunConfig,
-    origins: Origins,
-    profile: Profile,
-    request: Request,
-    script: str,
-    sbatch: list[str] | None = None,
-) -> list[Finding]:
+def check(configs: Sequence[RunConfig], origins: Origins, spec: JobSpec, script: str) -> list[Finding]:
     """Everything that was looked at, in the order in which a person would.
 
     Args:
+        configs: of one run, or of each run of a sweep.
         script: what would be given to sbatch.
-        sbatch: further options that it would be given.
     """
-    run = RunDir(Path(config.run.dir) / config.run.name)
-    data, built = _check_data(config, profile, request)
-    batch, plan = _check_batch(config, origins, request, built)
-    try:
-        folder = [*_check_run(config, origins, run, profile, request), *_check_disk(config, run, plan, built)]
-    except OSError as error:
-        folder = [wrong("run folder", f"{error.filename or run.path}: cannot be read ({error.strerror})")]
-    return [
-        *_check_slurm(profile, request, script, sbatch or []),
-        *data,
-        *batch,
-        *folder,
-        *check_python(config, profile, request),
-        *check_hub(config, run),
-    ]
+    found = [*check_queue(spec, script)]
+    for config in configs:
+        found += check_run(config, origins, spec)
+    found += check_python(configs[0], spec)
+    for config in configs:
+        found += check_hub(config, _run_of(config))
+    return list(dict.fromkeys(found))  # runs of a sweep have most in common
 
 
-def _check_slurm(profile: Profile, request: Request, script: str, options: list[str]) -> list[Finding]:
+def check_queue(spec: JobSpec, script: str) -> list[Finding]:
+    """What SLURM says of a job, of any kind."""
     if not client.is_here():
         return [wrong("SLURM", "sbatch: not found; is this a login node of a SLURM cluster?")]
     try:
-        found = check_limits(request, profile, partitions())
+        found = check_limits(spec, partitions())
     except SlurmError as error:
         return [wrong("SLURM", str(error))]
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch) / "job.sbatch"
         file.write_text(script, encoding="utf-8")
         try:
-            client.call(["sbatch", "--test-only", *options, str(file)])
+            client.call(["sbatch", "--test-only", str(file)])
         except SlurmError as error:
             # It also refuses what would only have to wait: nodes that are down at the moment.
             waits = any(finding.what == "nodes" and finding.severity == "warning" for finding in found)
@@ -86,10 +74,39 @@ def _check_slurm(profile: Profile, request: Request, script: str, options: list[
     return [*found, fine("sbatch", "takes the script (--test-only)")]
 
 
-def _check_data(config: RunConfig, profile: Profile, request: Request) -> tuple[list[Finding], ShardManifest | None]:
-    """Finished shards, or what they would be built from at the beginning of the job."""
+def check_side(name: str, spec: JobSpec, script: str) -> list[Finding]:
+    """A job beside training: the same of SLURM, under its name."""
+    return [replace(found, what=f"{name}: {found.what}") for found in check_queue(spec, script)]
+
+
+def check_shard_job(config: RunConfig, spec: JobSpec, script: str) -> list[Finding]:
+    """What building shards in jobs of its own needs."""
+    data, built = _check_data(config, spec, builds=True)
+    if built is not None:
+        data.append(doubtful("shards", "they are built already: the jobs find nothing to do"))
+    return [*check_queue(spec, script), *data, *check_python(None, spec)]
+
+
+def check_run(config: RunConfig, origins: Origins, spec: JobSpec) -> list[Finding]:
+    """What is each run's own: its data, its batch, its folder."""
+    run = _run_of(config)
+    data, built = _check_data(config, spec)
+    batch, plan = _check_batch(config, origins, spec, built)
+    try:
+        folder = [*_check_folder(config, origins, run, spec), *_check_disk(config, run, plan, built)]
+    except OSError as error:
+        folder = [wrong("run folder", f"{error.filename or run.path}: cannot be read ({error.strerror})")]
+    return [*data, *batch, *folder]
+
+
+def _run_of(config: RunConfig) -> RunDir:
+    return RunDir(Path(config.run.dir) / config.run.name)
+
+
+def _check_data(config: RunConfig, spec: JobSpec, builds: bool = False) -> tuple[list[Finding], ShardManifest | None]:
+    """Finished shards, or what they would be built from: by this job, by one before it, or by training itself."""
     folder = recipe.shard_folder(config)
-    shared = profile.shared_folders()
+    shared = spec.profile.shared_folders()
     try:
         if shards.exists(folder):
             opened = shards.open_folder(folder, "size")
@@ -98,7 +115,7 @@ def _check_data(config: RunConfig, profile: Profile, request: Request) -> tuple[
                 for shard in split.shards:
                     with (folder / shard.file).open("rb") as file:
                         file.read(1)
-            return [check_place("shards", folder, shared, request.nodes)], opened.manifest
+            return [check_place("shards", folder, shared, spec.nodes)], opened.manifest
         # To list a data set of the Hub is to download it.
         read: list[Source] = [source for source in config.data.sources if source.kind != "huggingface"]
         size = sum(unit.size_bytes for unit in list_units(read, config.data.format))
@@ -108,11 +125,17 @@ def _check_data(config: RunConfig, profile: Profile, request: Request) -> tuple[
         return [wrong("shards", str(error))], None
     except OSError as error:
         return [wrong("shards", f"{error.filename or folder}: cannot be read ({error.strerror})")], None
-    told = f"none yet in {folder}: the job builds them first, from {display.size(size)}; on GPU nodes that is a waste: "
+    told = f"none yet in {folder}; their sources have {display.size(size)}"
+    if builds:
+        state = fine("shards", told)
+    elif spec.after:
+        state = fine("shards", f"{told}; this job waits for another ({spec.after}) that may build them")
+    else:
+        state = doubtful("shards", f"{told}: the job builds them first; 'llmtrain shard --submit' does it beforehand")
     return [
-        doubtful("shards", told + "'llmtrain shard --submit' does it beforehand"),
-        check_place("shards", folder, shared, request.nodes),
-        *_check_sources(config, shared, request.nodes),
+        state,
+        check_place("shards", folder, shared, spec.nodes),
+        *_check_sources(config, shared, spec.nodes),
     ], None
 
 
@@ -125,9 +148,9 @@ def _check_sources(config: RunConfig, shared: list[Path], nodes: int) -> list[Fi
 
 
 def _check_batch(
-    config: RunConfig, origins: Origins, request: Request, built: ShardManifest | None
+    config: RunConfig, origins: Origins, spec: JobSpec, built: ShardManifest | None
 ) -> tuple[list[Finding], BatchPlan | None]:
-    ranks = request.nodes * request.ranks_per_node
+    ranks = spec.nodes * spec.ranks_per_node
     try:
         plan = plan_batches(config, origins, ranks, built.splits["train"].rows if built else 2**62)
     except ConfigError as error:
@@ -138,8 +161,8 @@ def _check_batch(
     return [fine("batch", told)], plan
 
 
-def _check_run(config: RunConfig, origins: Origins, run: RunDir, profile: Profile, request: Request) -> list[Finding]:
-    found = [check_place("run folder", run.path, profile.shared_folders(), request.nodes)]
+def _check_folder(config: RunConfig, origins: Origins, run: RunDir, spec: JobSpec) -> list[Finding]:
+    found = [check_place("run folder", run.path, spec.profile.shared_folders(), spec.nodes)]
     if not can_write(run.path):
         found.append(wrong("run folder", f"you may not write to {nearest_existing(run.path)}"))
     if config.run.resume == "never":
@@ -179,8 +202,13 @@ def _check_disk(config: RunConfig, run: RunDir, plan: BatchPlan | None, built: S
     return [fine("disk", f"{told}; {display.size(free)} are free (a quota may be less)")]
 
 
-def check_python(config: RunConfig, profile: Profile, request: Request) -> list[Finding]:
-    """What the job's Python has; of a container, and of one that modules bring, that cannot be told from here."""
+def check_python(config: RunConfig | None, spec: JobSpec) -> list[Finding]:
+    """What the job's Python has; of a container, and of one that modules bring, that cannot be told from here.
+
+    Args:
+        config: of a run; None where torch does not matter.
+    """
+    profile = spec.profile
     if profile.container is not None:
         return [fine("Python", f"comes with {profile.container}: not looked into")]
     python = profile.python_command()
@@ -196,24 +224,24 @@ def check_python(config: RunConfig, profile: Profile, request: Request) -> list[
         said.append(doubtful("Python", f"{place.message}, or be sure that each node has it"))
     if not found.has_llmtrain:
         said.append(wrong("Python", f"{' '.join(python)} has no llmtrain: install it there"))
-    return [*said, *_check_torch(config, request, found, " ".join(python))]
+    return said if config is None else [*said, *_check_torch(config, spec, found, " ".join(python))]
 
 
-def _check_torch(config: RunConfig, request: Request, found: environment.Environment, python: str) -> list[Finding]:
+def _check_torch(config: RunConfig, spec: JobSpec, found: environment.Environment, python: str) -> list[Finding]:
     if found.torch is None:
         return [wrong("torch", f"{python} has none: install it there")]
     built_for = found.torch.accelerator or "CPUs alone"
     told = f"{found.torch.version} for {built_for}, Python {found.version}"
     if config.train.device == "cpu":
-        waste = request.gpus_per_node > 0
+        waste = spec.gpus_per_node > 0
         note = "; train.device=cpu leaves the GPUs unused" if waste else ""
         return [Finding("torch", told + note, "warning" if waste else "ok")]
-    if request.gpus_per_node and found.torch.accelerator is None:
+    if spec.gpus_per_node and found.torch.accelerator is None:
         return [wrong("torch", f"{told} ({python}): it cannot use the GPUs that are asked for")]
-    if config.train.device == "cuda" and not request.gpus_per_node:
+    if config.train.device == "cuda" and not spec.gpus_per_node:
         return [wrong("torch", f"{told}; train.device=cuda, and no GPUs are asked for")]
-    if request.gpus_per_node and request.ranks_per_node > request.gpus_per_node:
-        per = f"{request.ranks_per_node} ranks for {request.gpus_per_node} GPUs on a node"
+    if spec.gpus_per_node and spec.ranks_per_node > spec.gpus_per_node:
+        per = f"{spec.ranks_per_node} ranks for {spec.gpus_per_node} GPUs on a node"
         return [wrong("torch", f"{told}; {per}: one rank for each GPU")]
     return [fine("torch", told)]
 

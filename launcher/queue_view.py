@@ -10,7 +10,7 @@ from launcher.display import duration, one_line, when
 from launcher.jobs import JobDir, JobRecord, Kind, job_dirs
 from launcher.slurm import client
 from launcher.slurm.client import Queued
-from llmtrain.errors import SlurmError
+from llmtrain.errors import EXIT_REQUEUE, SlurmError
 from llmtrain.rundir import RunDir
 
 _KINDS: tuple[Kind, ...] = ("train", "shard", "service")
@@ -49,6 +49,11 @@ class Job:
     """Until the time limit, if it is running."""
     starts: float | None
     """When SLURM expects to start it; seconds since 1970."""
+
+    @property
+    def was_stopped(self) -> bool:
+        """It saved and ended because it was asked to, which SLURM calls a failure."""
+        return self.kind == "train" and self.state == "FAILED" and self.reason == f"exit code {EXIT_REQUEUE}"
 
 
 @dataclass(frozen=True)
@@ -129,6 +134,8 @@ def describe(job: Job, problem: str | None) -> tuple[str, str]:
         if problem is not None:
             return f"{name}not known, because SLURM does not answer ({problem})", "yellow"
         return f"{name}over; SLURM has forgotten it (submitted {when(job.submitted)})", "dim"
+    if job.was_stopped:
+        return f"{name}saved and ended, as it was asked to", "dim"
     parts = [job.state.lower() + (f" on {one_line(job.nodes)}" if job.nodes else "")]
     if job.reason:
         parts.append(_REASONS.get(job.reason, one_line(job.reason)))
@@ -159,7 +166,7 @@ def word(jobs: Sequence[Job], problem: str | None, now: float) -> str:
 def failure(run: RunDir, jobs: Sequence[Job]) -> str | None:
     """What a person should look at: training's last job ended badly."""
     job = next((job for job in jobs if job.kind == "train"), None)
-    if job is None or job.state in (None, "COMPLETED", "CANCELLED") or not job.is_over:
+    if job is None or job.state in (None, "COMPLETED", "CANCELLED") or not job.is_over or job.was_stopped:
         return None
     written = outputs(run, job.job_id)
     seen = f"; its output: {written[-1]}" if written else ""

@@ -5,6 +5,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from launcher.base_config import read_facts
 from llmtrain import memory
 from llmtrain.base_facts import BaseFacts
 from llmtrain.config.data_sections import FolderTokenizer, TrainedTokenizer
@@ -25,7 +26,8 @@ class UnknownBase(UserError):
 
 
 def find_sizes(config: RunConfig, vocabulary: int | None, base: str | None, built: ShardManifest | None) -> Sizes:
-    """How large the configured model is. For a base, a process of the core's asks transformers (no weights are read).
+    """How large the configured model is. Of an unusual base a process of the core's asks transformers (no weights are
+    read).
 
     Raises:
         ConfigError: it would take a download to know.
@@ -34,6 +36,8 @@ def find_sizes(config: RunConfig, vocabulary: int | None, base: str | None, buil
     model = config.model
     if model.kind == "gpt":
         return memory.GPTSizes(model, vocab_size(config, vocabulary, built))
+    if (facts := read_facts(model, base)) is not None:
+        return LoraSizes(model, facts)
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch) / "config.yaml"
         file.write_text(resolved_yaml(config), encoding="utf-8")

@@ -141,13 +141,15 @@ def read_status(run: RunDir, queue: Queue | None = None) -> RunStatus:
     except UserError as error:
         problems.append(str(error))
     checkpoints = read_checkpoints(run)
-    service = _read_service(run, config)
+    # What a job did in its last minute does not count as a sign of life once SLURM says that it is over.
+    elsewhere = not any(job.kind == "train" and job.is_over for job in jobs)
+    service = _read_service(run, config, elsewhere or any(not job.is_over for job in jobs))
     if service.status is not None and service.status.problem is not None:
         problems.append(service.status.problem)
     if checkpoints.quarantined:
         found = ", ".join(map(str, checkpoints.quarantined))
         problems.append(f"in quarantine, because a file did not match its hash: step {found}")
-    training = read_training(run, config)
+    training = read_training(run, config, elsewhere)
     failure = queue_view.failure(run, jobs) if training.state in ("stopped", "not started") else None
     if failure is not None:
         problems.append(failure)
@@ -164,7 +166,8 @@ def read_status(run: RunDir, queue: Queue | None = None) -> RunStatus:
     )
 
 
-def read_training(run: RunDir, config: RunConfig | None) -> Training:
+def read_training(run: RunDir, config: RunConfig | None, elsewhere: bool = True) -> Training:
+    """`elsewhere`: whether it may be running on another machine."""
     last, evaluation = last_record(run.metrics), last_record(run.heldout)
     step = 0 if last is None else int(last["step"])
     total = None if config is None else total_steps(config, last)
@@ -172,7 +175,8 @@ def read_training(run: RunDir, config: RunConfig | None) -> Training:
     who = _holder(run.path)
     request = choose.stop_request(run)
     state: State = "stopped"
-    if run.is_training() or _is_at_work_elsewhere(who, written):
+    seen = elsewhere and _is_at_work_elsewhere(who, written) and not _is_summed_up(run, written)
+    if run.is_training() or seen:
         state = "running"
     elif last is None:
         state = "not started"
@@ -240,6 +244,11 @@ def _is_at_work_elsewhere(who: str | None, sign: float | None) -> bool:
     return who is not None and not who.endswith(f" on {here}") and sign is not None and time.time() - sign < _RECENT_S
 
 
+def _is_summed_up(run: RunDir, written: float | None) -> bool:
+    """Whether the run has ended since: the summary is written last."""
+    return written is not None and run.summary.exists() and run.summary.stat().st_mtime >= written
+
+
 def read_checkpoints(run: RunDir) -> Checkpoints:
     ranked = _ranking(run, _stamp(run))
     on_disk = run.checkpoint_steps()
@@ -270,10 +279,10 @@ def _stamp(run: RunDir) -> tuple[object, ...]:
     return (*((info.st_mtime_ns, info.st_size) for info in ledgers), *sorted(choose.identities(run).items()))
 
 
-def _read_service(run: RunDir, config: RunConfig | None) -> Service:
+def _read_service(run: RunDir, config: RunConfig | None, may_be_elsewhere: bool) -> Service:
     status = ledger.status(run)
     said_by = None if status is None else f"process {status.pid} on {status.host}"
-    elsewhere = status is not None and _is_at_work_elsewhere(said_by, status.time)
+    elsewhere = may_be_elsewhere and status is not None and _is_at_work_elsewhere(said_by, status.time)
     served = run.is_served()
     if served and _holder(run.service) != said_by:
         status = None  # of the one before

@@ -46,7 +46,7 @@ class Place:
 
 def command(start: Start, place: Place | None = None, again: bool = False) -> list[str]:
     """The process that trains on this node. `again`: never from the beginning, whatever run.resume says."""
-    words = [*start.words, *([f"train.device={start.device}"] if start.device else [])]
+    words = [*([f"train.device={start.device}"] if start.device else []), *start.words]
     if again:
         words.append("run.resume=auto")
     if start.ranks * start.num_nodes == 1:

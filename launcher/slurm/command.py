@@ -3,9 +3,12 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from rich.console import Console
+
 from launcher.cluster import load_profile
 from launcher.slurm import submit
-from launcher.slurm.submit import Request
+from launcher.slurm.limits import Request
+from launcher.slurm.submit import Order
 from llmtrain.errors import ConfigError
 
 
@@ -26,7 +29,7 @@ class Wishes:
     hang_s: float
 
 
-def request_of(wishes: Wishes) -> Request:
+def order_of(wishes: Wishes) -> Order:
     """Raises ConfigError where options contradict each other or the profile."""
     if wishes.cluster is None:
         raise ConfigError(
@@ -38,12 +41,9 @@ def request_of(wishes: Wishes) -> Request:
         gpus = 0 if wishes.ranks_per_node is not None else profile.gpus_per_node
     if gpus and wishes.ranks_per_node is not None:
         raise ConfigError(["--ranks-per-node is for nodes without GPUs: else there is one rank per GPU; leave it out"])
-    return Request(
+    return Order(
         profile=profile,
-        nodes=wishes.nodes,
-        gpus_per_node=gpus,
-        ranks_per_node=gpus or wishes.ranks_per_node or 1,
-        time=wishes.time,
+        request=Request(wishes.nodes, gpus, gpus or wishes.ranks_per_node or 1, wishes.time or None),
         after=wishes.after,
         max_restarts=wishes.max_restarts,
         hang_s=wishes.hang_s,
@@ -52,11 +52,11 @@ def request_of(wishes: Wishes) -> Request:
 
 def act(wishes: Wishes, dry_run: bool, plain: bool) -> None:
     """Show the script, or queue the job and say how to follow it."""
-    request = request_of(wishes)
+    order = order_of(wishes)
     if dry_run:
-        print(submit.preview(wishes.words, request, wishes.sweep, plain), end="")
+        print(submit.preview(wishes.words, order, wishes.sweep, plain), end="")
         return
-    records = submit.submit(wishes.words, request, wishes.sweep, wishes.service_job)
+    records = submit.submit(wishes.words, order, wishes.sweep, wishes.service_job, Console())
     runs = submit.plan_runs(wishes.words, wishes.sweep)
     for record in records:
         print(f"job {record.job_id}  {record.kind}")
@@ -64,3 +64,15 @@ def act(wishes: Wishes, dry_run: bool, plain: bool) -> None:
     print(f"follow it with: llmtrain status {folder}")
     if wishes.sweep:
         print(f"compare its {len(runs)} runs with: llmtrain compare {folder}")
+
+
+def act_shards(words: list[str], cluster: Path | None, parts: int | None) -> None:
+    """Queue sharding, and say how to train on it."""
+    if cluster is None:
+        raise ConfigError(["--submit needs --cluster: the file that describes your cluster"])
+    records = submit.submit_shards(words, load_profile(cluster), parts, Console())
+    first, *arrays, last = records
+    print(f"job {first.job_id}  prepare: measure, train the tokenizer")
+    print(f"job {arrays[0].job_id.split('_')[0]}  {len(arrays)} parts")
+    print(f"job {last.job_id}  join the parts")
+    print(f"train on it with: llmtrain submit ... --after {last.job_id}")

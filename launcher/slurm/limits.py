@@ -5,63 +5,59 @@ leave a job waiting for ever. So these are compared before.
 """
 
 import difflib
-import math
 from dataclasses import dataclass
 
 from launcher import display
-from launcher.cluster import Profile
 from launcher.findings import Finding, doubtful, fine, wrong
-from launcher.slurm.client import seconds
+from launcher.slurm.batch import JobSpec
 from launcher.slurm.partitions import Partition
 
 
 @dataclass(frozen=True)
 class Request:
-    """What a job asks for."""
+    """What a training job asks for."""
 
     nodes: int = 1
     gpus_per_node: int = 0
     ranks_per_node: int = 1
     time: str | None = None
     """By default the profile's."""
-    partition: str | None = None
-    """By default the profile's; several with commas between them, as sbatch takes them."""
 
 
-def check_limits(request: Request, profile: Profile, known: dict[str, Partition]) -> list[Finding]:
+def check_limits(spec: JobSpec, known: dict[str, Partition]) -> list[Finding]:
     """Of several partitions that are named one that fits is enough: SLURM takes the first that is free."""
-    named = request.partition or profile.partition
+    named = (spec.side.partition if spec.side is not None else None) or spec.profile.partition
     default = next((name for name, partition in known.items() if partition.is_default), None)
     told: list[Finding] = []
-    if request.gpus_per_node > profile.gpus_per_node:
-        has = f"gpus_per_node={profile.gpus_per_node} (profile {profile.name})"
-        told = [wrong("profile", f"{request.gpus_per_node} GPUs per node are asked for, and a node has {has}")]
+    if spec.side is None and spec.gpus_per_node > spec.profile.gpus_per_node:
+        has = f"gpus_per_node={spec.profile.gpus_per_node} (profile {spec.profile.name})"
+        told = [wrong("profile", f"{spec.gpus_per_node} GPUs per node are asked for, and a node has {has}")]
     if named is None and default is None:
         return [*told, wrong("partition", f"none is named, and there is no default; use one of {_listed(known)}")]
     names = named.split(",") if named else [str(default)]
-    unknown = [_unknown(name, known, profile) for name in names if name not in known]
-    each = [_check(request, profile, known[name]) for name in names if name in known]
+    unknown = [_unknown(name, known, spec.profile.name) for name in names if name not in known]
+    each = [_check(spec, known[name]) for name in names if name in known]
     fitting = [found for found in each if not any(finding.severity == "error" for finding in found)]
     return [*told, *unknown, *(fitting[0] if fitting else [finding for found in each for finding in found])]
 
 
-def _unknown(name: str, known: dict[str, Partition], profile: Profile) -> Finding:
+def _unknown(name: str, known: dict[str, Partition], profile: str) -> Finding:
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     meant = f"did you mean {near[0]}? " if near else ""
-    return wrong("partition", f"{name} (profile {profile.name}): no such partition; {meant}There are {_listed(known)}")
+    return wrong("partition", f"{name} (profile {profile}): no such partition; {meant}There are {_listed(known)}")
 
 
 def _listed(known: dict[str, Partition]) -> str:
     return display.words((f"{name} (default)" if each.is_default else name for name, each in known.items()), most=20)
 
 
-def _check(request: Request, profile: Profile, partition: Partition) -> list[Finding]:
+def _check(spec: JobSpec, partition: Partition) -> list[Finding]:
     return [
         _check_state(partition),
-        _check_nodes(request, partition),
-        *_check_gpus(request, partition),
-        _check_time(request, profile, partition),
-        *_check_account(profile, partition),
+        _check_nodes(spec, partition),
+        *_check_gpus(spec, partition),
+        _check_time(spec, partition),
+        *_check_account(spec, partition),
     ]
 
 
@@ -76,46 +72,52 @@ def _check_state(partition: Partition) -> Finding:
             return wrong("partition", f"{partition.name} takes no jobs: its state is {state}")
 
 
-def _check_nodes(request: Request, partition: Partition) -> Finding:
+def _gpus(spec: JobSpec) -> int:
+    return spec.gpus_per_node if spec.side is None else spec.side.gpus
+
+
+def _check_nodes(spec: JobSpec, partition: Partition) -> Finding:
     most = min(partition.num_nodes, partition.max_nodes or partition.num_nodes)
-    if request.nodes > most:
+    least = min(spec.nodes, spec.profile.nodes_at_least or spec.nodes)  # with fewer it can start as well
+    if least > most:
         limit = "" if most == partition.num_nodes else f", of which a job may have {most}"
-        return wrong("nodes", f"{request.nodes} are asked for; {partition.name} has {partition.num_nodes}{limit}")
-    ready = partition.num_nodes_with(min(request.gpus_per_node, partition.gpus_per_node), up=True)
-    if request.nodes > ready:
+        return wrong("nodes", f"{spec.nodes} are asked for; {partition.name} has {partition.num_nodes}{limit}")
+    ready = partition.num_nodes_with(min(_gpus(spec), partition.gpus_per_node), up=True)
+    if least > ready:
         told = f"{ready} of {partition.num_nodes} in {partition.name} are up"
-        return doubtful("nodes", f"{request.nodes} are asked for, and {told}: the job waits for the others")
-    return fine("nodes", f"{request.nodes} of {partition.num_nodes} in {partition.name}")
+        return doubtful("nodes", f"{spec.nodes} are asked for, and {told}: the job waits for the others")
+    return fine("nodes", f"{spec.nodes} of {partition.num_nodes} in {partition.name}")
 
 
-def _check_gpus(request: Request, partition: Partition) -> list[Finding]:
-    asked, most = request.gpus_per_node, partition.gpus_per_node
+def _check_gpus(spec: JobSpec, partition: Partition) -> list[Finding]:
+    asked, most = _gpus(spec), partition.gpus_per_node
     if asked > most:
         have = f"a node in {partition.name} has {most}" if most else f"nodes in {partition.name} have none"
         return [wrong("GPUs", f"{asked} per node are asked for; {have}")]
     if not asked:
         return []
     having = partition.num_nodes_with(asked)
-    if having < request.nodes:
-        return [wrong("GPUs", f"{having} nodes in {partition.name} have {asked} GPUs, {request.nodes} are asked for")]
+    if having < min(spec.nodes, spec.profile.nodes_at_least or spec.nodes):
+        return [wrong("GPUs", f"{having} nodes in {partition.name} have {asked} GPUs, {spec.nodes} are asked for")]
     return [fine("GPUs", f"{asked} of {most} on each node")]
 
 
-def _check_time(request: Request, profile: Profile, partition: Partition) -> Finding:
-    asked = request.time or profile.time
-    limit_s, most_s = seconds(asked), partition.limit_s
+def _check_time(spec: JobSpec, partition: Partition) -> Finding:
+    asked = spec.time or (spec.side.time if spec.side is not None else None) or spec.profile.time
+    limit_s, most_s = spec.minutes * 60, partition.limit_s
     most = "no limit" if most_s is None else f"{partition.name} allows {display.duration(most_s)}"
-    if most_s is not None and (math.inf if limit_s is None else limit_s) > most_s:
+    if most_s is not None and limit_s > most_s:
         return wrong(
             "time limit", f"{asked} is too long: {most}; a run saves before its limit, queues again and goes on"
         )
-    if limit_s is not None and limit_s <= profile.signal_s:
-        return wrong("time limit", f"{asked} is no longer than signal_s={profile.signal_s}: the job would save at once")
+    signal_s = spec.profile.signal_s
+    if spec.side is None and limit_s <= signal_s:
+        return wrong("time limit", f"{asked} is no longer than signal_s={signal_s}: the job would save at once")
     return fine("time limit", f"{asked} ({most})")
 
 
-def _check_account(profile: Profile, partition: Partition) -> list[Finding]:
-    allowed, denied = partition.accounts, partition.denied_accounts
+def _check_account(spec: JobSpec, partition: Partition) -> list[Finding]:
+    profile, allowed, denied = spec.profile, partition.accounts, partition.denied_accounts
     if profile.account is None and not allowed:
         return []
     if profile.account is None:

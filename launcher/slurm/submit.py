@@ -2,17 +2,22 @@
 
 import itertools
 import os
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
 from launcher.cluster import Profile
+from launcher.findings import settle
 from launcher.jobs import JobDir, JobRecord, Kind
 from launcher.slurm import batch
 from launcher.slurm.batch import JobSpec
 from launcher.slurm.job import CommandJob, ServiceJob, TrainJob
+from launcher.slurm.limits import Request
 from launcher.supervisor import Rules
 from llmtrain import files
 from llmtrain.config import RunConfig, load_config, resolved_yaml
@@ -20,16 +25,15 @@ from llmtrain.config.load import split_settings
 from llmtrain.errors import ConfigError, SlurmError
 from llmtrain.rundir import RunDir
 
+_PARTS = 8
+
 
 @dataclass(frozen=True)
-class Request:
+class Order:
     """What the command line asks for."""
 
     profile: Profile
-    nodes: int = 1
-    gpus_per_node: int = 0
-    ranks_per_node: int = 1
-    time: str = ""
+    request: Request
     after: str = ""
     """Job numbers, or a whole dependency such as afterany:123."""
     max_restarts: int = 3
@@ -63,11 +67,17 @@ def plan_runs(words: Sequence[str], sweep: Sequence[str]) -> list[Training]:
     runs: list[Training] = []
     folder = Path(config.run.dir) / config.run.name
     for number, chosen in enumerate(itertools.product(*(_values(setting) for setting in sweep))):
-        name = f"{number:02d}-" + "-".join(setting.rsplit(".", 1)[-1].replace("=", "_") for setting in chosen)
+        name = "-".join([f"{number:02d}", *(_short(setting) for setting in chosen)])
         settings = (*chosen, f"run.dir={folder}", f"run.name={name}")
         each, _ = load_config(file, [*overrides, *settings])
         runs.append(Training(RunDir(folder / name), each, settings))
     return runs
+
+
+def _short(setting: str) -> str:
+    """optim.lr=1e-4 as lr_1e-4, for a folder's name."""
+    name, _, value = setting.partition("=")
+    return f"{name.rsplit('.', 1)[-1]}_" + re.sub(r"[^\w.+-]", "_", value)
 
 
 def _values(setting: str) -> list[str]:
@@ -84,27 +94,27 @@ def device_of(config: RunConfig, gpus: int) -> str | None:
     return "cuda" if gpus and config.train.device == "auto" else None
 
 
-def spec_of(request: Request, name: str, folder: Path, words: Sequence[str], config: RunConfig) -> JobSpec:
+def spec_of(order: Order, name: str, folder: Path, words: Sequence[str], config: RunConfig) -> JobSpec:
     """The training job of a run, as `sbatch` is told of it."""
-    device = device_of(config, request.gpus_per_node)
-    options = ["--ranks", str(request.ranks_per_node), *(["--device", device] if device else [])]
-    rules = ["--max-restarts", str(request.max_restarts), "--hang-after", f"{request.hang_s:g}"]
-    lead = ["--lead", str(request.profile.signal_s)]
-    again = [] if request.profile.requeue else ["--no-requeue"]
+    device = device_of(config, order.request.gpus_per_node)
+    options = ["--ranks", str(order.request.ranks_per_node), *(["--device", device] if device else [])]
+    rules = ["--max-restarts", str(order.max_restarts), "--hang-after", f"{order.hang_s:g}"]
+    lead = ["--lead", str(order.profile.signal_s)]
+    again = [] if order.profile.requeue else ["--no-requeue"]
     return JobSpec(
         name=name,
         folder=folder,
-        profile=request.profile,
+        profile=order.profile,
         words=("node", *options, *rules, *lead, *again, *words),
-        nodes=request.nodes,
-        gpus_per_node=request.gpus_per_node,
-        ranks_per_node=request.ranks_per_node,
-        time=request.time,
-        after=request.dependency,
+        nodes=order.request.nodes,
+        gpus_per_node=order.request.gpus_per_node,
+        ranks_per_node=order.request.ranks_per_node,
+        time=order.request.time or "",
+        after=order.dependency,
     )
 
 
-def preview(words: Sequence[str], request: Request, sweep: Sequence[str], plain: bool = False) -> str:
+def preview(words: Sequence[str], order: Order, sweep: Sequence[str], plain: bool = False) -> str:
     """The script that would be submitted. Needs neither SLURM nor the cluster's file systems, and writes nothing.
 
     `plain`: one for sbatch itself, which names the configuration as it was given.
@@ -114,33 +124,43 @@ def preview(words: Sequence[str], request: Request, sweep: Sequence[str], plain:
     if plain:
         if sweep:
             raise ConfigError(["--plain is for one run: a sweep needs 'llmtrain submit'"])
-        return batch.render(spec_of(request, _name(runs), folder, list(words), runs[0].config), plain=True)
-    spec = spec_of(request, _name(runs), folder, [str(folder / "config.yaml"), *runs[0].settings], runs[0].config)
+        return batch.render(spec_of(order, _name(runs), folder, list(words), runs[0].config), plain=True)
+    spec = spec_of(order, _name(runs), folder, [str(folder / "config.yaml"), *runs[0].settings], runs[0].config)
     return batch.render(spec, count=len(runs))
 
 
-def submit(words: Sequence[str], request: Request, sweep: Sequence[str], with_service: bool) -> list[JobRecord]:
+def submit(
+    words: Sequence[str], order: Order, sweep: Sequence[str], with_service: bool, console: Console
+) -> list[JobRecord]:
     """Queue the training job (an array for a sweep), and the service's where one is asked for.
 
     Raises:
-        ConfigError: found before anything is queued.
+        ConfigError, NotQueued: found before anything is queued.
         SlurmError: sbatch refuses, in its own words.
     """
+    from launcher import preflight  # a preview must not wait for what it loads
+
     if with_service:
         words = [*words, "service.start=manual"]
     runs = plan_runs(words, sweep)
     folder = _folder(runs)
     for training in runs:
         refuse_if_queued(training.run)
-    folder.mkdir(parents=True)
-    shared, _ = load_config(*split_settings(list(words)))
+    shared, origins = load_config(*split_settings(list(words)))
     frozen = folder / "config.yaml"
+    spec = spec_of(order, _name(runs), folder, [str(frozen)], shared)
+    script = batch.render(spec, count=len(runs))
+    found = preflight.check([training.config for training in runs], origins, spec, script)
+    if with_service:
+        service = _service_spec(order, runs[0].run, folder)
+        found += preflight.check_side("service", service, batch.render(service))
+    settle(found, console)
+    folder.mkdir(parents=True)
     files.write_atomic(frozen, resolved_yaml(shared))  # what is queued does not change when the file is edited
-    spec = spec_of(request, _name(runs), folder, [str(frozen)], shared)
-    rules = Rules(request.max_restarts, request.hang_s, lead_s=request.profile.signal_s)
-    device = device_of(shared, request.gpus_per_node)
+    rules = Rules(order.max_restarts, order.hang_s, lead_s=order.profile.signal_s)
+    device = device_of(shared, order.request.gpus_per_node)
     jobs = [
-        TrainJob([str(frozen), *training.settings], request.ranks_per_node, device, rules, request.profile.requeue)
+        TrainJob([str(frozen), *training.settings], order.request.ranks_per_node, device, rules, order.profile.requeue)
         for training in runs
     ]
     records: list[JobRecord] = []
@@ -149,15 +169,26 @@ def submit(words: Sequence[str], request: Request, sweep: Sequence[str], with_se
         records.append(_write_down(jobs_of_run, spec, job_id, "train"))
         jobs_of_run.stop.unlink(missing_ok=True)
         if with_service:
-            records.append(_submit_service(request, training.run, job_id))
+            records.append(_submit_service(order, training.run, job_id))
     return records
 
 
-def submit_shards(words: Sequence[str], profile: Profile, parts: int) -> list[JobRecord]:
-    """Queue sharding: the tokenizer first, then the parts as an array, then what joins them."""
+def submit_shards(words: Sequence[str], profile: Profile, parts: int | None, console: Console) -> list[JobRecord]:
+    """Queue sharding: the tokenizer first, then the parts as an array, then what joins them.
+
+    Raises:
+        ConfigError, NotQueued: found before anything is queued.
+        SlurmError: sbatch refuses, in its own words.
+    """
+    from launcher import preflight
+    from launcher.sharding.work import num_tasks
+
     config, _ = load_config(*split_settings(list(words)))
     run = RunDir(Path(config.run.dir) / f"shard-{config.run.name}")
     jobs = JobDir.of(run)
+    first = JobSpec(run.path.name, jobs.path, profile, ("shard",), side=profile.shard)
+    settle(preflight.check_shard_job(config, first, batch.render(first)), console)
+    parts = min(parts or _PARTS, num_tasks(config))
     records: list[JobRecord] = []
     after = ""
     steps = {"prepare": [["--only", "prepare"]], "parts": [["--part", f"{i}/{parts}"] for i in range(parts)], "": [[]]}
@@ -175,16 +206,18 @@ def submit_shards(words: Sequence[str], profile: Profile, parts: int) -> list[Jo
     return records
 
 
-def _submit_service(request: Request, run: RunDir, train_job: str) -> JobRecord:
+def _service_spec(order: Order, run: RunDir, folder: Path) -> JobSpec:
+    side = order.profile.service
+    time = order.request.time or "" if side.time is None else ""
+    words = ("service", str(run.path))
+    return JobSpec(f"{run.path.name}-service", folder, order.profile, words, time=time, side=side)
+
+
+def _submit_service(order: Order, run: RunDir, train_job: str) -> JobRecord:
     jobs = JobDir.of(run)
     folder = _fresh(jobs)
     folder.mkdir(parents=True)
-    name = f"{run.path.name}-service"
-    words = ("service", str(run.path))
-    side = request.profile.service
-    spec = JobSpec(name, folder, request.profile, words, after=f"after:{train_job}", side=side)
-    if side.time is None:
-        spec = replace(spec, time=request.time)
+    spec = replace(_service_spec(order, run, folder), after=f"after:{train_job}")
     ids = queue_jobs(spec, [ServiceJob(run.path.absolute(), train_job)])
     return _write_down(jobs, spec, ids[0], "service")
 

@@ -6,10 +6,13 @@ import time
 
 import pytest
 
+from launcher.jobs import JobDir
+from llmtrain.errors import NotFinite
 from tests.support.runs import Workplace
 from tests.support.slurm_cluster import Cluster
 from tests.support.slurm_runs import (
     finishes,
+    launch,
     output_of,
     run_of,
     submit,
@@ -43,12 +46,13 @@ def test_two_nodes_train_as_torchrun_does(cluster: Cluster, workplace: Workplace
     assert [record["loss"] for record in ours] == pytest.approx([record["loss"] for record in theirs], abs=1e-6)
 
 
-def test_preempted_three_times_it_saves_in_time_and_comes_back(cluster: Cluster, workplace: Workplace, calm: str):
-    draw, name = random.Random(6), "preempted"
+@pytest.mark.parametrize("times", [1, pytest.param(3, marks=pytest.mark.soak)])
+def test_preempted_it_saves_in_time_and_comes_back(cluster: Cluster, workplace: Workplace, calm: str, times: int):
+    draw, name = random.Random(times), f"preempted-{times}"
     job = submit(workplace, name, "--nodes", "2", *LENGTH)
     run = run_of(workplace, name)
     reached = 0
-    for restart in range(1, 4):
+    for restart in range(1, times + 1):
         reached = wait_for_checkpoint(run, reached)
         time.sleep(draw.uniform(0, 1))
         taker = cluster.submit("sleep 1", *WHOLE)
@@ -57,10 +61,10 @@ def test_preempted_three_times_it_saves_in_time_and_comes_back(cluster: Cluster,
         cluster.wait_for_restart(job.job_id, restart)
         reached = max(run.checkpoint_steps())
     finishes(cluster, workplace, name, job.job_id)
-    same_as_calm(workplace, calm)
+    same_as_calm(workplace, name)
     said = output_of(workplace, name)
-    assert len(re.findall(r"stopped by .+ at step [\d,]+, saved", said)) == 3, said
-    assert said.count("is queued again, and goes on from the newest checkpoint") == 3
+    assert len(re.findall(r"stopped by .+ at step [\d,]+, saved", said)) == times, said
+    assert said.count("is queued again, and goes on from the newest checkpoint") == times
     assert "Traceback" not in said
 
 
@@ -74,6 +78,7 @@ def test_preempted_without_grace_it_goes_on_from_the_last_checkpoint(cluster: Cl
     same_as_calm(workplace, name)
 
 
+@pytest.mark.soak
 def test_before_the_time_limit_it_saves_and_comes_back(cluster: Cluster, workplace: Workplace, calm: str):
     """SLURM's signal and the supervisor's own clock are both early; whichever is first, the limit is not reached."""
     name = "limited"
@@ -85,6 +90,7 @@ def test_before_the_time_limit_it_saves_and_comes_back(cluster: Cluster, workpla
     same_as_calm(workplace, name)
 
 
+@pytest.mark.soak
 def test_requeued_by_hand_it_goes_on(cluster: Cluster, workplace: Workplace, calm: str):
     name = "requeued"
     job = submit(workplace, name, "--nodes", "2", *LENGTH)
@@ -94,6 +100,7 @@ def test_requeued_by_hand_it_goes_on(cluster: Cluster, workplace: Workplace, cal
     same_as_calm(workplace, name)
 
 
+@pytest.mark.soak
 def test_a_node_that_crashes_costs_nothing_but_time(cluster: Cluster, workplace: Workplace, calm: str):
     """Two of three nodes; then the crashed one is down, and the two others go on."""
     name = "crashed"
@@ -118,10 +125,20 @@ def test_with_one_node_left_it_goes_on_with_that_one(cluster: Cluster, workplace
     assert said.index("4 ranks on cpu") < said.index("2 ranks on cpu")
 
 
-def test_an_error_of_configuration_is_not_queued_again(cluster: Cluster, workplace: Workplace):
+def test_an_error_that_a_person_has_to_mend_is_not_queued_again(cluster: Cluster, workplace: Workplace):
+    """A learning rate with which the loss is soon not a number: nothing that could be seen before."""
+    job = submit(workplace, "diverging", "optim.lr=1e30", "optim.clip_norm=null", "optim.schedule.warmup_steps=0")
+    finishes(cluster, workplace, "diverging", job.job_id, state="FAILED")
+    assert cluster.describe(job.job_id)["ExitCode"] == f"{NotFinite.exit_code}:0"
+    assert cluster.describe(job.job_id)["Restarts"] == "0"
+    assert "starting again" not in output_of(workplace, "diverging")
+
+
+def test_what_is_known_to_fail_is_not_queued(cluster: Cluster, workplace: Workplace):
     first = submit(workplace, "first", "train.steps=2")
     finishes(cluster, workplace, "first", first.job_id)
-    job = submit(workplace, "first", "train.steps=2", "optim.lr=1e-5")
-    finishes(cluster, workplace, "first", job.job_id, state="FAILED")
-    assert cluster.describe(job.job_id)["ExitCode"] == "17:0"
-    assert cluster.describe(job.job_id)["Restarts"] == "0"
+    words = [str(workplace.config), "run.name=first", "train.device=cpu", "train.steps=2", "optim.lr=1e-5"]
+    said = launch(workplace, "submit", *words, "--cluster", str(write_profile(workplace)), code=2)
+    assert "nothing was queued: 1 problem" in said
+    assert "optim.lr: the run has 0.003, now 1e-05" in said
+    assert len(JobDir.of(run_of(workplace, "first")).records()) == 1

@@ -1,9 +1,9 @@
 """Runs on the SLURM of the tests: small ones, whose ranks are processes on the CPU."""
 
-import os
-import signal
+import hashlib
 import subprocess
 import sys
+import sysconfig
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,20 +14,13 @@ from llmtrain.rundir import RunDir
 from tests.support.runs import TIMEOUT_S, Workplace, environment
 from tests.support.slurm_cluster import Cluster
 
-LONG = ["train.steps=100000", "checkpoint.every_steps=20", "evaluate.every_steps=null", "evaluate.sample.tokens=1"]
-
 
 def write_profile(workplace: Workplace, **settings: Any) -> Path:
     """A profile of the tests' cluster, with `settings` over it."""
-    lines = {
-        "partition": "low",
-        "gpus_per_node": 2,
-        "signal_s": 30,
-        "time": "00:30:00",
-        "shared": [str(workplace.folder)],
-    }
-    text = "".join(f"{name}: {value}\n" for name, value in (lines | settings).items())
-    path = workplace.folder / f"cluster-{abs(hash(text))}.yaml"
+    shared = [str(workplace.folder), sysconfig.get_path("stdlib")]  # runs and shards; the text
+    lines = {"partition": "low", "gpus_per_node": 2, "signal_s": 30, "time": "00:30:00", "shared": shared, **settings}
+    text = "".join(f"{name}: {value}\n" for name, value in lines.items())
+    path = workplace.folder / f"cluster-{hashlib.sha256(text.encode()).hexdigest()[:8]}.yaml"
     path.write_text(text)
     return path
 
@@ -92,26 +85,3 @@ def finishes(cluster: Cluster, workplace: Workplace, name: str, job_id: str, sta
 
 
 _OVER = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "DEADLINE"}
-
-
-def ranks(run: RunDir) -> list[int]:
-    """Process ids of those that train this run, on all nodes of the tests' cluster."""
-    pids: list[int] = []
-    for folder in Path("/proc").iterdir():
-        if not folder.name.isdigit():
-            continue
-        try:
-            words = (folder / "cmdline").read_bytes().split(b"\0")
-        except OSError:
-            continue
-        if (
-            b"llmtrain" in words
-            and b"torch.distributed.run" not in words
-            and f"run.name={run.path.name}".encode() in words
-        ):
-            pids.append(int(folder.name))
-    return pids
-
-
-def kill(pid: int) -> None:
-    os.kill(pid, signal.SIGKILL)

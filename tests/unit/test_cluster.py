@@ -36,6 +36,16 @@ def test_the_example_loads(monkeypatch: pytest.MonkeyPatch):
     assert profile.service.partition == "cpu"
 
 
+def test_paths_are_filled_in_where_the_job_is_submitted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("USER", "ada")
+    (tmp_path / "c.yaml").write_text(
+        "gpus_per_node: 1\nvenv: ~/venv\ncontainer: docker://nvcr.io/pytorch\ncontainer_mounts: [/s/$USER:/s]\n"
+    )
+    profile = load_profile(tmp_path / "c.yaml")
+    assert profile.venv == f"{Path.home()}/venv"
+    assert (profile.container, profile.container_mounts) == ("docker://nvcr.io/pytorch", ["/s/ada:/s"])
+
+
 def test_numbers_may_stand_where_sbatch_takes_text(tmp_path: Path):
     (tmp_path / "c.yaml").write_text(
         "gpus_per_node: 0\nmem: 0\ntime: 90\nextra: {nice: 100, overcommit: ''}\n"

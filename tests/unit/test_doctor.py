@@ -82,7 +82,7 @@ def test_what_the_login_knows_is_filled_in(tmp_path: Path, slurm: dict[str, str]
     unknown = places.Place("unknown", "")
     monkeypatch.setattr(draft, "find_place", lambda path, _: shared if path == Path("/scratch/ada") else unknown)
     text, profile = drafted(tmp_path)
-    assert (profile.account, profile.shared, profile.name) == ("physics", ["$SCRATCH"], "2024")
+    assert (profile.account, profile.shared, profile.name) == ("physics", ["/scratch/ada"], "2024")
     assert "loaded here: gcc/12 cuda/12.8" in text
 
 

@@ -11,12 +11,13 @@ import pytest
 from rich.console import Console
 
 from launcher import preflight
-from launcher.cluster import Profile
+from launcher.cluster import Profile, SideJob
 from launcher.environment import look_into, read_torch
 from launcher.findings import Finding, NotQueued, fine, settle, wrong
 from launcher.places import find_place, kind_of_file_system
 from launcher.slurm import partitions as told_by_slurm
-from launcher.slurm.limits import Request, check_limits
+from launcher.slurm.batch import JobSpec
+from launcher.slurm.limits import check_limits
 from launcher.slurm.partitions import NodeGroup, Partition, partitions
 from llmtrain.config import RunConfig, load_config
 from llmtrain.rundir import RunDir
@@ -34,8 +35,13 @@ fs:/tmp /tmp/projects nfs rw 0 0
 """.strip()
 
 
-def findings(profile: Profile, request: Request, *settings: str) -> list[Finding]:
-    return preflight.check(*load_config(None, settings), profile, request, "#!/bin/bash\n")
+def spec(profile: Profile, **wishes: Any) -> JobSpec:
+    return JobSpec("run", Path("/nowhere"), profile, ("node",), **wishes)
+
+
+def findings(job: JobSpec, *settings: str) -> list[Finding]:
+    config, origins = load_config(None, settings)
+    return preflight.check([config], origins, job, "#!/bin/bash\n")
 
 
 def errors(found: list[Finding]) -> list[str]:
@@ -115,9 +121,9 @@ def partition(name: str = "gpu", **changes: Any) -> Partition:
     return Partition(**fields)
 
 
-def judged(profile: dict[str, Any], known: list[Partition], **request: Any) -> dict[str, Finding]:
+def judged(profile: dict[str, Any], known: list[Partition], **wishes: Any) -> dict[str, Finding]:
     settings = {"name": "p", "gpus_per_node": 8, "time": "30", **profile}
-    found = check_limits(Request(**request), Profile(**settings), {each.name: each for each in known})
+    found = check_limits(spec(Profile(**settings), **wishes), {each.name: each for each in known})
     assert len({finding.what for finding in found}) == len(found)
     return {finding.what: finding for finding in found}
 
@@ -166,6 +172,20 @@ def test_what_only_has_to_wait_is_a_warning(
     profile: dict[str, Any], changes: dict[str, Any], asked: dict[str, Any], what: str
 ):
     assert judged(profile, [partition(**changes)], **asked)[what].severity == "warning"
+
+
+def test_a_job_that_may_start_with_fewer_nodes_only_needs_those():
+    assert judged({"nodes_at_least": 2}, [partition()], nodes=8)["nodes"].severity == "ok"
+    assert judged({"nodes_at_least": 4}, [partition()], nodes=8)["nodes"].severity == "error"
+
+
+def test_jobs_beside_training_have_limits_of_their_own():
+    cpu = partition("cpu", nodes=(NodeGroup("idle", 1, 8, 1000, 0),), is_default=False)
+    side = SideJob(partition="cpu", time="50")
+    found = judged({"time": "120"}, [partition(), cpu], side=side, gpus_per_node=99)
+    assert {finding.severity for finding in found.values()} == {"ok"}
+    assert "cpu" in found["partition"].message
+    assert judged({}, [partition(), cpu], side=SideJob(partition="cpu", gpus=1))["GPUs"].severity == "error"
 
 
 def test_of_several_partitions_one_has_to_fit():
@@ -217,19 +237,20 @@ def fake_python(folder: Path, accelerator: str) -> Path:
 
 
 def test_torch_must_be_able_to_use_the_gpus_that_are_asked_for(tmp_path: Path):
-    config, asked = RunConfig(), Request(gpus_per_node=4, ranks_per_node=4)
-    (refused,) = errors(preflight.check_python(config, Profile(gpus_per_node=4), asked))
+    asked: dict[str, Any] = {"gpus_per_node": 4, "ranks_per_node": 4}
+    (refused,) = errors(preflight.check_python(RunConfig(), spec(Profile(gpus_per_node=4), **asked)))
     assert "for CPUs alone" in refused
     fake_python(tmp_path, "12.8")
     profile = Profile(gpus_per_node=4, venv=str(tmp_path), shared=[str(tmp_path)])
-    assert preflight.check_python(config, profile, asked) == [fine("torch", "2.9.0 for CUDA 12.8, Python 3.11.7")]
-    (refused,) = errors(preflight.check_python(config, profile, Request(gpus_per_node=2, ranks_per_node=4)))
+    found = preflight.check_python(RunConfig(), spec(profile, **asked))
+    assert found == [fine("torch", "2.9.0 for CUDA 12.8, Python 3.11.7")]
+    (refused,) = errors(preflight.check_python(RunConfig(), spec(profile, gpus_per_node=2, ranks_per_node=4)))
     assert "one rank for each GPU" in refused
 
 
 def test_a_venv_that_is_not_there(tmp_path: Path):
     profile = Profile(gpus_per_node=0, venv=str(tmp_path / "venv"))
-    (refused,) = errors(preflight.check_python(RunConfig(), profile, Request()))
+    (refused,) = errors(preflight.check_python(RunConfig(), spec(profile)))
     assert str(tmp_path / "venv/bin/python") in refused
 
 
@@ -245,7 +266,7 @@ def test_all_problems_are_gathered_and_refuse(
     (tmp_path / "shards/manifest.json").write_text("{")
     profile = Profile(gpus_per_node=0, shared=["/elsewhere"])
     found = findings(
-        profile, Request(nodes=3), "data.dir=shards", "run.resume=must", "train.device=cuda", "run.dir=/dev/shm/runs"
+        spec(profile, nodes=3), "data.dir=shards", "run.resume=must", "train.device=cuda", "run.dir=/dev/shm/runs"
     )
     with pytest.raises(NotQueued) as caught:
         settle(found, Console())
@@ -268,7 +289,7 @@ def test_without_an_error_nothing_is_refused(capsys: pytest.CaptureFixture[str])
 def test_too_little_room_for_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(preflight.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 100_000_000}))
     monkeypatch.chdir(tmp_path)
-    (refused,) = [e for e in errors(findings(Profile(gpus_per_node=0, shared=[str(tmp_path)]), Request()))
+    (refused,) = [e for e in errors(findings(spec(Profile(gpus_per_node=0, shared=[str(tmp_path)]))))
                   if e.startswith("disk")]  # fmt: skip
     assert "3 checkpoints of 63.9 MB take 191.6 MB; 100.0 MB are free: free some space, or keep fewer" in refused
 
@@ -279,9 +300,9 @@ def test_a_run_that_goes_on_must_have_the_same_configuration(tmp_path: Path, mon
     (folder / "checkpoints/step-00000100").mkdir(parents=True)
     (folder / "config.yaml").write_text("optim: {lr: 0.1}\n")
     profile = Profile(gpus_per_node=0, shared=[str(tmp_path)])
-    (refused,) = [e for e in errors(findings(profile, Request())) if e.startswith("run folder")]
+    (refused,) = [e for e in errors(findings(spec(profile))) if e.startswith("run folder")]
     assert "optim.lr: the run has 0.1, now 0.002" in refused
-    found = findings(profile, Request(), "optim.lr=0.1")
+    found = findings(spec(profile), "optim.lr=0.1")
     assert fine("resume", "from step 100, if that checkpoint verifies") in found
 
 

@@ -31,8 +31,9 @@ def test_every_task_is_in_one_part_and_parts_are_about_equal(sizes: list[int], c
     assert max(loads) - min(loads) <= max(sizes, default=0)
 
 
-def test_tasks_of_equal_size_are_dealt_in_turn():
+def test_equal_tasks_are_dealt_in_turn_and_the_largest_comes_first():
     assert choose_tasks([4] * 7, Part(1, 3)) == [1, 4]
+    assert [choose_tasks([1, 1, 1, 1, 4], Part(number, 2)) for number in range(2)] == [[4], [0, 1, 2, 3]]
 
 
 @pytest.mark.parametrize(
@@ -267,13 +268,13 @@ def test_parts_share_a_folder_and_the_others_have_it_alone(tmp_path: Path, capsy
     def is_part(number: int) -> None:
         with locked(folder, shared=True):
             order.append(f"part {number}")
-            may_go.wait(30)
+            may_go.wait()
 
-    parts = [threading.Thread(target=is_part, args=(number,)) for number in range(2)]
+    parts = [threading.Thread(target=is_part, args=(number,), daemon=True) for number in range(2)]
     for part in parts:
         part.start()
     wait_until(lambda: len(order) == 2)  # both are in: neither waits for the other
-    whole = threading.Thread(target=prepares)
+    whole = threading.Thread(target=prepares, daemon=True)
     whole.start()
     said = ""
 
@@ -331,6 +332,29 @@ def test_a_full_disk_stops_a_part_and_leaves_nothing_half_written(tmp_path: Path
         with pytest.raises(DiskFull):
             build_part(config, Part(0, 2), workers=1)
     assert not list((tmp_path / "shards/.work").glob("tokens-*"))
+
+
+@pytest.mark.usefixtures("small_tasks")
+def test_two_machines_may_write_the_same_task_at_the_same_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A part that was started again elsewhere, with the same process numbers, while its first process lives on."""
+    config = configure(tmp_path)
+    prepare_build(config, workers=1)
+    original, depth = np.savez, 0
+
+    def save(path: Path, **arrays: Any) -> None:
+        nonlocal depth
+        original(path, **arrays)
+        if depth == 0:
+            depth = 1
+            build_part(config, Part(0, 2), workers=1)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(np, "savez", save)
+        build_part(config, Part(0, 2), workers=1)
+    assert not list((tmp_path / "shards/.work").glob(f"*{tasks.ASIDE}"))
+    build(config, workers=1)
+    build(configure(tmp_path, name="whole"), workers=1)
+    assert folder_content(tmp_path / "shards") == folder_content(tmp_path / "whole")
 
 
 def test_without_a_terminal_lines_become_rare(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):

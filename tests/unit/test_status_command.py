@@ -278,6 +278,7 @@ def test_ctrl_c_at_a_terminal_leaves_quietly(run: RunDir):
         "if pid == 0:\n"
         "    from launcher.status_display import show_status\n"
         "    from pathlib import Path\n"
+        "    signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background jobs ignore it
         f"    show_status([Path({str(run.path)!r})], False, True)\n"
         "    os._exit(0)\n"
         "output, sent = b'', False\n"

@@ -1,0 +1,97 @@
+"""The commands that start training: on this machine, and as jobs."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from launcher.cli_plan import Settings
+from llmtrain.errors import exit_with_code
+
+
+def run(
+    settings: Settings = None,
+    gpus: Annotated[int | None, typer.Option(min=0, help="One rank each; by default all. 0: the CPU.")] = None,
+    ranks: Annotated[int | None, typer.Option(min=1, help="Processes on the CPU.")] = None,
+    max_restarts: Annotated[
+        int, typer.Option(min=0, help="After crashes in a row that brought no new checkpoint.")
+    ] = 3,
+    hang_after: Annotated[
+        float, typer.Option(min=0, help="Seconds without progress after which a rank counts as hanging; 0: never.")
+    ] = 600.0,
+) -> None:
+    """Train on this machine: one process, or torchrun with one for each GPU. After a crash it starts again.
+
+    A rank that stands still is found, named, and started again with the others; the Python stacks of all are kept.
+
+    Ctrl-C saves and stops (exit code 75, the same command goes on); a second one leaves at once.
+    """
+    with exit_with_code():
+        from launcher.one_machine import train_here
+        from launcher.supervisor import Rules
+        from launcher.torchrun import Start, check
+
+        count, device = check(gpus, ranks)
+        raise typer.Exit(train_here(Start(settings or [], count, device), Rules(max_restarts, hang_after)))
+
+
+def submit(
+    settings: Settings = None,
+    cluster: Annotated[
+        Path | None, typer.Option(help="The cluster's profile; 'llmtrain doctor --cluster' drafts one.")
+    ] = None,
+    nodes: Annotated[int, typer.Option(min=1, help="Machines.")] = 1,
+    gpus_per_node: Annotated[
+        int | None, typer.Option(min=0, help="One rank each; by default as many as the profile says a node has.")
+    ] = None,
+    ranks_per_node: Annotated[
+        int | None, typer.Option(min=1, help="Processes on each node, where it has no GPUs.")
+    ] = None,
+    time: Annotated[str, typer.Option(help="Limit, e.g. 24:00:00; by default the profile's. The run comes back.")] = "",
+    after: Annotated[str, typer.Option(help="Begin when this job has ended well; or a dependency: afterany:123.")] = "",
+    sweep: Annotated[
+        list[str] | None, typer.Option(help="section.key=value,value: one run for each; several: all combinations.")
+    ] = None,
+    service_job: Annotated[
+        bool, typer.Option("--service-job", help="The checkpoint service in a job of its own (profile: service).")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the batch script, and submit nothing.")] = False,
+    plain: Annotated[bool, typer.Option("--plain", help="With --dry-run: a script for sbatch itself.")] = False,
+    max_restarts: Annotated[
+        int, typer.Option(min=0, help="After crashes in a row that brought no new checkpoint.")
+    ] = 3,
+    hang_after: Annotated[
+        float, typer.Option(min=0, help="Seconds without progress after which a rank counts as hanging; 0: never.")
+    ] = 600.0,
+) -> None:
+    """Train on SLURM. What can be known to fail is checked first; a job that is preempted comes back by itself.
+
+    Before preemption and before the time limit the run saves, is queued again, and goes on from there; `llmtrain
+    status`, `logs` and `stop` know it by its run folder. The configuration is kept as it is now.
+    """
+    with exit_with_code():
+        from launcher.slurm.command import Wishes, act
+
+        wishes = Wishes(
+            settings or [], cluster, nodes, gpus_per_node, ranks_per_node, time, after, sweep or [], service_job,
+            max_restarts, hang_after,
+        )  # fmt: skip
+        act(wishes, dry_run, plain)
+
+
+def node(
+    settings: Settings = None,
+    ranks: Annotated[int, typer.Option(min=1, help="On each node.")] = 1,
+    device: Annotated[str | None, typer.Option(help="cuda where GPUs were asked for.")] = None,
+    max_restarts: Annotated[int, typer.Option(min=0)] = 3,
+    hang_after: Annotated[float, typer.Option(min=0)] = 600.0,
+    lead: Annotated[float, typer.Option(min=0, help="Save so many seconds before the time limit.")] = 120.0,
+    requeue: Annotated[bool, typer.Option(help="Ask for another turn after a stop by SLURM.")] = True,
+) -> None:
+    """One node's part of a SLURM job: what the scripts in slurm/ start with srun."""
+    with exit_with_code():
+        from launcher.slurm.node import keep_going, requeue_with_scontrol
+        from launcher.supervisor import Rules
+
+        rules = Rules(max_restarts, hang_after, lead_s=lead)
+        raise typer.Exit(keep_going(settings or [], ranks, device, rules, requeue_with_scontrol, requeue))
