@@ -144,18 +144,27 @@ def exit_with_code() -> Iterator[None]:
     except SystemExit as leaving:
         leave_code(leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None))
         raise
+    except Exception as error:
+        leave_code(1, f"{type(error).__name__}: {error}")
+        raise
     leave_code(0)
 
 
 EXIT_CODES = "LLMTRAIN_EXIT_CODES"
 """Variable that names a folder for exit codes: torchrun tells its caller nothing but 1."""
+_OWNER = "LLMTRAIN_EXIT_CODES_OF"
 
 
-def leave_code(code: int) -> None:
-    """Leave this process's exit code where `llmtrain run` looks; a process that was killed leaves none.
+def own_code() -> None:
+    """Say that this process, and what it becomes, is a rank: what it starts inherits EXIT_CODES, and is none."""
+    os.environ[_OWNER] = str(os.getpid())
+
+
+def leave_code(code: int, why: str = "") -> None:
+    """Leave a rank's exit code where `llmtrain run` looks; a process that was killed leaves none.
 
     The first one counts: what follows is how it leaves.
     """
-    if folder := os.environ.get(EXIT_CODES):
+    if (folder := os.environ.get(EXIT_CODES)) and os.environ.get(_OWNER) == str(os.getpid()):
         with contextlib.suppress(FileExistsError), (Path(folder) / str(os.getpid())).open("x") as file:
-            file.write(str(code))
+            file.write(f"{code} {why}")

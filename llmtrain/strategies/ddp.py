@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from llmtrain import heartbeat
 from llmtrain.config.schema import RunConfig
 from llmtrain.data import IGNORE, Batch
 from llmtrain.fragments import Fragment, FragmentReader, equal_share
@@ -64,8 +65,10 @@ class DDPStrategy:
             self._optimizer.zero_grad(set_to_none=True)
         wait = contextlib.nullcontext() if last or self._world.size == 1 else self._forward.no_sync()
         with wait:
+            heartbeat.on_to("forward")
             with autocast(self._world.device, self._bf16):
                 loss = self._forward(batch.input_ids, batch.targets, batch.doc_ids, batch.positions)
+            heartbeat.on_to("backward")
             # DDP divides by the number of ranks; the sum over ranks is wanted.
             (loss * (scale * self._world.size)).backward()
         return loss.detach()

@@ -7,8 +7,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 
@@ -31,23 +31,28 @@ class Fault:
     call: int = 20
     """Of the function at that place."""
 
-    def environment(self) -> dict[str, str]:
-        told = {"what": self.what, "rank": self.rank, "call": self.call, "struck": str(self.struck)}
-        own = environment()
-        own["PYTHONPATH"] = f"{Path(__file__).parent / 'faulty'}:{own['PYTHONPATH']}"
-        return {**own, "LLMTRAIN_TEST_FAULT": json.dumps(told)}
+    @property
+    def time(self) -> float:
+        return float(self.struck.read_text())
+
+
+def with_faults(faults: Sequence[Fault]) -> dict[str, str]:
+    """The environment in which they happen, one after the other."""
+    own = environment()
+    own["PYTHONPATH"] = f"{Path(__file__).parent / 'faulty'}:{own['PYTHONPATH']}"
+    return {**own, "LLMTRAIN_TEST_FAULTS": json.dumps([asdict(fault) for fault in faults], default=str)}
 
 
 class Supervised:
     """One `llmtrain run`. Leaving the context ends whatever is left of it."""
 
-    def __init__(self, workplace: Workplace, name: str, *words: str, fault: Fault | None = None):
+    def __init__(self, workplace: Workplace, name: str, *words: str, faults: Sequence[Fault] = ()):
         self.run = workplace.run_folder(name)
         self._lines: list[tuple[float, str]] = []
         self.process = subprocess.Popen(
             [sys.executable, "-m", "launcher", "run", str(workplace.config), f"run.name={name}", *words],
             cwd=workplace.folder,
-            env=fault.environment() if fault else environment(),
+            env=with_faults(faults),
             text=True,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -112,6 +117,16 @@ class Supervised:
 
     def newest_checkpoint(self) -> int:
         return max((int(p.name[5:]) for p in (self.run / "checkpoints").glob("step-*")), default=0)
+
+    def wait_for_rank(self, number: int) -> None:
+        """Until there is one that runs our code."""
+
+        def is_there() -> bool:
+            with contextlib.suppress(IndexError, StopIteration, psutil.Error, KeyError):
+                return "llmtrain" in self.rank(number).cmdline()
+            return False
+
+        self._until(is_there)
 
     def rank(self, number: int) -> psutil.Process:
         """The process that trains as that rank."""

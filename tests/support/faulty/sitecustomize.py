@@ -1,7 +1,8 @@
 """Breaks one rank of a run, once, as bad data, bad code or bad hardware would; the code under test knows nothing of it.
 
 Python imports this by itself where the folder is on the PYTHONPATH (tests/support/supervised.py puts it there).
-LLMTRAIN_TEST_FAULT: what happens, in which rank, from which call on, and the file that says that it has happened.
+LLMTRAIN_TEST_FAULTS: what happens, in which rank, at which call, and the file that says that it has happened; one after
+the other, each in another start of the run.
 """
 
 import ctypes
@@ -62,8 +63,8 @@ class Patch(MetaPathFinder):
         original = getattr(owner, self._function)
 
         def patched(*arguments, **named):
-            self._calls_left -= 1
-            if self._calls_left == 0:
+            self._calls_left -= getattr(arguments[0], "training", True)  # not while it evaluates
+            if self._calls_left == 0 and not self._struck.exists():
                 self._struck.write_text(str(time.time()))
                 self._deed()
             return original(*arguments, **named)
@@ -72,11 +73,11 @@ class Patch(MetaPathFinder):
 
 
 def main():
-    fault = json.loads(os.environ.get("LLMTRAIN_TEST_FAULT", "null"))
-    if fault is None or os.environ.get("RANK") != str(fault["rank"]) or Path(fault["struck"]).exists():
-        return
-    place, deed = fault["what"].split(" ")
-    sys.meta_path.insert(0, Patch(place, deed, fault["call"], Path(fault["struck"])))
+    faults = json.loads(os.environ.get("LLMTRAIN_TEST_FAULTS", "[]"))
+    fault = next((each for each in faults if not Path(each["struck"]).exists()), None)
+    if fault is not None and os.environ.get("RANK") == str(fault["rank"]):
+        place, deed = fault["what"].split(" ")
+        sys.meta_path.insert(0, Patch(place, deed, fault["call"], Path(fault["struck"])))
 
 
 main()
