@@ -14,27 +14,33 @@ from llmtrain import heartbeat
 from llmtrain.heartbeat import PHASES, STACKS_SIGNAL, Beat
 
 _STACKS_S = 3.0
+_SILENT_S = 60.0
 _POLL_S = 0.05
 _WORDS = {
     "data": "taking data",
     "counts": "waiting for the other ranks' counts",
-    "compute": "computing, or waiting in a collective",
+    "forward": "computing",
+    "backward": "computing gradients, or waiting for those of the other ranks",
     "log": "gathering what is logged",
     "evaluate": "evaluating",
+    "scores": "waiting for the other ranks' scores",
     "sample": "writing text",
 }
 
 
 @dataclass(frozen=True)
-class Still:
-    """A rank that stands still."""
+class Seen:
+    """What a rank is doing."""
 
     rank: int
-    frozen: bool
-    """The process does not run at all: stopped, or stuck in foreign code that holds Python's lock."""
     phase: str
     step: int
     seconds: float
+    """Since it began with that, or got ahead in it; of one that is frozen: since its last sign of life."""
+    stands: bool
+    """For longer than it may."""
+    frozen: bool
+    """The process does not run at all: stopped, or stuck in foreign code that holds Python's lock."""
 
     def describe(self) -> str:
         doing = _WORDS.get(self.phase, self.phase)
@@ -42,19 +48,23 @@ class Still:
         return f"rank {self.rank} {how} since {self.seconds:.0f} s, at step {self.step:,}, {doing}"
 
 
-def look(folder: Path, limit_s: float) -> list[Still]:
-    """Ranks on this node that have stood still for longer than `limit_s`."""
+def look(folder: Path, limit_s: float) -> list[Seen]:
+    """All ranks on this node, as they are now."""
     now = time.monotonic()
-    return [_still(beat, now, limit_s) for beat in _alive(folder) if _stands(beat, now, limit_s)]
+    return [_seen(beat, process, now, limit_s) for beat, process in _alive(folder)]
 
 
-def culprits(still: Sequence[Still]) -> list[Still]:
-    """Those that the others wait for: who does not run; else who is furthest behind."""
-    frozen = [each for each in still if each.frozen]
+def culprits(ranks: Sequence[Seen]) -> list[Seen]:
+    """Those that the others wait for: who does not run; else who is furthest behind.
+
+    Nobody where one of the latter still gets ahead, or may take its time (a save): then the others only wait.
+    """
+    frozen = [each for each in ranks if each.frozen]
     if frozen:
         return frozen
-    behind = min((_progress(each) for each in still), default=None)
-    return [each for each in still if _progress(each) == behind]
+    behind = min(map(_progress, ranks), default=None)
+    last = [each for each in ranks if _progress(each) == behind]
+    return last if all(each.stands for each in last) else []
 
 
 def write_stacks(folder: Path, to: Path) -> None:
@@ -62,7 +72,7 @@ def write_stacks(folder: Path, to: Path) -> None:
 
     A process that was stopped (SIGSTOP) has to go on for that, so it is told to.
     """
-    beats = _alive(folder)
+    beats = [beat for beat, _ in _alive(folder)]
     for beat in beats:
         for number in (STACKS_SIGNAL, signal.SIGCONT):
             with contextlib.suppress(ProcessLookupError):
@@ -83,26 +93,37 @@ def write_stacks(folder: Path, to: Path) -> None:
             output.write((stacks or "(it wrote no stacks: stuck in the kernel)\n") + "\n")
 
 
-def _stands(beat: Beat, now: float, limit_s: float) -> bool:
-    return now - beat.alive > limit_s or (beat.watched and now - beat.since > limit_s)
+def kill_all(folder: Path) -> None:
+    """SIGKILL for the ranks that have left a sign of life here."""
+    for _, process in _alive(folder):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
 
 
-def _still(beat: Beat, now: float, limit_s: float) -> Still:
-    frozen = now - beat.alive > limit_s
-    return Still(beat.rank, frozen, beat.phase, beat.step, now - (beat.alive if frozen else beat.since))
+def _seen(beat: Beat, process: psutil.Process, now: float, limit_s: float) -> Seen:
+    silent_s, same_s = now - beat.alive, now - beat.since
+    # Before training and in a save foreign code may hold Python's lock for a while: libraries are loaded.
+    may_be_silent_s = limit_s if beat.watched else max(limit_s, _SILENT_S)
+    frozen = silent_s > may_be_silent_s or (silent_s > limit_s and process.status() == psutil.STATUS_STOPPED)
+    stands = frozen or (beat.watched and same_s > limit_s)
+    return Seen(beat.rank, beat.phase, beat.step, silent_s if frozen else same_s, stands, frozen)
 
 
-def _progress(still: Still) -> tuple[int, int]:
-    return still.step, PHASES.index(still.phase) if still.phase in PHASES else len(PHASES)
+def _progress(seen: Seen) -> tuple[int, int, int]:
+    """Before training, at a step and a phase of it, after training."""
+    if seen.phase in PHASES:
+        return 1, seen.step, PHASES.index(seen.phase)
+    return (2, 0, 0) if seen.phase == "ending" else (0, 0, 0)
 
 
-def _alive(folder: Path) -> list[Beat]:
+def _alive(folder: Path) -> list[tuple[Beat, psutil.Process]]:
     """Of processes that are still there: one that has ended is for torchrun to notice."""
-    found: list[Beat] = []
+    found: list[tuple[Beat, psutil.Process]] = []
     for beat in heartbeat.read(folder):
         with contextlib.suppress(psutil.NoSuchProcess):
-            if psutil.Process(beat.pid).status() != psutil.STATUS_ZOMBIE:
-                found.append(beat)
+            process = psutil.Process(beat.pid)
+            if process.status() != psutil.STATUS_ZOMBIE:
+                found.append((beat, process))
     return found
 
 

@@ -4,6 +4,7 @@ Each node tells how its ranks ended, the first one decides what comes next, the 
 does the same in a folder of its own.
 """
 
+import contextlib
 import json
 import os
 import socket
@@ -40,8 +41,11 @@ class Meeting:
 
     def told(self, what: str, attempt: int) -> dict[int, Any]:
         """By node; of those that have said it."""
-        paths = {node: self._file(what, attempt, node) for node in range(self.num_nodes)}
-        return {node: json.loads(path.read_text()) for node, path in paths.items() if path.exists()}
+        found: dict[int, Any] = {}
+        for node in range(self.num_nodes):
+            with contextlib.suppress(OSError):  # it is not there yet; over NFS also: it is being replaced
+                found[node] = json.loads(self._file(what, attempt, node).read_text())
+        return found
 
     def wait_for_all(self, what: str, attempt: int, seconds: float) -> dict[int, Any]:
         """As `told`, once all have said it, or after so long."""

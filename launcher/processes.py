@@ -2,6 +2,7 @@
 
 import contextlib
 import signal
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -26,9 +27,34 @@ def kill_tree(pid: int) -> None:
                     victim.kill()
 
 
-def read_codes(folder: Path) -> list[int]:
-    """What the ranks left; one that was killed left nothing."""
-    return [int(file.read_text()) for file in folder.iterdir()]
+@dataclass(frozen=True)
+class Left:
+    """What a rank left when it ended."""
+
+    code: int
+    why: str = ""
+    """Where it ended in an exception."""
+    time: float = 0.0
+
+    @property
+    def is_good(self) -> bool:
+        return self.code in (0, EXIT_REQUEUE)
+
+
+def runs(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return False
+
+
+def read_codes(folder: Path) -> dict[int, Left]:
+    """What the ranks left, by process id; one that was killed left nothing."""
+    left: dict[int, Left] = {}
+    for file in folder.iterdir():
+        code, _, why = file.read_text().partition(" ")
+        if code:  # else it is being written
+            left[int(file.name)] = Left(int(code), why.strip().partition("\n")[0], file.stat().st_mtime)
+    return left
 
 
 def verdict(agents: list[int], codes: list[int], ranks: int) -> int:

@@ -21,8 +21,10 @@ from typing import Any
 import psutil
 
 from launcher import hangs, torchrun
+from launcher.hang_watch import HangWatch
 from launcher.meeting import Meeting
 from launcher.processes import is_for_a_person, kill_tree, ranks_of, read_codes, told, verdict
+from launcher.ranks import Ranks
 from launcher.torchrun import Start
 from llmtrain import heartbeat, ledger
 from llmtrain.errors import EXIT_CODES, EXIT_REQUEUE
@@ -34,10 +36,11 @@ _POLL_S = 0.1
 _LOOK_S = 1.0
 _SAME_S = 0.3
 """Wrappers such as `timeout` pass one Ctrl-C on twice."""
+_LINGER_S = 1.0
+"""After one rank has fallen the others end by themselves, or are ended: torchrun would wait for them for 30 s."""
 _OTHERS_S = 10.0
-"""After the ranks of one node have failed, those of the others end by themselves, or are ended."""
+"""The same for the ranks of other nodes."""
 _SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
-_LAST_LINES = 15
 
 
 @dataclass(frozen=True)
@@ -108,13 +111,15 @@ class Supervisor:
         if len(ended) < self._start.num_nodes:
             agents.append(1)
         code = verdict(agents, codes, self._start.ranks * self._start.num_nodes)
-        if self.stopped_by is not None and code < 0:
-            code = EXIT_REQUEUE  # before it could listen to signals: nothing is lost
-        if code in (0, EXIT_REQUEUE) or self.stopped_by is not None or is_for_a_person(code):
-            return Decision(again=False, code=code)
         reached = self._newest_step()
+        if self.stopped_by is not None and code != 0 and not is_for_a_person(code):
+            if code != EXIT_REQUEUE:  # before its ranks could listen, or one fell while they saved
+                say(f"ended without saving once more: the same command goes on from step {reached:,}")
+            return Decision(again=False, code=EXIT_REQUEUE)
+        if code in (0, EXIT_REQUEUE) or is_for_a_person(code):
+            return Decision(again=False, code=code)
         self._failures = 1 if reached > newest else self._failures + 1
-        why = next((outcome["hang"] for outcome in ended.values() if outcome["hang"]), f"ended with {told(code)}")
+        why = next((outcome["why"] for outcome in ended.values() if outcome["why"]), f"ended with {told(code)}")
         if self._failures > self._rules.max_restarts:
             say(f"{why}, {self._failures} times in a row without a new checkpoint: not started again")
             return Decision(again=False, code=code if code > 0 else 1)
@@ -139,7 +144,7 @@ class Supervisor:
     def _attempt(self, attempt: int, again: bool) -> dict[str, Any]:
         """Start this node's ranks and stay with them; returns how they ended."""
         place = self._meeting.place(attempt) if self._start.num_nodes > 1 else None
-        if self._start.ranks * self._start.num_nodes > 1:
+        if not self._is_alone:
             self._logs.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix="llmtrain-") as scratch:
             codes, beats = Path(scratch) / "codes", Path(scratch) / "beats"
@@ -147,7 +152,7 @@ class Supervisor:
             beats.mkdir()
             told_to_ranks = {EXIT_CODES: str(codes), heartbeat.FOLDER: str(beats), RANK_LOGS: str(self._logs)}
             # A session of its own: Ctrl-C comes here alone, and is passed on once.
-            self._process = subprocess.Popen(
+            process = self._process = subprocess.Popen(
                 torchrun.command(self._start, place, again),
                 env={**os.environ, **torchrun.ENVIRONMENT, **told_to_ranks},
                 start_new_session=True,
@@ -155,33 +160,40 @@ class Supervisor:
             )
             if self.stopped_by is not None:  # asked for while there was no process yet
                 self._asked_at = self._asked_at or time.monotonic()
-            hang = self._stay(self._process, attempt, beats)
-            if self._process.returncode:
-                kill_tree(self._process.pid)
-            left = read_codes(codes)
-        agent = self._process.returncode
-        if self._start.ranks * self._start.num_nodes == 1:
-            left = [agent] if agent >= 0 else []
-        elif agent and not any(is_for_a_person(code) for code in left) and self.stopped_by is None:
-            self._show_last_words()
-        return {"agent": agent, "codes": left, "hang": hang}
+            ranks = Ranks(process.pid, codes, self._logs)
+            hang = self._stay(process, attempt, ranks, beats)
+            if process.returncode:
+                hangs.kill_all(beats)  # torchrun itself was killed
+            left = [each.code for each in read_codes(codes).values()]
+        if self._is_alone:
+            left = [process.returncode] if process.returncode >= 0 else []
+        elif process.returncode and not any(map(is_for_a_person, left)) and self.stopped_by is None and hang is None:
+            for log, lines in ranks.last_words().items():
+                print(f"\nthe last lines of {log}:", *lines, sep="\n  ", file=sys.stderr, flush=True)
+        return {"agent": process.returncode, "codes": left, "why": hang or ranks.describe()}
 
-    def _stay(self, process: "subprocess.Popen[bytes]", attempt: int, beats: Path) -> str | None:
+    def _stay(self, process: "subprocess.Popen[bytes]", attempt: int, ranks: Ranks, beats: Path) -> str | None:
         """Until the process has ended. Returns what hung, if that was why."""
         hang: str | None = None
-        next_look, others_failed_at = 0.0, None
+        watch = HangWatch(self._meeting, attempt, beats, self._rules.hang_s)
+        next_look, fallen_at, others_failed_at = 0.0, None, None
         while process.poll() is None:
             now = time.monotonic()
             if self._asked_at is not None and now - self._asked_at > self._rules.grace_s:
                 say(f"still there after {self._rules.grace_s:.0f} s: killed")
                 kill_tree(process.pid)
+            if fallen_at is None and ranks.has_fallen():
+                fallen_at = now
+            if fallen_at is not None and now - fallen_at > _LINGER_S:
+                ranks.kill()
             if now >= next_look:
                 next_look = now + _LOOK_S
+                ranks.meet()
                 self._look_for_reasons_to_stop()
                 if self._asked_at is not None:
                     self._ask_to_stop(signal.SIGTERM)  # ranks that were not there yet
-                if self._rules.hang_s and hang is None and self._asked_at is None:
-                    hang = self._look_for_hangs(attempt, beats)
+                elif self._rules.hang_s and hang is None and (named := watch.look()):
+                    hang = self._write_down(named, beats, self._logs / f"stacks-{attempt}-node-{self._start.node}.txt")
                 if hang is not None:
                     kill_tree(process.pid)
                 if others_failed_at is None and self._others_failed(attempt):
@@ -196,29 +208,12 @@ class Supervisor:
             return False
         return any(outcome["agent"] for outcome in self._meeting.told("ended", attempt).values())
 
-    def _look_for_hangs(self, attempt: int, beats: Path) -> str | None:
-        """What hangs, after the stacks of all ranks have been written down; None if nothing does."""
-        limit = self._rules.hang_s
-        if not hangs.look(beats, limit) and not self._meeting.told("still", attempt):
-            return None
-        time.sleep(2 * _LOOK_S)  # who is waited for has stood still since almost the same moment
-        self._meeting.tell("still", attempt, [asdict(each) for each in hangs.look(beats, limit)])
-        everywhere = self._meeting.wait_for_all("still", attempt, 2 * _LOOK_S)
-        still = [hangs.Still(**each) for node in everywhere.values() for each in node]
-        if not still:  # it got ahead in the meantime
-            return None
-        stacks = self._logs / f"stacks-{attempt}-node-{self._start.node}.txt"
+    def _write_down(self, named: list[hangs.Seen], beats: Path, stacks: Path) -> str:
+        """Stacks of all ranks, and who hangs."""
         hangs.write_stacks(beats, stacks)
-        named = "; ".join(each.describe() for each in hangs.culprits(still))
-        say(f"{named}: the stacks of all ranks are in {stacks}")
-        return f"{named} (stacks: {stacks})"
-
-    def _show_last_words(self) -> None:
-        """Of ranks whose output goes into files, where they end in an error."""
-        for log in sorted(self._logs.glob("rank-*.log")):
-            lines = log.read_text(errors="replace").splitlines()[-_LAST_LINES:]
-            if any("Error" in line for line in lines):
-                print(f"\nthe last lines of {log}:", *lines, sep="\n  ", file=sys.stderr, flush=True)
+        described = "; ".join(each.describe() for each in named)
+        say(f"{described}: the stacks of all ranks are in {stacks}")
+        return f"{described} (stacks: {stacks})"
 
     # Reasons to stop
 
@@ -259,13 +254,17 @@ class Supervisor:
     def _hint(self, number: int) -> str:
         return "; Ctrl-C again leaves at once" if number == signal.SIGINT else ""
 
+    @property
+    def _is_alone(self) -> bool:
+        """One rank: there is no torchrun."""
+        return self._start.ranks * self._start.num_nodes == 1
+
     def _ask_to_stop(self, number: int) -> None:
         self._asked_at = self._asked_at or time.monotonic()
         process = self._process
         if process is None:
             return
-        alone = self._start.ranks * self._start.num_nodes == 1
-        for rank in [process] if alone else ranks_of(process.pid):
+        for rank in [process] if self._is_alone else ranks_of(process.pid):
             if rank.pid in self._told:
                 continue
             self._told.add(rank.pid)

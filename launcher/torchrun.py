@@ -19,7 +19,8 @@ ENVIRONMENT = {
 }
 STOPS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 _SHUTDOWN_S = 5
-"""For the other ranks after one has failed: they cannot save any more. A stop goes to the ranks themselves."""
+"""For ranks, when torchrun itself is told to end. A stop goes to the ranks themselves, and after one has failed
+torchrun waits for 30 s whatever it is told; supervisor.py does not."""
 
 
 @dataclass(frozen=True)

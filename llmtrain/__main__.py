@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llmtrain import allocator, heartbeat
-from llmtrain.errors import EXIT_CODES, EXIT_REQUEUE, exit_with_code, leave_code
+from llmtrain.errors import EXIT_CODES, EXIT_REQUEUE, exit_with_code, leave_code, own_code
 
 RANK_LOGS = "LLMTRAIN_RANK_LOGS"
 """Variable that names a folder for the ranks' output."""
@@ -39,11 +39,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for number in _STOPS:
         if signal.getsignal(number) == signal.SIG_IGN:  # as a supervisor leaves them to torchrun
             signal.signal(number, signal.SIG_DFL)  # until the loop listens
+    own_code()
     rank = int(os.environ.get("RANK", "0"))
     write_to_own_file(rank)
     die_with_agent()
     heartbeat.start(rank)
-    with exit_with_code(is_rank=True):
+    with exit_with_code():
         try:
             from llmtrain.config.load import split_settings
 

@@ -133,34 +133,38 @@ def disk_errors(what: str, folder: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def exit_with_code(is_rank: bool = False) -> Iterator[None]:
-    """For entry points: print a `UserError` without a traceback and leave with its exit code.
-
-    `is_rank`: also write the code down for who keeps the run going. What a rank starts (the service, sharding) inherits
-    its variables, and is none.
-    """
-    told = leave_code if is_rank else (lambda _code: None)
+def exit_with_code() -> Iterator[None]:
+    """For entry points: print a `UserError` without a traceback and leave with its exit code."""
     try:
         yield
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)  # noqa: T201
-        told(error.exit_code)
+        leave_code(error.exit_code)
         sys.exit(error.exit_code)
     except SystemExit as leaving:
-        told(leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None))
+        leave_code(leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None))
         raise
-    told(0)
+    except Exception as error:
+        leave_code(1, f"{type(error).__name__}: {error}")
+        raise
+    leave_code(0)
 
 
 EXIT_CODES = "LLMTRAIN_EXIT_CODES"
 """Variable that names a folder for exit codes: torchrun tells its caller nothing but 1."""
+_OWNER = "LLMTRAIN_EXIT_CODES_OF"
 
 
-def leave_code(code: int) -> None:
-    """Leave this process's exit code where `llmtrain run` looks; a process that was killed leaves none.
+def own_code() -> None:
+    """Say that this process, and what it becomes, is a rank: what it starts inherits EXIT_CODES, and is none."""
+    os.environ[_OWNER] = str(os.getpid())
+
+
+def leave_code(code: int, why: str = "") -> None:
+    """Leave a rank's exit code where `llmtrain run` looks; a process that was killed leaves none.
 
     The first one counts: what follows is how it leaves.
     """
-    if folder := os.environ.get(EXIT_CODES):
+    if (folder := os.environ.get(EXIT_CODES)) and os.environ.get(_OWNER) == str(os.getpid()):
         with contextlib.suppress(FileExistsError), (Path(folder) / str(os.getpid())).open("x") as file:
-            file.write(str(code))
+            file.write(f"{code} {why}")

@@ -20,7 +20,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m llmtrain.finish", description=__doc__)
     parser.add_argument("run", type=Path)
     run = RunDir(parser.parse_args(arguments).run)
-    with exit_with_code(is_rank=True):  # rank 0, under another name
+    with exit_with_code():
         log.set_up()
         log.also_to_file(run.log)
         finish(run)

@@ -21,8 +21,8 @@ STACKS_SIGNAL = signal.SIGQUIT
 """Makes a rank write the Python stacks of its threads, from C: also when Python itself is stuck."""
 _BEAT_S = 1.0
 _WIDTH = 512
-PHASES = ("data", "counts", "compute", "log", "evaluate", "sample", "save")
-"""What a step consists of, in this order; `counts` waits for the other ranks."""
+PHASES = ("data", "counts", "forward", "backward", "log", "evaluate", "scores", "sample", "save")
+"""What a step consists of, in this order; in `counts`, `backward` and `scores` a rank waits for the others."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,12 @@ def at(phase: str, step: int | None = None, watched: bool = True) -> None:
     _heart.phase, _heart.since, _heart.watched = phase, time.monotonic(), watched
     if step is not None:
         _heart.step = step
+
+
+def on_to(phase: str) -> None:
+    """Say that the work in hand has come to this part of it; nothing where it is not watched."""
+    if _heart.watched:
+        at(phase)
 
 
 def start(rank: int) -> None:

@@ -128,8 +128,8 @@ class _Shard:
         batch = pa.ipc.open_stream(pa.memory_map(str(path))).read_next_batch()
         self.tokens = _fixed_lists(batch.column("input_ids"), context + 1)
         doc_lens = batch.column("doc_lens")
-        self.doc_offsets = doc_lens.offsets.to_numpy()
-        self.doc_values = doc_lens.values.to_numpy()
+        self.doc_offsets = _numbers(doc_lens.offsets)
+        self.doc_values = _numbers(doc_lens.values)
         names = batch.schema.names
         self.loss_mask = _fixed_lists(batch.column("loss_mask"), context + 1) if "loss_mask" in names else None
 
@@ -137,10 +137,15 @@ class _Shard:
         return self.doc_values[self.doc_offsets[row] : self.doc_offsets[row + 1]]
 
 
+def _numbers(column: pa.Array) -> Any:
+    """The same memory. `to_numpy` would import pandas, an eighth of the time that a rank takes to start."""
+    return np.from_dlpack(column)
+
+
 def _fixed_lists(column: pa.FixedSizeListArray, width: int) -> Any:
     if column.type.list_size != width:
         raise ValueError(f"rows of {column.type.list_size} tokens instead of {width}")
-    return column.values.to_numpy(zero_copy_only=True).reshape(-1, width)
+    return _numbers(column.values).reshape(-1, width)
 
 
 class ShardSet:

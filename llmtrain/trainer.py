@@ -67,7 +67,7 @@ def train(parts: Parts, state: TrainState) -> TrainState:
         )
         if failures:
             parts.saver.wait()  # raises, on every rank
-        heartbeat.at("compute")
+        heartbeat.at("forward")
         seed_step(config.run.seed, state.step, parts.world.rank)
         lr = learning_rate(state.step, parts.plan.total_steps, config.optim)
         loss_sum = torch.zeros((), device=parts.world.device)

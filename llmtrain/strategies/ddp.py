@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from llmtrain import heartbeat
 from llmtrain.config.schema import RunConfig
 from llmtrain.data import IGNORE, Batch
 from llmtrain.fragments import Fragment, FragmentReader, equal_share
@@ -58,10 +59,16 @@ class DDPStrategy:
         """Collective if `last` (default group, inside backward)."""
         self._module.train()
         self._accumulates |= not last
+        if last and not self._accumulates:
+            # DDP multiplies by 1/R what it copies into its buckets, but divides by R what lies there already, as it
+            # does after _settle_buckets: with three ranks the first step after a start would differ in the last bit.
+            self._optimizer.zero_grad(set_to_none=True)
         wait = contextlib.nullcontext() if last or self._world.size == 1 else self._forward.no_sync()
         with wait:
+            heartbeat.on_to("forward")
             with autocast(self._world.device, self._bf16):
                 loss = self._forward(batch.input_ids, batch.targets, batch.doc_ids, batch.positions)
+            heartbeat.on_to("backward")
             # DDP divides by the number of ranks; the sum over ranks is wanted.
             (loss * (scale * self._world.size)).backward()
         return loss.detach()

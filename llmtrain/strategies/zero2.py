@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from llmtrain import heartbeat
 from llmtrain.config.schema import RunConfig, StrategySection
 from llmtrain.data import Batch
 from llmtrain.errors import ConfigError
@@ -54,8 +55,10 @@ class ZeRO2Strategy:
     def accumulate(self, batch: Batch, scale: float, last: bool) -> Tensor:
         """Collective (default group, inside backward): each micro-batch's gradients are reduced to their owners."""
         self._module.train()
+        heartbeat.on_to("forward")
         with autocast(self._world.device, self._bf16):
             loss = self._engine(batch.input_ids, batch.targets, batch.doc_ids, batch.positions)
+        heartbeat.on_to("backward")
         # DeepSpeed divides by the number of ranks; the sum over ranks is wanted.
         self._engine.backward(loss * (scale * self._world.size), scale_wrt_gas=False)
         return loss.detach()

@@ -1,0 +1,79 @@
+"""Looks after hangs during one attempt, on one node, and hears the other nodes before it says who hangs.
+
+The ranks that stand still on a node may only wait for one on another node. So a node that sees such asks the others:
+each writes down what its ranks do, and the one that has asked decides. What it ends, ends for all.
+"""
+
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from launcher import hangs
+from launcher.hangs import Seen
+from launcher.meeting import Meeting
+
+_AGAIN_S = 2.0
+"""Until the second look: who is waited for has stood still since almost the same moment."""
+_ANSWER_S = 5.0
+_POLL_S = 0.1
+_PAUSED_S = 15.0
+"""Who has not looked for so long was stopped itself (a suspended job), and the ranks with it."""
+
+
+class HangWatch:
+    """Of one attempt; to be asked every second or so."""
+
+    def __init__(self, meeting: Meeting, attempt: int, beats: Path, limit_s: float):
+        """`beats`: where the ranks of this node leave their signs of life."""
+        self._meeting, self._attempt, self._beats, self._limit_s = meeting, attempt, beats, limit_s
+        self._since = self._looked_at = time.monotonic()
+        self._asked = 0
+        self._answered: dict[int, int] = {}
+
+    def look(self) -> list[Seen]:
+        """Those that hang. Takes some seconds where it seems so, to be sure."""
+        now = time.monotonic()
+        if now - self._looked_at > _PAUSED_S:
+            self._since = now
+        self._looked_at = now
+        self._answer()
+        if now - self._since < self._limit_s or not hangs.culprits(self._own()):
+            return []
+        time.sleep(_AGAIN_S)
+        others = self._ask()
+        self._looked_at = time.monotonic()
+        return hangs.culprits([*self._own(), *others])
+
+    def _own(self) -> list[Seen]:
+        return hangs.look(self._beats, self._limit_s)
+
+    def _ask(self) -> list[Seen]:
+        """What the ranks of the other nodes do; of those nodes that answer in time."""
+        self._asked += 1
+        self._tell()
+        deadline = time.monotonic() + _ANSWER_S
+        while True:
+            self._answer()  # two that ask each other
+            told = self._told()
+            answers = [each for each in told.values() if each["answered"].get(str(self._meeting.node)) == self._asked]
+            if len(answers) == self._meeting.num_nodes - 1 or time.monotonic() > deadline:
+                return [Seen(**rank) for each in answers for rank in each["ranks"]]
+            time.sleep(_POLL_S)
+
+    def _answer(self) -> None:
+        """Where another node has asked."""
+        if self._meeting.num_nodes == 1:
+            return
+        asked = {node: told["asked"] for node, told in self._told().items() if told["asked"]}
+        if asked != self._answered:
+            self._answered = asked
+            self._tell()
+
+    def _tell(self) -> None:
+        ranks = [asdict(each) for each in self._own()]
+        self._meeting.tell("seen", self._attempt, {"asked": self._asked, "answered": self._answered, "ranks": ranks})
+
+    def _told(self) -> dict[int, Any]:
+        """By the other nodes."""
+        return {n: told for n, told in self._meeting.told("seen", self._attempt).items() if n != self._meeting.node}

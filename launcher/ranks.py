@@ -1,0 +1,91 @@
+"""The ranks that torchrun has started on this node: which of them fell first, and what it said last."""
+
+import contextlib
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+
+from launcher.processes import Left, ranks_of, read_codes, runs
+
+_LAST_LINES = 15
+_FATAL = "Fatal Python error"
+"""How faulthandler begins, before it shows the stacks at a segmentation fault."""
+
+
+@dataclass
+class Ranks:
+    """Of one attempt."""
+
+    agent: int
+    """torchrun's process."""
+    codes: Path
+    """The folder in which they leave their exit codes."""
+    logs: Path
+    """The folder with their output; the first rank of all writes to the terminal."""
+    first: int | None = None
+    """Which fell first."""
+    _why: str = ""
+    _processes: dict[int, psutil.Process] = field(default_factory=dict[int, psutil.Process])
+    _sizes: dict[Path, int] = field(default_factory=dict[Path, int])
+    """Of the logs, before this attempt."""
+
+    def __post_init__(self) -> None:
+        self._sizes = {log: log.stat().st_size for log in self._all_logs()}
+
+    def meet(self) -> None:
+        """Learn which there are."""
+        known = {process.pid for process in self._processes.values()}
+        for process in ranks_of(self.agent):
+            with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied, KeyError):
+                if process.pid not in known:
+                    self._processes[int(process.environ()["RANK"])] = process
+
+    def has_fallen(self) -> bool:
+        """Whether one has ended, and not well: then the others cannot go on."""
+        if self.first is None and (gone := [rank for rank, process in self._processes.items() if not runs(process)]):
+            left = read_codes(self.codes)
+            # One that was killed leaves no code; those that have lost their connection to it do.
+            fallen = {rank: left.get(self._processes[rank].pid, Left(code=-1)) for rank in gone}
+            bad = [rank for rank in gone if not fallen[rank].is_good]
+            self.first = min(bad, key=lambda rank: fallen[rank].time, default=None)
+            self._why = "" if self.first is None else fallen[self.first].why
+        return self.first is not None
+
+    def kill(self) -> None:
+        """All that are left; torchrun then reports, and ends."""
+        for process in self._processes.values():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+
+    def describe(self) -> str | None:
+        """What became of the one that fell first, as far as it is known."""
+        if self.first is None:
+            return None
+        if self._why:
+            return f"rank {self.first} failed: {self._why}"
+        words = self._last_words(self.logs / f"rank-{self.first}.log")
+        return f"rank {self.first} " + (
+            f"crashed: {words[0]}" if words and _FATAL in words[0] else "was killed, or crashed"
+        )
+
+    def last_words(self) -> dict[Path, list[str]]:
+        """By file: of the one that fell first, or of all where that is not known; where they end in an error."""
+        logs = self._all_logs() if self.first is None else [self.logs / f"rank-{self.first}.log"]
+        words = {log: self._last_words(log) for log in logs}
+        return {log: lines for log, lines in words.items() if any("Error" in line or _FATAL in line for line in lines)}
+
+    def _last_words(self, log: Path) -> list[str]:
+        """In this attempt; where it crashed, the stack of the thread that did."""
+        if not log.exists():
+            return []
+        lines = log.read_bytes()[self._sizes.get(log, 0) :].decode(errors="replace").splitlines()
+        fatal = [number for number, line in enumerate(lines) if line.startswith(_FATAL)]
+        if not fatal:
+            return lines[-_LAST_LINES:]
+        stacks = lines[fatal[-1] + 1 :]
+        own = next((number for number, line in enumerate(stacks) if line.startswith("Current thread")), 0)
+        return [lines[fatal[-1]], *stacks[own : own + _LAST_LINES - 1]]
+
+    def _all_logs(self) -> list[Path]:
+        return sorted(self.logs.glob("rank-*.log"))

@@ -1,0 +1,167 @@
+"""`llmtrain run` on three ranks: whatever becomes of one of them, it comes back and ends as if nothing had been."""
+
+import random
+import re
+import signal
+import statistics
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.support.runs import Workplace
+from tests.support.supervised import Fault, Supervised
+
+RANKS = ["--ranks", "3"]
+SETTINGS = ["train.global_batch_size=6", "checkpoint.every_steps=5"]
+BETWEEN = 15
+"""Steps between two kills: a new checkpoint, and some more."""
+LENGTH = [*SETTINGS, "train.steps=120"]
+HANG_S = 5
+
+
+@pytest.fixture(scope="module")
+def calm(workplace: Workplace) -> str:
+    """An undisturbed run."""
+    workplace.train("run.name=calm", *LENGTH, ranks=3)
+    return "calm"
+
+
+def ends_as(workplace: Workplace, run: Supervised, calm: str) -> None:
+    assert run.end() == 0, run.said
+    assert workplace.ledger(run.run.name) == workplace.ledger(calm)  # sample digests and losses, step by step
+    assert workplace.weights(run.run.name) == workplace.weights(calm)
+
+
+def campaign(workplace: Workplace, kills: int, seed: int) -> list[float]:
+    """SIGKILL for random ranks at random moments; returns how many seconds each cost until the next new step."""
+    draw, reference = random.Random(seed), f"calm-{kills}"
+    settings = [*SETTINGS, f"train.steps={BETWEEN * (kills + 2)}"]
+    workplace.train(f"run.name={reference}", *settings, ranks=3)
+    victims = [*draw.sample(range(3), 3), *(draw.randrange(3) for _ in range(kills - 3))]
+    recoveries: list[float] = []
+    with Supervised(workplace, f"killed-{seed}", *RANKS, *settings) as run:
+        for number, victim in enumerate(victims, start=1):
+            run.wait_for_step(BETWEEN * number + draw.randrange(BETWEEN - 5))
+            time.sleep(draw.uniform(0, 0.05))
+            killed_at = time.time()
+            run.rank(victim).kill()
+            recoveries.append(run.recovered(number) - killed_at)
+            print(f"kill {number}: rank {victim}, {recoveries[-1]:.1f} s")
+        ends_as(workplace, run, reference)
+    print(f"{kills} kills: median {statistics.median(recoveries):.1f} s, longest {max(recoveries):.1f} s")
+    return recoveries
+
+
+def test_three_kills(workplace: Workplace):
+    """Each rank once; rank 0 holds the store that the others meet at, and writes the checkpoints."""
+    campaign(workplace, kills=3, seed=3)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(3600)
+def test_twenty_kills(workplace: Workplace):
+    campaign(workplace, kills=20, seed=20)
+
+
+def hang_found(run: Supervised, since: float, times: int) -> str:
+    """Wait until the hang is over; returns what was said of it, after a look at the stacks."""
+    pattern = r"llmtrain: (rank .+): the stacks of all ranks are in (.+)$"
+    found_at, said = run.wait_for_line(pattern, times)
+    again_at, _ = run.wait_for_line("starting again from step", times)
+    steps_at = run.recovered(times)
+    print(
+        f"{said[1]}: found after {found_at - since:.1f} s, started again after {again_at - since:.1f} s "
+        f"(limit {HANG_S} s), new steps after {steps_at - since:.1f} s"
+    )
+    stacks = Path(said[2]).read_text()
+    for rank in range(3):
+        own = re.search(rf"^rank {rank}, process .*?(?=^rank \d, process|\Z)", stacks, re.MULTILINE | re.DOTALL)
+        assert own is not None, stacks
+        assert "llmtrain/trainer.py" in own[0], stacks
+    return said[1]
+
+
+def test_hangs(workplace: Workplace, calm: str, tmp_path: Path):
+    """A dead-lock in data loading, one inside a forward pass, and SIGSTOP, each in one rank alone."""
+    faults = [
+        Fault("data stops", rank=2, call=15, struck=tmp_path / "data"),
+        Fault("forward stops", rank=0, call=25, struck=tmp_path / "forward"),
+    ]
+    with Supervised(workplace, "hangs", *RANKS, "--hang-after", str(HANG_S), *LENGTH, faults=faults) as run:
+        run.wait_for_line("rank .* the stacks of all ranks", 1)
+        said = hang_found(run, faults[0].time, 1)
+        assert re.fullmatch(r"rank 2 stands still since \d+ s, at step \d+, taking data", said)
+        run.wait_for_line("rank .* the stacks of all ranks", 2)
+        said = hang_found(run, faults[1].time, 2)
+        assert re.fullmatch(r"rank 0 stands still since \d+ s, at step \d+, computing", said)
+        run.wait_for_checkpoint(run.newest_checkpoint())
+        stopped_at = time.time()
+        run.rank(1).suspend()
+        said = hang_found(run, stopped_at, 3)
+        assert re.fullmatch(r"rank 1 does not run at all since \d+ s, at step \d+, .*", said)
+        ends_as(workplace, run, calm)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("seed", range(6))
+def test_sigstop(workplace: Workplace, calm: str, seed: int):
+    draw = random.Random(seed)
+    rank = draw.randrange(3)
+    with Supervised(workplace, f"stopped-{seed}", *RANKS, "--hang-after", str(HANG_S), *LENGTH) as run:
+        run.wait_for_step(draw.randrange(10, 110))
+        stopped_at = time.time()
+        run.rank(rank).suspend()
+        assert hang_found(run, stopped_at, 1).startswith(f"rank {rank} does not run at all")
+        ends_as(workplace, run, calm)
+
+
+@pytest.mark.soak
+def test_a_rank_that_keeps_pythons_lock(workplace: Workplace, calm: str, tmp_path: Path):
+    """In foreign code, as a driver may that waits for its device: no thread of that rank runs any more."""
+    fault = Fault("forward freezes", rank=1, call=25, struck=tmp_path / "struck")
+    with Supervised(workplace, "frozen", *RANKS, "--hang-after", str(HANG_S), *LENGTH, faults=[fault]) as run:
+        run.wait_for_line("rank .* the stacks of all ranks", 1)
+        said = hang_found(run, fault.time, 1)
+        assert re.fullmatch(r"rank 1 does not run at all since \d+ s, at step \d+, computing", said)
+        ends_as(workplace, run, calm)
+
+
+def test_crashes(workplace: Workplace, calm: str, tmp_path: Path):
+    """An exception in data loading, and a segmentation fault, each in one rank alone."""
+    faults = [
+        Fault("data fails", rank=1, call=15, struck=tmp_path / "data"),
+        Fault("forward crashes", rank=2, call=25, struck=tmp_path / "forward"),
+    ]
+    with Supervised(workplace, "crashes", *RANKS, *LENGTH, faults=faults) as run:
+        ends_as(workplace, run, calm)
+    assert "rank 1 failed: RuntimeError: a bad row; starting again from step 10" in run.said
+    assert "rank 2 crashed: Fatal Python error: Segmentation fault; starting again from step" in run.said
+    shown = run.said.split("ranks/rank-2.log:\n")[1].split("starting again")[0]
+    assert re.search(r"Fatal Python error.*in crash.*in patched", shown, re.DOTALL), shown
+    kinds = [event["message"] for event in workplace.ledger("crashes", "events") if event["kind"] == "restarted"]
+    assert kinds == ["rank 1 failed: RuntimeError: a bad row", "rank 2 crashed: Fatal Python error: Segmentation fault"]
+
+
+def test_a_rank_killed_before_training_begins(workplace: Workplace, calm: str):
+    """While the others wait for it, or it holds what they wait for."""
+    with Supervised(workplace, "early", *RANKS, *LENGTH) as run:
+        for number, rank in enumerate((0, 1), start=1):
+            run.wait_for_rank(rank)
+            run.rank(rank).kill()
+            run.wait_for_line("starting again from step 0", number)
+        ends_as(workplace, run, calm)
+
+
+def test_a_stop_during_the_pause_between_two_attempts(workplace: Workplace):
+    with Supervised(workplace, "paused", *RANKS, "--max-restarts", "9", *LENGTH) as run:
+        for number in range(1, 4):  # the pauses get longer
+            run.wait_for_rank(1)
+            run.rank(1).kill()
+            run.wait_for_line("starting again from step 0", number)
+        time.sleep(0.5)
+        asked_at = time.time()
+        run.process.send_signal(signal.SIGTERM)
+        assert run.end() == 75
+        print(f"left after {time.time() - asked_at:.1f} s")
+        assert run.said.count("starting again") == 3
