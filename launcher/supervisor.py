@@ -23,7 +23,7 @@ import psutil
 from launcher import hangs, torchrun
 from launcher.hang_watch import HangWatch
 from launcher.meeting import Meeting
-from launcher.processes import is_for_a_person, kill_tree, ranks_of, read_codes, told, verdict
+from launcher.processes import ignores, is_for_a_person, kill_tree, ranks_of, read_codes, told, verdict
 from launcher.ranks import Ranks
 from launcher.torchrun import Start
 from llmtrain import heartbeat, ledger
@@ -114,7 +114,7 @@ class Supervisor:
         reached = self._newest_step()
         if self.stopped_by is not None and code != 0 and not is_for_a_person(code):
             if code != EXIT_REQUEUE:  # before its ranks could listen, or one fell while they saved
-                say(f"ended without saving once more: the same command goes on from step {reached:,}")
+                say(f"ended without saving: the same command goes on from step {reached:,}")
             return Decision(again=False, code=EXIT_REQUEUE)
         if code in (0, EXIT_REQUEUE) or is_for_a_person(code):
             return Decision(again=False, code=code)
@@ -264,12 +264,13 @@ class Supervisor:
         process = self._process
         if process is None:
             return
+        asked = signal.SIGTERM if number == signal.SIGHUP else number  # ranks do not know SIGHUP
         for rank in [process] if self._is_alone else ranks_of(process.pid):
-            if rank.pid in self._told:
+            if rank.pid in self._told or ignores(rank.pid, asked):  # those that do not listen yet are asked later
                 continue
             self._told.add(rank.pid)
             with contextlib.suppress(ProcessLookupError, psutil.NoSuchProcess):
-                rank.send_signal(signal.SIGTERM if number == signal.SIGHUP else number)  # ranks do not know SIGHUP
+                rank.send_signal(asked)
 
 
 def slowest_save(run: RunDir) -> float:
