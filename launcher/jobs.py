@@ -71,10 +71,11 @@ class JobDir:
     def last(self, kind: Kind) -> JobRecord | None:
         return next((record for record in reversed(self.records()) if record.kind == kind), None)
 
-    def add(self, record: JobRecord, folder: Path) -> None:
-        """Write down a job that was submitted from `folder`."""
+    def add(self, record: JobRecord, folder: Path | None = None) -> None:
+        """Write down a job. `folder` is where its script and its output lie, if that has another name."""
         self.path.mkdir(parents=True, exist_ok=True)
-        (self.path / record.job_id).symlink_to(os.path.relpath(folder, self.path))
+        if folder is not None:
+            (self.path / record.job_id).symlink_to(os.path.relpath(folder, self.path))
         rundir.append_jsonl(self.ledger, [record.model_dump()])
 
     @property

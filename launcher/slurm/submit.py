@@ -64,6 +64,13 @@ def plan_runs(words: Sequence[str], sweep: Sequence[str]) -> list[Training]:
     config, _ = load_config(file, overrides)
     if not sweep:
         return [Training(RunDir(Path(config.run.dir) / config.run.name), config)]
+    if config.hub.repo is not None:
+        raise ConfigError(
+            [
+                f"--sweep with hub.repo={config.hub.repo}: a repository holds one run; leave it out, and send the best "
+                "one later with 'llmtrain checkpoints RUN push --repo NAME'"
+            ]
+        )
     runs: list[Training] = []
     folder = Path(config.run.dir) / config.run.name
     for number, chosen in enumerate(itertools.product(*(_values(setting) for setting in sweep))):
@@ -227,6 +234,7 @@ def queue_jobs(spec: JobSpec, jobs: Sequence[Any]) -> list[str]:
     from submitit.core.utils import FailedJobError, FailedSubmissionError
 
     executor = batch.executor(spec)
+    forget_overrides(batch.parameters(spec))
     try:
         if len(jobs) == 1:
             return [str(executor.submit(jobs[0]).job_id)]
@@ -235,6 +243,17 @@ def queue_jobs(spec: JobSpec, jobs: Sequence[Any]) -> list[str]:
     except (FailedJobError, FailedSubmissionError) as error:
         raise SlurmError(str(error).strip()) from error
     return [str(job.job_id) for job in queued]
+
+
+_VARIABLES = {"partition": "PARTITION", "account": "ACCOUNT", "qos": "QOS", "constraint": "CONSTRAINT",
+              "time": "TIMELIMIT", "exclusive": "EXCLUSIVE", "job_name": "JOB_NAME"}  # fmt: skip
+
+
+def forget_overrides(parameters: dict[str, Any]) -> None:
+    """A variable such as SBATCH_PARTITION beats what a script says: of what is said here none may be left."""
+    told = [variable for name, variable in _VARIABLES.items() if parameters[name] is not None]
+    for variable in (*told, "REQUEUE", "NO_REQUEUE", "SIGNAL"):
+        os.environ.pop(f"SBATCH_{variable}", None)
 
 
 def refuse_if_queued(run: RunDir) -> None:

@@ -60,7 +60,7 @@ def tuning(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
     return workplace
 
 
-@pytest.mark.parametrize("quantisation", ["nf4", "int8"])
+@pytest.mark.parametrize("quantisation", ["nf4", pytest.param("int8", marks=pytest.mark.soak)])
 def test_a_quantised_base_learns_instructions(tuning: Workplace, quantisation: str):
     from peft import AutoPeftModelForCausalLM
     from transformers import AutoModelForCausalLM

@@ -15,7 +15,8 @@ from launcher.one_machine import train_here
 from launcher.processes import verdict
 from launcher.supervisor import Rules
 from launcher.torchrun import Start, check, command
-from llmtrain import errors
+from llmtrain import errors, ledger
+from llmtrain.rundir import RunDir
 from tests.support.runs import TIMEOUT_S, Workplace, environment
 
 LENGTH = ["train.steps=120", "checkpoint.every_steps=10", "evaluate.every_steps=null", "evaluate.sample.tokens=1"]
@@ -61,6 +62,19 @@ def test_a_killed_rank_and_a_killed_agent_cost_nothing_but_time(workplace: Workp
     assert not any(orphan.is_running() for orphan in orphans)
     assert workplace.weights("supervised") == workplace.weights("undisturbed-2")
     assert workplace.ledger("supervised") == workplace.ledger("undisturbed-2")
+
+
+def test_the_service_outlives_what_keeps_training(workplace: Workplace):
+    """It must not take itself for a rank, whose exit code somebody waits for."""
+    words = ["run.name=outlived", "train.steps=8", "service.start=auto", "service.wait_s=0"]
+    output, _ = start(workplace, *words).communicate(timeout=TIMEOUT_S)
+    run = RunDir(workplace.run_folder("outlived"))
+    deadline = time.monotonic() + TIMEOUT_S
+    while run.is_served() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert sorted(ledger.scores(run)) == run.checkpoint_steps() == [4, 8], output
+    assert not [event for event in ledger.events(run) if event.kind == "score-failed"]
+    assert "Traceback" not in run.service_log.read_text()
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

@@ -77,12 +77,14 @@ def test_the_service_has_a_job_of_its_own(cluster: Cluster, workplace: Workplace
     assert run.summary.exists()
 
 
-def test_two_jobs_of_one_run_are_refused(cluster: Cluster, workplace: Workplace):
+def test_two_jobs_of_one_run_are_refused(cluster: Cluster, workplace: Workplace, monkeypatch: pytest.MonkeyPatch):
     name = "twice"
+    monkeypatch.setenv("SBATCH_PARTITION", "closed")  # the profile's word counts
     submit(workplace, name, "train.steps=100000", "--ranks-per-node", "1")
     words = [str(workplace.config), f"run.name={name}", "train.device=cpu", "--ranks-per-node", "1"]
     profile = str(write_profile(workplace))
     said = launch(workplace, "submit", *words, "--cluster", profile, code=2)
+    assert cluster.describe(JobDir.of(run_of(workplace, name)).records()[0].job_id)["Partition"] == "low"
     assert re.search(r"run twice is (PENDING|RUNNING) already, as job \d+: stop it first", said)
     wait_until(lambda: RunDir(workplace.run_folder(name)).checkpoint_steps())
     launch(workplace, "stop", f"runs/{name}")

@@ -78,6 +78,7 @@ def finishes(cluster: Cluster, workplace: Workplace, name: str, job_id: str, sta
     """Wait for a job's end, without the pause before it is started again."""
     deadline = time.monotonic() + TIMEOUT_S
     while (now := cluster.wait_for(job_id, {"PENDING", *_OVER}, timeout_s=TIMEOUT_S)) == "PENDING":
+        time.sleep(2)  # at once, SLURM can take the end of the old script for that of the new one
         cluster.release(job_id)
         assert time.monotonic() < deadline
         time.sleep(1)
