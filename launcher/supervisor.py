@@ -37,7 +37,9 @@ _LOOK_S = 1.0
 _SAME_S = 0.3
 """Wrappers such as `timeout` pass one Ctrl-C on twice."""
 _LINGER_S = 1.0
-"""After one rank has fallen the others end by themselves, or are ended: torchrun would wait for them for 30 s."""
+"""Where one rank has met an error that a person has to mend, the others say so too. After any other end of one rank
+they are ended at once: they can neither go on nor save, and torchrun would wait for them for 30 s.
+"""
 _OTHERS_S = 10.0
 """The same for the ranks of other nodes."""
 _SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
@@ -184,7 +186,7 @@ class Supervisor:
                 kill_tree(process.pid)
             if fallen_at is None and ranks.has_fallen():
                 fallen_at = now
-            if fallen_at is not None and now - fallen_at > _LINGER_S:
+            if fallen_at is not None and now - fallen_at >= (_LINGER_S if ranks.may_linger else 0.0):
                 ranks.kill()
             if now >= next_look:
                 next_look = now + _LOOK_S
