@@ -15,7 +15,7 @@ from launcher.meeting import Meeting
 
 _AGAIN_S = 2.0
 """Until the second look: who is waited for has stood still since almost the same moment."""
-_ANSWER_S = 5.0
+_ANSWER_S = 10.0
 _POLL_S = 0.1
 _PAUSED_S = 15.0
 """Who has not looked for so long was stopped itself (a suspended job), and the ranks with it."""

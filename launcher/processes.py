@@ -27,6 +27,15 @@ def kill_tree(pid: int) -> None:
                     victim.kill()
 
 
+def ignores(pid: int, number: int) -> bool:
+    """Whether a signal would be lost on a process: ranks begin with stops ignored, as torchrun has them."""
+    with contextlib.suppress(OSError):  # it is gone, or this is no Linux
+        status = Path(f"/proc/{pid}/status").read_text()
+        mask = next((int(line.split()[1], 16) for line in status.splitlines() if line.startswith("SigIgn:")), 0)
+        return bool(mask >> (number - 1) & 1)
+    return False
+
+
 @dataclass(frozen=True)
 class Left:
     """What a rank left when it ended."""

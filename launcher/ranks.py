@@ -6,7 +6,7 @@ from pathlib import Path
 
 import psutil
 
-from launcher.processes import Left, ranks_of, read_codes, runs
+from launcher.processes import Left, is_for_a_person, ranks_of, read_codes, runs
 
 _LAST_LINES = 15
 _FATAL = "Fatal Python error"
@@ -25,6 +25,8 @@ class Ranks:
     """The folder with their output; the first rank of all writes to the terminal."""
     first: int | None = None
     """Which fell first."""
+    may_linger: bool = False
+    """It met an error that a person has to mend."""
     _why: str = ""
     _processes: dict[int, psutil.Process] = field(default_factory=dict[int, psutil.Process])
     _sizes: dict[Path, int] = field(default_factory=dict[Path, int])
@@ -49,7 +51,9 @@ class Ranks:
             fallen = {rank: left.get(self._processes[rank].pid, Left(code=-1)) for rank in gone}
             bad = [rank for rank in gone if not fallen[rank].is_good]
             self.first = min(bad, key=lambda rank: fallen[rank].time, default=None)
-            self._why = "" if self.first is None else fallen[self.first].why
+            if self.first is not None:
+                self._why = fallen[self.first].why
+                self.may_linger = is_for_a_person(fallen[self.first].code)
         return self.first is not None
 
     def kill(self) -> None:

@@ -23,7 +23,7 @@ import psutil
 from launcher import hangs, torchrun
 from launcher.hang_watch import HangWatch
 from launcher.meeting import Meeting
-from launcher.processes import is_for_a_person, kill_tree, ranks_of, read_codes, told, verdict
+from launcher.processes import ignores, is_for_a_person, kill_tree, ranks_of, read_codes, told, verdict
 from launcher.ranks import Ranks
 from launcher.torchrun import Start
 from llmtrain import heartbeat, ledger
@@ -37,7 +37,9 @@ _LOOK_S = 1.0
 _SAME_S = 0.3
 """Wrappers such as `timeout` pass one Ctrl-C on twice."""
 _LINGER_S = 1.0
-"""After one rank has fallen the others end by themselves, or are ended: torchrun would wait for them for 30 s."""
+"""Where one rank has met an error that a person has to mend, the others say so too. After any other end of one rank
+they are ended at once: they can neither go on nor save, and torchrun would wait for them for 30 s.
+"""
 _OTHERS_S = 10.0
 """The same for the ranks of other nodes."""
 _SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
@@ -114,7 +116,7 @@ class Supervisor:
         reached = self._newest_step()
         if self.stopped_by is not None and code != 0 and not is_for_a_person(code):
             if code != EXIT_REQUEUE:  # before its ranks could listen, or one fell while they saved
-                say(f"ended without saving once more: the same command goes on from step {reached:,}")
+                say(f"ended without saving: the same command goes on from step {reached:,}")
             return Decision(again=False, code=EXIT_REQUEUE)
         if code in (0, EXIT_REQUEUE) or is_for_a_person(code):
             return Decision(again=False, code=code)
@@ -184,7 +186,7 @@ class Supervisor:
                 kill_tree(process.pid)
             if fallen_at is None and ranks.has_fallen():
                 fallen_at = now
-            if fallen_at is not None and now - fallen_at > _LINGER_S:
+            if fallen_at is not None and now - fallen_at >= (_LINGER_S if ranks.may_linger else 0.0):
                 ranks.kill()
             if now >= next_look:
                 next_look = now + _LOOK_S
@@ -264,12 +266,13 @@ class Supervisor:
         process = self._process
         if process is None:
             return
+        asked = signal.SIGTERM if number == signal.SIGHUP else number  # ranks do not know SIGHUP
         for rank in [process] if self._is_alone else ranks_of(process.pid):
-            if rank.pid in self._told:
+            if rank.pid in self._told or ignores(rank.pid, asked):  # those that do not listen yet are asked later
                 continue
             self._told.add(rank.pid)
             with contextlib.suppress(ProcessLookupError, psutil.NoSuchProcess):
-                rank.send_signal(signal.SIGTERM if number == signal.SIGHUP else number)  # ranks do not know SIGHUP
+                rank.send_signal(asked)
 
 
 def slowest_save(run: RunDir) -> float:

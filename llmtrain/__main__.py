@@ -1,6 +1,7 @@
 """`python -m llmtrain [CONFIG] [section.key=value ...]`, alone or under torchrun."""
 
 import argparse
+import gc
 import os
 import signal
 import sys
@@ -49,6 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             from llmtrain.config.load import split_settings
 
             file, overrides = split_settings(words)
+            gc.disable()  # imports make many objects and no garbage; looking for it takes a fifth of the start
             from llmtrain.assemble import run  # imports torch: not before --help and argument errors
 
             code = run(file, overrides)

@@ -1,6 +1,7 @@
 """Puts a run together: configuration -> parts -> `trainer.train`. The only module that knows all others."""
 
 import contextlib
+import gc
 import json
 import os
 import shutil
@@ -54,6 +55,8 @@ def run(file: str | None, overrides: list[str]) -> int:
         world.start_groups(config.strategy.timeout_s, even_alone=config.strategy.kind == "zero2")
         with said_once(rank):
             parts, state = build(config, origins, world, run_dir, stop, prepared, companion)
+            gc.freeze()  # what is there now stays: no search for garbage has to go through it
+            gc.enable()  # __main__ has switched it off
             try:
                 if prepared["enough"] is None:
                     state = train(parts, state)

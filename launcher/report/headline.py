@@ -226,6 +226,7 @@ def _all_well(facts: Facts) -> str:
     kinds = [event.kind for event in facts.events]
     counts = {
         "resume": kinds.count("resumed"),
+        "restart": kinds.count("restarted"),
         "failed attempt": sum(kinds.count(kind) for kind in ("score-failed", "upload-failed", "stalled")),
         "rejected checkpoint": kinds.count("rejected"),
     }

@@ -23,6 +23,7 @@ _EVENTS = 60
 _KINDS = {  # what an event is called, and its tone
     "started": ("Started", ""),
     "resumed": ("Resumed", ""),
+    "restarted": ("Started again", "warn"),
     "rejected": ("Checkpoint rejected", "bad"),
     "quarantined": ("Quarantined", "bad"),
     "score-failed": ("Scoring failed", "warn"),

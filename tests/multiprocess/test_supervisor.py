@@ -9,7 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.runs import Workplace
+from launcher.meeting import Meeting
+from launcher.supervisor import Rules, Supervisor
+from launcher.torchrun import Start
+from llmtrain.rundir import RunDir
+from tests.support.runs import Workplace, environment
 from tests.support.supervised import Fault, Supervised
 
 RANKS = ["--ranks", "3"]
@@ -153,15 +157,20 @@ def test_a_rank_killed_before_training_begins(workplace: Workplace, calm: str):
         ends_as(workplace, run, calm)
 
 
-def test_a_stop_during_the_pause_between_two_attempts(workplace: Workplace):
-    with Supervised(workplace, "paused", *RANKS, "--max-restarts", "9", *LENGTH) as run:
-        for number in range(1, 4):  # the pauses get longer
-            run.wait_for_rank(1)
-            run.rank(1).kill()
-            run.wait_for_line("starting again from step 0", number)
-        time.sleep(0.5)
-        asked_at = time.time()
-        run.process.send_signal(signal.SIGTERM)
-        assert run.end() == 75
-        print(f"left after {time.time() - asked_at:.1f} s")
-        assert run.said.count("starting again") == 3
+def test_the_time_limit(workplace: Workplace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The run saves before it, and goes on from there."""
+    monkeypatch.chdir(workplace.folder)
+    for name, value in environment().items():
+        monkeypatch.setenv(name, value)
+    run = RunDir(workplace.run_folder("limited"))
+    words = [str(workplace.config), "run.name=limited", *LENGTH, "train.steps=1000000", "checkpoint.every_steps=100000"]
+    rules = Rules(ends_at=time.time() + 60, lead_s=30)
+    supervisor = Supervisor(Start(words, 3), run, rules, Meeting(tmp_path), tmp_path / "ranks", tmp_path / "stop")
+    code = supervisor.supervise()
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    assert (code, supervisor.stopped_by) == (75, "time limit")
+    assert time.time() < rules.ends_at
+    (step,) = run.checkpoint_steps()
+    assert workplace.ledger("limited")[-1]["step"] == step

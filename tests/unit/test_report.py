@@ -170,6 +170,7 @@ def test_the_headline_answers_the_morning(tmp_path: Path):
     for step in (100, 200, 300, 400):
         checkpoint_runs.upload(run, step)
     ledger.append(run.events, Event(kind="started", message="from the beginning", step=0, time=1e9))
+    ledger.append(run.events, Event(kind="restarted", message="rank 1 was killed, or crashed", step=100, time=1e9 - 1))
     for at in range(3):
         ledger.append(run.service_events, Event(kind="upload-failed", message=f"try {at}", step=200, time=1e9 + at))
     ledger.append(run.service_events, Event(kind="quarantined", message="bad", step=300, time=1e9 + 9))
@@ -178,6 +179,7 @@ def test_the_headline_answers_the_morning(tmp_path: Path):
         "Yes, 400 steps", "9.5000 \u2192 3.3000", "Use this checkpoint Step 200", "Began after step 200",
         "4 checkpoints confirmed", "Problems None", f"llmtrain generate {run.checkpoint(200)}",
         "revision='step-00000200'", "3 times until", "step 200:", "try 2", "Quarantined", "step 300:",
+        "1 restart", "Started again", "step 100: rank 1 was killed, or crashed",
     ):  # fmt: skip
         assert said.replace(" ", "") in text.replace(" ", ""), said
     assert "try 1" not in text

@@ -1,0 +1,260 @@
+"""What a supervisor decides: again or not, when to stop, and with which code; its ranks are small scripts here."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from launcher import supervisor, torchrun
+from launcher.meeting import Meeting
+from launcher.processes import read_codes
+from launcher.ranks import Ranks
+from launcher.supervisor import Rules, Supervisor
+from launcher.torchrun import Start
+from llmtrain import errors, ledger, rundir
+from llmtrain.rundir import RunDir
+
+CRASH = "import os; os.abort()"
+SAVES_AND_STOPS = """
+import signal, sys, time
+for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+    signal.signal(number, lambda *_: sys.exit(75))
+time.sleep(600)
+"""
+
+
+class Attempts:
+    """Scripts that take the place of training, one after the other."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch):
+        self.folder, self.run = folder, RunDir(folder / "run")
+        self.started: list[bool] = []
+        """For each attempt, whether it is one that never begins anew."""
+        self._monkeypatch = monkeypatch
+        self.run.create()
+        self.run.config.touch()
+
+    def supervise(self, rules: Rules, *scripts: str) -> tuple[int, Supervisor]:
+        """The last script is started again and again."""
+
+        def command(_: Start, __: object, again: bool) -> list[str]:
+            self.started.append(again)
+            return [sys.executable, "-c", scripts[min(len(self.started), len(scripts)) - 1]]
+
+        self._monkeypatch.setattr(torchrun, "command", command)
+        stop = self.folder / "stop"
+        own = Supervisor(Start([], 1), self.run, rules, Meeting(self.folder / "meeting"), self.folder / "logs", stop)
+        return own.supervise(), own
+
+    def saving(self, step: int) -> str:
+        """A script that leaves a checkpoint and crashes."""
+        return f"import os; os.mkdir({str(self.run.checkpoint(step))!r}); {CRASH}"
+
+
+@pytest.fixture
+def attempts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Attempts]:
+    numbers = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
+    before = {number: signal.getsignal(number) for number in numbers}
+    yield Attempts(tmp_path, monkeypatch)
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def no_pause(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Supervisor, "_rest", lambda *_: None)
+
+
+@pytest.mark.usefixtures("no_pause")
+def test_crashes_count_in_a_row_without_a_new_checkpoint(attempts: Attempts):
+    code, _ = attempts.supervise(Rules(max_restarts=1), *map(attempts.saving, (10, 20, 30, 40)), "")
+    assert code == 0
+    assert attempts.started == [False, True, True, True, True]
+    events = ledger.events(attempts.run)
+    assert [(event.kind, event.step, event.message) for event in events] == [
+        ("restarted", step, "ended with SIGABRT") for step in (10, 20, 30, 40)
+    ]
+
+
+@pytest.mark.usefixtures("no_pause")
+def test_without_a_new_checkpoint_it_is_given_up(attempts: Attempts, capfd: pytest.CaptureFixture[str]):
+    code, _ = attempts.supervise(Rules(max_restarts=2), attempts.saving(10), CRASH)
+    assert (code, len(attempts.started)) == (1, 3)
+    assert "ended with SIGABRT, 3 times in a row without a new checkpoint: not started again" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("code", [2, 17, 19, 20, 23])
+def test_what_a_person_has_to_mend_is_not_repeated(attempts: Attempts, code: int):
+    assert attempts.supervise(Rules(), f"import sys; sys.exit({code})")[0] == code
+    assert len(attempts.started) == 1
+
+
+def later(seconds: float, act: Callable[[], object]) -> None:
+    threading.Timer(seconds, act).start()
+
+
+def interrupt(number: int) -> None:
+    os.kill(os.getpid(), number)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT])
+def test_a_stop_during_the_pause_between_attempts_leaves_at_once(
+    attempts: Attempts, number: int, monkeypatch: pytest.MonkeyPatch
+):
+    paused = Supervisor._rest
+
+    def rest(own: Supervisor, seconds: float) -> None:
+        assert seconds == (2.0 if len(attempts.started) == 2 else 0.0)
+        later(0.2, lambda: interrupt(number)) if seconds else None
+        paused(own, 600.0 if seconds else 0.0)
+
+    monkeypatch.setattr(Supervisor, "_rest", rest)
+    code, own = attempts.supervise(Rules(), CRASH)
+    assert (code, own.stopped_by, len(attempts.started)) == (75, signal.Signals(number).name, 2)
+
+
+def test_llmtrain_stop_reaches_a_supervisor_that_pauses(attempts: Attempts, monkeypatch: pytest.MonkeyPatch):
+    paused = Supervisor._rest
+    monkeypatch.setattr(Supervisor, "_rest", lambda own, _: paused(own, 600.0))
+    later(1.0, (attempts.folder / "stop").touch)
+    code, own = attempts.supervise(Rules(), CRASH)
+    assert (code, own.stopped_by, len(attempts.started)) == (75, "llmtrain stop", 1)
+
+
+def test_it_stops_before_its_time_is_over(attempts: Attempts):
+    code, own = attempts.supervise(Rules(ends_at=time.time() + 31, lead_s=30), SAVES_AND_STOPS)
+    assert (code, own.stopped_by) == (75, "time limit")
+
+
+def test_slow_saves_need_more_time_before_the_end(attempts: Attempts):
+    rundir.append_jsonl(attempts.run.saves, [{"step": 10, "wrote_s": 100.0}])
+    assert supervisor.slowest_save(attempts.run) == 100.0
+    code, own = attempts.supervise(Rules(ends_at=time.time() + 229, lead_s=30), SAVES_AND_STOPS)
+    assert (code, own.stopped_by) == (75, "time limit")
+
+
+def test_ranks_that_do_not_stop_are_killed_in_the_end(attempts: Attempts, capfd: pytest.CaptureFixture[str]):
+    later(0.5, lambda: interrupt(signal.SIGTERM))
+    code, _ = attempts.supervise(Rules(grace_s=1), "import time; time.sleep(600)")
+    assert code == 75
+    said = capfd.readouterr().err
+    assert "SIGTERM: the run saves and stops" in said
+    assert "still there after 1 s: killed" in said
+    assert "ended without saving: the same command goes on from step 0" in said
+
+
+def test_a_stop_before_the_ranks_listen_is_not_lost(attempts: Attempts):
+    """torchrun and its ranks begin with stops ignored."""
+    later(0.3, lambda: interrupt(signal.SIGTERM))
+    code, _ = attempts.supervise(Rules(), f"import time; time.sleep(1)\n{SAVES_AND_STOPS}")
+    assert (code, len(attempts.started)) == (75, 1)
+
+
+def test_a_stop_that_ends_what_does_not_listen_is_no_crash(attempts: Attempts, capfd: pytest.CaptureFixture[str]):
+    later(0.3, lambda: interrupt(signal.SIGTERM))
+    code, _ = attempts.supervise(Rules(), "import signal, time; signal.signal(15, signal.SIG_DFL); time.sleep(600)")
+    assert (code, len(attempts.started)) == (75, 1)
+    assert "ended without saving" in capfd.readouterr().err
+
+
+# Ranks
+
+Started = list["subprocess.Popen[bytes]"]
+
+
+@pytest.fixture
+def two_ranks(tmp_path: Path) -> Iterator[tuple[Ranks, Started]]:
+    """Started by this process, which is their torchrun here."""
+    (tmp_path / "codes").mkdir()
+    (tmp_path / "rank-1.log").write_text("ValueError: of an earlier attempt\n")
+    found = Ranks(os.getpid(), tmp_path / "codes", tmp_path)
+    started = [subprocess.Popen(["sleep", "600"], env={**os.environ, "RANK": str(rank)}) for rank in (0, 1)]
+    found.meet()
+    yield found, started
+    found.kill()
+    for process in started:
+        process.wait()
+
+
+def end(ranks: Ranks, process: "subprocess.Popen[bytes]", left: str = "") -> None:
+    if left:
+        (ranks.codes / str(process.pid)).write_text(left)
+    process.kill()
+    process.wait()
+
+
+def test_one_that_was_killed_fell_before_those_that_lost_it(two_ranks: tuple[Ranks, Started]):
+    ranks, (first, second) = two_ranks
+    assert not ranks.has_fallen()
+    end(ranks, first, "1 RuntimeError: Connection closed by peer")
+    end(ranks, second)
+    assert ranks.has_fallen()
+    assert ranks.describe() == "rank 1 was killed, or crashed"
+    assert ranks.last_words() == {}
+
+
+def test_of_two_errors_the_earlier_one_counts(two_ranks: tuple[Ranks, Started]):
+    ranks, (first, second) = two_ranks
+    end(ranks, second, "1 RuntimeError: a bad row\nin a file")
+    end(ranks, first, "1 RuntimeError: Connection closed by peer")
+    os.utime(ranks.codes / str(second.pid), (1, 1))
+    with (ranks.logs / "rank-1.log").open("a") as log:
+        log.write("Traceback\nRuntimeError: a bad row\n")
+    assert ranks.has_fallen()
+    assert ranks.describe() == "rank 1 failed: RuntimeError: a bad row"
+    assert ranks.last_words() == {ranks.logs / "rank-1.log": ["Traceback", "RuntimeError: a bad row"]}
+
+
+def test_a_crash_shows_the_stack_of_the_thread_that_crashed(two_ranks: tuple[Ranks, Started]):
+    ranks, (_, second) = two_ranks
+    end(ranks, second)
+    other = "Thread 1 (most recent call first):\n" + "  File x\n" * 30
+    own = "Current thread 2 (most recent call first):\n  File bad\n"
+    with (ranks.logs / "rank-1.log").open("a") as log:
+        log.write(f"Fatal Python error: Segmentation fault\n\n{other}\n{own}\nExtension modules: many\n")
+    assert ranks.has_fallen()
+    assert ranks.describe() == "rank 1 crashed: Fatal Python error: Segmentation fault"
+    (shown,) = ranks.last_words().values()
+    assert shown[:3] == ["Fatal Python error: Segmentation fault", *own.splitlines()]
+
+
+def test_ranks_that_end_well_do_not_fall(two_ranks: tuple[Ranks, Started]):
+    ranks, (first, second) = two_ranks
+    end(ranks, second, "75 ")
+    end(ranks, first, "0 ")
+    assert not ranks.has_fallen()
+
+
+LEAVES = """
+import subprocess, sys
+from llmtrain.errors import exit_with_code, own_code, SourceError
+own_code()
+with exit_with_code():
+    subprocess.run([sys.executable, "-c", {inner!r}])
+    raise {error}
+"""
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "why"),
+    [
+        ("SourceError('gone')", 10, ""),
+        ("SystemExit(75)", 75, ""),
+        ("ValueError('bad\\nrow')", 1, "ValueError: bad"),
+    ],
+)
+def test_a_rank_leaves_its_code_and_what_it_starts_leaves_none(tmp_path: Path, error: str, code: int, why: str):
+    """The checkpoint service and a sharding beside training end with codes of their own."""
+    inner = "from llmtrain.errors import exit_with_code, HubError\nwith exit_with_code(): raise HubError('no')"
+    environment = {**os.environ, errors.EXIT_CODES: str(tmp_path), "PYTHONPATH": str(Path(__file__).parents[2])}
+    script = LEAVES.format(inner=inner, error=error)
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, check=False)
+    assert done.returncode == code, done.stderr
+    (left,) = read_codes(tmp_path).values()
+    assert (left.code, left.why) == (code, why)
