@@ -28,7 +28,7 @@ def test_a_run_learns_and_leaves_everything_that_was_promised(workplace: Workpla
     run = workplace.run_folder("whole")
     assert sorted(p.name for p in run.iterdir()) == [
         "checkpoints", "config.yaml", "curve.png", "events.jsonl", "heldout.jsonl", "lock", "log.txt", "metrics.jsonl",
-        "origin.json", "samples.jsonl", "summary.json", "tensorboard",
+        "origin.json", "samples.jsonl", "saves.jsonl", "summary.json", "tensorboard",
     ]  # fmt: skip
     steps = [record["step"] for record in workplace.ledger("whole")]
     assert steps == list(range(1, 25))

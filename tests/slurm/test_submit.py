@@ -39,9 +39,9 @@ def same_as_calm(workplace: Workplace, name: str) -> None:
 
 
 def test_two_nodes_train_as_torchrun_does(cluster: Cluster, workplace: Workplace, calm: str):
-    job = submit(workplace, "undisturbed", "--nodes", "2", *LENGTH)
-    finishes(cluster, workplace, "undisturbed", job.job_id)
-    ours, theirs = workplace.ledger("undisturbed"), workplace.ledger(calm)
+    job = submit(workplace, "undisturbed-on-slurm", "--nodes", "2", *LENGTH)
+    finishes(cluster, workplace, "undisturbed-on-slurm", job.job_id)
+    ours, theirs = workplace.ledger("undisturbed-on-slurm"), workplace.ledger(calm)
     assert [record["digest"] for record in ours] == [record["digest"] for record in theirs]
     assert [record["loss"] for record in ours] == pytest.approx([record["loss"] for record in theirs], abs=1e-6)
 

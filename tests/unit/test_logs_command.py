@@ -88,7 +88,7 @@ def test_output_by_rank_is_that_of_the_newest_start(run: RunDir):
         for rank in (1, 2, 3)[: 3 if restart == 2 else 1]:
             write(jobs.start("12", restart) / "ranks" / f"rank-{rank}.log", "", age)
     assert find(run, Wanted(rank=1)) == jobs.start("12", 10) / "ranks" / "rank-1.log"
-    with pytest.raises(RunFolderError, match=r"no output of rank 3; .*start-10/ranks has that of rank 1$"):
+    with pytest.raises(RunFolderError, match=r"no output of rank 3; .*start-12-10/ranks has that of rank 1$"):
         find(run, Wanted(rank=3))
     assert find(run, Wanted(rank=0)) == run.log  # it speaks for all
     first = write(jobs.folder("12") / "12_0_log.out", "")
