@@ -13,7 +13,9 @@ import psutil
 from llmtrain import heartbeat
 from llmtrain.heartbeat import PHASES, STACKS_SIGNAL, Beat
 
-_STACKS_S = 3.0
+_STACKS_S = 5.0
+_QUIET_S = 0.5
+"""After that they are whole: on a busy machine it takes a while to write them."""
 _SILENT_S = 60.0
 _POLL_S = 0.05
 _WORDS = {
@@ -77,17 +79,15 @@ def write_stacks(folder: Path, to: Path) -> None:
         for number in (STACKS_SIGNAL, signal.SIGCONT):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(beat.pid, number)
-    deadline, sizes = time.monotonic() + _STACKS_S, [-1]
-    while time.monotonic() < deadline:
-        now = [_size(heartbeat.stacks_file(folder, beat.rank)) for beat in beats]
-        if all(now) and now == sizes:
-            break
-        sizes = now
+    files = [heartbeat.stacks_file(folder, beat.rank) for beat in beats]
+    deadline, changed_at, sizes = time.monotonic() + _STACKS_S, time.monotonic(), list[int]()
+    while (now := time.monotonic()) < deadline and (not all(sizes) or now - changed_at < _QUIET_S):
+        if (written := [_size(file) for file in files]) != sizes:
+            sizes, changed_at = written, now
         time.sleep(_POLL_S)
     to.parent.mkdir(parents=True, exist_ok=True)
     with to.open("w") as output:
-        for beat in beats:
-            file = heartbeat.stacks_file(folder, beat.rank)
+        for beat, file in zip(beats, files, strict=True):
             stacks = file.read_text(errors="replace") if file.exists() else ""
             output.write(f"rank {beat.rank}, process {beat.pid}, step {beat.step}, {beat.phase}\n")
             output.write((stacks or "(it wrote no stacks: stuck in the kernel)\n") + "\n")

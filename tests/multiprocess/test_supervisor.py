@@ -147,13 +147,13 @@ def test_crashes(workplace: Workplace, calm: str, tmp_path: Path):
     assert kinds == ["rank 1 failed: RuntimeError: a bad row", "rank 2 crashed: Fatal Python error: Segmentation fault"]
 
 
-def test_a_rank_killed_before_training_begins(workplace: Workplace, calm: str):
+@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.soak)])
+def test_a_rank_killed_before_training_begins(workplace: Workplace, calm: str, rank: int):
     """While the others wait for it, or it holds what they wait for."""
-    with Supervised(workplace, "early", *RANKS, *LENGTH) as run:
-        for number, rank in enumerate((0, 1), start=1):
-            run.wait_for_rank(rank)
-            run.rank(rank).kill()
-            run.wait_for_line("starting again from step 0", number)
+    with Supervised(workplace, f"early-{rank}", *RANKS, *LENGTH) as run:
+        run.wait_for_rank(rank)
+        run.rank(rank).kill()
+        run.wait_for_line("starting again from step 0")
         ends_as(workplace, run, calm)
 
 
