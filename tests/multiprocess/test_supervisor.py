@@ -148,6 +148,7 @@ def test_crashes(workplace: Workplace, calm: str, tmp_path: Path):
 
 
 @pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.soak)])
+@pytest.mark.soak
 def test_a_rank_killed_before_training_begins(workplace: Workplace, calm: str, rank: int):
     """While the others wait for it, or it holds what they wait for."""
     with Supervised(workplace, f"early-{rank}", *RANKS, *LENGTH) as run:
