@@ -1,6 +1,7 @@
 """`python -m llmtrain [CONFIG] [section.key=value ...]`, alone or under torchrun."""
 
 import argparse
+import atexit
 import gc
 import os
 import signal
@@ -9,6 +10,7 @@ import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from llmtrain import allocator, heartbeat
 from llmtrain.errors import EXIT_CODES, EXIT_REQUEUE, exit_with_code, leave_code, own_code
@@ -87,6 +89,24 @@ def die_with_agent() -> None:
     threading.Thread(target=watch, name="agent", daemon=True).start()
 
 
+def leave(code: object) -> NoReturn:
+    """End the process as `SystemExit(code)` does, but leave the interpreter standing.
+
+    gloo's threads may be about to free a tensor of the last collective, for which they ask for the
+    interpreter; where it is being torn down meanwhile, that ends in an abort (seen with four ranks on
+    two busy cores) and a whole run counts as crashed.
+    """
+    if isinstance(code, str):
+        print(code, file=sys.stderr)  # noqa: T201
+    atexit._run_exitfuncs()  # pyright: ignore[reportPrivateUsage]  as multiprocessing ends its own children
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code if isinstance(code, int) else int(code is not None))
+
+
 if __name__ == "__main__":
     allocator.restart_with_settings()
-    main()
+    try:
+        main()
+    except SystemExit as leaving:
+        leave(leaving.code)
