@@ -2,22 +2,24 @@
 
 import argparse
 import atexit
+import contextlib
 import gc
 import os
 import signal
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn
 
 from llmtrain import allocator, heartbeat
-from llmtrain.errors import EXIT_CODES, EXIT_REQUEUE, exit_with_code, leave_code, own_code
+from llmtrain.errors import EXIT_CODES, EXIT_REQUEUE, UserError, exit_with_code, leave_code, own_code
 
 RANK_LOGS = "LLMTRAIN_RANK_LOGS"
 """Variable that names a folder for the ranks' output."""
 _LOOK_S = 0.5
+_RANK_0_SPEAKS_S = 10.0
 _STOPS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 _HELP = """\
@@ -51,11 +53,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         try:
             from llmtrain.config.load import split_settings
 
-            file, overrides = split_settings(words)
             gc.disable()  # imports make many objects and no garbage; looking for it takes a fifth of the start
-            from llmtrain.assemble import run  # imports torch: not before --help and argument errors
+            with rank_0_speaks_first(rank):
+                file, overrides = split_settings(words)
+                from llmtrain.assemble import run  # imports torch: not before --help and argument errors
 
-            code = run(file, overrides)
+                code = run(file, overrides)
         except KeyboardInterrupt:  # before the handlers were there, or for the second time
             sys.exit(130)
         for number in _STOPS:  # a second one must not kill what has saved and is leaving
@@ -63,6 +66,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
         leave_code(code)
         # `llmtrain run` knows from the code that it was left; torchrun would report a failure.
         sys.exit(0 if code == EXIT_REQUEUE and EXIT_CODES in os.environ and "WORLD_SIZE" in os.environ else code)
+
+
+@contextlib.contextmanager
+def rank_0_speaks_first(rank: int) -> Iterator[None]:
+    """Most errors meet every rank. Rank 0 says them; the others stay until torchrun, seeing rank 0 leave, ends them.
+
+    One that left earlier would have torchrun end rank 0 before it has said a word. One that nobody ends has
+    met the error alone, or stands on another node, and says it itself.
+    """
+    try:
+        yield
+    except (UserError, SystemExit) as error:
+        if rank and (isinstance(error, UserError) or error.code):
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            time.sleep(_RANK_0_SPEAKS_S)
+        raise
 
 
 def write_to_own_file(rank: int) -> None:

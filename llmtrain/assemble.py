@@ -1,12 +1,10 @@
 """Puts a run together: configuration -> parts -> `trainer.train`. The only module that knows all others."""
 
-import contextlib
 import gc
 import json
 import os
 import shutil
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -17,7 +15,7 @@ from llmtrain.batches import BatchPlan, plan_batches
 from llmtrain.config import RunConfig, load_config, resolved_yaml
 from llmtrain.config.load import Origins
 from llmtrain.data import Loader, make_batch
-from llmtrain.errors import EXIT_REQUEUE, ConfigError, ModelError, NotFinite
+from llmtrain.errors import EXIT_REQUEUE, NotFinite
 from llmtrain.evaluation import make_evaluate, make_sampler, make_task
 from llmtrain.hardware import is_bf16_fast
 from llmtrain.manifest import TrainState
@@ -41,8 +39,7 @@ def run(file: str | None, overrides: list[str]) -> int:
     rank = rank_from_environment()
     log.set_up(rank)
     heartbeat.at("preparing", watched=False)
-    with said_once(rank):
-        config, origins = load_config(file, overrides)
+    config, origins = load_config(file, overrides)
     world = find_world(config.train.device)
     config = resolve_precision(config, world)
     run_dir = RunDir(Path(config.run.dir) / config.run.name)
@@ -53,19 +50,18 @@ def run(file: str | None, overrides: list[str]) -> int:
         stop = StopFlag(run_dir.early_stop if world.is_main and config.service.patience else None)
         stop.listen()
         world.start_groups(config.strategy.timeout_s, even_alone=config.strategy.kind == "zero2")
-        with said_once(rank):
-            parts, state = build(config, origins, world, run_dir, stop, prepared, companion)
-            gc.freeze()  # what is there now stays: no search for garbage has to go through it
-            gc.enable()  # __main__ has switched it off
-            try:
-                if prepared["enough"] is None:
-                    state = train(parts, state)
-            except NotFinite:
-                parts.saver.wait()  # what is being written is of an earlier, finite step
-                raise
-            finally:
-                parts.loader.close()
-                parts.meter.close()
+        parts, state = build(config, origins, world, run_dir, stop, prepared, companion)
+        gc.freeze()  # what is there now stays: no search for garbage has to go through it
+        gc.enable()  # __main__ has switched it off
+        try:
+            if prepared["enough"] is None:
+                state = train(parts, state)
+        except NotFinite:
+            parts.saver.wait()  # what is being written is of an earlier, finite step
+            raise
+        finally:
+            parts.loader.close()
+            parts.meter.close()
         finished = state.step >= parts.plan.total_steps or stop.ended_early or prepared["enough"] is not None
         if world.is_main and not finished:
             say_stopped(parts, state)
@@ -77,17 +73,6 @@ def run(file: str | None, overrides: list[str]) -> int:
         return 0 if finished else EXIT_REQUEUE
     finally:
         world.close()
-
-
-@contextlib.contextmanager
-def said_once(rank: int) -> Iterator[None]:
-    """For errors that all ranks meet at the same place: rank 0 says it, the others leave with its exit code."""
-    try:
-        yield
-    except (ConfigError, ModelError, NotFinite) as error:
-        if rank == 0:
-            raise
-        raise SystemExit(error.exit_code) from None
 
 
 def resolve_precision(config: RunConfig, world: World) -> RunConfig:
