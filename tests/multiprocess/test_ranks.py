@@ -1,12 +1,15 @@
 """The same run on 1, 2 and 4 ranks (gloo): the same samples, the same losses, the same scores."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 
 from llmtrain import files, shards
 from llmtrain.errors import ConfigError
 from llmtrain.shards import Rows
-from tests.support.runs import Workplace, make_workplace
+from tests.support.runs import TIMEOUT_S, Workplace, environment, free_port, make_workplace
 
 SETTINGS = ["model.dropout=0.0", "train.steps=16", "checkpoint.every_steps=16", "evaluate.also_at=[0, 1]"]
 
@@ -72,6 +75,18 @@ def test_an_indivisible_batch_is_one_message(masked: Workplace):
     output = masked.train("run.name=odd", "train.global_batch_size=9", ranks=2, code=1)  # torchrun's own code
     assert output.count("2 ranks do not divide it; use 8 or 10, or 1, 3, 9 ranks") == 1
     assert f"exitcode  : {ConfigError.exit_code}" in output
+
+
+def test_a_slow_rank_0_still_says_what_is_wrong(masked: Workplace):
+    """The others meet the error first; if they left, torchrun would end rank 0 before it has said a word."""
+    start = f"test $RANK != 0 || sleep 3; exec {sys.executable} -m llmtrain {masked.config} train.stpes=9"
+    torchrun = ["torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port()), "--no-python"]
+    done = subprocess.run(
+        [sys.executable, "-m", *torchrun, "sh", "-c", start],
+        cwd=masked.folder, env=environment(), text=True, capture_output=True, timeout=TIMEOUT_S, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert (done.stdout + done.stderr).count("did you mean train.steps?") == 1
 
 
 def test_a_typing_error_is_reported_once_not_by_every_rank(masked: Workplace):
