@@ -16,6 +16,7 @@ from typing import Any
 import psutil
 
 _PARENT = "LLMTRAIN_SERVICE_PID"
+_NICE = "LLMTRAIN_SERVICE_NICE"
 _LOOK_S = 0.2
 _CPU_S = 0.1
 _PR_SET_PDEATHSIG = 1
@@ -24,8 +25,11 @@ _PR_SET_PDEATHSIG = 1
 class Child:
     """A Python module as a process, whose standard output is JSON lines."""
 
-    def __init__(self, module: str, arguments: list[str], log: Path, lock: int, environment: dict[str, str]):
-        """`lock`: descriptor of the service's lock, which stays held until this process has ended too."""
+    def __init__(
+        self, module: str, arguments: list[str], log: Path, lock: int, environment: dict[str, str], nice: int = 0
+    ):
+        """`lock`: descriptor of the service's lock, which stays held until this process has ended too.
+        `nice`: its niceness, from its first instruction on."""
         self.started = self._moved = time.monotonic()
         self._read = (0.0, 0.0)
         self._rest = b""
@@ -35,7 +39,7 @@ class Child:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=self._log,
-            env={**os.environ, **environment, _PARENT: str(os.getpid())},
+            env={**os.environ, **environment, _PARENT: str(os.getpid()), _NICE: str(nice)},
             pass_fds=(lock,),
         )
         assert self._process.stdout is not None
@@ -88,6 +92,8 @@ def run_and_die_with_parent(arguments: list[str]) -> None:
     What it imports takes seconds, in which the run's lock is held: this is arranged for before that.
     """
     parent = int(os.environ[_PARENT])
+    if os.name == "posix":
+        os.nice(int(os.environ[_NICE]))  # before its imports, which are most of the work of a small upload
 
     def watch() -> None:
         while os.getppid() == parent:
@@ -103,14 +109,9 @@ def run_and_die_with_parent(arguments: list[str]) -> None:
     runpy.run_module(arguments[0], run_name="__main__", alter_sys=True)
 
 
-NICE = 10
-"""Of children while little waits: training on the same cores goes first."""
-
-
-def be_nice(niceness: int) -> None:
-    """In a child."""
-    if os.name == "posix":
-        os.nice(niceness)
+def niceness(mildest: int, waiting: int) -> int:
+    """Of a child beside training on the same cores, which goes first; but the more waits, the less patient it is."""
+    return max(0, mildest - 3 * max(0, waiting - 1))
 
 
 class Pause:

@@ -28,7 +28,6 @@ from llmtrain.config import RunConfig, load_config
 from llmtrain.errors import CheckpointError, ConfigError
 from llmtrain.rundir import RunDir
 from llmtrain.service import crash
-from llmtrain.service.children import NICE, be_nice
 from llmtrain.service.publish import publish
 from llmtrain.service.remote import (
     BRANCH,
@@ -65,7 +64,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--step", type=int, default=0)
     parser.add_argument("--stall", type=float, default=300.0, help="longest wait for an answer, in s")
     options = parser.parse_args(arguments)
-    be_nice(NICE)
     set_client_factory(lambda: _client(options.stall))
     run = RunDir(options.run.resolve())
     origin.enter(run)

@@ -8,10 +8,11 @@ from llmtrain.config import RunConfig
 from llmtrain.ledger import Event, Score
 from llmtrain.rundir import RunDir
 from llmtrain.service import crash
-from llmtrain.service.children import NICE, Child, Pause
+from llmtrain.service.children import Child, Pause, niceness
 from llmtrain.service.queue import Work
 
 _MODULE = "llmtrain.service.validate"
+_NICE = 10
 _GIVE_UP = 5
 
 
@@ -85,16 +86,15 @@ class Scoring:
 
     def _start(self, config: RunConfig, steps: list[int], where: str) -> None:
         arguments = [str(self._run.path), "--device", where, "--steps", *map(str, steps)]
-        environment = {"OMP_WAIT_POLICY": "PASSIVE"}
+        environment, nice = {"OMP_WAIT_POLICY": "PASSIVE"}, 0
         if where == "cpu":
             beside = self._run.is_training() and origin.read(self._run).device == "cpu"
             cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
             arguments += ["--threads", str(config.service.threads or max(1, cores // (2 if beside else 1)))]
-            # The more checkpoints wait (and lie on the disk until they are scored), the less patient it is.
-            arguments += ["--nice", str(max(0, NICE - 3 * (len(steps) - 1)) if beside else 0)]
+            nice = niceness(_NICE, len(steps)) if beside else 0  # what waits lies on the disk until it is scored
             environment["CUDA_VISIBLE_DEVICES"] = ""
         self._asked = list(steps)
-        self._child = Child(_MODULE, arguments, self._run.service_log, self._lock, environment)
+        self._child = Child(_MODULE, arguments, self._run.service_log, self._lock, environment, nice)
 
     def _collect(self, child: Child) -> None:
         code = child.exit_code  # before reading: a child that has ended has said everything

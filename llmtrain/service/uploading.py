@@ -14,13 +14,14 @@ from llmtrain.config import RunConfig
 from llmtrain.ledger import Event, HubState, Upload
 from llmtrain.rundir import RunDir
 from llmtrain.service import crash, plan
-from llmtrain.service.children import Child, Pause
+from llmtrain.service.children import Child, Pause, niceness
 from llmtrain.service.queue import Work
 from llmtrain.service.scoring import last_line
 
 Task = tuple[str, int | None]
 """What the child does, and to which step."""
 _MODULE = "llmtrain.service.hub"
+_NICE = 19
 _REFUSED_S = 60.0
 _COMMITS_KEPT_FREE = 100
 """`main` is not renewed when so many commits were made within the hour (the Hub takes 128): weights go first."""
@@ -75,7 +76,8 @@ class Uploading:
         if self._checked != config.hub.repo:
             self._start("check", None, config)
         elif tasks := self._tasks(config, work, hurry):
-            self._start(*min(tasks, key=lambda task: self._attempts[task]), config)  # one that fails blocks no other
+            task = min(tasks, key=lambda task: self._attempts[task])  # one that fails blocks no other
+            self._start(*task, config, len(tasks))
         return []
 
     def end(self) -> None:
@@ -89,14 +91,15 @@ class Uploading:
         tasks += [("untag", step) for step in plan.untaggable(self._run, config)]
         return [*tasks, ("publish", None)] if self._is_due(config, hurry) else tasks
 
-    def _start(self, task: str, step: int | None, config: RunConfig) -> None:
+    def _start(self, task: str, step: int | None, config: RunConfig, waiting: int = 0) -> None:
         self._repo = config.hub.repo or ""
         arguments = [task, str(self._run.path), "--repo", self._repo]
         arguments += ["--stall", str(config.hub.stall_s), *([] if step is None else ["--step", str(step)])]
         self._task = (task, step)
         self._attempts[self._task] += 1
         environment = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "CUDA_VISIBLE_DEVICES": ""}
-        self._child = Child(_MODULE, arguments, self._run.service_log, self._lock, environment)
+        nice = niceness(_NICE, waiting)
+        self._child = Child(_MODULE, arguments, self._run.service_log, self._lock, environment, nice)
 
     def _collect(self, child: Child, stall_s: float) -> list[tuple[int, str]]:
         code, task, step = child.exit_code, *self._task

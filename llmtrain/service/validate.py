@@ -27,7 +27,6 @@ from llmtrain.evaluate import Score
 from llmtrain.hardware import is_bf16_fast
 from llmtrain.models import build_model
 from llmtrain.rundir import RunDir
-from llmtrain.service.children import be_nice
 from llmtrain.shards import Rows, ShardSet
 from llmtrain.strategies.forward import autocast
 
@@ -46,11 +45,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--split", choices=["heldout", "test"], default="heldout")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int)
-    parser.add_argument("--nice", type=int, default=0)
     options = parser.parse_args(arguments)
     with exit_with_code():
         run = RunDir(options.run.resolve())
-        be_nice(options.nice)
         origin.enter(run)
         if options.threads:
             torch.set_num_threads(options.threads)
