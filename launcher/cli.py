@@ -171,7 +171,7 @@ def checkpoints(
     - `prune` shows what the rule of `checkpoint` would delete; `prune --yes` deletes it
     """
     with exit_with_code():
-        from launcher.checkpoints import Options, act
+        from launcher.choosing.checkpoints import Options, act
 
         service = act(run, action, step, Options(by_loss, json, test, again, device, yes, repo))
     if service is not None:
@@ -192,7 +192,7 @@ def status(
     that still wait for their first start are shown too.
     """
     with exit_with_code():
-        from launcher.status_display import show_status
+        from launcher.watching.status_display import show_status
 
         show_status(runs or [], json, watch)
 
@@ -215,7 +215,7 @@ def logs(
     `--node 0` is the raw output of a SLURM job's first node.
     """
     with exit_with_code():
-        from launcher.logs import Wanted, show_logs
+        from launcher.watching.logs import Wanted, show_logs
 
         if rank is not None and node is not None:
             raise typer.BadParameter("either --rank or --node")

@@ -27,9 +27,9 @@ def run(
     Ctrl-C saves and stops (exit code 75, the same command goes on); a second one leaves at once.
     """
     with exit_with_code():
-        from launcher.one_machine import train_here
-        from launcher.supervisor import Rules
-        from launcher.torchrun import Start, check
+        from launcher.keeper.one_machine import train_here
+        from launcher.keeper.supervisor import Rules
+        from launcher.keeper.torchrun import Start, check
 
         count, device = check(gpus, ranks)
         raise typer.Exit(train_here(Start(settings or [], count, device), Rules(max_restarts, hang_after)))
@@ -90,8 +90,8 @@ def node(
 ) -> None:
     """One node's part of a SLURM job: what the scripts in slurm/ start with srun."""
     with exit_with_code():
+        from launcher.keeper.supervisor import Rules
         from launcher.slurm.node import keep_going, requeue_with_scontrol
-        from launcher.supervisor import Rules
 
         rules = Rules(max_restarts, hang_after, lead_s=lead)
         raise typer.Exit(keep_going(settings or [], ranks, device, rules, requeue_with_scontrol, requeue))

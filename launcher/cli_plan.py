@@ -50,8 +50,8 @@ def plan(
     with exit_with_code():
         from rich.console import Console
 
-        from launcher.plan import Told, show
-        from launcher.plan_job import Wishes, find_job, machine_for, script_for, train_seconds
+        from launcher.planning.plan import Told, show
+        from launcher.planning.plan_job import Wishes, find_job, machine_for, script_for, train_seconds
         from llmtrain.config import load_config
         from llmtrain.config.load import split_settings
 
@@ -81,7 +81,7 @@ def doctor(
     `--cluster` drafts a profile for `llmtrain submit` from what SLURM says of its partitions and nodes.
     """
     with exit_with_code():
-        from launcher.doctor import draft, report
+        from launcher.checks.doctor import draft, report
 
         if cluster or partition or output:
             draft(partition, output)

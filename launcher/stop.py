@@ -17,11 +17,11 @@ import psutil
 
 from launcher.display import duration
 from launcher.jobs import JobDir
-from launcher.logs import open_submitted
-from launcher.processes import kill_tree
+from launcher.keeper.processes import kill_tree
 from launcher.slurm import client
 from launcher.slurm.client import Queued
-from launcher.status import Training, read_training
+from launcher.watching.logs import open_submitted
+from launcher.watching.status import Training, read_training
 from llmtrain.errors import RunFolderError, SlurmError, UserError
 from llmtrain.rundir import RunDir
 

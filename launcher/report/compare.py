@@ -10,11 +10,11 @@ import numpy as np
 from rich.console import Console
 from rich.text import Text
 
-from launcher import listing
+from launcher.choosing import listing
 from launcher.display import Column, fitted, one_line, say
 from launcher.report import words
 from launcher.report.facts import Facts, read_facts
-from launcher.status import find_runs
+from launcher.watching.status import find_runs
 from llmtrain import choose, recipe
 from llmtrain.choose import Entry
 from llmtrain.config import yaml_lines

@@ -6,10 +6,10 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from launcher import listing
-from launcher.listing import Listing
+from launcher.choosing import listing
+from launcher.choosing.listing import Listing
 from launcher.report.speed import Speed, read_speed
-from launcher.status import RunStatus, read_status
+from launcher.watching.status import RunStatus, read_status
 from llmtrain import ledger, rundir
 from llmtrain.choose import Entry, Ranking
 from llmtrain.config.load import load_config

@@ -8,7 +8,7 @@ import shlex
 from pathlib import Path
 
 from launcher import display
-from launcher.places import find_place
+from launcher.checks.places import find_place
 from launcher.slurm.client import call
 from launcher.slurm.partitions import NodeGroup, Partition, partitions
 from llmtrain.errors import ConfigError, SlurmError

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from launcher.keeper.supervisor import Rules, say
 from launcher.slurm import client, node
-from launcher.supervisor import Rules, say
 from llmtrain.errors import EXIT_REQUEUE, SlurmError, exit_with_code
 from llmtrain.rundir import RunDir
 

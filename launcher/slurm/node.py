@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launcher.jobs import JobDir
-from launcher.meeting import Meeting
-from launcher.processes import is_for_a_person
+from launcher.keeper.meeting import Meeting
+from launcher.keeper.processes import is_for_a_person
+from launcher.keeper.supervisor import Rules, Supervisor, say
+from launcher.keeper.torchrun import Start
 from launcher.slurm import client
-from launcher.supervisor import Rules, Supervisor, say
-from launcher.torchrun import Start
 from llmtrain import files
 from llmtrain.config import load_config
 from llmtrain.config.load import split_settings

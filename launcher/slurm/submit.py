@@ -11,14 +11,14 @@ from typing import Any
 
 from rich.console import Console
 
+from launcher.checks.findings import settle
 from launcher.cluster import Profile
-from launcher.findings import settle
 from launcher.jobs import JobDir, JobRecord, Kind
+from launcher.keeper.supervisor import Rules
 from launcher.slurm import batch
 from launcher.slurm.batch import JobSpec
 from launcher.slurm.job import CommandJob, ServiceJob, TrainJob
 from launcher.slurm.limits import Request
-from launcher.supervisor import Rules
 from llmtrain import files
 from llmtrain.config import RunConfig, load_config, resolved_yaml
 from llmtrain.config.load import split_settings
@@ -145,7 +145,7 @@ def submit(
         ConfigError, NotQueued: found before anything is queued.
         SlurmError: sbatch refuses, in its own words.
     """
-    from launcher import preflight  # a preview must not wait for what it loads
+    from launcher.checks import preflight  # a preview must not wait for what it loads
 
     if with_service:
         words = [*words, "service.start=manual"]
@@ -187,7 +187,7 @@ def submit_shards(words: Sequence[str], profile: Profile, parts: int | None, con
         ConfigError, NotQueued: found before anything is queued.
         SlurmError: sbatch refuses, in its own words.
     """
-    from launcher import preflight
+    from launcher.checks import preflight
     from launcher.sharding.work import num_tasks
 
     config, _ = load_config(*split_settings(list(words)))

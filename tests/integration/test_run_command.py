@@ -10,11 +10,11 @@ from pathlib import Path
 import psutil
 import pytest
 
-from launcher import torchrun
-from launcher.one_machine import train_here
-from launcher.processes import verdict
-from launcher.supervisor import Rules
-from launcher.torchrun import Start, check, command
+from launcher.keeper import torchrun
+from launcher.keeper.one_machine import train_here
+from launcher.keeper.processes import verdict
+from launcher.keeper.supervisor import Rules
+from launcher.keeper.torchrun import Start, check, command
 from llmtrain import errors, ledger
 from llmtrain.rundir import RunDir
 from tests.support.runs import TIMEOUT_S, Workplace, environment

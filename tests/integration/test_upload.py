@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from launcher.report.speed import read_speed
-from launcher.status import read_status
+from launcher.watching.status import read_status
 from llmtrain import choose, errors, ledger, manifest
 from llmtrain.rundir import RunDir
 from tests.support.hub_server import TOKEN, Hub

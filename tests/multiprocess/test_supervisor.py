@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from launcher.meeting import Meeting
-from launcher.supervisor import Rules, Supervisor
-from launcher.torchrun import Start
+from launcher.keeper.meeting import Meeting
+from launcher.keeper.supervisor import Rules, Supervisor
+from launcher.keeper.torchrun import Start
 from llmtrain.rundir import RunDir
 from tests.support.runs import Workplace, environment
 from tests.support.supervised import Fault, Supervised

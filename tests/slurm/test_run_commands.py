@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from launcher.logs import Wanted, show_logs
-from launcher.status_display import show_status
 from launcher.stop import stop_runs
+from launcher.watching.logs import Wanted, show_logs
+from launcher.watching.status_display import show_status
 from llmtrain.rundir import RunDir
 from tests.support.jobs import submitted
 from tests.support.slurm_cluster import Cluster

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from launcher import queue_view
 from launcher.jobs import JobDir, JobRecord, Kind
+from launcher.watching import queue_view
 from llmtrain.rundir import RunDir
 
 

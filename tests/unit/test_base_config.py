@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from launcher.base_config import read_facts
+from launcher.planning.base_config import read_facts
 from llmtrain.config.model_sections import QLoRAModel
 from llmtrain.models import base
 from tests.support.bases import configure, write_gpt2, write_llama

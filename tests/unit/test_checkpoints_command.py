@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from launcher import checkpoints, final_score, listing
-from launcher.checkpoints import Options, act
+from launcher.choosing import checkpoints, final_score, listing
+from launcher.choosing.checkpoints import Options, act
 from launcher.display import Column, duration, fitted, printable, size, steps, words
 from llmtrain import ledger, rundir
 from llmtrain.errors import CheckpointError, ConfigError, RunFolderError, UserError

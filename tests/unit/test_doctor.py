@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from launcher import doctor, places
+from launcher.checks import doctor, places
+from launcher.checks.findings import Finding
 from launcher.cluster import Profile, load_profile
-from launcher.findings import Finding
 from launcher.slurm import client, draft, partitions
 from llmtrain.errors import ConfigError, SlurmError
 from tests.support.runs import environment

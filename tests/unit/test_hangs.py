@@ -15,10 +15,10 @@ from typing import Any
 import psutil
 import pytest
 
-from launcher import hang_watch, hangs
-from launcher.hang_watch import HangWatch
-from launcher.hangs import Seen, culprits
-from launcher.meeting import Meeting
+from launcher.keeper import hang_watch, hangs
+from launcher.keeper.hang_watch import HangWatch
+from launcher.keeper.hangs import Seen, culprits
+from launcher.keeper.meeting import Meeting
 from llmtrain import heartbeat
 from llmtrain.heartbeat import Beat
 

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from launcher import logs
-from launcher.logs import Wanted, find, show_logs, start_of_last
+from launcher.watching import logs
+from launcher.watching.logs import Wanted, find, show_logs, start_of_last
 from llmtrain.errors import RunFolderError
 from llmtrain.rundir import RunDir
 from tests.support.checkpoint_runs import make_run, train

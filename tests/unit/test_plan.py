@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from launcher import forecast
 from launcher.cluster import Profile
-from launcher.plan_job import Wishes, find_job, find_nodes, machine_for, train_seconds
+from launcher.planning import forecast
+from launcher.planning.plan_job import Wishes, find_job, find_nodes, machine_for, train_seconds
 from launcher.slurm.limits import Request
 from launcher.slurm.submit import Order
 from llmtrain.batches import BatchPlan

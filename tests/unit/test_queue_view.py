@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from launcher.status import find_runs, find_submitted, read_status
-from launcher.status_display import show_status
+from launcher.watching.status import find_runs, find_submitted, read_status
+from launcher.watching.status_display import show_status
 from llmtrain.errors import RunFolderError
 from llmtrain.rundir import RunDir
 from tests.support.checkpoint_runs import make_run, train

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from launcher import status_display
-from launcher.status import find_runs, last_record, read_status
-from launcher.status_display import show_status
+from launcher.watching import status_display
+from launcher.watching.status import find_runs, last_record, read_status
+from launcher.watching.status_display import show_status
 from llmtrain import ledger, rundir
 from llmtrain.errors import RunFolderError
 from llmtrain.ledger import Event, HubState, Status
@@ -276,7 +276,7 @@ def test_ctrl_c_at_a_terminal_leaves_quietly(run: RunDir):
         "import pty, os, sys, time, signal, select\n"
         "pid, fd = pty.fork()\n"
         "if pid == 0:\n"
-        "    from launcher.status_display import show_status\n"
+        "    from launcher.watching.status_display import show_status\n"
         "    from pathlib import Path\n"
         "    signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background jobs ignore it
         f"    show_status([Path({str(run.path)!r})], False, True)\n"

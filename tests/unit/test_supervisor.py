@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from launcher import supervisor, torchrun
-from launcher.meeting import Meeting
-from launcher.processes import read_codes
-from launcher.ranks import Ranks
-from launcher.supervisor import Rules, Supervisor
-from launcher.torchrun import Start
+from launcher.keeper import supervisor, torchrun
+from launcher.keeper.meeting import Meeting
+from launcher.keeper.processes import read_codes
+from launcher.keeper.ranks import Ranks
+from launcher.keeper.supervisor import Rules, Supervisor
+from launcher.keeper.torchrun import Start
 from llmtrain import errors, ledger, rundir
 from llmtrain.rundir import RunDir
 

@@ -16,11 +16,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from launcher import display, environment, forecast
-from launcher.findings import Finding, doubtful, fine, wrong
-from launcher.places import can_write, check_place, nearest_existing
+from launcher import display
+from launcher.checks import environment
+from launcher.checks.findings import Finding, doubtful, fine, wrong
+from launcher.checks.places import can_write, check_place, nearest_existing
+from launcher.planning import forecast
+from launcher.planning.sizes import find_sizes
 from launcher.sharding.sources import list_units
-from launcher.sizes import find_sizes
 from launcher.slurm import client
 from launcher.slurm.batch import JobSpec
 from launcher.slurm.limits import check_limits

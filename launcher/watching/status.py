@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from launcher import listing, queue_view
-from launcher.queue_view import Job, Queue
+from launcher.choosing import listing
+from launcher.watching import queue_view
+from launcher.watching.queue_view import Job, Queue
 from llmtrain import choose, ledger
 from llmtrain.batches import plan_batches
 from llmtrain.config import RunConfig

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from launcher import display
-from launcher.plan import GB, Machine, find_machine, num_ranks
+from launcher.planning.plan import GB, Machine, find_machine, num_ranks
 from launcher.slurm.client import seconds
 from llmtrain.errors import ConfigError
 

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from launcher.status import last_record
+from launcher.watching.status import last_record
 from llmtrain import ledger
 from llmtrain.batches import BatchPlan
 from llmtrain.config.schema import RunConfig

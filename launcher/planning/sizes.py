@@ -5,7 +5,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from launcher.base_config import read_facts
+from launcher.planning.base_config import read_facts
 from llmtrain import memory
 from llmtrain.base_facts import BaseFacts
 from llmtrain.config.data_sections import FolderTokenizer, TrainedTokenizer

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import psutil
 
-from launcher.processes import Left, is_for_a_person, ranks_of, read_codes, runs
+from launcher.keeper.processes import Left, is_for_a_person, ranks_of, read_codes, runs
 
 _LAST_LINES = 15
 _FATAL = "Fatal Python error"

@@ -4,9 +4,9 @@ import tempfile
 from pathlib import Path
 
 from launcher.jobs import JobDir
-from launcher.meeting import Meeting
-from launcher.supervisor import Rules, Supervisor
-from launcher.torchrun import Start
+from launcher.keeper.meeting import Meeting
+from launcher.keeper.supervisor import Rules, Supervisor
+from launcher.keeper.torchrun import Start
 from llmtrain.config import load_config
 from llmtrain.config.load import split_settings
 from llmtrain.rundir import RunDir

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launcher.torchrun import Place
+from launcher.keeper.torchrun import Place
 from llmtrain import files
 
 _POLL_S = 0.1

@@ -10,8 +10,9 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
-from launcher import display, forecast
-from launcher.sizes import find_sizes
+from launcher import display
+from launcher.planning import forecast
+from launcher.planning.sizes import find_sizes
 from llmtrain import recipe, shards
 from llmtrain.batches import BatchPlan, plan_batches
 from llmtrain.config.load import Origins

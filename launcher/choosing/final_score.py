@@ -6,9 +6,9 @@ from collections.abc import Mapping
 
 from rich.console import Console
 
-from launcher import listing
+from launcher.choosing import listing
+from launcher.choosing.listing import Row, config_of
 from launcher.display import Column, duration, figure, fitted, say, when, words
-from launcher.listing import Row, config_of
 from llmtrain import ledger
 from llmtrain.config import RunConfig
 from llmtrain.errors import CheckpointError, ConfigError, UserError

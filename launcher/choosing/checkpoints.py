@@ -9,9 +9,9 @@ from typing import Literal
 import pydantic
 from rich.console import Console
 
-from launcher import final_score, listing, one_checkpoint
+from launcher.choosing import final_score, listing, one_checkpoint
+from launcher.choosing.listing import Listing, Row, config_of
 from launcher.display import Column, figure, fitted, one_line, say, say_command, size, steps, words
-from launcher.listing import Listing, Row, config_of
 from llmtrain import manifest, retention
 from llmtrain.choose import Entry
 from llmtrain.config.service_sections import HubSection

@@ -5,8 +5,8 @@ from typing import Any
 
 from rich.console import Console
 
+from launcher.choosing.listing import Listing, Row
 from launcher.display import Column, duration, figure, fitted, one_line, printable, say, size, steps, when
-from launcher.listing import Listing, Row
 from llmtrain import ledger, manifest, rundir
 from llmtrain.errors import CheckpointError
 from llmtrain.ledger import Score

@@ -20,12 +20,12 @@ from typing import Any
 
 import psutil
 
-from launcher import hangs, torchrun
-from launcher.hang_watch import HangWatch
-from launcher.meeting import Meeting
-from launcher.processes import ignores, is_for_a_person, kill_tree, ranks_of, read_codes, told, verdict
-from launcher.ranks import Ranks
-from launcher.torchrun import Start
+from launcher.keeper import hangs, torchrun
+from launcher.keeper.hang_watch import HangWatch
+from launcher.keeper.meeting import Meeting
+from launcher.keeper.processes import ignores, is_for_a_person, kill_tree, ranks_of, read_codes, told, verdict
+from launcher.keeper.ranks import Ranks
+from launcher.keeper.torchrun import Start
 from llmtrain import heartbeat, ledger
 from llmtrain.errors import EXIT_CODES, EXIT_REQUEUE
 from llmtrain.rundir import RunDir
@@ -277,7 +277,7 @@ class Supervisor:
 
 def slowest_save(run: RunDir) -> float:
     """Seconds that the slowest of the last saves took; 0 before the first."""
-    from launcher.status import last_record
+    from launcher.watching.status import last_record
 
     record = last_record(run.saves)
     return 0.0 if record is None else float(record["wrote_s"])

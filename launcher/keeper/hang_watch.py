@@ -9,9 +9,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from launcher import hangs
-from launcher.hangs import Seen
-from launcher.meeting import Meeting
+from launcher.keeper import hangs
+from launcher.keeper.hangs import Seen
+from launcher.keeper.meeting import Meeting
 
 _AGAIN_S = 2.0
 """Until the second look: who is waited for has stood still since almost the same moment."""

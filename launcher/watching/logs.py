@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from launcher import listing, queue_view
+from launcher.choosing import listing
 from launcher.display import printable, words
 from launcher.jobs import JobDir
-from launcher.status import read_status
+from launcher.watching import queue_view
+from launcher.watching.status import read_status
 from llmtrain.errors import RunFolderError
 from llmtrain.rundir import RunDir
 

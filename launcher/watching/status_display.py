@@ -1,4 +1,4 @@
-"""How `llmtrain status` shows what `launcher.status` has gathered: a block for one run, a line each for several."""
+"""How `llmtrain status` shows what `status` has gathered: a block for one run, a line each for several."""
 
 import json
 import shlex
@@ -10,10 +10,10 @@ from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.text import Text
 
-from launcher import queue_view
 from launcher.display import Column, duration, figure, fitted, named, one_line, steps, when, words
-from launcher.queue_view import read_queue
-from launcher.status import Hub, RunStatus, Service, Training, as_json, find_submitted, read_status
+from launcher.watching import queue_view
+from launcher.watching.queue_view import read_queue
+from launcher.watching.status import Hub, RunStatus, Service, Training, as_json, find_submitted, read_status
 
 REFRESH_S = 2.0
 _STALE_S = 30.0

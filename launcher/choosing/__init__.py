@@ -1,0 +1,1 @@
+"""The checkpoints of a run: a table, and which one to use."""

@@ -1,0 +1,1 @@
+"""Keeps a run going: on one machine, and on each node of a job."""

@@ -1,0 +1,1 @@
+"""What runs and their jobs are doing, and what they say."""
