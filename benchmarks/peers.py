@@ -17,10 +17,13 @@ _PACKAGES = {
     ],
     "litgpt": [["torch==2.13.0", "litgpt==0.5.13"]],
 }
+_SHARED = {"lightning": "litgpt", "nanogpt": "hf"}
+"""Peers that run in another's environment: litgpt depends on Lightning, nanoGPT's train.py needs nothing but torch."""
 
 
 def python_of(peer: str) -> str | None:
     """The interpreter of a peer's environment; ours for our own rows; None (said why) if it cannot be made."""
+    peer = _SHARED.get(peer, peer)
     if peer not in _PACKAGES:
         return sys.executable
     folder = ROOT / ".venv-peers" / peer

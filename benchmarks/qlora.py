@@ -14,8 +14,9 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks import machine
 from benchmarks.peers import ROOT, python_of
-from benchmarks.step import machine, step_times
+from benchmarks.step import step_times
 from llmtrain.allocator import SETTINGS
 
 _WARM_UP = 2
@@ -140,7 +141,7 @@ def main() -> None:
     python = python_of("trl")
     if python is None:
         sys.exit("TRL could not be installed")
-    print(f"{machine()}; {rounds} rounds\n")
+    print(f"{machine.described()}; {rounds} rounds\n")
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         prepare(folder)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.step import machine
+from benchmarks import machine
 from llmtrain import retention
 from llmtrain.allocator import restart_with_settings
 from llmtrain.config.schema import CheckpointSection, GPTModel, RunConfig
@@ -76,7 +76,7 @@ def main() -> None:
                     beside.append(step())
                 saver.wait()
                 step()
-    print(f"{machine()}; {rounds} rounds\n")
+    print(f"{machine.described()}; {rounds} rounds\n")
     print("| a save of 162 M parameters with AdamW | training stands still, s (range) | ratio |\n|---|---|---|")
     disk = statistics.median(waits["waiting for the disk"])
     for name, found in waits.items():

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from benchmarks.step import machine
+from benchmarks import machine
 from tests.support.hub_server import HubProcess, client_environment
 
 BYTES_PER_S = 10_000_000
@@ -79,7 +79,7 @@ def main() -> None:
         for number in range(rounds):
             for way in ways if number % 2 == 0 else reversed(ways):
                 found[way].append(tokens_per_s(folder, f"{way.replace(' ', '-')}-{number}", WAYS[way], hub))
-    print(f"{machine()}; {rounds} rounds\n")
+    print(f"{machine.described()}; {rounds} rounds\n")
     print(f"| a checkpoint every {EVERY} steps | tokens/s (range) | ratio (range of rounds) |\n|---|---|---|")
     for way, speeds in found.items():
         ratios = [a / b for a, b in zip(speeds, found["no service"], strict=True)]

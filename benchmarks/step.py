@@ -1,23 +1,32 @@
 """Our training step against named peers, in one run: `python -m benchmarks.step [ROW ...]`.
 
 Every row runs ours and its peers in turn (A B C A B C ...), each in a process of its own, and prints
-tokens/s and peak memory as medians with their range, and as ratios of ours to the peer's. Ours is the whole of
-`python -m llmtrain`: loader, clipping, schedule, ledger and TensorBoard at every step. Peers run as shipped.
+tokens/s and peak memory as medians with their range, and as ratios of ours to the peer's; beside them the loss after
+the last step, and the time from a process's start to the end of its first step. Ours is the whole of
+`python -m llmtrain`: loader, clipping, schedule, ledger and TensorBoard at every step. Peers run as shipped; `PEER+`
+is the peer with our allocator settings.
+
+ROUNDS=5: that many rounds. NANOGPT=FOLDER: a checkout of nanoGPT, which is on no package index; without it its row is
+left out, saying so.
 """
 
 import json
 import os
-import platform
+import re
+import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from benchmarks import machine
 from benchmarks.peers import ROOT, python_of
 from llmtrain.allocator import SETTINGS
 
@@ -43,11 +52,12 @@ ROWS = {
     "lecture": Row(
         "Lecture model, 162 M, 2 x 256, dropout 0.1 (the lecture's loop is fp32)",
         {**_LARGE, "dropout": 0.1, "qkv_bias": False, "tie_weights": False, "init": "pytorch"},
-        2, 50257, ("bf16", "fp32"), ("lecture",), 8, extra=["optim.clip_norm=null"],
+        2, 50257, ("bf16", "fp32"), ("lecture", "lecture+"), 8, extra=["optim.clip_norm=null"],
     ),
     "gpt2": Row(
         "GPT-2, 124 M, 8 x 256, bf16, no dropout",
-        {**_LARGE, "dropout": 0.0}, 8, 50257, ("bf16",), ("hf", "litgpt"), 7,
+        {**_LARGE, "dropout": 0.0}, 8, 50257, ("bf16",),
+        ("hf", "hf+", "litgpt", "litgpt+", "lightning", "lightning+", "nanogpt", "nanogpt+"), 7,
     ),
     "small": Row("Small GPT, 7 M, 16 x 256, bf16", _SMALL, 16, 8192, ("bf16",), ("hf", "litgpt"), 30),
     "overhead": Row(
@@ -62,14 +72,35 @@ ROWS = {
 
 
 @dataclass(frozen=True)
+class Steps:
+    """What one process said of itself."""
+
+    times_ms: list[float]
+    first_at: float | None
+    """Time of day at which the first step had ended."""
+    loss: float
+    waited_ms: list[float] = field(default_factory=list)
+    """For data, in each step."""
+
+
+@dataclass(frozen=True)
 class Result:
+    step_ms: float
     tokens_per_s: float
     memory_mb: float
+    loss: float
+    start_s: float | None
+    """From the process's start to the end of its first step."""
+    waited: float
+    """Share of the time that went into waiting for data."""
 
 
-def measure(command: list[str], row: Row, extra_env: dict[str, str], folder: Path, events: Path | None) -> Result:
-    """Run one process; the median step after the warm-up, and its peak memory."""
+def measure(
+    command: list[str], row: Row, extra_env: dict[str, str], folder: Path, read: Callable[[str], Steps]
+) -> Result:
+    """Run one process; the median step after the warm-up, and its peak memory. `read` takes the process's output."""
     environment = {**os.environ, **extra_env, "PYTHONPATH": str(ROOT)}
+    began = time.time()
     with (folder / "output").open("w+") as output, (folder / "errors").open("w+") as errors:
         process = subprocess.Popen(command, stdout=output, stderr=errors, env=environment, cwd=folder)
         _, status, usage = os.wait4(process.pid, 0)
@@ -77,16 +108,41 @@ def measure(command: list[str], row: Row, extra_env: dict[str, str], folder: Pat
         errors.seek(0)
         if status:
             raise RuntimeError(f"{' '.join(command)[:200]}\n{errors.read()[-3000:]}")
-        times = step_times(events) if events is not None else json.loads(output.read().splitlines()[-1])["step_ms"]
+        steps = read(output.read())
+    step_ms = statistics.median(steps.times_ms[_WARM_UP:])
     return Result(
-        row.batch * row.model["context"] / statistics.median(times[_WARM_UP:]) * 1e3, usage.ru_maxrss * 1024 / 1e6
+        step_ms,
+        row.batch * row.model["context"] / step_ms * 1e3,
+        usage.ru_maxrss * 1024 / 1e6,
+        steps.loss,
+        None if steps.first_at is None else steps.first_at - began,
+        sum(steps.waited_ms[_WARM_UP:]) / sum(steps.times_ms[_WARM_UP:]),
     )
 
 
+def from_worker(output: str) -> Steps:
+    said = json.loads(output.splitlines()[-1])
+    return Steps(said["step_ms"], said["first_at"], said["loss"])
+
+
+def from_nanogpt(output: str) -> Steps:
+    """Its lines `iter 3: loss 10.9, time 812.5ms, mfu ...`; the first ones are there before the first step."""
+    found = re.findall(r"^iter \d+: loss ([\d.]+), time ([\d.]+)ms", output, re.MULTILINE)
+    return Steps([float(ms) for _, ms in found], None, float(found[-1][0]))
+
+
 def step_times(folder: Path) -> list[float]:
+    return from_events(folder).times_ms
+
+
+def from_events(folder: Path) -> Steps:
+    """Of our own run, from its event files."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    return [event.value for event in EventAccumulator(str(folder)).Reload().Scalars("speed/step_ms")]
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
+    times, losses = events.Scalars("speed/step_ms"), events.Scalars("train/loss")
+    waited = [event.value for event in events.Scalars("speed/data_wait_ms")]
+    return Steps([event.value for event in times], times[0].wall_time, losses[-1].value, waited)
 
 
 def write_shards(folder: Path, row: Row) -> Path:
@@ -149,24 +205,60 @@ def run_ours(folder: Path, row: Row, precision: str, number: int) -> Result:
     name = f"{precision}-{number}"
     settings = [*_settings(folder, row, precision), f"run.name={name}"]
     command = [sys.executable, "-m", "llmtrain", *settings]
-    return measure(command, row, {}, folder, folder / "runs" / name / "tensorboard")
+    return measure(command, row, {}, folder, lambda _: from_events(folder / "runs" / name / "tensorboard"))
 
 
-def run_peer(folder: Path, row: Row, peer: str, python: str) -> Result:
+def run_peer(folder: Path, row: Row, name: str, python: str) -> Result:
+    peer = name.removesuffix("+")
+    # The bare loop shall differ from ours by the loop alone; the others run as shipped, unless a + says otherwise.
+    settings = SETTINGS if peer == "bare" or name.endswith("+") else {}
+    if peer == "nanogpt":
+        return measure(nanogpt_command(folder, row, python), row, settings, folder, from_nanogpt)
     job = {
         "peer": peer, "rows": str(folder / "rows.npy"), "batch": row.batch, "steps": row.steps, "model": row.model,
         "vocab_size": row.vocab_size, "bf16": row.peer_bf16,
     }  # fmt: skip
-    # The bare loop shall differ from ours by the loop alone; the others run as shipped.
-    settings = SETTINGS if peer == "bare" else {}
-    return measure([python, str(ROOT / "benchmarks/worker.py"), json.dumps(job)], row, settings, folder, None)
+    command = [python, str(ROOT / "benchmarks/worker.py"), json.dumps(job)]
+    return measure(command, row, settings, folder, from_worker)
+
+
+def nanogpt_command(folder: Path, row: Row, python: str) -> list[str]:
+    """Its own train.py on the CPU, over the same tokens; it reads its data and its configuration where it stands."""
+    checkout = folder / "nanogpt"
+    if not checkout.exists():
+        shutil.copytree(os.environ["NANOGPT"], checkout, ignore=shutil.ignore_patterns(".git"))
+        data = checkout / "data/rows"
+        data.mkdir(parents=True)
+        for split in ("train", "val"):
+            np.load(folder / "rows.npy").tofile(data / f"{split}.bin")
+    m = row.model
+    settings = {
+        "dataset": "rows", "out_dir": str(folder / "nanogpt-out"), "device": "cpu", "compile": False,
+        "dtype": "bfloat16", "eval_interval": 10**6, "eval_iters": 1, "gradient_accumulation_steps": 1, "batch_size": row.batch,
+        "block_size": m["context"], "n_layer": m["num_layers"], "n_head": m["num_heads"], "n_embd": m["width"],
+        "dropout": m["dropout"], "bias": True, "max_iters": row.steps, "warmup_iters": 0, "learning_rate": 4e-4,
+    }  # fmt: skip
+    start = f"import os, runpy, sys; os.chdir({str(checkout)!r}); sys.path.insert(0, '.'); runpy.run_path('train.py')"
+    return [python, "-c", start, *(f"--{name}={value}" for name, value in settings.items())]
+
+
+def installed(row: Row) -> dict[str, str]:
+    """The row's peers that can run here, each with its interpreter; what cannot is said."""
+    found: dict[str, str] = {}
+    for name in row.peers:
+        if name.startswith("nanogpt") and "NANOGPT" not in os.environ:
+            print("nanoGPT: left out; NANOGPT=FOLDER names a checkout of it", file=sys.stderr)
+        elif (python := python_of(name.removesuffix("+"))) is not None:
+            found[name] = python
+    return found
 
 
 def run_row(row: Row, rounds: int) -> str:
     """All processes of a row, interleaved; the table as markdown."""
-    pythons = {peer: python for peer in row.peers if (python := python_of(peer)) is not None}
+    pythons = installed(row)
     results: dict[str, list[Result]] = {}
-    with tempfile.TemporaryDirectory() as scratch:
+    references = [machine.reference_s()]
+    with tempfile.TemporaryDirectory(dir=os.environ.get("SCRATCH")) as scratch:
         folder = Path(scratch)
         write_shards(folder, row)
         for number in range(rounds):
@@ -174,37 +266,49 @@ def run_row(row: Row, rounds: int) -> str:
                 results.setdefault(f"llmtrain {precision}", []).append(run_ours(folder, row, precision, number))
             for peer, python in pythons.items():
                 results.setdefault(peer, []).append(run_peer(folder, row, peer, python))
-    speed = {name: statistics.median(r.tokens_per_s for r in found) for name, found in results.items()}
-    memory = {name: statistics.median(r.memory_mb for r in found) for name, found in results.items()}
+            references.append(machine.reference_s())
+    moved = machine.drift(references)
+    if moved > machine.MOST_DRIFT:
+        return (
+            f"### {row.title}\n\nNot reported: the machine's reference product moved by {moved:.0%} "
+            f"(at most {machine.MOST_DRIFT:.0%} is let pass). Something else was running; try again.\n"
+        )
+    return table(row, results) + f"\nReference product steady within {moved:.0%}.\n"
+
+
+def table(row: Row, results: dict[str, list[Result]]) -> str:
+    def median(name: str, what: str) -> float:
+        return statistics.median(getattr(result, what) for result in results[name])
+
     ours = f"llmtrain {row.ours[0]}"
     lines = [
         f"### {row.title}",
         "",
-        "| | tokens/s (range) | ours / it | peak memory | ours / it |",
-        "|---|---|---|---|---|",
+        "| | tokens/s (range) | ours / it | peak memory | ours / it | start to step 1 | loss |",
+        "|---|---|---|---|---|---|---|",
     ]
     for name, found in results.items():
-        low, high = min(r.tokens_per_s for r in found), max(r.tokens_per_s for r in found)
+        speeds = [result.tokens_per_s for result in found]
+        starts = [result.start_s for result in found if result.start_s is not None]
+        start = f"{statistics.median(starts):.1f} s" if starts else ""
+        speed, memory = statistics.median(speeds), median(name, "memory_mb")
         lines.append(
-            f"| {name} | {speed[name]:,.0f} ({low:,.0f} to {high:,.0f}) | {speed[ours] / speed[name]:.2f} | "
-            f"{memory[name]:,.0f} MB | {memory[ours] / memory[name]:.2f} |"
+            f"| {name} | {speed:,.0f} ({min(speeds):,.0f} to {max(speeds):,.0f}) | "
+            f"{median(ours, 'tokens_per_s') / speed:.2f} | "
+            f"{memory:,.0f} MB | {median(ours, 'memory_mb') / memory:.2f} | {start} | {median(name, 'loss'):.4f} |"
+        )
+    lines += ["", f"Ours waited for data {median(ours, 'waited'):.2%} of the time."]
+    if "bare" in results:
+        lines.append(
+            f"A step of ours takes {median(ours, 'step_ms') - median('bare', 'step_ms'):+.3f} ms beside the bare loop."
         )
     return "\n".join(lines) + "\n"
-
-
-def machine() -> str:
-    """What the figures were measured on."""
-    import torch
-
-    described = Path("/proc/cpuinfo").read_text().splitlines()
-    cpu = next((line.split(":")[1].strip() for line in described if "model name" in line), "")
-    return f"{cpu}, {os.cpu_count()} cores; Python {platform.python_version()}, torch {torch.__version__}"
 
 
 def main() -> None:
     wanted = sys.argv[1:] or list(ROWS)
     rounds = int(os.environ.get("ROUNDS", "3"))
-    print(f"{machine()}; {rounds} rounds\n")
+    print(f"{machine.described()}; {rounds} rounds. {machine.limits()}\n")
     for name in wanted:
         print(run_row(ROWS[name], rounds), flush=True)
 

@@ -19,15 +19,17 @@ def main() -> None:
     rows = torch.from_numpy(np.load(job["rows"]).astype(np.int64))
     ends: list[float] = [time.perf_counter()]
     losses: list[float] = []
+    first_at: list[float] = []
 
     def step_done(loss: float) -> None:
         ends.append(time.perf_counter())
+        first_at.append(time.time())
         losses.append(loss)
 
     torch.manual_seed(123)
-    globals()[f"run_{job['peer']}"](job, rows, step_done)
+    last = globals()[f"run_{job['peer']}"](job, rows, step_done)
     times = [1e3 * (b - a) for a, b in zip(ends, ends[1:])]  # noqa: B905, RUF007  older Pythons run this too
-    print(json.dumps({"step_ms": times, "loss": losses[-1]}))
+    print(json.dumps({"step_ms": times, "loss": losses[-1] if last is None else last, "first_at": first_at[0]}))
 
 
 def batch_of(job: dict[str, Any], rows: torch.Tensor, step: int) -> torch.Tensor:
@@ -57,7 +59,7 @@ def run_lecture(job: dict[str, Any], rows: torch.Tensor, step_done: Any) -> None
         step_done(loss.item())
 
 
-def run_hf(job: dict[str, Any], rows: torch.Tensor, step_done: Any) -> None:
+def run_hf(job: dict[str, Any], rows: torch.Tensor, step_done: Any) -> float:
     """Hugging Face's Trainer with GPT-2, as shipped."""
     import tempfile
 
@@ -75,6 +77,13 @@ def run_hf(job: dict[str, Any], rows: torch.Tensor, step_done: Any) -> None:
         def on_step_end(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
             step_done(0.0)
 
+    kept: list[torch.Tensor] = []
+
+    class KeepsLoss(Trainer):
+        def training_step(self, *arguments: Any, **named: Any) -> torch.Tensor:
+            kept[:] = [super().training_step(*arguments, **named)]
+            return kept[0]
+
     # The Trainer shifts the labels itself: both get `context` tokens in and context - 1 (ours: context) targets.
     data = [{"input_ids": row[:-1], "labels": row[:-1]} for row in rows]
     with tempfile.TemporaryDirectory() as folder:
@@ -83,8 +92,9 @@ def run_hf(job: dict[str, Any], rows: torch.Tensor, step_done: Any) -> None:
             use_cpu=True, learning_rate=4e-4, weight_decay=0.1, report_to=[], save_strategy="no", logging_steps=1000,
             disable_tqdm=True,
         )  # fmt: skip
-        result = Trainer(model, arguments, train_dataset=data, callbacks=[Clock()]).train()
-    step_done(result.training_loss)
+        trainer = KeepsLoss(model, arguments, train_dataset=data, callbacks=[Clock()])
+        trainer.train()
+    return float(kept[-1])
 
 
 def run_litgpt(job: dict[str, Any], rows: torch.Tensor, step_done: Any) -> None:
@@ -109,6 +119,41 @@ def run_litgpt(job: dict[str, Any], rows: torch.Tensor, step_done: Any) -> None:
         optimizer.step()
         optimizer.zero_grad()
         step_done(loss.item())
+
+
+def run_lightning(job: dict[str, Any], rows: torch.Tensor, step_done: Any) -> None:
+    """Lightning's Trainer around litgpt's GPT, in its bf16 mixed precision, as shipped but for logs and checkpoints."""
+    import lightning as L
+    from litgpt import GPT, Config
+    from litgpt.utils import chunked_cross_entropy
+
+    m = job["model"]
+    config = Config(
+        block_size=m["context"], vocab_size=job["vocab_size"], padded_vocab_size=job["vocab_size"],
+        n_layer=m["num_layers"], n_head=m["num_heads"], n_embd=m["width"], rotary_percentage=1.0,
+        parallel_residual=False, bias=True, norm_class_name="LayerNorm", mlp_class_name="GptNeoxMLP",
+    )  # fmt: skip
+
+    class Module(L.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = GPT(config)
+
+        def training_step(self, batch: Any, number: int) -> Any:
+            return chunked_cross_entropy(self.model(batch[0][:, :-1]), batch[0][:, 1:])
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.AdamW(self.model.parameters(), lr=4e-4, weight_decay=0.1)
+
+        def on_train_batch_end(self, outputs: Any, batch: Any, number: int) -> None:
+            step_done(float(outputs["loss"]))
+
+    data = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(rows), batch_size=job["batch"])
+    L.Trainer(
+        accelerator="cpu", precision="bf16-mixed" if job["bf16"] else "32-true", max_steps=job["steps"], max_epochs=99,
+        gradient_clip_val=1.0, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False,
+    ).fit(Module(), data)  # fmt: skip
 
 
 def run_bare(job: dict[str, Any], rows: torch.Tensor, step_done: Any) -> None:
