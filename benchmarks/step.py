@@ -234,7 +234,8 @@ def nanogpt_command(folder: Path, row: Row, python: str) -> list[str]:
     m = row.model
     settings = {
         "dataset": "rows", "out_dir": str(folder / "nanogpt-out"), "device": "cpu", "compile": False,
-        "dtype": "bfloat16", "eval_interval": 10**6, "eval_iters": 1, "gradient_accumulation_steps": 1, "batch_size": row.batch,
+        "dtype": "bfloat16", "eval_interval": 10**6, "eval_iters": 1,
+        "gradient_accumulation_steps": 1, "batch_size": row.batch,
         "block_size": m["context"], "n_layer": m["num_layers"], "n_head": m["num_heads"], "n_embd": m["width"],
         "dropout": m["dropout"], "bias": True, "max_iters": row.steps, "warmup_iters": 0, "learning_rate": 4e-4,
     }  # fmt: skip
