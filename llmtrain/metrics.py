@@ -18,6 +18,16 @@ from llmtrain.rundir import RunDir
 from llmtrain.tensorboard import TensorBoard
 from llmtrain.world import World
 
+_TAGS = {
+    "loss": "train/loss",
+    "lr": "train/lr",
+    "grad_norm": "train/grad_norm",
+    "epoch": "train/epoch",
+    "targets": "train/targets_seen",
+}
+_WRITE_EVERY_S = 0.5
+"""Files are opened, written and closed at most so often: on a shared file system that takes longer than a small step."""
+
 
 @dataclass(frozen=True)
 class _Step:
@@ -27,6 +37,17 @@ class _Step:
     lr: float
     loss_sum: Tensor  # on the device; this rank's part
     grad_norm: Tensor  # on the device; the same on every rank
+
+
+@dataclass(frozen=True)
+class _Flushed:
+    """Steps that were read together, and the time of day at which that was."""
+
+    records: list[dict[str, Any]]
+    at: float
+    step_s: float
+    tokens_per_s: float
+    waited_s: float
 
 
 class Meter:
@@ -50,6 +71,8 @@ class Meter:
         peak = peak_flops(world.device)
         self._peak_flops = None if peak is None else peak * world.size
         self._pending: list[_Step] = []
+        self._unwritten: list[_Flushed] = []
+        self._last_write = time.monotonic()
         self._heldout: float | None = None
         self._waited_s = 0.0
         self.restart_clock()
@@ -64,8 +87,10 @@ class Meter:
         """Remember a step. Reads nothing from the device."""
         self._pending.append(_Step(state, targets, digest, lr, loss_sum, grad_norm))
 
-    def flush(self, data_wait_s: float) -> None:
-        """Collective (control group), and the loop's one host sync: read and write the steps since the last flush.
+    def flush(self, data_wait_s: float, at_once: bool) -> None:
+        """Collective (control group), and the loop's one host sync: read the steps since the last flush.
+
+        They are written now and then; `at_once`, because something is about to build on them, or at the end.
 
         Raises:
             NotFinite: on every rank, if a loss or a gradient norm is not a finite number.
@@ -94,41 +119,50 @@ class Meter:
             for s, loss_sum, norm in zip(steps, loss_sums, norms, strict=True)
         ]
         if self._world.is_main:
-            self._write(records, seconds, waited_s)
+            tokens_per_s = len(steps) * self._plan.global_batch_size * self._tokens_per_row / seconds
+            self._unwritten.append(_Flushed(records, time.time(), seconds / len(steps), tokens_per_s, waited_s))
+            if at_once or time.monotonic() - self._last_write >= _WRITE_EVERY_S:
+                self.write()
         for record in records:
             if not (math.isfinite(record["loss"]) and math.isfinite(record["grad_norm"])):
+                self.write()
                 raise NotFinite(
                     f"step {record['step']}: loss {record['loss']}, gradient norm {record['grad_norm']}; stopped. "
                     "The checkpoints saved so far are finite. A lower optim.lr, a longer "
                     "optim.schedule.warmup_steps or optim.clip_norm=1.0 usually helps"
                 )
 
-    def _write(self, records: list[dict[str, Any]], seconds: float, waited_s: float) -> None:
-        last = records[-1]
-        tokens_per_s = len(records) * self._plan.global_batch_size * self._tokens_per_row / seconds
-        rundir.append_jsonl(self._run.metrics, records)
+    def write(self) -> None:
+        """What was read since the last time: to the ledger, to TensorBoard, to the terminal."""
+        self._last_write = time.monotonic()
+        if not self._unwritten:
+            return
+        flushed, self._unwritten = self._unwritten, []
+        rundir.append_jsonl(self._run.metrics, [record for part in flushed for record in part.records])
         if self._tensorboard is not None:
-            for record in records:
-                names = {
-                    "loss": "train/loss",
-                    "lr": "train/lr",
-                    "grad_norm": "train/grad_norm",
-                    "epoch": "train/epoch",
-                }
-                scalars = {tag: record[key] for key, tag in names.items()}
-                self._tensorboard.scalars(record["step"], {**scalars, "train/targets_seen": record["targets"]})
-            speed = {
-                "speed/tokens_per_s": tokens_per_s,
-                "speed/step_ms": 1e3 * seconds / len(records),
-                "speed/data_wait_ms": 1e3 * waited_s / len(records),
-            }
-            if self._peak_flops is not None:
-                speed["speed/mfu"] = tokens_per_s * self._flops_per_token / self._peak_flops
-            self._tensorboard.scalars(last["step"], {**speed, **self._hardware.read()})
-        left = (self._plan.total_steps - last["step"]) * seconds / len(records)
+            for part in flushed:
+                for record in part.records:
+                    values = {tag: record[key] for key, tag in _TAGS.items()}
+                    if record is part.records[-1]:
+                        values |= self._speeds(part)
+                    if part is flushed[-1]:
+                        values |= self._hardware.read()
+                    self._tensorboard.scalars(record["step"], values, part.at)
+        part, last = flushed[-1], flushed[-1].records[-1]
+        left = (self._plan.total_steps - last["step"]) * part.step_s
         self._progress.show(
-            Reading(last["step"], self._plan.total_steps, last["loss"], self._heldout, tokens_per_s, left)
+            Reading(last["step"], self._plan.total_steps, last["loss"], self._heldout, part.tokens_per_s, left)
         )
+
+    def _speeds(self, part: _Flushed) -> dict[str, float]:
+        values = {
+            "speed/tokens_per_s": part.tokens_per_s,
+            "speed/step_ms": 1e3 * part.step_s,
+            "speed/data_wait_ms": 1e3 * part.waited_s / len(part.records),
+        }
+        if self._peak_flops is not None:
+            values["speed/mfu"] = part.tokens_per_s * self._flops_per_token / self._peak_flops
+        return values
 
     def heldout(self, state: TrainState, record: dict[str, Any]) -> None:
         """Write an evaluation: the ledger first, then its view."""
@@ -158,6 +192,7 @@ class Meter:
 
     def close(self) -> None:
         """Leave the last progress line standing and everything written."""
+        self.write()
         self._progress.close()
         if self._tensorboard is not None:
             self._tensorboard.close()

@@ -59,29 +59,30 @@ class Saver:
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
-    def save(self, described: Manifest) -> float:
+    def save(self, described: Manifest, beside: bool = True) -> float:
         """Every rank calls it: begin the save of the state as it is now. Returns how long the caller waited, in s.
 
         Waits for the last save to end, then for the copy (a host sync), or for the disk where
-        `checkpoint.background` is off.
+        `checkpoint.background` is off, or no training follows (not `beside`).
 
         Raises:
             DiskFull: the last save failed; on other ranks than 0, SystemExit with its code.
         """
         began = time.perf_counter()
         self.wait()
+        beside = beside and self._rule.background
         weights = self._strategy.weights() if self._world.is_main else {}
         share = self._strategy.save_state()
-        if self._rule.background:
+        if beside:
             weights, share = self._host.copy(weights, share)
         else:
             weights = {name: tensor.cpu() for name, tensor in weights.items()}
             share = [Fragment(f.key, f.start, f.values.cpu()) for f in share]
-        waited = f"{time.perf_counter() - began:.2f} s" if self._rule.background else "for it"
-        arguments = (described, weights, share, waited)
+        waited = f"{time.perf_counter() - began:.2f} s" if beside else "for it"
+        arguments = (described, weights, share, waited, beside)
         self._thread = threading.Thread(target=self._guarded, args=arguments, name="save", daemon=True)
         self._thread.start()
-        if not self._rule.background:
+        if not beside:
             self.wait()
         return time.perf_counter() - began
 
@@ -103,8 +104,10 @@ class Saver:
         """Whether `wait` would raise; the loop lets all ranks agree on it."""
         return self._error is not None
 
-    def _guarded(self, described: Manifest, weights: dict[str, Tensor], share: list[Fragment], waited: str) -> None:
-        if sys.platform == "linux" and self._rule.background:
+    def _guarded(
+        self, described: Manifest, weights: dict[str, Tensor], share: list[Fragment], waited: str, beside: bool
+    ) -> None:
+        if sys.platform == "linux" and beside:
             # Of this thread alone: where training computes on the same cores it goes first.
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
         try:

@@ -80,13 +80,16 @@ def train(parts: Parts, state: TrainState) -> TrainState:
         due = what_is_due(parts, before, state, stopping=stops + enough > 0)
         if due.log:
             heartbeat.at("log")
-            meter.flush(parts.loader.wait_s)  # collective; the only host sync; raises if not finite
+            # Collective; the only host sync; raises if not finite.
+            meter.flush(parts.loader.wait_s, at_once=due.evaluate or due.save)
         heldout = evaluate(parts, state, with_task=due.save)["loss"] if due.evaluate else None  # collective
         if due.sample and parts.world.is_main:
             heartbeat.at("sample")
             parts.write_sample(state)
         if due.save:
-            save(parts, state, heldout)  # host sync: the copy; writing goes on beside the next steps
+            save(
+                parts, state, heldout, ends=stops + enough > 0
+            )  # host sync: the copy; writing goes on beside the next steps
         if due.evaluate or due.save or due.sample:
             meter.restart_clock()
         if stops or enough:
@@ -156,8 +159,11 @@ def evaluate(parts: Parts, state: TrainState, with_task: bool) -> dict[str, floa
     return scores
 
 
-def save(parts: Parts, state: TrainState, heldout_loss: float | None) -> None:
-    """Begin a checkpoint; waits for the copy to host memory, and for the last checkpoint if it is still written."""
+def save(parts: Parts, state: TrainState, heldout_loss: float | None, ends: bool) -> None:
+    """Begin a checkpoint; waits for the copy to host memory, and for the last checkpoint if it is still written.
+
+    The last one of this process is not copied: no step follows that would change what is being written.
+    """
     heartbeat.at("save", watched=False)  # a file system may take its time, and a restart would not make it faster
     described = Manifest(
         train_state=state,
@@ -170,4 +176,6 @@ def save(parts: Parts, state: TrainState, heldout_loss: float | None) -> None:
         heldout_loss=heldout_loss,
         files={},
     )
-    parts.meter.save_waited(state, parts.saver.save(described))
+    parts.meter.save_waited(
+        state, parts.saver.save(described, beside=not (ends or state.step == parts.plan.total_steps))
+    )

@@ -7,6 +7,7 @@ Parameter names are those of transformers' GPT-2, and `save` writes its format: 
 weights transposed (Conv1D), and always has a bias on query, key and value.
 """
 
+import contextlib
 import json
 import math
 from dataclasses import dataclass, field
@@ -99,7 +100,9 @@ class GPT(nn.Module):
         super().__init__()
         self.config, self.vocab_size = config, vocab_size
         self.activation_checkpointing = activation_checkpointing
-        with torch.random.fork_rng(devices=[]):
+        # GPT-2's initialisation draws every weight itself: torch's would be drawn before, and overwritten.
+        place = torch.device("meta") if config.init == "gpt2" else contextlib.nullcontext()
+        with torch.random.fork_rng(devices=[]), place:
             torch.manual_seed(seed)
             self.transformer = nn.ModuleDict(
                 {
@@ -111,6 +114,8 @@ class GPT(nn.Module):
                 }
             )
             self.lm_head = nn.Linear(config.width, vocab_size, bias=False)
+            if config.init == "gpt2":
+                self.to_empty(device="cpu")
             if config.tie_weights:
                 self.lm_head.weight = cast(nn.Embedding, self.transformer["wte"]).weight
             if config.init == "gpt2":
@@ -121,7 +126,9 @@ class GPT(nn.Module):
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(parameter)
-            elif parameter.ndim == 2:
+            elif parameter.ndim == 1:  # a LayerNorm's scale
+                nn.init.ones_(parameter)
+            else:
                 residual = name.endswith("c_proj.weight")
                 std = 0.02 / math.sqrt(2 * self.config.num_layers) if residual else 0.02
                 nn.init.normal_(parameter, std=std)
