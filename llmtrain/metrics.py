@@ -26,7 +26,7 @@ _TAGS = {
     "targets": "train/targets_seen",
 }
 _WRITE_EVERY_S = 0.5
-"""Files are opened, written and closed at most so often: on a shared file system that takes longer than a small step."""
+"""Files are written at most so often: to open and close one takes longer than a small step on a shared file system."""
 
 
 @dataclass(frozen=True)
