@@ -113,7 +113,7 @@ def test_sigstop(workplace: Workplace, calm: str, seed: int):
     draw = random.Random(seed)
     rank = draw.randrange(3)
     with Supervised(workplace, f"stopped-{seed}", *RANKS, "--hang-after", str(HANG_S), *LENGTH) as run:
-        run.wait_for_step(draw.randrange(10, 110))
+        run.wait_for_step(draw.randrange(10, 60))  # well before the end, which is near
         stopped_at = time.time()
         run.rank(rank).suspend()
         assert hang_found(run, stopped_at, 1).startswith(f"rank {rank} does not run at all")
@@ -127,7 +127,7 @@ def test_a_rank_that_keeps_pythons_lock(workplace: Workplace, calm: str, tmp_pat
     with Supervised(workplace, "frozen", *RANKS, "--hang-after", str(HANG_S), *LENGTH, faults=[fault]) as run:
         run.wait_for_line("rank .* the stacks of all ranks", 1)
         said = hang_found(run, fault.time, 1)
-        assert re.fullmatch(r"rank 1 does not run at all since \d+ s, at step \d+, computing", said)
+        assert re.fullmatch(r"rank 1 does not run at all since \d+ s, at step \d+, .+", said)
         ends_as(workplace, run, calm)
 
 
