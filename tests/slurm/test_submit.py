@@ -33,9 +33,9 @@ def calm(workplace: Workplace) -> str:
     return CALM
 
 
-def same_as_calm(workplace: Workplace, name: str) -> None:
-    assert workplace.weights(name) == workplace.weights(CALM)
-    assert workplace.ledger(name) == workplace.ledger(CALM)
+def same_as(workplace: Workplace, name: str, calm: str) -> None:
+    assert workplace.weights(name) == workplace.weights(calm)
+    assert workplace.ledger(name) == workplace.ledger(calm)
 
 
 def test_two_nodes_train_as_torchrun_does(cluster: Cluster, workplace: Workplace, calm: str):
@@ -61,7 +61,7 @@ def test_preempted_it_saves_in_time_and_comes_back(cluster: Cluster, workplace: 
         cluster.wait_for_restart(job.job_id, restart)
         reached = max(run.checkpoint_steps())
     finishes(cluster, workplace, name, job.job_id)
-    same_as_calm(workplace, name)
+    same_as(workplace, name, calm)
     said = output_of(workplace, name)
     assert len(re.findall(r"stopped by .+ at step [\d,]+, saved", said)) == times, said
     assert said.count("is queued again, and goes on from the newest checkpoint") == times
@@ -75,19 +75,20 @@ def test_preempted_without_grace_it_goes_on_from_the_last_checkpoint(cluster: Cl
     taker = cluster.submit("sleep 1", *WHOLE)
     assert cluster.wait_for(taker) == "COMPLETED"
     finishes(cluster, workplace, name, job.job_id)
-    same_as_calm(workplace, name)
+    same_as(workplace, name, calm)
 
 
 @pytest.mark.soak
 def test_before_the_time_limit_it_saves_and_comes_back(cluster: Cluster, workplace: Workplace, calm: str):
     """SLURM's signal and the supervisor's own clock are both early; whichever is first, the limit is not reached."""
-    name = "limited"
-    job = submit(workplace, name, "--nodes", "2", *LENGTH, "--time", "1", "optim.lr=3e-3")
+    name, length = "limited", [*LENGTH, "train.steps=4000", "checkpoint.every_steps=1000"]
+    workplace.train("run.name=calm-and-long", *length, ranks=4)
+    job = submit(workplace, name, "--nodes", "2", *length, "--time", "1", "optim.lr=3e-3")
     cluster.wait_for_restart(job.job_id, timeout_s=120)
     cluster.call("scontrol", "update", f"JobId={job.job_id}", "TimeLimit=30")
     assert re.search(r"stopped by .+ at step [\d,]+, saved", output_of(workplace, name))
     finishes(cluster, workplace, name, job.job_id)
-    same_as_calm(workplace, name)
+    same_as(workplace, name, "calm-and-long")
 
 
 @pytest.mark.soak
@@ -97,7 +98,7 @@ def test_requeued_by_hand_it_goes_on(cluster: Cluster, workplace: Workplace, cal
     wait_for_checkpoint(run_of(workplace, name))
     cluster.call("scontrol", "requeue", job.job_id)
     finishes(cluster, workplace, name, job.job_id)
-    same_as_calm(workplace, name)
+    same_as(workplace, name, calm)
 
 
 @pytest.mark.soak
@@ -108,7 +109,7 @@ def test_a_node_that_crashes_costs_nothing_but_time(cluster: Cluster, workplace:
     wait_for_checkpoint(run_of(workplace, name))
     cluster.kill_node("n2")
     finishes(cluster, workplace, name, job.job_id)
-    same_as_calm(workplace, name)
+    same_as(workplace, name, calm)
 
 
 def test_with_one_node_left_it_goes_on_with_that_one(cluster: Cluster, workplace: Workplace, calm: str):
