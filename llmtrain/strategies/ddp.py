@@ -4,6 +4,7 @@ One process is the same with one rank and no wrapper.
 """
 
 import contextlib
+import inspect
 from typing import Any
 
 import torch
@@ -17,6 +18,13 @@ from llmtrain.fragments import Fragment, FragmentReader, equal_share
 from llmtrain.optim import STEPS, build_optimizer, restore_state, saved_state
 from llmtrain.strategies.forward import autocast, evaluation_loss
 from llmtrain.world import World
+
+
+_SYNC_BUFFERS = next(
+    name
+    for name in ("forward_sync_buffers", "broadcast_buffers")  # the second was its name before torch 2.13
+    if name in inspect.signature(DistributedDataParallel.__init__).parameters
+)
 
 
 class DDPStrategy:
@@ -35,8 +43,8 @@ class DDPStrategy:
                 self._forward,
                 bucket_cap_mb=config.strategy.bucket_mb,
                 gradient_as_bucket_view=True,
-                broadcast_buffers=False,
                 init_sync=not frozen,  # each rank has loaded the same base: no gigabytes are sent
+                **{_SYNC_BUFFERS: False},
             )
             self._settle_buckets(config.model.context)
 
