@@ -19,7 +19,6 @@ from llmtrain.optim import STEPS, build_optimizer, restore_state, saved_state
 from llmtrain.strategies.forward import autocast, evaluation_loss
 from llmtrain.world import World
 
-
 _SYNC_BUFFERS = next(
     name
     for name in ("forward_sync_buffers", "broadcast_buffers")  # the second was its name before torch 2.13
