@@ -1,5 +1,6 @@
 """`llmtrain status`, `logs` and `stop` on real jobs; what they run stands in for training."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -41,7 +42,7 @@ def test_jobs_are_shown_followed_and_stopped(
 
     show_status([tmp_path / "runs"], False, False)
     output = " ".join(capsys.readouterr().out.split())
-    assert f"{running} running, 59 min left" in output
+    assert re.search(rf"{running} running, [\w ]+ left", output), output
     assert f"{waiting} pending" in output
 
     stop_runs([first.path, second.path], False)
