@@ -38,12 +38,13 @@ class DDPStrategy:
         self._optimizer = build_optimizer(self._named.items(), config.optim)
         self._forward: Any = torch.compile(self._module) if config.train.compile else self._module
         if world.size > 1:
+            named: dict[str, Any] = {_SYNC_BUFFERS: False}
             self._forward = DistributedDataParallel(
                 self._forward,
                 bucket_cap_mb=config.strategy.bucket_mb,
                 gradient_as_bucket_view=True,
                 init_sync=not frozen,  # each rank has loaded the same base: no gigabytes are sent
-                **{_SYNC_BUFFERS: False},
+                **named,
             )
             self._settle_buckets(config.model.context)
 
