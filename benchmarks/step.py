@@ -309,7 +309,7 @@ def table(row: Row, results: dict[str, list[Result]]) -> str:
 def main() -> None:
     wanted = sys.argv[1:] or list(ROWS)
     rounds = int(os.environ.get("ROUNDS", "3"))
-    print(f"{machine.described()}; {rounds} rounds. {machine.limits()}\n")
+    print(f"{rounds} rounds\n{machine.with_limits()}\n", flush=True)
     for name in wanted:
         print(run_row(ROWS[name], rounds), flush=True)
 
