@@ -97,18 +97,25 @@ def run_hf(job: dict[str, Any], rows: torch.Tensor, step_done: Any) -> float:
     return float(kept[-1])
 
 
-def run_litgpt(job: dict[str, Any], rows: torch.Tensor, step_done: Any) -> None:
-    """litgpt's GPT (GPT-2's shape) with the statements of its pretraining loop: autocast, chunked loss, AdamW."""
+def litgpt_model(job: dict[str, Any]) -> torch.nn.Module:
+    """litgpt's GPT in GPT-2's shape."""
     from litgpt import GPT, Config
-    from litgpt.utils import chunked_cross_entropy
 
     m = job["model"]
-    config = Config(
-        block_size=m["context"], vocab_size=job["vocab_size"], padded_vocab_size=job["vocab_size"],
-        n_layer=m["num_layers"], n_head=m["num_heads"], n_embd=m["width"], rotary_percentage=1.0,
-        parallel_residual=False, bias=True, norm_class_name="LayerNorm", mlp_class_name="GptNeoxMLP",
+    return GPT(
+        Config(
+            block_size=m["context"], vocab_size=job["vocab_size"], padded_vocab_size=job["vocab_size"],
+            n_layer=m["num_layers"], n_head=m["num_heads"], n_embd=m["width"], rotary_percentage=1.0,
+            parallel_residual=False, bias=True, norm_class_name="LayerNorm", mlp_class_name="GptNeoxMLP",
+        )
     )  # fmt: skip
-    model = GPT(config)
+
+
+def run_litgpt(job: dict[str, Any], rows: torch.Tensor, step_done: Any) -> None:
+    """litgpt's GPT (GPT-2's shape) with the statements of its pretraining loop: autocast, chunked loss, AdamW."""
+    from litgpt.utils import chunked_cross_entropy
+
+    model = litgpt_model(job)
     optimizer = torch.optim.AdamW(model.parameters(), lr=4e-4, weight_decay=0.1)
     for step in range(job["steps"]):
         batch = batch_of(job, rows, step)
@@ -124,20 +131,12 @@ def run_litgpt(job: dict[str, Any], rows: torch.Tensor, step_done: Any) -> None:
 def run_lightning(job: dict[str, Any], rows: torch.Tensor, step_done: Any) -> None:
     """Lightning's Trainer around litgpt's GPT, in its bf16 mixed precision, as shipped but for logs and checkpoints."""
     import lightning as L
-    from litgpt import GPT, Config
     from litgpt.utils import chunked_cross_entropy
-
-    m = job["model"]
-    config = Config(
-        block_size=m["context"], vocab_size=job["vocab_size"], padded_vocab_size=job["vocab_size"],
-        n_layer=m["num_layers"], n_head=m["num_heads"], n_embd=m["width"], rotary_percentage=1.0,
-        parallel_residual=False, bias=True, norm_class_name="LayerNorm", mlp_class_name="GptNeoxMLP",
-    )  # fmt: skip
 
     class Module(L.LightningModule):
         def __init__(self) -> None:
             super().__init__()
-            self.model = GPT(config)
+            self.model = litgpt_model(job)
 
         def training_step(self, batch: Any, number: int) -> Any:
             return chunked_cross_entropy(self.model(batch[0][:, :-1]), batch[0][:, 1:])

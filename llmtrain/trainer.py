@@ -87,9 +87,8 @@ def train(parts: Parts, state: TrainState) -> TrainState:
             heartbeat.at("sample")
             parts.write_sample(state)
         if due.save:
-            save(
-                parts, state, heldout, ends=stops + enough > 0
-            )  # host sync: the copy; writing goes on beside the next steps
+            # Host sync: the copy; writing goes on beside the next steps, where any follow.
+            save(parts, state, heldout, beside=not (stops or enough or state.step == parts.plan.total_steps))
         if due.evaluate or due.save or due.sample:
             meter.restart_clock()
         if stops or enough:
@@ -159,10 +158,10 @@ def evaluate(parts: Parts, state: TrainState, with_task: bool) -> dict[str, floa
     return scores
 
 
-def save(parts: Parts, state: TrainState, heldout_loss: float | None, ends: bool) -> None:
+def save(parts: Parts, state: TrainState, heldout_loss: float | None, beside: bool) -> None:
     """Begin a checkpoint; waits for the copy to host memory, and for the last checkpoint if it is still written.
 
-    The last one of this process is not copied: no step follows that would change what is being written.
+    `beside`: steps follow, which would change what is being written; without them nothing is copied.
     """
     heartbeat.at("save", watched=False)  # a file system may take its time, and a restart would not make it faster
     described = Manifest(
@@ -176,6 +175,4 @@ def save(parts: Parts, state: TrainState, heldout_loss: float | None, ends: bool
         heldout_loss=heldout_loss,
         files={},
     )
-    parts.meter.save_waited(
-        state, parts.saver.save(described, beside=not (ends or state.step == parts.plan.total_steps))
-    )
+    parts.meter.save_waited(state, parts.saver.save(described, beside))

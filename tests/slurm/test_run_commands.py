@@ -42,7 +42,7 @@ def test_jobs_are_shown_followed_and_stopped(
 
     show_status([tmp_path / "runs"], False, False)
     output = " ".join(capsys.readouterr().out.split())
-    assert re.search(rf"{running} running, [\w ]+ left", output), output
+    assert re.search(rf"{running} running, (1 h 00|5[0-9]) min left", output), output
     assert f"{waiting} pending" in output
 
     stop_runs([first.path, second.path], False)
