@@ -6,12 +6,12 @@ decided in supervisor.py. Nodes meet at a port that their first one has chosen (
 depend on which node came first.
 """
 
-import os
 import signal
 import sys
 from dataclasses import dataclass
 
 from llmtrain.errors import ConfigError
+from llmtrain.gpus import num_gpus
 
 ENVIRONMENT = {
     # Without it a killed rank left 5 of 14 restarts hanging in rendezvous (pytorch#135712).
@@ -86,17 +86,3 @@ def check(gpus: int | None, ranks: int | None) -> tuple[int, str | None]:
     if gpus > there:
         raise ConfigError([f"--gpus {gpus}: this machine shows {there}; use at most {there}, or --gpus 0 for the CPU"])
     return gpus, "cuda"
-
-
-def num_gpus() -> int:
-    """NVIDIA GPUs that this process may use; without torch."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        return len([name for name in visible.split(",") if name.strip()])
-    import pynvml
-
-    try:
-        pynvml.nvmlInit()
-        return pynvml.nvmlDeviceGetCount()
-    except pynvml.NVMLError:
-        return 0

@@ -5,6 +5,7 @@ from collections import Counter
 
 from llmtrain import ledger, log, origin
 from llmtrain.config import RunConfig
+from llmtrain.gpus import num_gpus
 from llmtrain.ledger import Event, Score
 from llmtrain.rundir import RunDir
 from llmtrain.service import crash
@@ -26,23 +27,9 @@ def place(run: RunDir, config: RunConfig) -> str:
     if started.device == "mps":
         return "cpu" if run.is_training() else "mps"
     used = started.gpus_used if run.is_training() else 0
-    if _num_gpus() > used:
+    if num_gpus() > used:
         return f"cuda:{used}"
     return "cpu" if config.model.kind == "gpt" else "training"
-
-
-def _num_gpus() -> int:
-    """That this process may use; without torch."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        return len([name for name in visible.split(",") if name.strip()])
-    import pynvml
-
-    try:
-        pynvml.nvmlInit()
-        return pynvml.nvmlDeviceGetCount()
-    except pynvml.NVMLError:
-        return 0
 
 
 class Scoring:
