@@ -138,17 +138,17 @@ class Meter:
         if not self._unwritten:
             return
         flushed, self._unwritten = self._unwritten, []
+        part, last = flushed[-1], flushed[-1].records[-1]
         rundir.append_jsonl(self._run.metrics, [record for part in flushed for record in part.records])
         if self._tensorboard is not None:
-            for part in flushed:
-                for record in part.records:
+            for each in flushed:
+                for record in each.records:
                     values = {tag: record[key] for key, tag in _TAGS.items()}
-                    if record is part.records[-1]:
-                        values |= self._speeds(part)
-                    if part is flushed[-1]:
+                    if record is each.records[-1]:
+                        values |= self._speeds(each)
+                    if record is last:
                         values |= self._hardware.read()
-                    self._tensorboard.scalars(record["step"], values, part.at)
-        part, last = flushed[-1], flushed[-1].records[-1]
+                    self._tensorboard.scalars(record["step"], values, each.at)
         left = (self._plan.total_steps - last["step"]) * part.step_s
         self._progress.show(
             Reading(last["step"], self._plan.total_steps, last["loss"], self._heldout, part.tokens_per_s, left)

@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from launcher.keeper import hangs
 from launcher.keeper.meeting import Meeting
 from launcher.keeper.supervisor import Rules, Supervisor
 from launcher.keeper.torchrun import Start
+from llmtrain import heartbeat
 from llmtrain.rundir import RunDir
 from tests.support.runs import Workplace, environment
 from tests.support.supervised import Fault, Supervised
@@ -127,7 +129,9 @@ def test_a_rank_that_keeps_pythons_lock(workplace: Workplace, calm: str, tmp_pat
     with Supervised(workplace, "frozen", *RANKS, "--hang-after", str(HANG_S), *LENGTH, faults=[fault]) as run:
         run.wait_for_line("rank .* the stacks of all ranks", 1)
         said = hang_found(run, fault.time, 1)
-        assert re.fullmatch(r"rank 1 does not run at all since \d+ s, at step \d+, .+", said)
+        # What it did at its last sign of life, up to a second before.
+        doing = "|".join(map(re.escape, [*hangs._WORDS.values(), *heartbeat.PHASES]))
+        assert re.fullmatch(rf"rank 1 does not run at all since \d+ s, at step \d+, ({doing})", said)
         ends_as(workplace, run, calm)
 
 
