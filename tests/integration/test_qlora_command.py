@@ -17,7 +17,7 @@ PRETRAINING = """
 run: {name: base}
 data: {dir: corpus, tokenizer: {kind: train, vocab_size: 1024, train_bytes: 500000}}
 model: {num_layers: 3, num_heads: 4, width: 192, context: 320}
-train: {steps: 40, global_batch_size: 16}
+train: {steps: 60, global_batch_size: 16}
 evaluate: {every_steps: null, also_at: [], train_rows: 0, sample: {prompt: ""}}
 checkpoint: {every_steps: null}
 """
@@ -29,7 +29,7 @@ data:
   sources: [{kind: json, paths: [RECORDS]}]
   format: {kind: instruction}
   split: {heldout: 0.1}
-train: {epochs: 2, global_batch_size: 8}
+train: {epochs: 4, global_batch_size: 8}
 optim: {lr: 5e-3, schedule: {warmup_steps: 5}}
 evaluate: {every_steps: null, train_rows: 0}
 checkpoint: {every_steps: null}
@@ -70,7 +70,7 @@ def test_a_quantised_base_learns_instructions(tuning: Workplace, quantisation: s
     assert "keep apart" in output
     heldout = tuning.ledger(quantisation, "heldout")
     print(f"{quantisation}: held-out loss {heldout[0]['loss']:.3f} -> {heldout[-1]['loss']:.3f}")
-    assert heldout[-1]["loss"] < heldout[0]["loss"] - 0.5
+    assert heldout[-1]["loss"] < 0.8 * heldout[0]["loss"]
     assert 0 <= heldout[-1]["task_exact_match"] <= 1
     assert {path.name: files.sha256(path) for path in (tuning.folder / "exported").iterdir()} == base
 
