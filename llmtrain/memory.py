@@ -19,6 +19,10 @@ _LOSS_CHUNK = {"cpu": 512, "cuda": 4096, "mps": 4096}
 _LOSS_LOGITS = 2**28
 """At most so many logits at the same time: with 128k tokens of vocabulary, chunks of 2,048 positions on a GPU."""
 
+ATTENTION_BLOCK = 128
+"""Queries that models/attention.py takes at a time: more compute more hidden scores, fewer make products small."""
+_LONGEST_KEPT_ATTENTION = 1024
+
 _RUNTIME_MB = {"cpu": 465, "cuda": 900, "mps": 600}
 """Python, torch and what a process of ours has loaded; on GPUs the CUDA context and cuBLAS workspaces."""
 _DEEPSPEED_MB = 145
@@ -75,7 +79,8 @@ def loss_chunk(device: str, vocab_size: int) -> int:
 def loss_part(positions: int, vocab_size: int, trained_head: int, bf16: bool, device: Device) -> Part:
     """Logits of one chunk; of a trained output layer (`trained_head` weights) its gradient and bf16 copy."""
     chunk = min(positions, loss_chunk(device, vocab_size))
-    logits = chunk * vocab_size * ((2 + 4 + 2) if bf16 else (4 + 4))
+    # In bf16 there is an fp32 copy, on CPUs of a few rows alone. The gradient takes the logits' place.
+    logits = chunk * vocab_size * ((2 if device == "cpu" else 2 + 4) if bf16 else 4)
     casts = 2 * trained_head if bf16 else 0
     note = f"logits of {chunk:,} positions" + (", the output layer's gradient" if trained_head else "")
     return Part("loss", logits + casts + 4 * trained_head, note)
@@ -128,14 +133,24 @@ def num_parameters(model: GPTModel, vocab_size: int) -> int:
     return tables + model.num_layers * layer + 2 * width
 
 
+def keeps_probabilities(length: int, bf16: bool, dropout: float) -> bool:
+    """Whether attention in training on a CPU goes through models/attention.py's own path: where it is the faster one,
+    and where what it keeps, quadratic in the length, is not too much beside torch's (which with dropout keeps more)."""
+    return dropout > 0 or (bf16 and length <= _LONGEST_KEPT_ATTENTION)
+
+
 def layer_activations(model: GPTModel, positions: int, bf16: bool, device: Device) -> float:
     """What one transformer layer keeps for its backward pass."""
-    width, dropout = model.width, model.dropout > 0
+    width, length, dropout = model.width, model.context, model.dropout > 0
     kept = (36 if bf16 else 64) * width
     if dropout:
-        kept += (10 if bf16 else 8) * width
-        if device == "cpu":  # no fused attention with dropout there: three T x T matrices in fp32
-            kept += 12 * model.context * model.num_heads
+        kept += 4 * width  # two masks of 2 bytes
+    if device == "cpu" and keeps_probabilities(length, bf16, model.dropout):
+        starts = range(0, length, ATTENTION_BLOCK)
+        visible = (
+            sum((min(length, s + ATTENTION_BLOCK) - s) * min(length, s + ATTENTION_BLOCK) for s in starts) / length
+        )
+        kept += visible * model.num_heads * ((2 if bf16 else 4) + (2 if dropout else 0))
     return float(kept * positions)
 
 

@@ -23,6 +23,8 @@ from torch.utils.checkpoint import checkpoint
 from llmtrain.config.model_sections import GPTModel
 from llmtrain.data import IGNORE
 from llmtrain.errors import CheckpointError
+from llmtrain.models.attention import attention
+from llmtrain.models.dropout import dropout
 from llmtrain.models.loss import linear_cross_entropy, token_losses
 
 WEIGHTS = "model.safetensors"
@@ -63,9 +65,7 @@ class Attention(nn.Module):
         if cache is not None:
             k_BHTK, v_BHTK = cache.extend(layer, k_BHTK, v_BHTK)
         causal = mask is None and length > 1  # one new position may look at all cached ones
-        out_BHTK = F.scaled_dot_product_attention(
-            q_BHTK, k_BHTK, v_BHTK, mask, self.dropout if self.training else 0.0, is_causal=causal
-        )
+        out_BHTK = attention(q_BHTK, k_BHTK, v_BHTK, mask, causal, self.dropout if self.training else 0.0)
         return self.c_proj(out_BHTK.transpose(1, 2).reshape(batch, length, width))
 
 
@@ -86,11 +86,11 @@ class Block(nn.Module):
         self.attn = Attention(config)
         self.ln_2 = nn.LayerNorm(config.width)
         self.mlp = MLP(config)
-        self.drop = nn.Dropout(config.dropout)
+        self.dropout = config.dropout
 
     def forward(self, x_BTD: Tensor, mask: Tensor | None, cache: KVCache | None, layer: int) -> Tensor:
-        x_BTD = x_BTD + self.drop(self.attn(self.ln_1(x_BTD), mask, cache, layer))
-        return x_BTD + self.drop(self.mlp(self.ln_2(x_BTD)))
+        x_BTD = x_BTD + dropout(self.attn(self.ln_1(x_BTD), mask, cache, layer), self.dropout, self.training)
+        return x_BTD + dropout(self.mlp(self.ln_2(x_BTD)), self.dropout, self.training)
 
 
 class GPT(nn.Module):
@@ -108,7 +108,6 @@ class GPT(nn.Module):
                 {
                     "wte": nn.Embedding(vocab_size, config.width),
                     "wpe": nn.Embedding(config.context, config.width),
-                    "drop": nn.Dropout(config.dropout),
                     "h": nn.ModuleList(Block(config) for _ in range(config.num_layers)),
                     "ln_f": nn.LayerNorm(config.width),
                 }
@@ -192,7 +191,7 @@ class GPT(nn.Module):
             first = cache.length if cache is not None else 0
             positions = torch.arange(first, first + input_ids.shape[1], device=input_ids.device)
         parts: Any = self.transformer
-        x_BTD = parts["drop"](parts["wte"](input_ids) + parts["wpe"](positions))
+        x_BTD = dropout(parts["wte"](input_ids) + parts["wpe"](positions), self.config.dropout, self.training)
         recompute = self.activation_checkpointing and torch.is_grad_enabled()
         for layer, block in enumerate(parts["h"]):
             if recompute:  # restores dropout's random numbers: the same loss and gradients, bit for bit

@@ -17,6 +17,10 @@ from torch.autograd.function import once_differentiable
 
 from llmtrain.memory import loss_chunk
 
+_MULTIPLE = 64
+_CACHED = 16
+"""Rows of logits that a CPU turns into losses and gradients at a time: they stay in its cache from step to step."""
+
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, ignore: int) -> Tensor:
     """Sum (not mean) over positions of -log softmax(hidden @ weight.T)[target].
@@ -38,15 +42,14 @@ def token_losses(hidden: Tensor, weight: Tensor, targets: Tensor, ignore: int) -
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
     size = loss_chunk(device, len(weight))
-    found: list[Tensor] = []
     with torch.autocast(device, enabled=False):
-        weight_c, hidden_c = weight.to(dtype), hidden.to(dtype)
-        for rows, chunk_targets in zip(hidden_c.split(size), targets.split(size), strict=True):
-            counts = chunk_targets != ignore
-            logits = (rows @ weight_c.t()).float()
-            chosen = logits.gather(1, chunk_targets.where(counts, 0).unsqueeze(1)).squeeze(1)
-            found.append((logits.logsumexp(1) - chosen) * counts)
-    return torch.cat(found)
+        weight_c, hidden_c = _padded(weight, dtype), hidden.to(dtype)
+        return torch.cat(
+            [
+                _losses(rows @ weight_c.t(), len(weight), chunk_targets, ignore, overwrite=False)
+                for rows, chunk_targets in zip(hidden_c.split(size), targets.split(size), strict=True)
+            ]
+        )
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -78,7 +81,7 @@ def _chunks(
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
     size = loss_chunk(device, len(weight))
     with torch.autocast(device, enabled=False):
-        weight_c, hidden_c = weight.to(dtype), hidden.to(dtype)
+        weight_c, hidden_c = _padded(weight, dtype), hidden.to(dtype)
         # Evaluation sums in float64, so that it does not depend on how rows are batched (MPS has none).
         exact = torch.float32 if wants or device == "mps" else torch.float64
         loss = torch.zeros((), dtype=exact, device=hidden.device)
@@ -86,20 +89,53 @@ def _chunks(
         grad_weight = None
         done = 0
         for rows, chunk_targets in zip(hidden_c.split(size), targets.split(size), strict=True):
-            counts = chunk_targets != ignore
-            safe = chunk_targets.where(counts, 0).unsqueeze(1)
-            logits = (rows @ weight_c.t()).float()
-            log_sum = logits.logsumexp(1, keepdim=True)
-            loss = loss + ((log_sum - logits.gather(1, safe)).squeeze(1) * counts).sum(dtype=exact)
+            logits = rows @ weight_c.t()
+            loss = loss + _losses(logits, len(weight), chunk_targets, ignore, wants is not None).sum(dtype=exact)
             if wants is None or grad_hidden is None:
                 continue
-            probabilities = logits.sub_(log_sum).exp_()
-            probabilities.scatter_add_(1, safe, probabilities.new_full((1, 1), -1.0).expand_as(safe))
-            gradient = probabilities.mul_(counts.unsqueeze(1)).to(dtype)
+            gradient = logits  # by now
             grad_hidden[done : done + len(rows)] = gradient @ weight_c
             done += len(rows)
             if not wants.weight:
                 continue
-            part = gradient.t() @ rows
+            part = (gradient.t() @ rows)[: len(weight)]
             grad_weight = part.to(weight.dtype) if grad_weight is None else grad_weight.add_(part)
     return loss, grad_hidden, grad_weight
+
+
+def _padded(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """(V, D) in `dtype`; where that makes a copy, with rows of zeros up to a multiple of 64, which products like."""
+    if weight.dtype == dtype:
+        return weight
+    vocab_size, width = weight.shape
+    padded = weight.new_empty((-(-vocab_size // _MULTIPLE) * _MULTIPLE, width), dtype=dtype)
+    padded[:vocab_size] = weight
+    padded[vocab_size:] = 0
+    return padded
+
+
+def _losses(logits: Tensor, vocab_size: int, targets: Tensor, ignore: int, overwrite: bool) -> Tensor:
+    """(n,) fp32 losses of (n, V padded) logits, 0 where a position does not count.
+
+    `overwrite`: the logits become the gradient of the losses' sum.
+    """
+    size = _CACHED if logits.device.type == "cpu" else len(logits)
+    found: list[Tensor] = []
+    for rows, chosen in zip(logits[:, :vocab_size].split(size), targets.split(size), strict=True):
+        counts = chosen != ignore
+        index = chosen.where(counts, 0).unsqueeze(1)
+        if not overwrite:
+            exact = rows.float()
+            found.append((exact.logsumexp(1) - exact.gather(1, index).squeeze(1)) * counts)
+            continue
+        highest = rows.amax(1, keepdim=True).float()
+        shifted = rows.float().sub_(highest)  # fp32 logits are changed in place
+        chosen_logits = shifted.gather(1, index)
+        exponentials = shifted.exp_()
+        total = exponentials.sum(1, keepdim=True)
+        found.append((total.log() - chosen_logits).squeeze(1) * counts)
+        exponentials.scatter_add_(1, index, -total)
+        rows.copy_(exponentials.mul_(counts.unsqueeze(1) / total))
+    if overwrite:
+        logits[:, vocab_size:] = 0
+    return torch.cat(found)
