@@ -153,7 +153,7 @@ def write_shards(folder: Path, row: Row) -> Path:
     draw, context = np.random.default_rng(0), row.model["context"]
     tokens = draw.integers(0, row.vocab_size, (row.batch * 16, context + 1)).astype(np.uint16)
     np.save(folder / "rows.npy", tokens)
-    config, _ = load_config(None, _settings(folder, row, "fp32"))
+    config, _ = load_config(None, settings_of(folder, row, "fp32"))
     out = recipe.shard_folder(config)
     (out / "tokenizer").mkdir(parents=True)
     from tokenizers import Tokenizer, models
@@ -184,7 +184,7 @@ def write_shards(folder: Path, row: Row) -> Path:
     return folder / "rows.npy"
 
 
-def _settings(folder: Path, row: Row, precision: str) -> list[str]:
+def settings_of(folder: Path, row: Row, precision: str) -> list[str]:
     return [
         *(f"model.{name}={json.dumps(value)}" for name, value in row.model.items()),
         f"data.dir={folder}/shards",
@@ -203,7 +203,7 @@ def _settings(folder: Path, row: Row, precision: str) -> list[str]:
 
 def run_ours(folder: Path, row: Row, precision: str, number: int) -> Result:
     name = f"{precision}-{number}"
-    settings = [*_settings(folder, row, precision), f"run.name={name}"]
+    settings = [*settings_of(folder, row, precision), f"run.name={name}"]
     command = [sys.executable, "-m", "llmtrain", *settings]
     return measure(command, row, {}, folder, lambda _: from_events(folder / "runs" / name / "tensorboard"))
 

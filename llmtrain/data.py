@@ -28,6 +28,7 @@ IGNORE = -100
 
 _COLUMNS = 32  # few different shapes, little padding
 _ROUNDS = 6
+_ORDER_BLOCK = 1024  # row numbers worked out at a time: a few cost as much as these
 _DIGEST_BITS = 40  # small enough that the sum over a batch of millions fits into 63 bits
 _U64 = np.uint64
 
@@ -47,16 +48,26 @@ class SampleOrder:
         self._seed = seed
         self._half_bits = _U64(max(1, ((num_rows - 1).bit_length() + 1) // 2))
         self._half_mask = (_U64(1) << self._half_bits) - _U64(1)
+        self._known = (-1, -1, np.empty(0, np.int64))
+        """Epoch, number and content of the block asked for last."""
 
     def rows(self, first: int, count: int) -> NDArray[np.int64]:
         """Row numbers at positions first ... first + count - 1; crosses epochs where they meet."""
         parts = []
         while count:
             epoch, start = divmod(first, self.num_rows)
-            length = min(count, self.num_rows - start)
-            parts.append(self._permute(np.arange(start, start + length, dtype=np.uint64), epoch))
-            first, count = first + length, count - length
+            number, start = divmod(start, _ORDER_BLOCK)
+            part = self._block(epoch, number)[start : start + count]
+            parts.append(part)
+            first, count = first + len(part), count - len(part)
         return np.concatenate(parts)
+
+    def _block(self, epoch: int, number: int) -> NDArray[np.int64]:
+        if self._known[:2] != (epoch, number):
+            start = number * _ORDER_BLOCK
+            positions = np.arange(start, min(start + _ORDER_BLOCK, self.num_rows), dtype=np.uint64)
+            self._known = (epoch, number, self._permute(positions, epoch))
+        return self._known[2]
 
     def _permute(self, values: NDArray[np.uint64], epoch: int) -> NDArray[np.int64]:
         keys = np.arange(_ROUNDS, dtype=np.uint64) + _U64((self._seed * 0x9E3779B97F4A7C15 + epoch) % 2**64)
@@ -111,26 +122,38 @@ def make_batch(rows: Rows, isolate_documents: bool) -> Batch:
     longest = max(int(lens.sum()) for lens in rows.doc_lens)
     width = min(rows.tokens.shape[1], -(-(longest - 1) // _COLUMNS) * _COLUMNS + 1)
     tokens = torch.from_numpy(rows.tokens[:, :width].astype(np.int64))
-    num_rows = len(tokens)
-    doc_of = np.empty((num_rows, width), np.int32)
-    starts = np.zeros((num_rows, width), np.int64)
-    filled = np.empty((num_rows, 1), np.int64)
-    for i, lens in enumerate(rows.doc_lens):
-        total = int(lens.sum())
-        filled[i] = total
-        doc_of[i] = np.repeat(np.arange(len(lens) + 1), [*lens, width - total])
-        starts[i] = np.repeat(np.concatenate([[0], np.cumsum(lens)]), [*lens, width - total])
-    column = np.arange(1, width)
-    supervised = (doc_of[:, 1:] == doc_of[:, :-1]) & (column < filled)
+    doc_of, starts = _documents(rows.doc_lens, width)
+    filled = np.array([lens.sum() for lens in rows.doc_lens])
+    supervised = (doc_of[:, 1:] == doc_of[:, :-1]) & (np.arange(1, width) < filled[:, None])
     if rows.loss_mask is not None:
         supervised &= rows.loss_mask[:, 1:width].astype(bool)
     targets = tokens[:, 1:].clone()
-    targets[torch.from_numpy(~supervised)] = IGNORE
+    targets.masked_fill_(torch.from_numpy(~supervised), IGNORE)
     doc_ids = positions = None
     if isolate_documents:
         doc_ids = torch.from_numpy(doc_of[:, :-1].copy())
         positions = torch.from_numpy(np.arange(width - 1) - starts[:, :-1])
     return Batch(tokens[:, :-1].contiguous(), targets, doc_ids, positions, int(supervised.sum()))
+
+
+def _documents(doc_lens: list[NDArray[np.int32]], width: int) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+    """(B, width) each: of every token its document's number in the row, and where in the row that begins.
+
+    The padding behind the last document is one more. Few numpy calls for all rows, and none for each: this thread
+    holds the interpreter while the loop would launch the next operation.
+    """
+    num_rows = len(doc_lens)
+    per_row = np.fromiter((len(lens) + 1 for lens in doc_lens), np.int64, num_rows)
+    ends = per_row.cumsum()
+    lengths = np.zeros(ends[-1], np.int64)
+    is_padding = np.zeros(ends[-1], bool)
+    is_padding[ends - 1] = True
+    lengths[~is_padding] = np.concatenate(doc_lens)
+    lengths[ends - 1] = width - np.add.reduceat(lengths, ends - per_row)
+    number = np.arange(ends[-1]) - np.repeat(ends - per_row, per_row)
+    begin = lengths.cumsum() - lengths - np.repeat(np.arange(num_rows) * width, per_row)
+    shape = (num_rows, width)
+    return np.repeat(number.astype(np.int32), lengths).reshape(shape), np.repeat(begin, lengths).reshape(shape)
 
 
 @dataclass

@@ -1,6 +1,6 @@
-"""Saving beside training: the loop waits for a copy to host memory, a thread on each rank does the rest.
+"""Saving beside training: a thread on each rank copies and writes, while the next step computes its gradients.
 
-    every rank   copy its share into buffers kept from the last save
+    every rank   begin a copy of its share into buffers kept from the last save; until it is there, no update
     its thread   write the share, sync, hash, tell rank 0
     rank 0's     write the model too, wait for all shares, publish, tell the others
 
@@ -55,15 +55,16 @@ class Saver:
         """`on_published` is called after each save, on rank 0's thread: other checkpoints may now be deleted."""
         self._run, self._world, self._strategy = run, world, strategy
         self._write_model, self._rule, self._on_published = write_model, rule, on_published
-        self._host = HostCopy(pinned=world.device.type == "cuda")
+        self._host = HostCopy(world.device)
+        self._waited_s: float | None = None
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
-    def save(self, described: Manifest, beside: bool = True) -> float:
-        """Every rank calls it: begin the save of the state as it is now. Returns how long the caller waited, in s.
+    def save(self, described: Manifest, beside: bool = True) -> None:
+        """Every rank calls it: begin the save of the state as it is now; `until_copied` belongs before it changes.
 
-        Waits for the last save to end, then for the copy (a host sync), or for the disk where
-        `checkpoint.background` is off, or no training follows (not `beside`).
+        Waits for the last save to end, and for the disk where `checkpoint.background` is off, or no training follows
+        (not `beside`).
 
         Raises:
             DiskFull: the last save failed; on other ranks than 0, SystemExit with its code.
@@ -74,17 +75,29 @@ class Saver:
         weights = self._strategy.weights() if self._world.is_main else {}
         share = self._strategy.save_state()
         if beside:
-            weights, share = self._host.copy(weights, share)
+            weights, share = self._host.begin(weights, share)
         else:
             weights = {name: tensor.cpu() for name, tensor in weights.items()}
             share = [Fragment(f.key, f.start, f.values.cpu()) for f in share]
-        waited = f"{time.perf_counter() - began:.2f} s" if beside else "for it"
-        arguments = (described, weights, share, waited, beside)
+        arguments = (described, weights, share, beside)
         self._thread = threading.Thread(target=self._guarded, args=arguments, name="save", daemon=True)
         self._thread.start()
         if not beside:
             self.wait()
-        return time.perf_counter() - began
+        self._waited_s = time.perf_counter() - began
+
+    def until_copied(self) -> float | None:
+        """Before the state changes: wait until what is being saved has been copied.
+
+        Host sync on CPUs; a GPU's stream waits, its host does not. Returns how long training has waited for the last
+        save in all, in s; None if that was told before.
+        """
+        if self._waited_s is None:
+            return None
+        began = time.perf_counter()
+        self._host.wait()
+        waited, self._waited_s = self._waited_s + time.perf_counter() - began, None
+        return waited
 
     def wait(self) -> None:
         """Until nothing is being saved. Not a collective, but a save ends on all ranks or on none.
@@ -104,18 +117,18 @@ class Saver:
         """Whether `wait` would raise; the loop lets all ranks agree on it."""
         return self._error is not None
 
-    def _guarded(
-        self, described: Manifest, weights: dict[str, Tensor], share: list[Fragment], waited: str, beside: bool
-    ) -> None:
-        if sys.platform == "linux" and beside:
-            # Of this thread alone: where training computes on the same cores it goes first.
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
+    def _guarded(self, described: Manifest, weights: dict[str, Tensor], share: list[Fragment], beside: bool) -> None:
         try:
-            self._save(described, weights, share, waited)
+            if beside:
+                self._host.finish()
+            if sys.platform == "linux" and beside:
+                # Of this thread alone: where training computes on the same cores it goes first.
+                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
+            self._save(described, weights, share, "" if beside else ", training waited for it")
         except BaseException as error:  # noqa: BLE001  `wait` raises it in the training thread
             self._error = error
 
-    def _save(self, described: Manifest, weights: dict[str, Tensor], share: list[Fragment], waited: str) -> None:
+    def _save(self, described: Manifest, weights: dict[str, Tensor], share: list[Fragment], remark: str) -> None:
         began, world, step = time.perf_counter(), self._world, described.train_state.step
         folder = checkpoint.aside(self._run, step)
         if not world.is_main:
@@ -136,7 +149,7 @@ class Saver:
         score = "" if described.heldout_loss is None else f", held-out loss {described.heldout_loss:.4f}"
         wrote_s = time.perf_counter() - began
         rundir.append_jsonl(self._run.saves, [{"step": step, "wrote_s": round(wrote_s, 3)}])
-        log.info(f"saved      step {step:,}{score} (written in {wrote_s:.1f} s, training waited {waited})")
+        log.info(f"saved      step {step:,}{score} (written in {wrote_s:.1f} s{remark})")
 
     def _write_all(self, folder: Path, described: Manifest, weights: dict[str, Tensor], share: list[Fragment]) -> None:
         """On rank 0: its own part, then everybody's together."""
@@ -176,25 +189,62 @@ class Saver:
 
 
 class HostCopy:
-    """Copies tensors into host memory that is kept: the first touch of fresh memory takes ten times as long."""
+    """Copies tensors into host memory that is kept: the first touch of fresh memory takes ten times as long.
 
-    def __init__(self, pinned: bool):
-        self._pinned = pinned
+    From a GPU by a stream of its own, into pinned memory; on a CPU by the thread that calls `finish`.
+    """
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._copied: torch.cuda.Event | None = None
         self._buffers: dict[str, Tensor] = {}
+        self._pairs: list[tuple[Tensor, Tensor]] = []
+        self._done = threading.Event()
+        self._done.set()
 
-    def copy(self, weights: dict[str, Tensor], share: list[Fragment]) -> tuple[dict[str, Tensor], list[Fragment]]:
-        """Valid until the next call. Host sync."""
-        copied = {name: self._take(f"weights/{name}", tensor) for name, tensor in weights.items()}
-        copied_share = [Fragment(f.key, f.start, self._take(f.name, f.values)) for f in share]
-        if self._pinned:
-            torch.cuda.synchronize()
-        return copied, copied_share
+    def begin(self, weights: dict[str, Tensor], share: list[Fragment]) -> tuple[dict[str, Tensor], list[Fragment]]:
+        """Where the copies will be; they are there after `finish`, and valid until the next call."""
+        copies = {name: self._take(f"weights/{name}", tensor) for name, tensor in weights.items()}
+        share_copies = [Fragment(f.key, f.start, self._take(f.name, f.values)) for f in share]
+        self._done.clear()
+        if self._stream is not None:
+            self._stream.wait_stream(torch.cuda.current_stream(self._device))
+            with torch.cuda.stream(self._stream):
+                self._copy()
+                self._copied = torch.cuda.Event()
+                self._copied.record(self._stream)
+        return copies, share_copies
+
+    def finish(self) -> None:
+        """Wait until all is copied, or do it. In the saving thread."""
+        try:
+            if self._copied is not None:
+                self._copied.synchronize()
+            else:
+                self._copy()
+        finally:
+            self._done.set()
+
+    def wait(self) -> None:
+        """Before the originals change."""
+        if self._copied is not None:
+            torch.cuda.current_stream(self._device).wait_event(self._copied)
+        else:
+            self._done.wait()
+
+    def _copy(self) -> None:
+        pairs, self._pairs = self._pairs, []
+        for buffer, tensor in pairs:
+            buffer.copy_(tensor, non_blocking=self._stream is not None)
 
     def _take(self, name: str, tensor: Tensor) -> Tensor:
         buffer = self._buffers.get(name)
         if buffer is None:
-            buffer = self._buffers[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=self._pinned)
-        return buffer.copy_(tensor, non_blocking=self._pinned)
+            pinned = self._stream is not None
+            buffer = self._buffers[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pinned)
+        self._pairs.append((buffer, tensor))
+        return buffer
 
 
 def _size_bytes(weights: dict[str, Tensor], share: list[Fragment]) -> int:

@@ -277,13 +277,12 @@ class TextGenerator:
     """Continues one text with a key-value cache; past the context it starts again from the last half."""
 
     def __init__(self, model: GPT):
-        self._model, self._cache = model, KVCache()
+        self._model, self._cache = model.eval(), KVCache()
         self._seen: list[int] = []
 
     @torch.no_grad()
     def next_logits(self, input_ids: Tensor) -> Tensor:
         """(V,) logits of the token after `input_ids` (T,), which continue what was given before."""
-        self._model.eval()
         context = self._model.config.context
         self._seen += input_ids.tolist()
         if self._cache.length + len(input_ids) > context:

@@ -18,8 +18,8 @@ from torch.autograd.function import once_differentiable
 from llmtrain.memory import loss_chunk
 
 _MULTIPLE = 64
-_CACHED = 16
-"""Rows of logits that a CPU turns into losses and gradients at a time: they stay in its cache from step to step."""
+_CACHED = 2**20
+"""Logits that a CPU turns into losses and gradients at a time: they stay in its cache from pass to pass."""
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, ignore: int) -> Tensor:
@@ -119,7 +119,7 @@ def _losses(logits: Tensor, vocab_size: int, targets: Tensor, ignore: int, overw
 
     `overwrite`: the logits become the gradient of the losses' sum.
     """
-    size = _CACHED if logits.device.type == "cpu" else len(logits)
+    size = max(1, _CACHED // vocab_size) if logits.device.type == "cpu" else len(logits)
     found: list[Tensor] = []
     for rows, chosen in zip(logits[:, :vocab_size].split(size), targets.split(size), strict=True):
         counts = chosen != ignore

@@ -113,6 +113,7 @@ class QLoRA(nn.Module):
         return hidden_ND.to(self._head.dtype) @ self._head.t()
 
     def text_generator(self) -> "CachedGenerator":
+        self.eval()  # the whole: its mode is what tells a strategy to switch back
         return CachedGenerator(self.peft, self.config.context, self._autocast)
 
     def title(self) -> str:
@@ -200,14 +201,13 @@ class CachedGenerator:
     """Continues one text with transformers' key-value cache; past the context it starts again from the last half."""
 
     def __init__(self, model: Any, context: int, autocast: bool = False):
-        self._model, self._context, self._autocast = model, context, autocast
+        self._model, self._context, self._autocast = model.eval(), context, autocast
         self._cache: Any = None
         self._seen: list[int] = []
 
     @torch.no_grad()
     def next_logits(self, input_ids: Tensor) -> Tensor:
         """(V,) logits of the token after `input_ids` (T,), which continue what was given before."""
-        self._model.eval()
         self._seen += input_ids.tolist()
         if len(self._seen) > self._context:
             self._cache = None

@@ -16,7 +16,7 @@ from llmtrain.config.schema import RunConfig
 from llmtrain.data import IGNORE, Batch
 from llmtrain.fragments import Fragment, FragmentReader, equal_share
 from llmtrain.optim import STEPS, build_optimizer, restore_state, saved_state
-from llmtrain.strategies.forward import autocast, evaluation_loss
+from llmtrain.strategies.forward import autocast, evaluation_loss, training_mode
 from llmtrain.world import World
 
 _SYNC_BUFFERS = next(
@@ -65,7 +65,7 @@ class DDPStrategy:
 
     def accumulate(self, batch: Batch, scale: float, last: bool) -> Tensor:
         """Collective if `last` (default group, inside backward)."""
-        self._module.train()
+        training_mode(self._module)
         self._accumulates |= not last
         if last and not self._accumulates:
             # DDP multiplies by 1/R what it copies into its buckets, but divides by R what lies there already, as it

@@ -14,6 +14,12 @@ def autocast(device: torch.device, bf16: bool) -> contextlib.AbstractContextMana
     return torch.autocast(device.type, torch.bfloat16) if bf16 else contextlib.nullcontext()
 
 
+def training_mode(module: nn.Module) -> None:
+    """As `module.train()`, which visits every module in it; here only after something has evaluated the whole."""
+    if not module.training:
+        module.train()
+
+
 @torch.no_grad()
 def evaluation_loss(module: nn.Module, batch: Batch, device: torch.device, bf16: bool) -> Tensor:
     """Summed loss of a batch, without gradients and without dropout, on the device."""

@@ -25,7 +25,7 @@ from llmtrain.data import Batch
 from llmtrain.errors import ConfigError
 from llmtrain.fragments import Fragment, FragmentReader
 from llmtrain.optim import MOMENTS, STEPS, build_optimizer
-from llmtrain.strategies.forward import autocast, evaluation_loss
+from llmtrain.strategies.forward import autocast, evaluation_loss, training_mode
 from llmtrain.world import World
 
 
@@ -54,7 +54,7 @@ class ZeRO2Strategy:
 
     def accumulate(self, batch: Batch, scale: float, last: bool) -> Tensor:
         """Collective (default group, inside backward): each micro-batch's gradients are reduced to their owners."""
-        self._module.train()
+        training_mode(self._module)
         heartbeat.on_to("forward")
         with autocast(self._world.device, self._bf16):
             loss = self._engine(batch.input_ids, batch.targets, batch.doc_ids, batch.positions)

@@ -15,7 +15,7 @@ from llmtrain.errors import CheckpointError, DiskFull
 from llmtrain.fragments import Fragment, FragmentReader
 from llmtrain.manifest import Manifest, TrainState
 from llmtrain.rundir import RunDir
-from llmtrain.saver import Saver
+from llmtrain.saver import HostCopy, Saver
 from llmtrain.world import World
 
 
@@ -154,13 +154,57 @@ def test_what_is_saved_is_the_state_when_the_save_began(run: RunDir):
     strategy = Training()
     saver = Saver(run, World(0, 1, 0, torch.device("cpu")), strategy, slow, CheckpointSection(), lambda: None)
     saver.save(describe(15))
-    assert writing.wait(10)
+    assert saver.until_copied() is not None
     strategy.moment.zero_()
+    assert writing.wait(10)
     assert 15 not in run.checkpoint_steps()
     go_on.set()
     saver.wait()
     saved = FragmentReader(manifest.verify(run.checkpoint(15)) and run.checkpoint(15) / "state")
     assert saved.read("exp_avg/w", 0, 100).sum() == 100
+
+
+def test_nothing_may_change_before_it_has_been_copied(run: RunDir, monkeypatch: pytest.MonkeyPatch):
+    copying, go_on = threading.Event(), threading.Event()
+    copy = HostCopy._copy
+
+    def slow(self: HostCopy) -> None:
+        copying.set()
+        assert go_on.wait(10)
+        copy(self)
+
+    monkeypatch.setattr(HostCopy, "_copy", slow)
+    saver = Saver(
+        run, World(0, 1, 0, torch.device("cpu")), FakeStrategy(), write_model, CheckpointSection(), lambda: None
+    )
+    saver.save(describe(15))
+    assert copying.wait(10)
+    waited: list[float | None] = []
+    training = threading.Thread(target=lambda: waited.append(saver.until_copied()))
+    training.start()
+    training.join(0.3)
+    assert training.is_alive()
+    go_on.set()
+    training.join(10)
+    assert waited[0] is not None
+    assert waited[0] > 0.25
+    assert saver.until_copied() is None  # told once
+    saver.wait()
+    assert 15 in run.checkpoint_steps()
+
+
+def test_a_copy_that_fails_does_not_leave_training_waiting(run: RunDir, monkeypatch: pytest.MonkeyPatch):
+    def broken(self: HostCopy) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(HostCopy, "_copy", broken)
+    saver = Saver(
+        run, World(0, 1, 0, torch.device("cpu")), FakeStrategy(), write_model, CheckpointSection(), lambda: None
+    )
+    saver.save(describe(15))
+    saver.until_copied()
+    with pytest.raises(MemoryError):
+        saver.wait()
 
 
 def test_a_failed_save_is_raised_by_the_next_one_too(run: RunDir):
