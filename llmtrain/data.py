@@ -29,6 +29,8 @@ IGNORE = -100
 _COLUMNS = 32  # few different shapes, little padding
 _ROUNDS = 6
 _ORDER_BLOCK = 1024  # row numbers worked out at a time: a few cost as much as these
+_MOST_AHEAD = 8  # steps, unless they are large:
+_TOKENS_AHEAD = 2**20  # of one rank
 _DIGEST_BITS = 40  # small enough that the sum over a batch of millions fits into 63 bits
 _U64 = np.uint64
 
@@ -48,26 +50,34 @@ class SampleOrder:
         self._seed = seed
         self._half_bits = _U64(max(1, ((num_rows - 1).bit_length() + 1) // 2))
         self._half_mask = (_U64(1) << self._half_bits) - _U64(1)
-        self._known = (-1, -1, np.empty(0, np.int64))
+        self._known = (-1, -1, np.empty(0, np.int64), np.empty(0, np.int64))
         """Epoch, number and content of the block asked for last."""
 
     def rows(self, first: int, count: int) -> NDArray[np.int64]:
         """Row numbers at positions first ... first + count - 1; crosses epochs where they meet."""
-        parts = []
+        return self.rows_and_hashes(first, count)[0]
+
+    def rows_and_hashes(self, first: int, count: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """`rows`, and for each a hash of (position, row), of _DIGEST_BITS bits."""
+        rows: list[NDArray[np.int64]] = []
+        hashes: list[NDArray[np.int64]] = []
         while count:
             epoch, start = divmod(first, self.num_rows)
             number, start = divmod(start, _ORDER_BLOCK)
-            part = self._block(epoch, number)[start : start + count]
-            parts.append(part)
-            first, count = first + len(part), count - len(part)
-        return np.concatenate(parts)
+            block_rows, block_hashes = self._block(epoch, number)
+            rows.append(block_rows[start : start + count])
+            hashes.append(block_hashes[start : start + count])
+            first, count = first + len(rows[-1]), count - len(rows[-1])
+        return np.concatenate(rows), np.concatenate(hashes)
 
-    def _block(self, epoch: int, number: int) -> NDArray[np.int64]:
+    def _block(self, epoch: int, number: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         if self._known[:2] != (epoch, number):
             start = number * _ORDER_BLOCK
-            positions = np.arange(start, min(start + _ORDER_BLOCK, self.num_rows), dtype=np.uint64)
-            self._known = (epoch, number, self._permute(positions, epoch))
-        return self._known[2]
+            places = np.arange(start, min(start + _ORDER_BLOCK, self.num_rows), dtype=np.uint64)
+            rows = self._permute(places, epoch)
+            hashes = _mix(_mix(places + _U64(epoch * self.num_rows)) + rows.astype(np.uint64))
+            self._known = (epoch, number, rows, (hashes >> _U64(64 - _DIGEST_BITS)).astype(np.int64))
+        return self._known[2:]
 
     def _permute(self, values: NDArray[np.uint64], epoch: int) -> NDArray[np.int64]:
         keys = np.arange(_ROUNDS, dtype=np.uint64) + _U64((self._seed * 0x9E3779B97F4A7C15 + epoch) % 2**64)
@@ -119,11 +129,13 @@ def make_batch(rows: Rows, isolate_documents: bool) -> Batch:
     each document; padding counts as one more document. Columns that are padding in every row are left
     out, up to a multiple of _COLUMNS.
     """
-    longest = max(int(lens.sum()) for lens in rows.doc_lens)
-    width = min(rows.tokens.shape[1], -(-(longest - 1) // _COLUMNS) * _COLUMNS + 1)
-    tokens = torch.from_numpy(rows.tokens[:, :width].astype(np.int64))
+    filled = np.array([lens[0] if len(lens) == 1 else lens.sum() for lens in rows.doc_lens])
+    width = min(rows.tokens.shape[1], -(-(int(filled.max()) - 1) // _COLUMNS) * _COLUMNS + 1)
+    num_rows, tokens = len(filled), torch.from_numpy(rows.tokens[:, :width].astype(np.int64))
+    whole = (filled == width).all() and all(len(lens) == 1 for lens in rows.doc_lens)
+    if whole and rows.loss_mask is None and not isolate_documents:  # packed from end to end: nothing to leave out
+        return Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), None, None, num_rows * (width - 1))
     doc_of, starts = _documents(rows.doc_lens, width)
-    filled = np.array([lens.sum() for lens in rows.doc_lens])
     supervised = (doc_of[:, 1:] == doc_of[:, :-1]) & (np.arange(1, width) < filled[:, None])
     if rows.loss_mask is not None:
         supervised &= rows.loss_mask[:, 1:width].astype(bool)
@@ -183,7 +195,7 @@ class Loader:
         self._shards, self._plan, self._device, self._isolate = shards, plan, device, isolate_documents
         self._rank, self._world_size = rank, world_size
         self._order = SampleOrder(seed, shards.num_rows)
-        self._closed = threading.Event()
+        self._closed, self._low = threading.Event(), threading.Event()
         self._thread: threading.Thread | None = None
         self.wait_s = 0.0
         """Time that the loop has waited for data so far."""
@@ -191,15 +203,14 @@ class Loader:
     def close(self) -> None:
         """End the thread: one that is still inside torch when the interpreter ends can abort the process."""
         self._closed.set()
+        self._low.set()
         if self._thread is not None:
             self._thread.join(timeout=10)
 
     def read_step(self, samples: int) -> StepData:
         """This rank's part of the step that begins at position `samples`."""
-        ids = self._order.rows(samples, self._plan.global_batch_size)
-        places = np.arange(self._rank, len(ids), self._world_size)
-        mine = ids[places]
-        hashes = _mix(_mix((places + samples).astype(np.uint64)) + mine.astype(np.uint64))
+        rows, hashes = self._order.rows_and_hashes(samples, self._plan.global_batch_size)
+        mine = rows[self._rank :: self._world_size]
         micro = self._plan.micro_batch_size
         batches = [
             make_batch(self._shards.rows(mine[i : i + micro]), self._isolate) for i in range(0, len(mine), micro)
@@ -207,30 +218,28 @@ class Loader:
         return StepData(
             [batch.to(self._device) for batch in batches],
             sum(batch.num_targets for batch in batches),
-            int((hashes >> _U64(64 - _DIGEST_BITS)).sum()),
+            int(hashes[self._rank :: self._world_size].sum()),
         )
 
     def steps(self, first_sample: int, num_steps: int) -> Iterator[StepData]:
         """The steps from position `first_sample` on; an error while reading is raised here."""
-        ready: queue.Queue[StepData | BaseException] = queue.Queue(maxsize=2)
-        closed = self._closed = threading.Event()
-
-        def put(item: StepData | BaseException) -> None:
-            while not closed.is_set():
-                try:
-                    ready.put(item, timeout=0.2)
-                    return
-                except queue.Full:
-                    continue
+        ready: queue.SimpleQueue[StepData | BaseException] = queue.SimpleQueue()
+        closed, low = self._closed, self._low = threading.Event(), threading.Event()
+        rows = self._plan.global_batch_size // self._world_size
+        most = max(2, min(_MOST_AHEAD, _TOKENS_AHEAD // (rows * self._shards.context)))
 
         def read_ahead() -> None:
             try:
                 for step in range(num_steps):
+                    if ready.qsize() >= most:
+                        low.clear()
+                        if ready.qsize() > most // 2:
+                            low.wait()  # several steps in a row: to wake up for each costs more than to read it
                     if closed.is_set():
                         return
-                    put(self.read_step(first_sample + step * self._plan.global_batch_size))
+                    ready.put(self.read_step(first_sample + step * self._plan.global_batch_size))
             except BaseException as error:  # noqa: BLE001  handed to the loop, which raises it
-                put(error)
+                ready.put(error)
 
         self._thread = threading.Thread(target=read_ahead, name="read-ahead", daemon=True)
         self._thread.start()
@@ -239,11 +248,14 @@ class Loader:
                 before = time.perf_counter()
                 item = ready.get()
                 self.wait_s += time.perf_counter() - before
+                if ready.qsize() <= most // 2:
+                    low.set()
                 if isinstance(item, BaseException):
                     raise item
                 yield item
         finally:
             closed.set()
+            low.set()
 
 
 def split_batches(
