@@ -1,8 +1,7 @@
 """One peer trains a few steps and prints one JSON line: milliseconds of each step, last loss.
 
-Runs in the peer's own environment, so it imports nothing of this project except in the branch that
-measures a bare loop over our own model. All get the same rows of tokens, the same batch, AdamW with the same
-settings; dropout as the row says.
+Runs in the peer's own environment, so it imports nothing of this project. All get the same rows of tokens, the same
+batch, AdamW with the same settings; dropout as the row says.
 """
 
 import json
@@ -153,26 +152,6 @@ def run_lightning(job: dict[str, Any], rows: torch.Tensor, step_done: Any) -> No
         gradient_clip_val=1.0, logger=False, enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False,
     ).fit(Module(), data)  # fmt: skip
-
-
-def run_bare(job: dict[str, Any], rows: torch.Tensor, step_done: Any) -> None:
-    """The shortest loop over our own model: what is left of our step without our loop."""
-    from llmtrain.config.schema import GPTModel
-    from llmtrain.models import GPT
-
-    model = GPT(GPTModel.model_validate(job["model"]), job["vocab_size"], seed=1)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=4e-4, weight_decay=0.1, fused=True)
-    model.train()
-    for step in range(job["steps"]):
-        batch = batch_of(job, rows, step)
-        ids, targets = batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
-        with torch.autocast("cpu", torch.bfloat16, enabled=job["bf16"]):
-            loss = model(ids, targets)
-        (loss / targets.numel()).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        step_done(loss.item() / targets.numel())
 
 
 if __name__ == "__main__":
