@@ -1,5 +1,7 @@
 """The order of the samples, and how rows become batches."""
 
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -136,6 +138,19 @@ def test_an_error_while_reading_ahead_reaches_the_loop(tmp_path: Path, monkeypat
     monkeypatch.setattr(loader, "read_step", broken)
     with pytest.raises(OSError, match="the disk is gone"):
         next(loader.steps(0, 3))
+
+
+def test_the_loader_gives_every_step_in_order_and_ends_when_it_is_left(tmp_path: Path):
+    loader = Loader(make_set(tmp_path, [[5]] * 30, 5), BatchPlan(2, 2, 1, 99), 5, 0, 1, CPU, False)
+    wanted = [loader.read_step(2 * step).batches[0].input_ids for step in range(99)]
+    found = [data.batches[0].input_ids for data in loader.steps(0, 99)]
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+    for _ in loader.steps(0, 10_000):  # left after the first: its thread is waiting until more is wanted
+        break
+    began = time.monotonic()
+    loader.close()
+    assert time.monotonic() - began < 5
+    assert not any(thread.name == "read-ahead" for thread in threading.enumerate())
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])

@@ -1,0 +1,79 @@
+"""What a step may not do: keep memory, wait for the device; and what seeds it."""
+
+import pytest
+import torch
+
+from llmtrain.config.schema import GPTModel, RunConfig
+from llmtrain.data import Batch
+from llmtrain.models import GPT
+from llmtrain.models.dropout import keep_mask
+from llmtrain.strategies import build_strategy
+from llmtrain.trainer import seed_step
+from llmtrain.world import World
+
+SMALL = GPTModel(num_layers=2, num_heads=2, width=32, context=24, dropout=0.1)
+
+
+def world(rank: int = 0, device: str = "cpu") -> World:
+    return World(rank, 4, 0, torch.device(device))
+
+
+def drawn(seed: int, step: int, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    seed_step(seed, step, world(rank))
+    return torch.rand(100), keep_mask((1000,), 0.5)
+
+
+def test_random_numbers_are_a_function_of_seed_step_and_rank():
+    numbers, mask = drawn(1, 2, 3)
+    torch.rand(17)  # whatever is drawn in between
+    again, same_mask = drawn(1, 2, 3)
+    assert torch.equal(numbers, again)
+    assert torch.equal(mask, same_mask)
+    for other in ((0, 2, 3), (1, 3, 3), (1, 2, 0)):
+        assert not torch.equal(drawn(*other)[0], numbers)
+        assert not torch.equal(drawn(*other)[1], mask)
+
+
+def test_seeding_keeps_nothing():
+    """torch.manual_seed notes a stack trace at each call as long as there is no GPU."""
+    queued = torch.cuda._queued_calls
+    before = len(queued)
+    for step in range(5):
+        seed_step(0, step, world())
+    assert len(queued) == before
+
+
+def test_a_step_goes_back_to_training_after_evaluating_and_generating():
+    model = GPT(SMALL, 100)
+    strategy = build_strategy(RunConfig(model=SMALL), model, World(0, 1, 0, torch.device("cpu")), bf16=False)
+    ids = torch.zeros(2, SMALL.context, dtype=torch.int64)
+    batch = Batch(ids, ids, None, None, ids.numel())
+    for evaluate in (lambda: strategy.loss(batch), lambda: model.text_generator().next_logits(ids[0, :3])):
+        evaluate()
+        assert not any(module.training for module in model.modules())
+        strategy.accumulate(batch, 1.0, last=True)
+        assert all(module.training for module in model.modules())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("documents", [False, True])
+def test_a_step_never_waits_for_the_gpu(documents: bool):
+    gpu = world(device="cuda")
+    alone = World(0, 1, 0, gpu.device)
+    strategy = build_strategy(RunConfig(model=SMALL), GPT(SMALL, 100), alone, bf16=True)
+    ids = torch.zeros(2, SMALL.context, dtype=torch.int64)
+    batch = Batch(ids, ids, ids.int() if documents else None, ids if documents else None, ids.numel()).to(gpu.device)
+
+    def step(number: int) -> torch.Tensor:
+        seed_step(0, number, gpu)
+        loss = strategy.accumulate(batch, 1.0, last=False) + strategy.accumulate(batch, 1.0, last=True)
+        return loss + strategy.update(1e-4)
+
+    for number in range(3):
+        step(number)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        result = step(3)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert result.isfinite()
