@@ -56,7 +56,9 @@ class Saver:
         self._run, self._world, self._strategy = run, world, strategy
         self._write_model, self._rule, self._on_published = write_model, rule, on_published
         self._host = HostCopy(world.device)
-        self._waited_s: float | None = None
+        self._waited_s = 0.0
+        """How long training has stood still for the save that was begun last."""
+        self._told = True
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
@@ -80,11 +82,12 @@ class Saver:
             weights = {name: tensor.cpu() for name, tensor in weights.items()}
             share = [Fragment(f.key, f.start, f.values.cpu()) for f in share]
         arguments = (described, weights, share, beside)
+        self._waited_s, self._told = time.perf_counter() - began, False
         self._thread = threading.Thread(target=self._guarded, args=arguments, name="save", daemon=True)
         self._thread.start()
         if not beside:
             self.wait()
-        self._waited_s = time.perf_counter() - began
+            self._waited_s = time.perf_counter() - began
 
     def until_copied(self) -> float | None:
         """Before the state changes: wait until what is being saved has been copied.
@@ -92,12 +95,12 @@ class Saver:
         Host sync on CPUs; a GPU's stream waits, its host does not. Returns how long training has waited for the last
         save in all, in s; None if that was told before.
         """
-        if self._waited_s is None:
+        if self._told:
             return None
         began = time.perf_counter()
         self._host.wait()
-        waited, self._waited_s = self._waited_s + time.perf_counter() - began, None
-        return waited
+        self._waited_s, self._told = self._waited_s + time.perf_counter() - began, True
+        return self._waited_s
 
     def wait(self) -> None:
         """Until nothing is being saved. Not a collective, but a save ends on all ranks or on none.
@@ -124,11 +127,11 @@ class Saver:
             if sys.platform == "linux" and beside:
                 # Of this thread alone: where training computes on the same cores it goes first.
                 os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
-            self._save(described, weights, share, "" if beside else ", training waited for it")
+            self._save(described, weights, share, beside)
         except BaseException as error:  # noqa: BLE001  `wait` raises it in the training thread
             self._error = error
 
-    def _save(self, described: Manifest, weights: dict[str, Tensor], share: list[Fragment], remark: str) -> None:
+    def _save(self, described: Manifest, weights: dict[str, Tensor], share: list[Fragment], beside: bool) -> None:
         began, world, step = time.perf_counter(), self._world, described.train_state.step
         folder = checkpoint.aside(self._run, step)
         if not world.is_main:
@@ -148,8 +151,9 @@ class Saver:
             world.post(f"saved-{step}", {})
         score = "" if described.heldout_loss is None else f", held-out loss {described.heldout_loss:.4f}"
         wrote_s = time.perf_counter() - began
+        waited = f"{self._waited_s:.2f} s" if beside else "for it"
         rundir.append_jsonl(self._run.saves, [{"step": step, "wrote_s": round(wrote_s, 3)}])
-        log.info(f"saved      step {step:,}{score} (written in {wrote_s:.1f} s{remark})")
+        log.info(f"saved      step {step:,}{score} (written in {wrote_s:.1f} s, training waited {waited})")
 
     def _write_all(self, folder: Path, described: Manifest, weights: dict[str, Tensor], share: list[Fragment]) -> None:
         """On rank 0: its own part, then everybody's together."""
