@@ -187,21 +187,25 @@ service: {start: auto}
     check_scores(run)
 
 
-@pytest.mark.parametrize(("saves", "every"), [(10, 4), pytest.param(30, 10, marks=pytest.mark.soak)])
+@pytest.mark.parametrize(
+    ("saves", "intervals"), [(10, (4, 3, 7)), pytest.param(30, (10, 9, 7), marks=pytest.mark.soak)]
+)
 def test_the_rule_holds_here_and_on_the_hub_also_through_crashes(
-    workplace: Workplace, many: str, scored: RunDir, tmp_path: Path, saves: int, every: int
+    workplace: Workplace, many: str, scored: RunDir, tmp_path: Path, saves: int, intervals: tuple[int, ...]
 ):
     if saves > len(SAVES):
         train(workplace, "run.name=very-many", f"train.steps={saves}", *MANY_SAVES)
         many, scored = "very-many", RunDir(workplace.run_folder("very-many"))
         serve(scored, "--drain")
+    losses = {step: score.loss for step, score in ledger.scores(scored).items() if step <= saves}
+    best = sorted(losses, key=losses.__getitem__)[:2]
+    # Which saves are the best is for training to say: an interval that keeps one of them anyway would show nothing.
+    reasons = {every: {saves - 1, saves, *range(every, saves + 1, every)} for every in intervals}
+    every = next(every for every in intervals if not reasons[every].issuperset(best))
+    for_other_reasons = reasons[every]
     rule = {"checkpoint_keep_last": 2, "checkpoint_keep_best": 2, "checkpoint_keep_every": every}
     steps = range(1, saves + 1)
     run = copy_run(workplace, many, f"kept-{saves}", steps, **rule, hub_repo=REPO, hub_prune=True, hub_pause_s=0.2)
-    losses = {step: score.loss for step, score in ledger.scores(run).items()}
-    best = sorted(losses, key=losses.__getitem__)[:2]
-    for_other_reasons = {saves - 1, saves, *range(every, saves + 1, every)}
-    assert not for_other_reasons.issuperset(best)
     kept = sorted({*best, *for_other_reasons})
 
     def leftovers() -> list[Path]:
