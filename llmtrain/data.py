@@ -35,7 +35,7 @@ _DIGEST_BITS = 40  # small enough that the sum over a batch of millions fits int
 _U64 = np.uint64
 
 
-def _mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
+def mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
     """SplitMix64's finaliser (Steele, Lea, Flood 2014): a bijection whose bits all depend on each other."""
     values = (values ^ (values >> _U64(30))) * _U64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> _U64(27))) * _U64(0x94D049BB133111EB)
@@ -75,13 +75,13 @@ class SampleOrder:
             start = number * _ORDER_BLOCK
             places = np.arange(start, min(start + _ORDER_BLOCK, self.num_rows), dtype=np.uint64)
             rows = self._permute(places, epoch)
-            hashes = _mix(_mix(places + _U64(epoch * self.num_rows)) + rows.astype(np.uint64))
+            hashes = mix(mix(places + _U64(epoch * self.num_rows)) + rows.astype(np.uint64))
             self._known = (epoch, number, rows, (hashes >> _U64(64 - _DIGEST_BITS)).astype(np.int64))
         return self._known[2:]
 
     def _permute(self, values: NDArray[np.uint64], epoch: int) -> NDArray[np.int64]:
         keys = np.arange(_ROUNDS, dtype=np.uint64) + _U64((self._seed * 0x9E3779B97F4A7C15 + epoch) % 2**64)
-        keys = _mix(_mix(keys) + _U64(epoch % 2**64))
+        keys = mix(mix(keys) + _U64(epoch % 2**64))
         values = self._feistel(values, keys)
         while (outside := values >= _U64(self.num_rows)).any():  # cycle walking
             values[outside] = self._feistel(values[outside], keys)
@@ -90,7 +90,7 @@ class SampleOrder:
     def _feistel(self, values: NDArray[np.uint64], keys: NDArray[np.uint64]) -> NDArray[np.uint64]:
         left, right = values >> self._half_bits, values & self._half_mask
         for key in keys:
-            left, right = right, left ^ (_mix(right + key) & self._half_mask)
+            left, right = right, left ^ (mix(right + key) & self._half_mask)
         return (left << self._half_bits) | right
 
 
@@ -129,13 +129,13 @@ def make_batch(rows: Rows, isolate_documents: bool) -> Batch:
     each document; padding counts as one more document. Columns that are padding in every row are left
     out, up to a multiple of _COLUMNS.
     """
-    filled = np.array([lens[0] if len(lens) == 1 else lens.sum() for lens in rows.doc_lens])
+    filled = np.array([lens.sum() for lens in rows.doc_lens])
     width = min(rows.tokens.shape[1], -(-(int(filled.max()) - 1) // _COLUMNS) * _COLUMNS + 1)
     num_rows, tokens = len(filled), torch.from_numpy(rows.tokens[:, :width].astype(np.int64))
     whole = (filled == width).all() and all(len(lens) == 1 for lens in rows.doc_lens)
     if whole and rows.loss_mask is None and not isolate_documents:  # packed from end to end: nothing to leave out
         return Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), None, None, num_rows * (width - 1))
-    doc_of, starts = _documents(rows.doc_lens, width)
+    doc_of, starts = _documents(rows.doc_lens, filled, width)
     supervised = (doc_of[:, 1:] == doc_of[:, :-1]) & (np.arange(1, width) < filled[:, None])
     if rows.loss_mask is not None:
         supervised &= rows.loss_mask[:, 1:width].astype(bool)
@@ -148,7 +148,9 @@ def make_batch(rows: Rows, isolate_documents: bool) -> Batch:
     return Batch(tokens[:, :-1].contiguous(), targets, doc_ids, positions, int(supervised.sum()))
 
 
-def _documents(doc_lens: list[NDArray[np.int32]], width: int) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+def _documents(
+    doc_lens: list[NDArray[np.int32]], filled: NDArray[np.int64], width: int
+) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
     """(B, width) each: of every token its document's number in the row, and where in the row that begins.
 
     The padding behind the last document is one more. Few numpy calls for all rows, and none for each: this thread
@@ -157,11 +159,10 @@ def _documents(doc_lens: list[NDArray[np.int32]], width: int) -> tuple[NDArray[n
     num_rows = len(doc_lens)
     per_row = np.fromiter((len(lens) + 1 for lens in doc_lens), np.int64, num_rows)
     ends = per_row.cumsum()
-    lengths = np.zeros(ends[-1], np.int64)
     is_padding = np.zeros(ends[-1], bool)
     is_padding[ends - 1] = True
-    lengths[~is_padding] = np.concatenate(doc_lens)
-    lengths[ends - 1] = width - np.add.reduceat(lengths, ends - per_row)
+    lengths = np.empty(ends[-1], np.int64)
+    lengths[is_padding], lengths[~is_padding] = width - filled, np.concatenate(doc_lens)
     number = np.arange(ends[-1]) - np.repeat(ends - per_row, per_row)
     begin = lengths.cumsum() - lengths - np.repeat(np.arange(num_rows) * width, per_row)
     shape = (num_rows, width)

@@ -19,8 +19,8 @@ _LOSS_CHUNK = {"cpu": 512, "cuda": 4096, "mps": 4096}
 _LOSS_LOGITS = 2**28
 """At most so many logits at the same time: with 128k tokens of vocabulary, chunks of 2,048 positions on a GPU."""
 
-ATTENTION_BLOCK = 128
-"""Queries that models/attention.py takes at a time: more compute more hidden scores, fewer make products small."""
+_ATTENTION_BLOCK = 128
+"""Queries taken at a time: more of them compute more hidden scores, fewer make products small."""
 _LONGEST_KEPT_ATTENTION = 1024
 
 _RUNTIME_MB = {"cpu": 465, "cuda": 900, "mps": 600}
@@ -139,6 +139,12 @@ def keeps_probabilities(length: int, bf16: bool, dropout: float) -> bool:
     return dropout > 0 or (bf16 and length <= _LONGEST_KEPT_ATTENTION)
 
 
+def attention_blocks(length: int) -> list[tuple[int, int]]:
+    """The queries (first, last + 1) that models/attention.py takes together; they see the keys up to their last."""
+    starts = range(0, length, _ATTENTION_BLOCK)
+    return [(start, min(length, start + _ATTENTION_BLOCK)) for start in starts]
+
+
 def layer_activations(model: GPTModel, positions: int, bf16: bool, device: Device) -> float:
     """What one transformer layer keeps for its backward pass."""
     width, length, dropout = model.width, model.context, model.dropout > 0
@@ -146,11 +152,8 @@ def layer_activations(model: GPTModel, positions: int, bf16: bool, device: Devic
     if dropout:
         kept += 4 * width  # two masks of 2 bytes
     if device == "cpu" and keeps_probabilities(length, bf16, model.dropout):
-        starts = range(0, length, ATTENTION_BLOCK)
-        visible = (
-            sum((min(length, s + ATTENTION_BLOCK) - s) * min(length, s + ATTENTION_BLOCK) for s in starts) / length
-        )
-        kept += visible * model.num_heads * ((2 if bf16 else 4) + (2 if dropout else 0))
+        keys = sum((end - start) * end for start, end in attention_blocks(length)) / length  # of a query
+        kept += keys * model.num_heads * ((2 if bf16 else 4) + (2 if dropout else 0))
     return float(kept * positions)
 
 

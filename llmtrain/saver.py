@@ -124,9 +124,9 @@ class Saver:
         try:
             if beside:
                 self._host.finish()
-            if sys.platform == "linux" and beside:
-                # Of this thread alone: where training computes on the same cores it goes first.
-                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
+                if sys.platform == "linux":
+                    # Of this thread alone: where training computes on the same cores it goes first.
+                    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
             self._save(described, weights, share, beside)
         except BaseException as error:  # noqa: BLE001  `wait` raises it in the training thread
             self._error = error

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from llmtrain.memory import ATTENTION_BLOCK, keeps_probabilities
+from llmtrain.memory import attention_blocks, keeps_probabilities
 from llmtrain.models.dropout import keep_, keep_mask
 
 
@@ -40,7 +40,7 @@ class _Attention(torch.autograd.Function):
         q, k, v = (x.reshape(batch * heads, length, width) for x in (q_BHTK, k_BHTK, v_BHTK))
         out = torch.empty_like(q)
         kept: list[Tensor] = []
-        for start, end in _blocks(length):
+        for start, end in attention_blocks(length):
             scores = torch.baddbmm(
                 _bias(q, mask, heads, start, end), q[:, start:end], k[:, :end].transpose(1, 2), alpha=width**-0.5
             )
@@ -63,7 +63,7 @@ class _Attention(torch.autograd.Function):
         if ctx.dropout:
             grad = grad * (1 / (1 - ctx.dropout))
         grad_q, grad_k, grad_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-        for start, end in reversed(_blocks(length)):
+        for start, end in reversed(attention_blocks(length)):
             mask = kept.pop() if ctx.dropout else None
             probabilities = kept.pop()
             grad_block = grad[:, start:end]
@@ -83,10 +83,6 @@ class _Attention(torch.autograd.Function):
 
 def _add_product(into: Tensor, a: Tensor, b: Tensor, beta: int, alpha: float) -> None:
     torch.baddbmm(into, a, b, beta=beta, alpha=alpha, out=into)
-
-
-def _blocks(length: int) -> list[tuple[int, int]]:
-    return [(start, min(length, start + ATTENTION_BLOCK)) for start in range(0, length, ATTENTION_BLOCK)]
 
 
 def _bias(q: Tensor, mask: Tensor | None, heads: int, start: int, end: int) -> Tensor:

@@ -1,7 +1,7 @@
 """Dropout (Srivastava et al. 2014) that costs little on a CPU.
 
 torch draws its masks there one number at a time, on one core: as long as a matrix product takes. Here a hash of a
-counter (splitmix64: Steele, Lea and Flood 2014) gives four decisions a 64-bit word, on all cores, and a mask is
+counter (`data.mix`, which together with the counter is splitmix64) gives four decisions a 64-bit word, and a mask is
 all ones or all zeros, so that applying it is one `and` of the bits. The hash starts from one number of torch's own
 generator: whoever seeds that, as the loop does at each step, decides everything.
 """
@@ -9,13 +9,15 @@ generator: whoever seeds that, as the loop does at each step, decides everything
 import math
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-_GAMMA = -0x61C8864680B583EB  # the odd number nearest to 2^64 over the golden ratio, as a signed integer
-_MIX_1, _MIX_2 = -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15
+from llmtrain.data import mix
+
+_GAMMA = np.uint64(0x9E3779B97F4A7C15)  # the odd number nearest to 2^64 over the golden ratio
 _OF_SIZE = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -44,8 +46,9 @@ class _Dropout(torch.autograd.Function):
 def keep_mask(shape: tuple[int, ...], probability: float) -> Tensor:
     """int16 on the CPU: -1, all bits set, with a chance of 1 - probability (to within 2^-16), else 0."""
     count = math.prod(shape)
-    seed = int(torch.randint(-(2**63), 2**63 - 1, ()))
-    draws = _words(-(-count // 4), seed).view(torch.int16)[:count]
+    seed = np.uint64(int(torch.randint(-(2**63), 2**63 - 1, ())) % 2**64)
+    words = mix(np.arange(1, -(-count // 4) + 1, dtype=np.uint64) * _GAMMA + seed)
+    draws = torch.from_numpy(words.view(np.int16))[:count]
     draws.bitwise_and_(0x7FFF)  # 15 bits, of which the lowest round(p 2^15) values mean: drop
     draws.neg_().add_(round(probability * 2**15) - 1).bitwise_right_shift_(15)  # the sign, in every bit
     return draws.view(shape)
@@ -56,15 +59,3 @@ def keep_(x: Tensor, mask: Tensor) -> Tensor:
     of_size = _OF_SIZE[x.element_size()]
     x.view(of_size).bitwise_and_(mask.to(of_size))
     return x
-
-
-def _words(count: int, seed: int) -> Tensor:
-    """(count,) int64 of 64 random bits each: splitmix64's numbers from `seed` on."""
-    z = torch.arange(1, count + 1).mul_(_GAMMA).add_(seed)
-    # torch shifts signed numbers, which drags the sign along: the `and` takes it off.
-    z ^= (z >> 30).bitwise_and_(2**34 - 1)
-    z *= _MIX_1
-    z ^= (z >> 27).bitwise_and_(2**37 - 1)
-    z *= _MIX_2
-    z ^= (z >> 31).bitwise_and_(2**33 - 1)
-    return z

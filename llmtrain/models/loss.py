@@ -8,7 +8,7 @@ of the logits is softmax minus one-hot (Wijmans et al. 2024, "Cut Your Losses", 
 GPU kernel). On CPUs this is also the fast path: docs/log.md has the figures for torch's own.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -30,33 +30,31 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, ignore
     Args:
         hidden: (N, D); weight: (V, D); targets: (N,) int64, `ignore` where a position does not count.
     """
-    if not torch.is_grad_enabled():
-        return _chunks(hidden, weight, targets, ignore, None)[0]
-    return _LinearCrossEntropy.apply(hidden, weight, targets, ignore)
+    if torch.is_grad_enabled():
+        return _LinearCrossEntropy.apply(hidden, weight, targets, ignore)
+    # Summed in float64, evaluation does not depend on how rows are batched (MPS has none).
+    exact = torch.float32 if hidden.device.type == "mps" else torch.float64
+    return token_losses(hidden, weight, targets, ignore).sum(dtype=exact)
 
 
 @torch.no_grad()
 def token_losses(hidden: Tensor, weight: Tensor, targets: Tensor, ignore: int) -> Tensor:
     """(N,) -log softmax(hidden @ weight.T)[target] in fp32, 0 where a position does not count; their sum is
     `linear_cross_entropy`'s. Shapes as there."""
-    device = hidden.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-    size = loss_chunk(device, len(weight))
-    with torch.autocast(device, enabled=False):
-        weight_c, hidden_c = _padded(weight, dtype), hidden.to(dtype)
-        return torch.cat(
-            [
-                _losses(rows @ weight_c.t(), len(weight), chunk_targets, ignore, overwrite=False)
-                for rows, chunk_targets in zip(hidden_c.split(size), targets.split(size), strict=True)
-            ]
-        )
+    found: list[Tensor] = []
+    hidden_c, weight_c = _operands(hidden, weight)
+    with torch.autocast(hidden.device.type, enabled=False):
+        for rows, chosen in _chunks(hidden_c, weight, targets):
+            for logits, index, counts in _blocks(rows @ weight_c.t(), len(weight), chosen, ignore):
+                exact = logits.float()
+                found.append((exact.logsumexp(1) - exact.gather(1, index).squeeze(1)) * counts)
+    return torch.cat(found)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, ignore: int) -> Tensor:
-        wants = Wants(weight=ctx.needs_input_grad[1])
-        loss, grad_hidden, grad_weight = _chunks(hidden, weight, targets, ignore, wants)
+        loss, grad_hidden, grad_weight = _loss_and_gradients(hidden, weight, targets, ignore, ctx.needs_input_grad[1])
         ctx.save_for_backward(grad_hidden, grad_weight)
         return loss
 
@@ -67,40 +65,48 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return grad_hidden.mul_(grad_loss), None if grad_weight is None else grad_weight.mul_(grad_loss), None, None
 
 
-@dataclass(frozen=True)
-class Wants:
-    """Gradients to compute: that of `hidden` always, that of a frozen output layer never."""
-
-    weight: bool
-
-
-def _chunks(
-    hidden: Tensor, weight: Tensor, targets: Tensor, ignore: int, wants: Wants | None
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    device = hidden.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-    size = loss_chunk(device, len(weight))
-    with torch.autocast(device, enabled=False):
-        weight_c, hidden_c = _padded(weight, dtype), hidden.to(dtype)
-        # Evaluation sums in float64, so that it does not depend on how rows are batched (MPS has none).
-        exact = torch.float32 if wants or device == "mps" else torch.float64
-        loss = torch.zeros((), dtype=exact, device=hidden.device)
-        grad_hidden = torch.empty_like(hidden) if wants else None
-        grad_weight = None
-        done = 0
-        for rows, chunk_targets in zip(hidden_c.split(size), targets.split(size), strict=True):
-            logits = rows @ weight_c.t()
-            loss = loss + _losses(logits, len(weight), chunk_targets, ignore, wants is not None).sum(dtype=exact)
-            if wants is None or grad_hidden is None:
-                continue
-            gradient = logits  # by now
+def _loss_and_gradients(
+    hidden: Tensor, weight: Tensor, targets: Tensor, ignore: int, weight_too: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The loss, the gradient of `hidden`, and that of the output layer unless it is frozen."""
+    hidden_c, weight_c = _operands(hidden, weight)
+    loss = torch.zeros((), device=hidden.device)
+    grad_hidden = torch.empty_like(hidden)
+    grad_weight = None
+    done = 0
+    with torch.autocast(hidden.device.type, enabled=False):
+        for rows, chosen in _chunks(hidden_c, weight, targets):
+            gradient = rows @ weight_c.t()  # the logits, for now
+            loss = loss + _turn_into_gradient(gradient, len(weight), chosen, ignore)
             grad_hidden[done : done + len(rows)] = gradient @ weight_c
             done += len(rows)
-            if not wants.weight:
-                continue
-            part = (gradient.t() @ rows)[: len(weight)]
-            grad_weight = part.to(weight.dtype) if grad_weight is None else grad_weight.add_(part)
+            if weight_too:
+                part = (gradient.t() @ rows)[: len(weight)]
+                grad_weight = part.to(weight.dtype) if grad_weight is None else grad_weight.add_(part)
     return loss, grad_hidden, grad_weight
+
+
+def _turn_into_gradient(logits: Tensor, vocab_size: int, targets: Tensor, ignore: int) -> Tensor:
+    """The fp32 sum of the losses of (n, V padded) logits, which become its gradient."""
+    losses: list[Tensor] = []
+    for rows, index, counts in _blocks(logits, vocab_size, targets, ignore):
+        highest = rows.amax(1, keepdim=True).float()
+        shifted = rows.float().sub_(highest)  # fp32 logits are changed in place
+        chosen_logits = shifted.gather(1, index)
+        exponentials = shifted.exp_()
+        total = exponentials.sum(1, keepdim=True)
+        losses.append((total.log() - chosen_logits).squeeze(1) * counts)
+        exponentials.scatter_add_(1, index, -total)
+        rows.copy_(exponentials.mul_(counts.unsqueeze(1) / total))
+    logits[:, vocab_size:] = 0
+    return torch.cat(losses).sum()
+
+
+def _operands(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Both as autocast would have them."""
+    device = hidden.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    return hidden.to(dtype), _padded(weight, dtype)
 
 
 def _padded(weight: Tensor, dtype: torch.dtype) -> Tensor:
@@ -114,28 +120,18 @@ def _padded(weight: Tensor, dtype: torch.dtype) -> Tensor:
     return padded
 
 
-def _losses(logits: Tensor, vocab_size: int, targets: Tensor, ignore: int, overwrite: bool) -> Tensor:
-    """(n,) fp32 losses of (n, V padded) logits, 0 where a position does not count.
+def _chunks(hidden: Tensor, weight: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Positions whose logits exist at the same time, and their targets."""
+    size = loss_chunk(hidden.device.type, len(weight))
+    return zip(hidden.split(size), targets.split(size), strict=True)
 
-    `overwrite`: the logits become the gradient of the losses' sum.
+
+def _blocks(logits: Tensor, vocab_size: int, targets: Tensor, ignore: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Rows of the (n, V padded) logits without their padding: views of what fits into a CPU's cache, elsewhere of all.
+
+    With each the targets as an index, (rows, 1), 0 where a position does not count, and whether it does, (rows,).
     """
     size = max(1, _CACHED // vocab_size) if logits.device.type == "cpu" else len(logits)
-    found: list[Tensor] = []
     for rows, chosen in zip(logits[:, :vocab_size].split(size), targets.split(size), strict=True):
         counts = chosen != ignore
-        index = chosen.where(counts, 0).unsqueeze(1)
-        if not overwrite:
-            exact = rows.float()
-            found.append((exact.logsumexp(1) - exact.gather(1, index).squeeze(1)) * counts)
-            continue
-        highest = rows.amax(1, keepdim=True).float()
-        shifted = rows.float().sub_(highest)  # fp32 logits are changed in place
-        chosen_logits = shifted.gather(1, index)
-        exponentials = shifted.exp_()
-        total = exponentials.sum(1, keepdim=True)
-        found.append((total.log() - chosen_logits).squeeze(1) * counts)
-        exponentials.scatter_add_(1, index, -total)
-        rows.copy_(exponentials.mul_(counts.unsqueeze(1) / total))
-    if overwrite:
-        logits[:, vocab_size:] = 0
-    return torch.cat(found)
+        yield rows, chosen.where(counts, 0).unsqueeze(1), counts

@@ -198,10 +198,13 @@ def _numel(module: nn.Module) -> int:
 
 
 class CachedGenerator:
-    """Continues one text with transformers' key-value cache; past the context it starts again from the last half."""
+    """Continues one text, with a model in evaluation mode and transformers' key-value cache.
+
+    Past the context it starts again from the last half.
+    """
 
     def __init__(self, model: Any, context: int, autocast: bool = False):
-        self._model, self._context, self._autocast = model.eval(), context, autocast
+        self._model, self._context, self._autocast = model, context, autocast
         self._cache: Any = None
         self._seen: list[int] = []
 
