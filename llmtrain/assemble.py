@@ -18,7 +18,7 @@ from llmtrain.data import Loader, make_batch
 from llmtrain.errors import EXIT_REQUEUE, NotFinite
 from llmtrain.evaluation import make_evaluate, make_sampler, make_task
 from llmtrain.hardware import is_bf16_fast
-from llmtrain.manifest import TrainState
+from llmtrain.manifest import FileInfo, TrainState
 from llmtrain.metrics import Meter
 from llmtrain.models import GPT, build_model
 from llmtrain.prepare import check_same_base, prepare_run, prepare_shards
@@ -272,12 +272,11 @@ def flat_settings(config: RunConfig) -> dict[str, float | int | str | bool]:
 def make_model_writer(data: ShardFolder, model: Trainable) -> checkpoint.ModelWriter:
     """Writes `model/`: weights, configuration and tokenizer, as transformers loads them. Of an adapter no tokenizer."""
 
-    def write_model(folder: Path, weights: dict[str, Any]) -> None:
-        model.save(folder, weights, data.manifest.tokenizer.eos_id)
-        if not isinstance(model, GPT):
-            return
-        for file in sorted(data.tokenizer.iterdir()):
-            shutil.copyfile(file, folder / file.name)
+    def write_model(folder: Path, weights: dict[str, Any]) -> dict[str, FileInfo]:
+        if isinstance(model, GPT):
+            for file in sorted(data.tokenizer.iterdir()):
+                shutil.copyfile(file, folder / file.name)
+        return model.save(folder, weights, data.manifest.tokenizer.eos_id)
 
     return write_model
 

@@ -25,7 +25,8 @@ from llmtrain.strategies.interface import Strategy
 
 _ASIDE = ".writing-"
 
-ModelWriter = Callable[[Path, dict[str, Tensor]], None]
+ModelWriter = Callable[[Path, dict[str, Tensor]], dict[str, FileInfo]]
+"""Writes `model/`; returns the files that it has hashed and synced to disk itself."""
 
 
 def aside(run: RunDir, step: int) -> Path:
@@ -36,16 +37,18 @@ def aside(run: RunDir, step: int) -> Path:
 def write_model(folder: Path, weights: dict[str, Tensor], write: ModelWriter) -> dict[str, FileInfo]:
     """Write `model/`; returns its files, synced to disk."""
     (folder / "model").mkdir(parents=True, exist_ok=True)
-    write(folder / "model", weights)
-    return _synced(folder, sorted((folder / "model").iterdir()))
+    synced = write(folder / "model", weights)
+    rest = [path for path in sorted((folder / "model").iterdir()) if path.name not in synced]
+    for path in rest:
+        files.sync(path)
+    return {f"model/{name}": info for name, info in synced.items()} | manifest.describe_files(folder, rest)
 
 
 def write_share(folder: Path, share: list[Fragment], rank: int, size: int) -> dict[str, FileInfo]:
     """Write one rank's file in `state/`; returns it, synced to disk. Ranks write at the same time."""
     path = folder / "state" / fragments.file_name(rank, size)
     path.parent.mkdir(parents=True, exist_ok=True)
-    fragments.write(path, share)
-    return _synced(folder, [path])
+    return {f"state/{path.name}": fragments.write(path, share)}
 
 
 def publish(run: RunDir, folder: Path, whole: Manifest) -> Path:
@@ -114,9 +117,3 @@ def check_room(run: RunDir, needed: int) -> None:
             "free some space or keep fewer (checkpoint.keep_last, checkpoint.keep_best), then run the same "
             "command again: it goes on from the last checkpoint"
         )
-
-
-def _synced(folder: Path, paths: list[Path]) -> dict[str, FileInfo]:
-    for path in paths:
-        files.sync(path)
-    return manifest.describe_files(folder, paths)

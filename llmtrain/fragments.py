@@ -18,10 +18,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from llmtrain import tensorfile
 from llmtrain.errors import CheckpointError
+from llmtrain.manifest import FileInfo
 
 _NAME = re.compile(r"(?P<key>.*)\[(?P<start>\d+):(?P<stop>\d+)\]")
 
@@ -59,9 +60,9 @@ def file_name(rank: int, size: int) -> str:
     return f"optimizer-{rank:05d}-of-{size:05d}.safetensors"
 
 
-def write(path: Path, fragments: list[Fragment]) -> None:
-    """Write one rank's share."""
-    save_file({fragment.name: fragment.values for fragment in fragments}, path)
+def write(path: Path, fragments: list[Fragment]) -> FileInfo:
+    """Write one rank's share to disk."""
+    return tensorfile.write(path, {fragment.name: fragment.values for fragment in fragments})
 
 
 class FragmentReader:

@@ -16,13 +16,15 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from llmtrain import tensorfile
 from llmtrain.config.model_sections import GPTModel
 from llmtrain.data import IGNORE
 from llmtrain.errors import CheckpointError
+from llmtrain.manifest import FileInfo
 from llmtrain.models.attention import attention
 from llmtrain.models.dropout import dropout
 from llmtrain.models.loss import linear_cross_entropy, token_losses
@@ -217,18 +219,21 @@ class GPT(nn.Module):
         attention = 12 * self.config.num_layers * self.config.width * self.config.context
         return 6 * (self.num_parameters() - embeddings) + attention
 
-    def save(self, folder: Path, weights: dict[str, Tensor], eos_id: int) -> None:
-        """Write `weights` (this model's parameters by name) and config.json in transformers' format."""
+    def save(self, folder: Path, weights: dict[str, Tensor], eos_id: int) -> dict[str, FileInfo]:
+        """Write `weights` (this model's parameters by name) and config.json in transformers' format.
+
+        Returns the weights' file, which is on the disk by then.
+        """
         tensors: dict[str, Tensor] = {}
         for name, tensor in weights.items():
             if name == "lm_head.weight" and self.config.tie_weights:
                 continue
-            tensors[name] = (tensor.t() if name.endswith(_CONV1D) else tensor).contiguous()
+            tensors[name] = tensor.t() if name.endswith(_CONV1D) else tensor
         if not self.config.qkv_bias:
             for layer in range(self.config.num_layers):
                 tensors[f"transformer.h.{layer}.attn.c_attn.bias"] = torch.zeros(3 * self.config.width)
-        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
         (folder / "config.json").write_text(json.dumps(self._hf_config(eos_id), indent=1) + "\n")
+        return {WEIGHTS: tensorfile.write(folder / WEIGHTS, tensors, {"format": "pt"})}
 
     def load(self, folder: Path) -> None:
         """Fill the parameters from what `save` wrote.

@@ -14,12 +14,14 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from llmtrain import tensorfile
 from llmtrain.config.model_sections import QLoRAModel
 from llmtrain.data import IGNORE
 from llmtrain.errors import CheckpointError, ModelError
+from llmtrain.manifest import FileInfo
 from llmtrain.models import base as bases
 from llmtrain.models.loss import linear_cross_entropy, token_losses
 
@@ -136,20 +138,21 @@ class QLoRA(nn.Module):
         attention = 12 * text.num_hidden_layers * text.hidden_size * self.config.context
         return 4.0 * frozen + 6.0 * self.num_parameters() + attention
 
-    def save(self, folder: Path, weights: dict[str, Tensor], eos_id: int) -> None:
+    def save(self, folder: Path, weights: dict[str, Tensor], eos_id: int) -> dict[str, FileInfo]:
         """Write the adapter as peft reads it: its weights (`weights`, by this module's names) and configuration.
 
         No tokenizer: `AutoPeftModel` would cut or enlarge the base's embedding to its size.
+        Returns the weights' file, which is on the disk by then.
         """
         from peft import get_peft_model_state_dict
 
         named = {name.removeprefix(_PREFIX): tensor for name, tensor in weights.items()}
         tensors = get_peft_model_state_dict(self.peft, state_dict=named, save_embedding_layers=False)
-        save_file({k: v.contiguous() for k, v in tensors.items()}, folder / ADAPTER, metadata={"format": "pt"})
         described = self.peft.peft_config["default"]
         was, described.inference_mode = described.inference_mode, True
         described.save_pretrained(str(folder))
         described.inference_mode = was
+        return {ADAPTER: tensorfile.write(folder / ADAPTER, tensors, {"format": "pt"})}
 
     def load(self, folder: Path) -> None:
         """Fill the adapter from what `save` wrote.

@@ -13,7 +13,7 @@ from llmtrain import checkpoint, manifest, retention
 from llmtrain.config.schema import CheckpointSection
 from llmtrain.errors import CheckpointError, DiskFull
 from llmtrain.fragments import Fragment, FragmentReader
-from llmtrain.manifest import Manifest, TrainState
+from llmtrain.manifest import FileInfo, Manifest, TrainState
 from llmtrain.rundir import RunDir
 from llmtrain.saver import HostCopy, Saver
 from llmtrain.world import World
@@ -29,9 +29,10 @@ class FakeStrategy:
         return [Fragment("exp_avg/w", 0, torch.ones(100))]
 
 
-def write_model(folder: Path, weights: dict[str, torch.Tensor]) -> None:
+def write_model(folder: Path, weights: dict[str, torch.Tensor]) -> dict[str, FileInfo]:
     (folder / "model.safetensors").write_bytes(weights["w"].numpy().tobytes())
     (folder / "config.json").write_text("{}")
+    return {}
 
 
 def describe(step: int) -> Manifest:
@@ -146,10 +147,10 @@ def test_what_is_saved_is_the_state_when_the_save_began(run: RunDir):
 
     writing, go_on = threading.Event(), threading.Event()
 
-    def slow(folder: Path, weights: dict[str, torch.Tensor]) -> None:
+    def slow(folder: Path, weights: dict[str, torch.Tensor]) -> dict[str, FileInfo]:
         writing.set()
         assert go_on.wait(10)
-        write_model(folder, weights)
+        return write_model(folder, weights)
 
     strategy = Training()
     saver = Saver(run, World(0, 1, 0, torch.device("cpu")), strategy, slow, CheckpointSection(), lambda: None)

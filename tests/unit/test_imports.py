@@ -15,11 +15,12 @@ CONTRACTS = [
     "origin", "gpus",
 ]  # fmt: skip
 PROCESS = ["world", "stop"]
-PARTS = ["models", "data", "optim", "metrics", "evaluate", "task", "hardware", "progress", "tensorboard"]
+PARTS = ["models", "data", "optim", "metrics", "evaluate", "task", "hardware", "progress", "tensorboard", "tensorfile"]
 # Parts may use these parts: batches of data are what models and evaluation are given; metrics shows itself
 # through its two displays.
 AMONG_PARTS = {
-    "models": {"data"}, "evaluate": {"data"}, "task": {"evaluate"}, "metrics": {"hardware", "progress", "tensorboard"},
+    "models": {"data", "tensorfile"}, "evaluate": {"data"}, "task": {"evaluate"},
+    "metrics": {"hardware", "progress", "tensorboard"},
 }  # fmt: skip
 ASSEMBLY = ["fragments", "strategies", "checkpoint", "saver", "prepare"]
 
@@ -74,7 +75,7 @@ def test_core_modules_import_only_what_their_layer_may(name: str):
     elif layer in PARTS:
         allowed = {*CONTRACTS, *PROCESS, *AMONG_PARTS.get(layer, set())}
     elif layer in ASSEMBLY:
-        allowed = {*CONTRACTS, *PROCESS, "optim", "data", *ASSEMBLY}
+        allowed = {*CONTRACTS, *PROCESS, "optim", "data", "tensorfile", *ASSEMBLY}
     elif layer == "trainer":
         allowed = {*CONTRACTS, *PROCESS, *PARTS, *ASSEMBLY} - {"models"}
     elif layer == "service":
