@@ -203,6 +203,7 @@ def test_the_rule_holds_here_and_on_the_hub_also_through_crashes(
     reasons = {every: {saves - 1, saves, *range(every, saves + 1, every)} for every in intervals}
     every = next(every for every in intervals if not reasons[every].issuperset(best))
     for_other_reasons = reasons[every]
+    assert not for_other_reasons.issuperset(best)
     rule = {"checkpoint_keep_last": 2, "checkpoint_keep_best": 2, "checkpoint_keep_every": every}
     steps = range(1, saves + 1)
     run = copy_run(workplace, many, f"kept-{saves}", steps, **rule, hub_repo=REPO, hub_prune=True, hub_pause_s=0.2)

@@ -1,9 +1,11 @@
 """Run folders with checkpoints, scores and uploads, written by hand: for what people look at."""
 
+import shutil
 import time
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from llmtrain import choose, ledger, manifest, rundir
 from llmtrain.config import load_config, resolved_yaml
@@ -116,3 +118,28 @@ def stretches(shift: float, count: int = 200, noise: float = 0.0, seed: int = 0)
     spread = np.random.default_rng(seed).normal(0, 1, count) * noise
     shifts = shift + spread - spread.mean()  # on the whole it is exactly `shift`
     return np.stack([(text + shifts) * TARGETS, np.full(count, float(TARGETS))])
+
+
+# Fixtures of the tests of `llmtrain checkpoints`, which take them by naming them: `run = checkpoint_runs.run`
+
+
+@pytest.fixture(autouse=True)
+def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDir:
+    """300 ties with the best (400); 100 is on the Hub alone, 600 is gone, 700 in quarantine, 800 not scored."""
+    made = make_run(tmp_path / "run", "hub.repo=ada/gpt")
+    for step, shift in {100: 0.8, 200: 0.2, 300: 0.002, 400: 0.0, 500: 0.1, 600: 0.2}.items():
+        save(made, step, 3 + shift)
+        score(made, step, stretches(shift, noise=0.03, seed=step))
+    for step in (100, 300):
+        upload(made, step)
+    for step in (100, 600):
+        shutil.rmtree(made.checkpoint(step))
+    save(made, 700)
+    made.checkpoint(700).rename(made.quarantined(700))
+    save(made, 800, 3.25)
+    return made

@@ -43,9 +43,13 @@ def describe(step: int) -> Manifest:
     )  # fmt: skip
 
 
-def save(run: RunDir, step: int, write=write_model, rule: CheckpointSection | None = None) -> None:
+def make_saver(run: RunDir, write: checkpoint.ModelWriter = write_model, strategy: FakeStrategy | None = None) -> Saver:
     world = World(0, 1, 0, torch.device("cpu"))
-    saver = Saver(run, world, FakeStrategy(), write, rule or CheckpointSection(), lambda: None)
+    return Saver(run, world, strategy or FakeStrategy(), write, CheckpointSection(), lambda: None)
+
+
+def save(run: RunDir, step: int, write: checkpoint.ModelWriter = write_model) -> None:
+    saver = make_saver(run, write)
     saver.save(describe(step))
     saver.wait()
 
@@ -153,7 +157,7 @@ def test_what_is_saved_is_the_state_when_the_save_began(run: RunDir):
         return write_model(folder, weights)
 
     strategy = Training()
-    saver = Saver(run, World(0, 1, 0, torch.device("cpu")), strategy, slow, CheckpointSection(), lambda: None)
+    saver = make_saver(run, slow, strategy)
     saver.save(describe(15))
     assert saver.until_copied() is not None
     strategy.moment.zero_()
@@ -175,9 +179,7 @@ def test_nothing_may_change_before_it_has_been_copied(run: RunDir, monkeypatch: 
         copy(self)
 
     monkeypatch.setattr(HostCopy, "_copy", slow)
-    saver = Saver(
-        run, World(0, 1, 0, torch.device("cpu")), FakeStrategy(), write_model, CheckpointSection(), lambda: None
-    )
+    saver = make_saver(run)
     saver.save(describe(15))
     assert copying.wait(10)
     waited: list[float | None] = []
@@ -199,9 +201,7 @@ def test_a_copy_that_fails_does_not_leave_training_waiting(run: RunDir, monkeypa
         raise MemoryError
 
     monkeypatch.setattr(HostCopy, "_copy", broken)
-    saver = Saver(
-        run, World(0, 1, 0, torch.device("cpu")), FakeStrategy(), write_model, CheckpointSection(), lambda: None
-    )
+    saver = make_saver(run)
     saver.save(describe(15))
     saver.until_copied()
     with pytest.raises(MemoryError):
@@ -212,7 +212,7 @@ def test_a_failed_save_is_raised_by_the_next_one_too(run: RunDir):
     def broken(folder: Path, weights: dict[str, torch.Tensor]) -> None:
         raise OSError(28, "No space left on device")
 
-    saver = Saver(run, World(0, 1, 0, torch.device("cpu")), FakeStrategy(), broken, CheckpointSection(), lambda: None)
+    saver = make_saver(run, broken)
     saver.save(describe(15))
     with pytest.raises(DiskFull):
         saver.save(describe(20))
