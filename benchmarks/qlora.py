@@ -17,6 +17,7 @@ from pathlib import Path
 from benchmarks import machine
 from benchmarks.peers import ROOT, python_of
 from benchmarks.step import step_times
+from benchmarks.words import with_range
 from llmtrain.allocator import SETTINGS
 
 _WARM_UP = 2
@@ -128,9 +129,8 @@ def run_row(folder: Path, row: Row, python: str, rounds: int) -> str:
         "|---|---|---|---|---|",
     ]
     for name, found in results.items():
-        low, high = min(r.tokens_per_s for r in found), max(r.tokens_per_s for r in found)
         lines.append(
-            f"| {name} | {speed[name]:,.0f} ({low:,.0f} to {high:,.0f}) | {speed['llmtrain'] / speed[name]:.2f} | "
+            f"| {name} | {with_range([r.tokens_per_s for r in found])} | {speed['llmtrain'] / speed[name]:.2f} | "
             f"{memory[name]:,.0f} MB | {memory['llmtrain'] / memory[name]:.2f} |"
         )
     return "\n".join(lines) + "\n"

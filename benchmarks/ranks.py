@@ -13,15 +13,12 @@ import tempfile
 from pathlib import Path
 
 from benchmarks import machine
-from benchmarks.step import Row, settings_of, step_times, write_shards
+from benchmarks.step import SMALL, WARM_UP, Row, settings_of, step_times, write_shards
+from benchmarks.words import with_range
 from llmtrain.allocator import SETTINGS
 
 _MICRO, _ACCUMULATION, _STEPS = 4, 8, 8
-ROW = Row(
-    "", {"num_layers": 4, "num_heads": 4, "width": 256, "context": 256, "dropout": 0.0}, 2 * _MICRO * _ACCUMULATION,
-    8192, ("fp32",), (), _STEPS,
-)  # fmt: skip
-_WARM_UP = 3
+ROW = Row("", SMALL, 2 * _MICRO * _ACCUMULATION, 8192, ("fp32",), (), _STEPS)
 
 
 def start(folder: Path, name: str, ranks: int, kind: str = "ddp") -> subprocess.Popen[bytes]:
@@ -37,7 +34,7 @@ def start(folder: Path, name: str, ranks: int, kind: str = "ddp") -> subprocess.
 
 
 def tokens_per_s(folder: Path, name: str, ranks: int) -> float:
-    step_ms = statistics.median(step_times(folder / "runs" / name / "tensorboard")[_WARM_UP:])
+    step_ms = statistics.median(step_times(folder / "runs" / name / "tensorboard")[WARM_UP:])
     return ranks * _MICRO * _ACCUMULATION * ROW.model["context"] / step_ms * 1e3
 
 
@@ -66,10 +63,7 @@ def main() -> None:
     one, lone = statistics.median(found["one rank"]), statistics.median(found["two lone runs"])
     for name, speeds in found.items():
         median = statistics.median(speeds)
-        print(
-            f"| {name} | {median:,.0f} ({min(speeds):,.0f} to {max(speeds):,.0f}) | {median / 2 / one:.2f} | "
-            f"{median / lone:.2f} |"
-        )
+        print(f"| {name} | {with_range(speeds)} | {median / 2 / one:.2f} | {median / lone:.2f} |")
     print(
         f"\nA step of ZeRO-2 takes {statistics.median(found['DDP']) / statistics.median(found['ZeRO-2']):.2f} of DDP's."
     )

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import machine
+from benchmarks.words import with_range
 from llmtrain import retention
 from llmtrain.allocator import restart_with_settings
 from llmtrain.config.schema import CheckpointSection, GPTModel, RunConfig
@@ -89,10 +90,7 @@ def main() -> None:
     )
     print("|---|---|---|")
     for name, found in lost.items():
-        print(
-            f"| {name} | {statistics.median(found):.2f} ({min(found):.2f} to {max(found):.2f}) | "
-            f"{statistics.median(longest[name]):.2f} |"
-        )
+        print(f"| {name} | {with_range(found, '.2f')} | {statistics.median(longest[name]):.2f} |")
     print(f"\nThe first save, into fresh memory, lost {lost['beside training'][0]:.2f} s.")
 
 

@@ -9,7 +9,6 @@ start-up (of training and of the service) and the wait at the end are left out.
 """
 
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -18,6 +17,7 @@ from pathlib import Path
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from benchmarks import machine
+from benchmarks.words import with_range
 from tests.support.hub_server import HubProcess, client_environment
 
 BYTES_PER_S = 10_000_000
@@ -39,18 +39,9 @@ WAYS = {
 def tokens_per_s(folder: Path, name: str, settings: list[str], hub: HubProcess) -> float:
     """Of one run, between the steps FIRST and STEPS."""
     repo = [] if "service.start=never" in settings else [f"hub.repo=tester/{name}"]
+    where = [f"run.name={name}", "run.dir=runs", "data.dir=shards"]
     subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "llmtrain",
-            f"run.name={name}",
-            "run.dir=runs",
-            "data.dir=shards",
-            *SETTINGS,
-            *settings,
-            *repo,
-        ],
+        [sys.executable, "-m", "llmtrain", *where, *SETTINGS, *settings, *repo],
         cwd=folder,
         env={**client_environment(hub.endpoint, folder / "home"), "PYTHONPATH": str(Path(__file__).parents[1])},
         stdout=subprocess.DEVNULL,
@@ -83,10 +74,7 @@ def main() -> None:
     print(f"| a checkpoint every {EVERY} steps | tokens/s (range) | ratio (range of rounds) |\n|---|---|---|")
     for way, speeds in found.items():
         ratios = [a / b for a, b in zip(speeds, found["no service"], strict=True)]
-        print(
-            f"| {way} | {statistics.median(speeds):,.0f} ({min(speeds):,.0f} to {max(speeds):,.0f}) "
-            f"| {statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f}) |"
-        )
+        print(f"| {way} | {with_range(speeds)} | {with_range(ratios, '.3f')} |")
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.words import with_range
 from launcher.sharding import tokenize
 from launcher.sharding.build import build
 from launcher.sharding.sources import default_workers, list_units
@@ -91,8 +92,7 @@ def main() -> None:
     print("| | MB/s, median (range) | ours / it |\n|---|---|---|")
     ratio = statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
     for name, found, against in (("llmtrain shard, end to end", ours, 1.0), ("encode_batch to files", theirs, ratio)):
-        low, high = min(found), max(found)
-        print(f"| {name} | {statistics.median(found):.1f} ({low:.1f} to {high:.1f}) | {against:.2f} |")
+        print(f"| {name} | {with_range(found, '.1f')} | {against:.2f} |")
     print(f"\n{ids:,} ids each; identical on {same} of {len(texts)} files ({json.dumps(same == len(texts))})")
 
 

@@ -28,11 +28,12 @@ import numpy as np
 
 from benchmarks import machine
 from benchmarks.peers import ROOT, python_of
+from benchmarks.words import with_range
 from llmtrain.allocator import SETTINGS
 
-_WARM_UP = 3
+WARM_UP = 3
 _LARGE = {"num_layers": 12, "num_heads": 12, "width": 768, "context": 256}
-_SMALL = {"num_layers": 4, "num_heads": 4, "width": 256, "context": 256, "dropout": 0.0}
+SMALL = {"num_layers": 4, "num_heads": 4, "width": 256, "context": 256, "dropout": 0.0}
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,6 @@ class Row:
     ours: tuple[str, ...]
     peers: tuple[str, ...]
     steps: int
-    peer_bf16: bool = True
     extra: list[str] = field(default_factory=list)
 
 
@@ -59,7 +59,7 @@ ROWS = {
         {**_LARGE, "dropout": 0.0}, 8, 50257, ("bf16",),
         ("hf", "hf+", "litgpt", "litgpt+", "lightning", "lightning+", "nanogpt", "nanogpt+"), 7,
     ),
-    "small": Row("Small GPT, 7 M, 16 x 256, bf16", _SMALL, 16, 8192, ("bf16",), ("hf", "litgpt"), 30),
+    "small": Row("Small GPT, 7 M, 16 x 256, bf16", SMALL, 16, 8192, ("bf16",), ("hf", "litgpt"), 30),
 }  # fmt: skip
 
 
@@ -101,14 +101,14 @@ def measure(
         if status:
             raise RuntimeError(f"{' '.join(command)[:200]}\n{errors.read()[-3000:]}")
         steps = read(output.read())
-    step_ms = statistics.median(steps.times_ms[_WARM_UP:])
+    step_ms = statistics.median(steps.times_ms[WARM_UP:])
     return Result(
         step_ms,
         row.batch * row.model["context"] / step_ms * 1e3,
         usage.ru_maxrss * 1024 / 1e6,
         steps.loss,
         None if steps.first_at is None else steps.first_at - began,
-        sum(steps.waited_ms[_WARM_UP:]) / sum(steps.times_ms[_WARM_UP:]),
+        sum(steps.waited_ms[WARM_UP:]) / sum(steps.times_ms[WARM_UP:]),
     )
 
 
@@ -207,7 +207,7 @@ def run_peer(folder: Path, row: Row, name: str, python: str) -> Result:
         return measure(nanogpt_command(folder, row, python), row, settings, folder, from_nanogpt)
     job = {
         "peer": peer, "rows": str(folder / "rows.npy"), "batch": row.batch, "steps": row.steps, "model": row.model,
-        "vocab_size": row.vocab_size, "bf16": row.peer_bf16,
+        "vocab_size": row.vocab_size,
     }  # fmt: skip
     command = [python, str(ROOT / "benchmarks/worker.py"), json.dumps(job)]
     return measure(command, row, settings, folder, from_worker)
@@ -302,7 +302,7 @@ def table(row: Row, rounds: list[dict[str, Result]]) -> str:
         starts = [start_s for results in rounds if (start_s := results[name].start_s) is not None]
         start = f"{statistics.median(starts):.1f} s" if starts else ""
         lines.append(
-            f"| {name} | {median(name, 'tokens_per_s'):,.0f} ({min(speeds):,.0f} to {max(speeds):,.0f}) | "
+            f"| {name} | {with_range(speeds)} | "
             f"{ratio(name, 'tokens_per_s'):.2f} | {median(name, 'memory_mb'):,.0f} MB | "
             f"{ratio(name, 'memory_mb'):.2f} | {start} | {median(name, 'loss'):.4f} |"
         )

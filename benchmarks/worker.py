@@ -87,7 +87,7 @@ def run_hf(job: dict[str, Any], rows: torch.Tensor, step_done: Any) -> float:
     data = [{"input_ids": row[:-1], "labels": row[:-1]} for row in rows]
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
-            output_dir=folder, per_device_train_batch_size=job["batch"], max_steps=job["steps"], bf16=job["bf16"],
+            output_dir=folder, per_device_train_batch_size=job["batch"], max_steps=job["steps"], bf16=True,
             use_cpu=True, learning_rate=4e-4, weight_decay=0.1, report_to=[], save_strategy="no", logging_steps=1000,
             disable_tqdm=True,
         )  # fmt: skip
@@ -118,7 +118,7 @@ def run_litgpt(job: dict[str, Any], rows: torch.Tensor, step_done: Any) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=4e-4, weight_decay=0.1)
     for step in range(job["steps"]):
         batch = batch_of(job, rows, step)
-        with torch.autocast("cpu", torch.bfloat16, enabled=job["bf16"]):
+        with torch.autocast("cpu", torch.bfloat16):
             loss = chunked_cross_entropy(model(batch[:, :-1]), batch[:, 1:])
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -148,7 +148,7 @@ def run_lightning(job: dict[str, Any], rows: torch.Tensor, step_done: Any) -> No
 
     data = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(rows), batch_size=job["batch"])
     L.Trainer(
-        accelerator="cpu", precision="bf16-mixed" if job["bf16"] else "32-true", max_steps=job["steps"], max_epochs=99,
+        accelerator="cpu", precision="bf16-mixed", max_steps=job["steps"], max_epochs=99,
         gradient_clip_val=1.0, logger=False, enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False,
     ).fit(Module(), data)  # fmt: skip
