@@ -23,8 +23,10 @@ _ATTENTION_BLOCK = 128
 """Queries taken at a time: more of them compute more hidden scores, fewer make products small."""
 _LONGEST_KEPT_ATTENTION = 1024
 
-_RUNTIME_MB = {"cpu": 465, "cuda": 900, "mps": 600}
+_RUNTIME_MB = {"cpu": 385, "cuda": 900, "mps": 600}
 """Python, torch and what a process of ours has loaded; on GPUs the CUDA context and cuBLAS workspaces."""
+_COMPILER_MB = 80
+"""torch's compiler on the CPU: DDP between ranks, DeepSpeed and transformers load it, one rank of a GPT does not."""
 _DEEPSPEED_MB = 145
 """What DeepSpeed and what it imports add on the CPU."""
 FRAGMENTATION = 0.05
@@ -86,9 +88,11 @@ def loss_part(positions: int, vocab_size: int, trained_head: int, bf16: bool, de
     return Part("loss", logits + casts + 4 * trained_head, note)
 
 
-def runtime_part(kind: str, device: Device) -> Part:
-    """What a process takes before it has a model."""
-    runtime = _RUNTIME_MB[device] + (_DEEPSPEED_MB if kind == "zero2" and device == "cpu" else 0)
+def runtime_part(kind: str, device: Device, compiler: bool) -> Part:
+    """What a process takes before it has a model; `compiler`: whether it loads torch's."""
+    runtime = _RUNTIME_MB[device]
+    if device == "cpu":
+        runtime += _COMPILER_MB * compiler + _DEEPSPEED_MB * (kind == "zero2")
     return Part("runtime", runtime * 1e6, "Python and libraries" if device == "cpu" else "CUDA context, libraries")
 
 
@@ -196,7 +200,8 @@ def _estimate(
     parts.append(loss_part(positions, vocab_size, head, bf16, device))
     backward = 3 * 4 * 4 * model.width * positions  # three gradients of an MLP's inside, fp32
     parts.append(Part("temporaries", backward, "of one layer's backward pass"))
-    parts.append(runtime_part(kind, device))
+    compiler = config.train.compile or ranks > 1 or kind == "zero2"
+    parts.append(runtime_part(kind, device, compiler))
     lost = FRAGMENTATION * sum(part.size_bytes for part in parts)
     return [*parts, Part("fragmentation", lost, f"{FRAGMENTATION:.0%} of the above")]
 

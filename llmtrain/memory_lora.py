@@ -125,7 +125,7 @@ class LoraSizes:
         largest = max(linear.inputs * linear.outputs for linear in facts.linears)
         backward = (4 + size) * facts.inner * positions + 2 * size * largest
         parts.append(Part("temporaries", backward, "of one layer's backward pass, its largest weight dequantised"))
-        runtime = runtime_part(kind, device)
+        runtime = runtime_part(kind, device, compiler=True)
         parts.append(Part("runtime", runtime.size_bytes + _LIBRARIES_MB * 1e6 * (device == "cpu"), runtime.note))
         lost = FRAGMENTATION * sum(part.size_bytes for part in parts)
         return [*parts, Part("fragmentation", lost, f"{FRAGMENTATION:.0%} of the above")]

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from llmtrain import tensorfile
@@ -95,6 +96,15 @@ class Block(nn.Module):
         return x_BTD + dropout(self.mlp(self.ln_2(x_BTD)), self.dropout, self.training)
 
 
+class _DrawNothing(TorchFunctionMode):
+    """Modules are made without torch's initialisation (a meta device would do, but imports torch's compiler: 1.1 s)."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__module__", "") != "torch.nn.init":
+            return func(*args, **(kwargs or {}))
+        return None  # torch's modules do not look at it
+
+
 class GPT(nn.Module):
     """`forward` returns the summed loss of a batch, `logits` what generation needs."""
 
@@ -103,20 +113,19 @@ class GPT(nn.Module):
         self.config, self.vocab_size = config, vocab_size
         self.activation_checkpointing = activation_checkpointing
         # GPT-2's initialisation draws every weight itself: torch's would be drawn before, and overwritten.
-        place = torch.device("meta") if config.init == "gpt2" else contextlib.nullcontext()
-        with torch.random.fork_rng(devices=[]), place:
+        draws = _DrawNothing() if config.init == "gpt2" else contextlib.nullcontext()
+        with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.transformer = nn.ModuleDict(
-                {
-                    "wte": nn.Embedding(vocab_size, config.width),
-                    "wpe": nn.Embedding(config.context, config.width),
-                    "h": nn.ModuleList(Block(config) for _ in range(config.num_layers)),
-                    "ln_f": nn.LayerNorm(config.width),
-                }
-            )
-            self.lm_head = nn.Linear(config.width, vocab_size, bias=False)
-            if config.init == "gpt2":
-                self.to_empty(device="cpu")
+            with draws:
+                self.transformer = nn.ModuleDict(
+                    {
+                        "wte": nn.Embedding(vocab_size, config.width),
+                        "wpe": nn.Embedding(config.context, config.width),
+                        "h": nn.ModuleList(Block(config) for _ in range(config.num_layers)),
+                        "ln_f": nn.LayerNorm(config.width),
+                    }
+                )
+                self.lm_head = nn.Linear(config.width, vocab_size, bias=False)
             if config.tie_weights:
                 self.lm_head.weight = cast(nn.Embedding, self.transformer["wte"]).weight
             if config.init == "gpt2":
@@ -157,7 +166,8 @@ class GPT(nn.Module):
             vocab_size, eos_id = c["vocab_size"], c["eos_token_id"]
         except (OSError, ValueError, KeyError) as error:
             raise CheckpointError(f"{folder / 'config.json'}: cannot be read as a GPT-2: {error}") from error
-        model = cls(config, vocab_size)
+        with _DrawNothing():
+            model = cls(config, vocab_size)
         model.load(folder)
         return model, eos_id
 

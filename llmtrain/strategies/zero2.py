@@ -35,7 +35,7 @@ class ZeRO2Strategy:
         self._world, self._bf16 = world, bf16
         self._module = model.to(world.device)
         self._named = {name: p for name, p in self._module.named_parameters() if p.requires_grad}
-        optimizer = build_optimizer(self._named.items(), config.optim)
+        optimizer = build_optimizer(self._named.items(), config.optim, torchs=True)
         self._engine: Any = _import_deepspeed(world).initialize(
             model=self._module,
             optimizer=optimizer,

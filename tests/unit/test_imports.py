@@ -126,6 +126,30 @@ def test_the_service_does_not_load_torch():
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 
+TRAINS_A_STEP = """
+import sys, torch
+import llmtrain.assemble
+from llmtrain.config.schema import GPTModel, RunConfig
+from llmtrain.data import Batch
+from llmtrain.models import build_model
+from llmtrain.strategies import build_strategy
+from llmtrain.world import find_world
+config = RunConfig(model=GPTModel(num_layers=1, num_heads=2, width=16, context=8))
+world = find_world("cpu")
+strategy = build_strategy(config, build_model(config, 64, world.device), world, False)
+ids = torch.zeros(2, 8, dtype=torch.int64)
+strategy.accumulate(Batch(ids, ids, None, None, 16), 1.0, last=True)
+strategy.update(1e-3)
+print(sorted({"torch._dynamo", "torch._inductor", "sympy", "transformers", "datasets", "deepspeed"} & set(sys.modules)))
+"""
+
+
+def test_a_step_on_one_rank_loads_no_compiler():
+    """A second at each start, and 100 MB."""
+    done = subprocess.run([sys.executable, "-c", TRAINS_A_STEP], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
 def test_the_launcher_imports_only_contracts():
     for name, path in modules("launcher").items():
         used = {top(module) for module in llmtrain_imports(path)}

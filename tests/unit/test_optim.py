@@ -1,11 +1,13 @@
 """Schedules and parameter groups."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 
 from llmtrain.config.schema import OptimSection, ScheduleSection
-from llmtrain.optim import build_optimizer, learning_rate
+from llmtrain.optim import FusedAdamW, Optimizer, build_optimizer, learning_rate, restore_state, saved_state
 
 
 def rates(kind: str, steps: int = 100, **settings) -> list[float]:
@@ -38,4 +40,61 @@ def test_weight_decay_is_on_matrices_unless_told_otherwise(decay: str, decayed: 
     with_decay = [p for group in optimizer.param_groups if group["weight_decay"] for p in group["params"]]
     assert len(with_decay) == decayed
     assert sum(len(group["params"]) for group in optimizer.param_groups) == 3
-    assert isinstance(optimizer, torch.optim.AdamW)
+
+
+def small_model() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(37, 64), nn.LayerNorm(64), nn.Linear(64, 5))
+
+
+def take_steps(model: nn.Sequential, optimizer: Optimizer, steps: range, set_to_none: bool) -> None:
+    for step in steps:
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-2 / (step + 1)
+        model(torch.randn(8, 37, generator=torch.Generator().manual_seed(step))).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none)
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_adamw_gives_the_bits_of_torchs(set_to_none: bool):
+    ours, theirs = small_model(), small_model()
+    settings = OptimSection(weight_decay=0.3)
+    optimizer = build_optimizer(ours.named_parameters(), settings)
+    torchs = build_optimizer(theirs.named_parameters(), settings, torchs=True)
+    assert isinstance(optimizer, FusedAdamW)
+    assert isinstance(torchs, torch.optim.AdamW)
+    take_steps(ours, optimizer, range(7), set_to_none)
+    take_steps(theirs, torchs, range(7), set_to_none)
+    for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert torch.equal(mine, other)
+        for kind in ("exp_avg", "exp_avg_sq", "step"):
+            assert torch.equal(optimizer.state[mine][kind], torchs.state[other][kind])
+        assert (mine.grad is None) == set_to_none
+        assert mine.grad is None or not mine.grad.any()
+
+
+def test_adamw_goes_on_where_it_was():
+    whole, first = small_model(), small_model()
+    take_steps(whole, build_optimizer(whole.named_parameters(), OptimSection()), range(6), True)
+    before = build_optimizer(first.named_parameters(), OptimSection())
+    take_steps(first, before, range(3), True)
+    second = copy.deepcopy(first)
+    after = build_optimizer(second.named_parameters(), OptimSection())
+    for saved, parameter in zip(first.parameters(), second.parameters(), strict=True):
+        state = saved_state(before, saved)
+        restore_state(after, parameter, lambda kind, _, state=state: state[kind].flatten(), torch.tensor(3.0))
+    take_steps(second, after, range(3, 6), True)
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), second.parameters(), strict=True))
+
+
+def test_adamw_leaves_alone_what_has_no_gradient():
+    model = small_model()
+    before = copy.deepcopy(model)
+    optimizer = build_optimizer(model.named_parameters(), OptimSection())
+    model[2].weight.grad = torch.ones_like(model[2].weight)
+    optimizer.step()
+    changed = [not torch.equal(a, b) for a, b in zip(before.parameters(), model.parameters(), strict=True)]
+    assert changed == [False, False, False, False, True, False]
+    model[2].weight.grad = None
+    optimizer.step()
