@@ -27,7 +27,7 @@ from llmtrain.data import Batch, StepData
 from llmtrain.trainer import Parts, train
 
 ROW = Row("", {"num_layers": 2, "num_heads": 2, "width": 64, "context": 64, "dropout": 0.0}, 8, 1024, ("fp32",), (), 1)
-TURN = 100
+TURN = 25
 
 
 class TakingTurns:
@@ -68,7 +68,7 @@ class TakingTurns:
 
 
 def main() -> None:
-    turns = int(sys.argv[1]) if len(sys.argv) > 1 else 60
+    turns = int(sys.argv[1]) if len(sys.argv) > 1 else 240
     found: list[TakingTurns] = []
 
     def train_in_turns(parts: Parts, state: Any) -> Any:
