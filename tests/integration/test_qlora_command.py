@@ -20,6 +20,7 @@ model: {num_layers: 3, num_heads: 4, width: 192, context: 320}
 train: {steps: 60, global_batch_size: 16}
 evaluate: {every_steps: null, also_at: [], train_rows: 0, sample: {prompt: ""}}
 checkpoint: {every_steps: null}
+service: {start: never}
 """
 TUNING = """
 run: {name: tuned}
@@ -33,6 +34,7 @@ train: {epochs: 4, global_batch_size: 8}
 optim: {lr: 5e-3, schedule: {warmup_steps: 5}}
 evaluate: {every_steps: null, train_rows: 0}
 checkpoint: {every_steps: null}
+service: {start: never}
 """
 PROMPT = "### Instruction:\nName a colour.\n\n### Response:\n"
 

@@ -25,6 +25,7 @@ train: {steps: 6, global_batch_size: 8, micro_batch_size: 2, precision: fp32}
 optim: {lr: 5e-3, schedule: {warmup_steps: 2}}
 evaluate: {every_steps: null, train_rows: 0}
 checkpoint: {every_steps: 3}
+service: {start: never}
 log: {every_steps: 1}
 """
 CELLS = [(q, kind, ranks) for q in ("nf4", "int8") for kind in ("ddp", "zero2") for ranks in (1, 2, 4)]
@@ -122,16 +123,18 @@ def test_killed_runs_of_every_cell_end_bit_equal(tuning: Workplace, quantisation
 
 
 def test_an_adapter_does_not_go_on_with_another_base(tuning: Workplace):
-    tuning.train("run.name=swapped", "train.steps=2")
+    name = trained(tuning, "nf4", "ddp", 1)
+    settings = [f"run.name={name}", "run.dir=runs/swapped", "train.steps=7"]
+    shutil.copytree(tuning.run_folder(name), tuning.folder / "runs/swapped" / name)
     weights = tuning.folder / "llama/model.safetensors"
     whole = weights.read_bytes()
     weights.write_bytes(whole[:-3] + b"abc")
     try:
-        output = tuning.train("run.name=swapped", "train.steps=3", code=RunFolderError.exit_code)
+        output = tuning.train(*settings, code=RunFolderError.exit_code)
         assert "(model.safetensors changed)" in output
     finally:
         weights.write_bytes(whole)  # another time of modification, the same bytes: read again, and right
-    assert "resuming   from step 2" in tuning.train("run.name=swapped", "train.steps=3")
+    assert "resuming   from step 6" in tuning.train(*settings)
 
 
 def test_an_adapter_goes_on_under_the_other_strategy_on_other_ranks(tuning: Workplace, tmp_path: Path):
