@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
@@ -39,7 +40,7 @@ class FusedAdamW:
     def __init__(self, groups: list[dict[str, Any]], lr: float, betas: tuple[float, float], eps: float):
         """`groups`: `params` and `weight_decay` each. All parameters on one device."""
         self.param_groups: list[dict[str, Any]] = [{**group, "lr": lr} for group in groups]
-        self.state: dict[nn.Parameter, dict[str, Tensor]] = {}
+        self.state: defaultdict[nn.Parameter, dict[str, Tensor]] = defaultdict(dict)
         self._betas, self._eps = betas, eps
         device = next((p.device for group in groups for p in group["params"]), None)
         self._steps = torch.zeros((), device=device)
@@ -84,9 +85,10 @@ class FusedAdamW:
         self.state[parameter] = {**moments, "step": self._steps}
 
     def _state_of(self, parameter: nn.Parameter) -> dict[str, Tensor]:
-        if parameter not in self.state:
-            self.state[parameter] = {kind: torch.zeros_like(parameter) for kind in MOMENTS} | {"step": self._steps}
-        return self.state[parameter]
+        state = self.state[parameter]
+        if not state:
+            state.update({kind: torch.zeros_like(parameter) for kind in MOMENTS}, step=self._steps)
+        return state
 
 
 def build_optimizer(

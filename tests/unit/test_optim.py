@@ -96,5 +96,7 @@ def test_adamw_leaves_alone_what_has_no_gradient():
     optimizer.step()
     changed = [not torch.equal(a, b) for a, b in zip(before.parameters(), model.parameters(), strict=True)]
     assert changed == [False, False, False, False, True, False]
+    assert set(saved_state(optimizer, model[2].weight)) == {"exp_avg", "exp_avg_sq"}
+    assert not saved_state(optimizer, model[0].weight)
     model[2].weight.grad = None
     optimizer.step()
