@@ -8,7 +8,7 @@ train: .venv/ready  ## set up, then train the default model (about 5 minutes on 
 	$(PY) -m llmtrain
 
 test: .venv/ready-dev  ## unit, multi-process and integration tests (under 20 minutes on 2 cores)
-	$(PY) -m pytest -n 3 --dist loadfile --no-loadscope-reorder
+	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 soak: .venv/ready-dev  ## the long campaigns with their full counts
 	$(PY) -m pytest --soak -m soak -s
