@@ -26,7 +26,8 @@ _LONGEST_KEPT_ATTENTION = 1024
 _RUNTIME_MB = {"cpu": 385, "cuda": 900, "mps": 600}
 """Python, torch and what a process of ours has loaded; on GPUs the CUDA context and cuBLAS workspaces."""
 _COMPILER_MB = 80
-"""torch's compiler on the CPU: DDP between ranks, DeepSpeed and transformers load it, one rank of a GPT does not."""
+"""torch's compiler on the CPU: DDP between ranks, DeepSpeed, transformers, bitsandbytes and torch's recomputation load
+it; one rank of a plain GPT does not."""
 _DEEPSPEED_MB = 145
 """What DeepSpeed and what it imports add on the CPU."""
 FRAGMENTATION = 0.05
@@ -200,7 +201,9 @@ def _estimate(
     parts.append(loss_part(positions, vocab_size, head, bf16, device))
     backward = 3 * 4 * 4 * model.width * positions  # three gradients of an MLP's inside, fp32
     parts.append(Part("temporaries", backward, "of one layer's backward pass"))
-    compiler = config.train.compile or ranks > 1 or kind == "zero2"
+    train = config.train
+    compiler = train.compile or train.activation_checkpointing or config.optim.kind != "adamw" or ranks > 1
+    compiler |= kind == "zero2"
     parts.append(runtime_part(kind, device, compiler))
     lost = FRAGMENTATION * sum(part.size_bytes for part in parts)
     return [*parts, Part("fragmentation", lost, f"{FRAGMENTATION:.0%} of the above")]

@@ -105,8 +105,7 @@ class _Sink:
 
     def finish(self) -> FileInfo:
         """Write the rest, and wait for the disk."""
-        rest = self._filled
-        if rest:
+        if self._filled:
             self._flush()
             os.ftruncate(self._file, self._written)
         os.fsync(self._file)

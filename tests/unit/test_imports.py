@@ -145,7 +145,7 @@ print(sorted({"torch._dynamo", "torch._inductor", "sympy", "transformers", "data
 
 
 def test_a_step_on_one_rank_loads_no_compiler():
-    """A second at each start, and 100 MB."""
+    """A second at each start, and 80 MB."""
     done = subprocess.run([sys.executable, "-c", TRAINS_A_STEP], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
 
