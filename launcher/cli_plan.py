@@ -58,7 +58,7 @@ def plan(
         config, origins = load_config(*split_settings(settings or []))
         wishes = Wishes(gpus, nodes, gpus_per_node, ranks_per_node, cluster, time)
         job = find_job(wishes)
-        machine = machine_for(wishes, job, gpu_memory, device)
+        machine = machine_for(wishes, job, gpu_memory, "cpu" if config.train.device == "cpu" else device)
         told = Told(vocab_size, samples, base_config, tokens_per_s, train_seconds(wishes, job))
         fits = show(config, origins, machine, told, Console())
         if job is not None:

@@ -145,9 +145,9 @@ def build(
     training = data.split("train")
     plan = plan_batches(config, origins, world.size, training.num_rows)
     vocab_size = data.manifest.tokenizer.vocab_size
-    model = build_model(config, vocab_size, world.device)
-    prove_isolation(config, model, training)
     state, resume_step = TrainState(), prepared["resume_step"]
+    model = build_model(config, vocab_size, world.device, is_loaded_next=resume_step is not None)
+    prove_isolation(config, model, training)
     if resume_step is not None:
         state = manifest.read(run_dir.checkpoint(resume_step)).train_state
         model.load(run_dir.checkpoint(resume_step) / "model")

@@ -67,18 +67,18 @@ def machine_for(wishes: Wishes, job: Order | None, gpu_memory_gb: float | None, 
         ConfigError: there is no GPU here to go by, and none is described.
     """
     if job is not None:
-        return find_nodes(job, gpu_memory_gb)
+        return find_nodes(job, gpu_memory_gb, device)
     each = wishes.gpus_per_node or wishes.ranks_per_node or 1
     on_cpu = wishes.gpus_per_node == 0 or wishes.ranks_per_node is not None
     return find_machine(wishes.gpus or (wishes.nodes or 1) * each, gpu_memory_gb, "cpu" if on_cpu else device)
 
 
-def find_nodes(job: Order, gpu_memory_gb: float | None) -> Machine:
+def find_nodes(job: Order, gpu_memory_gb: float | None, device: str) -> Machine:
     """What a job gets of a cluster, which is not asked."""
     profile, asked = job.profile, job.request
     ranks = asked.nodes * asked.ranks_per_node
     nodes = "1 node" if asked.nodes == 1 else f"{asked.nodes} nodes"
-    if not asked.gpus_per_node:
+    if not asked.gpus_per_node or device == "cpu":
         size = None if profile.mem_bytes is None else profile.mem_bytes / asked.ranks_per_node
         memory = "unknown memory" if profile.mem_bytes is None else display.size(profile.mem_bytes)
         return Machine("cpu", ranks, size, f"{nodes} with {memory}, {num_ranks(ranks)}")

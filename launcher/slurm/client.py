@@ -23,7 +23,7 @@ _OVER = (
 )  # fmt: skip
 _MOST_ALIVE = ("RUNNING", "COMPLETING", "CONFIGURING", "PENDING")
 """What an array counts as, while some of its tasks are."""
-_HABITS = ("SQUEUE_", "SACCT_", "SCONTROL_")
+_HABITS = ("SQUEUE_", "SACCT_", "SCONTROL_", "SINFO_")
 """Variables in which people keep options of their own: they would change what is read here."""
 
 

@@ -14,15 +14,18 @@ if TYPE_CHECKING:  # peft and bitsandbytes take seconds to import
 __all__ = ["GPT", "build_model"]
 
 
-def build_model(config: RunConfig, vocab_size: int, device: torch.device) -> "GPT | QLoRA":
+def build_model(
+    config: RunConfig, vocab_size: int, device: torch.device, is_loaded_next: bool = False
+) -> "GPT | QLoRA":
     """The model with initial weights that depend on configuration and seed alone.
 
-    A GPT in fp32 on the CPU; a base with LoRA on `device`, where its quantisation happens.
+    `is_loaded_next`: a GPT's weights are not drawn, because `load` follows.
+    A GPT is in fp32 on the CPU; a base with LoRA on `device`, where its quantisation happens.
     """
     recompute = config.train.activation_checkpointing
     match config.model:
         case GPTModel():
-            return GPT(config.model, vocab_size, config.run.seed, recompute)
+            return GPT(config.model, vocab_size, None if is_loaded_next else config.run.seed, recompute)
         case QLoRAModel():
             from llmtrain.models.qlora import QLoRA
 

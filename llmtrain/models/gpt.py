@@ -108,14 +108,15 @@ class _DrawNothing(TorchFunctionMode):
 class GPT(nn.Module):
     """`forward` returns the summed loss of a batch, `logits` what generation needs."""
 
-    def __init__(self, config: GPTModel, vocab_size: int, seed: int = 0, activation_checkpointing: bool = False):
+    def __init__(self, config: GPTModel, vocab_size: int, seed: int | None = 0, activation_checkpointing: bool = False):
+        """Without a seed no weight is drawn (6 s for a billion of them): they hold nothing until `load`."""
         super().__init__()
         self.config, self.vocab_size = config, vocab_size
         self.activation_checkpointing = activation_checkpointing
         # GPT-2's initialisation draws every weight itself: torch's would be drawn before, and overwritten.
-        draws = _DrawNothing() if config.init == "gpt2" else contextlib.nullcontext()
+        draws = _DrawNothing() if config.init == "gpt2" or seed is None else contextlib.nullcontext()
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.manual_seed(seed or 0)
             with draws:
                 self.transformer = nn.ModuleDict(
                     {
@@ -128,7 +129,7 @@ class GPT(nn.Module):
                 self.lm_head = nn.Linear(config.width, vocab_size, bias=False)
             if config.tie_weights:
                 self.lm_head.weight = cast(nn.Embedding, self.transformer["wte"]).weight
-            if config.init == "gpt2":
+            if config.init == "gpt2" and seed is not None:
                 self._init_gpt2()
 
     def _init_gpt2(self) -> None:
@@ -161,13 +162,11 @@ class GPT(nn.Module):
                 context=c["n_positions"],
                 dropout=c["embd_pdrop"],
                 tie_weights=c["tie_word_embeddings"],
-                init="pytorch",
             )
             vocab_size, eos_id = c["vocab_size"], c["eos_token_id"]
         except (OSError, ValueError, KeyError) as error:
             raise CheckpointError(f"{folder / 'config.json'}: cannot be read as a GPT-2: {error}") from error
-        with _DrawNothing():
-            model = cls(config, vocab_size)
+        model = cls(config, vocab_size, seed=None)
         model.load(folder)
         return model, eos_id
 

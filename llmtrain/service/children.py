@@ -15,6 +15,8 @@ from typing import Any
 
 import psutil
 
+from llmtrain.service.niceness import step_back
+
 _PARENT = "LLMTRAIN_SERVICE_PID"
 _NICE = "LLMTRAIN_SERVICE_NICE"
 _LOOK_S = 0.2
@@ -29,7 +31,7 @@ class Child:
         self, module: str, arguments: list[str], log: Path, lock: int, environment: dict[str, str], nice: int = 0
     ):
         """`lock`: descriptor of the service's lock, which stays held until this process has ended too.
-        `nice`: its niceness, from its first instruction on."""
+        `nice`: its niceness, from its first instruction on, also towards other sessions (`step_back`)."""
         self.started = self._moved = time.monotonic()
         self._read = (0.0, 0.0)
         self._rest = b""
@@ -41,6 +43,7 @@ class Child:
             stderr=self._log,
             env={**os.environ, **environment, _PARENT: str(os.getpid()), _NICE: str(nice)},
             pass_fds=(lock,),
+            start_new_session=True,  # Ctrl-C is for the service, which ends it; and see step_back
         )
         assert self._process.stdout is not None
         os.set_blocking(self._process.stdout.fileno(), False)
@@ -93,7 +96,7 @@ def run_and_die_with_parent(arguments: list[str]) -> None:
     """
     parent = int(os.environ[_PARENT])
     if os.name == "posix":
-        os.nice(int(os.environ[_NICE]))  # before its imports, which are most of the work of a small upload
+        step_back(int(os.environ[_NICE]))  # before its imports, which are most of the work of a small upload
 
     def watch() -> None:
         while os.getppid() == parent:
@@ -107,11 +110,6 @@ def run_and_die_with_parent(arguments: list[str]) -> None:
     threading.Thread(target=watch, name="parent", daemon=True).start()
     sys.argv = arguments
     runpy.run_module(arguments[0], run_name="__main__", alter_sys=True)
-
-
-def niceness(mildest: int, waiting: int) -> int:
-    """Of a child beside training on the same cores, which goes first; but the more waits, the less patient it is."""
-    return max(0, mildest - 3 * max(0, waiting - 1))
 
 
 class Pause:

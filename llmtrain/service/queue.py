@@ -1,5 +1,6 @@
 """What there is to do: derived from the disk and the ledgers at every look, so that no queue can be lost."""
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from llmtrain import ledger, manifest, retention
@@ -7,6 +8,9 @@ from llmtrain.config import RunConfig
 from llmtrain.errors import CheckpointError
 from llmtrain.ledger import Event, Score, Upload
 from llmtrain.rundir import RunDir
+from llmtrain.service.niceness import niceness, step_back
+
+_NICE = 10
 
 
 @dataclass(frozen=True)
@@ -49,8 +53,10 @@ class Inspector:
     def look(self, config: RunConfig, scoring: bool) -> Work:
         """Everything that is on disk and whole, and what each still needs, oldest first."""
         work = Work(scores=ledger.scores(self._run), uploads=ledger.uploads(self._run))
-        for step in self._run.checkpoint_steps():
-            found = self._inspect(step)
+        steps = self._run.checkpoint_steps()
+        unknown = len(set(steps) - {step for step, *_ in self._known})
+        for step in steps:
+            found = self._inspect(step, niceness(_NICE, unknown) if self._run.is_training() else 0)
             if found is None:
                 continue
             work.whole[step] = found
@@ -60,13 +66,13 @@ class Inspector:
                 work.to_upload.append(step)
         return work
 
-    def _inspect(self, step: int) -> Found | None:
+    def _inspect(self, step: int, nice: int) -> Found | None:
         folder = self._run.checkpoint(step)
         try:
             stamp = (folder / manifest.NAME).stat()
             key = (step, stamp.st_ino, stamp.st_mtime_ns)
             if key not in self._known:
-                self._known[key] = self._verify(step)
+                self._known[key] = self._verify(step, nice)
         except FileNotFoundError:
             if folder.exists():  # without a manifest; a folder that has just been renamed is somebody else's business
                 self.reject(step, f"{folder / manifest.NAME}: missing")
@@ -76,8 +82,10 @@ class Inspector:
             return None
         return self._known[key]
 
-    def _verify(self, step: int) -> Found:
-        described = manifest.verify(self._run.checkpoint(step))
+    def _verify(self, step: int, nice: int) -> Found:
+        # A thread of its own has a niceness of its own, which children of the service would inherit.
+        with ThreadPoolExecutor(1, initializer=step_back, initargs=(nice,)) as patient:
+            described = patient.submit(manifest.verify, self._run.checkpoint(step)).result()
         return Found(
             step=step,
             identity=manifest.identity(described),

@@ -9,7 +9,8 @@ from llmtrain.gpus import num_gpus
 from llmtrain.ledger import Event, Score
 from llmtrain.rundir import RunDir
 from llmtrain.service import crash
-from llmtrain.service.children import Child, Pause, niceness
+from llmtrain.service.children import Child, Pause
+from llmtrain.service.niceness import niceness
 from llmtrain.service.queue import Work
 
 _MODULE = "llmtrain.service.validate"

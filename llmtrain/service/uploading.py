@@ -14,7 +14,8 @@ from llmtrain.config import RunConfig
 from llmtrain.ledger import Event, HubState, Upload
 from llmtrain.rundir import RunDir
 from llmtrain.service import crash, plan
-from llmtrain.service.children import Child, Pause, niceness
+from llmtrain.service.children import Child, Pause
+from llmtrain.service.niceness import niceness
 from llmtrain.service.queue import Work
 from llmtrain.service.scoring import last_line
 

@@ -73,7 +73,7 @@ def validate(
         raise ConfigError([f"data.split.{split}=0: there is no {split} split to score; set it and train anew"])
     rows = data.split(split)
     bf16 = config.train.precision == "bf16" and is_bf16_fast(device)
-    model = build_model(config, data.manifest.tokenizer.vocab_size, device)
+    model = build_model(config, data.manifest.tokenizer.vocab_size, device, is_loaded_next=True)
     batch_size = config.service.batch_size or config.evaluate.batch_size or config.train.micro_batch_size or 8
 
     def token_losses(batch: Batch) -> Tensor:

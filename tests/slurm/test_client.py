@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from launcher.slurm import client
 from launcher.slurm.client import Queued
+from launcher.slurm.partitions import partitions
 from llmtrain.errors import SlurmError
 from tests.support.slurm_cluster import Cluster
 
@@ -67,6 +68,9 @@ def test_habits_of_the_user_change_nothing(cluster: Cluster, monkeypatch: pytest
     for name, value in {"SQUEUE_FORMAT": "%j", "SQUEUE_PARTITION": "high", "SQUEUE_STATES": "RUNNING"}.items():
         monkeypatch.setenv(name, value)
     assert client.queue([job])[job] == Queued(job, "PENDING", "JobHeldUser")
+    known = partitions()
+    monkeypatch.setenv("SINFO_PARTITION", "another")
+    assert partitions() == known
 
 
 def test_forgotten_jobs_are_asked_of_sacct(cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

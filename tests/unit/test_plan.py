@@ -108,13 +108,15 @@ def test_a_run_is_spread_over_jobs(tmp_path: Path):
 
 def test_what_nodes_have_comes_from_the_profile_and_the_command_line():
     job = Order(Profile(gpus_per_node=4, gpu_memory_gb=80), Request(2, 4, 4))
-    machine = find_nodes(job, None)
+    machine = find_nodes(job, None, "auto")
     assert (machine.device, machine.ranks, machine.memory_bytes) == ("cuda", 8, 80e9)
     unknown = replace(job, profile=Profile(gpus_per_node=4))
-    assert (find_nodes(unknown, 40.0).memory_bytes, find_nodes(unknown, None).memory_bytes) == (40e9, None)
-    cpu = find_nodes(Order(Profile(gpus_per_node=0, mem="64G"), Request(2, ranks_per_node=4)), None)
+    sizes = [find_nodes(unknown, described, "auto").memory_bytes for described in (40.0, None)]
+    assert sizes == [40e9, None]
+    assert find_nodes(job, None, "cpu").device == "cpu"  # train.device=cpu on nodes that have GPUs
+    cpu = find_nodes(Order(Profile(gpus_per_node=0, mem="64G"), Request(2, ranks_per_node=4)), None, "auto")
     assert (cpu.device, cpu.ranks, cpu.memory_bytes) == ("cpu", 8, 16 * 1024**3)
-    assert find_nodes(Order(Profile(gpus_per_node=0, mem="0"), Request()), None).memory_bytes is None
+    assert find_nodes(Order(Profile(gpus_per_node=0, mem="0"), Request()), None, "auto").memory_bytes is None
     assert Profile(gpus_per_node=0, mem="1000").mem_bytes == 1000 * 1024**2
 
 
