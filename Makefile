@@ -21,6 +21,7 @@ lint: .venv/ready-dev  ## style and types
 bench: .venv/ready-dev  ## our step against named peers, in one run (installs them into .venv-peers)
 	$(PY) -m benchmarks.step
 	$(PY) -m benchmarks.qlora
+	$(PY) -m benchmarks.lecture
 	$(PY) -m benchmarks.overhead
 	$(PY) -m benchmarks.ranks
 	$(PY) -m benchmarks.saving

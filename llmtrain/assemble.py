@@ -180,7 +180,7 @@ def build(
         rows_per_epoch=training.num_rows,
         fingerprint=prepared["fingerprint"],
         evaluate=make_evaluate(config, data, plan, strategy, world, make_task(config, data, model, world, meter)),
-        write_sample=make_sampler(config, data, model, meter),
+        write_sample=make_sampler(config, data, model, world, meter),
         saver=Saver(run_dir, world, strategy, make_model_writer(data, model), config.checkpoint, companion.after_save),
     )
     if world.is_main and config.service.start == "auto":

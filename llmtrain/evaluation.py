@@ -13,6 +13,7 @@ from llmtrain.manifest import TrainState
 from llmtrain.metrics import Meter
 from llmtrain.shards import ShardFolder
 from llmtrain.strategies import Strategy, Trainable
+from llmtrain.strategies.forward import autocast
 from llmtrain.world import World
 
 
@@ -69,15 +70,19 @@ def make_task(
     return answer_task
 
 
-def make_sampler(config: RunConfig, data: ShardFolder, model: Trainable, meter: Meter) -> Callable[[TrainState], None]:
+def make_sampler(
+    config: RunConfig, data: ShardFolder, model: Trainable, world: World, meter: Meter
+) -> Callable[[TrainState], None]:
     """On rank 0: continue the configured prompt and write the text down."""
+    bf16 = config.train.precision == "bf16"
     sampling, eos_id = config.evaluate.sample, data.manifest.tokenizer.eos_id
     tokenizer = Tokenizer.from_file(str(data.tokenizer / "tokenizer.json"))
     prompt_ids = tokenizer.encode(sampling.prompt, add_special_tokens=False).ids or [eos_id]
 
     def write_sample(state: TrainState) -> None:
-        ids = continue_text(model.text_generator(), prompt_ids, sampling, config.run.seed, eos_id)
-        text = tokenizer.decode(list(ids))
+        with autocast(world.device, bf16):  # around all tokens: each weight is cast once, and read in half the bytes
+            ids = list(continue_text(model.text_generator(), prompt_ids, sampling, config.run.seed, eos_id))
+        text = tokenizer.decode(ids)
         meter.sample(state, sampling.prompt, text)
         log.info(f"sample     {sampling.prompt}{text}".replace("\n", "\\n"))
 
