@@ -19,6 +19,9 @@ class ServiceSection(Section):
     GPUs) training."""
     threads: Annotated[int | None, Field(ge=1)] = None
     """CPU threads for scoring; by default half of the cores where training computes on them too, else all."""
+    nice: Annotated[int, Field(ge=0, le=19)] = 10
+    """How far the service steps back behind training on the same machine: 0 shares the cores evenly, with 10 it gets
+    about a tenth of one that training wants. The more checkpoints wait, the less it steps back."""
     batch_size: Annotated[int | None, Field(ge=1)] = None
     """Rows per forward pass when scoring; by default as in training's evaluation. Does not change the result."""
     patience: Annotated[int | None, Field(ge=1)] = None

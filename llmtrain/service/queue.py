@@ -10,8 +10,6 @@ from llmtrain.ledger import Event, Score, Upload
 from llmtrain.rundir import RunDir
 from llmtrain.service.niceness import niceness, step_back
 
-_NICE = 10
-
 
 @dataclass(frozen=True)
 class Found:
@@ -56,7 +54,7 @@ class Inspector:
         steps = self._run.checkpoint_steps()
         unknown = len(set(steps) - {step for step, *_ in self._known})
         for step in steps:
-            found = self._inspect(step, niceness(_NICE, unknown) if self._run.is_training() else 0)
+            found = self._inspect(step, niceness(config.service.nice, unknown) if self._run.is_training() else 0)
             if found is None:
                 continue
             work.whole[step] = found

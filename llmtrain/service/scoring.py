@@ -14,7 +14,6 @@ from llmtrain.service.niceness import niceness
 from llmtrain.service.queue import Work
 
 _MODULE = "llmtrain.service.validate"
-_NICE = 10
 _GIVE_UP = 5
 
 
@@ -76,10 +75,12 @@ class Scoring:
         arguments = [str(self._run.path), "--device", where, "--steps", *map(str, steps)]
         environment, nice = {"OMP_WAIT_POLICY": "PASSIVE"}, 0
         if where == "cpu":
-            beside = self._run.is_training() and origin.read(self._run).device == "cpu"
+            is_training = self._run.is_training()
+            shares = is_training and origin.read(self._run).device == "cpu"
             cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-            arguments += ["--threads", str(config.service.threads or max(1, cores // (2 if beside else 1)))]
-            nice = niceness(_NICE, len(steps)) if beside else 0  # what waits lies on the disk until it is scored
+            arguments += ["--threads", str(config.service.threads or max(1, cores // (2 if shares else 1)))]
+            # What waits lies on the disk until it is scored; a GPU waits for the threads that give it work.
+            nice = niceness(config.service.nice, len(steps)) if is_training else 0
             environment["CUDA_VISIBLE_DEVICES"] = ""
         self._asked = list(steps)
         self._child = Child(_MODULE, arguments, self._run.service_log, self._lock, environment, nice)

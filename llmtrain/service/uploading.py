@@ -22,7 +22,6 @@ from llmtrain.service.scoring import last_line
 Task = tuple[str, int | None]
 """What the child does, and to which step."""
 _MODULE = "llmtrain.service.hub"
-_NICE = 19
 _REFUSED_S = 60.0
 _COMMITS_KEPT_FREE = 100
 """`main` is not renewed when so many commits were made within the hour (the Hub takes 128): weights go first."""
@@ -99,7 +98,7 @@ class Uploading:
         self._task = (task, step)
         self._attempts[self._task] += 1
         environment = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "CUDA_VISIBLE_DEVICES": ""}
-        nice = niceness(_NICE, waiting)
+        nice = niceness(config.service.nice, waiting) if self._run.is_training() else 0
         self._child = Child(_MODULE, arguments, self._run.service_log, self._lock, environment, nice)
 
     def _collect(self, child: Child, stall_s: float) -> list[tuple[int, str]]:

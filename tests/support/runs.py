@@ -92,7 +92,7 @@ train: {{steps: 24, global_batch_size: 8, precision: fp32}}
 optim: {{lr: 3e-3, schedule: {{warmup_steps: 4}}}}
 evaluate: {{every_steps: 8, train_rows: 8, sample: {{tokens: 5}}}}
 checkpoint: {{every_steps: 4, keep_last: 3, keep_best: 1}}
-service: {{start: never}}
+service: {{start: never, nice: 0}}
 log: {{every_steps: 1, report: false}}
 """
     )
