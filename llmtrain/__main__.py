@@ -20,6 +20,7 @@ RANK_LOGS = "LLMTRAIN_RANK_LOGS"
 """Variable that names a folder for the ranks' output."""
 _LOOK_S = 0.5
 _RANK_0_SPEAKS_S = 10.0
+_LEAVES_LAST_S = 1.0
 _STOPS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 _HELP = """\
@@ -64,6 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for number in _STOPS:  # a second one must not kill what has saved and is leaving
             signal.signal(number, signal.SIG_IGN)
         leave_code(code)
+        leave_after_other_nodes(rank)
         # `llmtrain run` knows from the code that it was left; torchrun would report a failure.
         sys.exit(0 if code == EXIT_REQUEUE and EXIT_CODES in os.environ and "WORLD_SIZE" in os.environ else code)
 
@@ -82,6 +84,16 @@ def rank_0_speaks_first(rank: int) -> Iterator[None]:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(_RANK_0_SPEAKS_S)
         raise
+
+
+def leave_after_other_nodes(rank: int) -> None:
+    """Of a start on several nodes, rank 0's agent holds the store where the agents wait for each other at the end.
+
+    Where it leaves between another's word and the answer, that one logs a traceback after a good end. A run that has
+    finished gives the others that time anyway: rank 0 sums it up.
+    """
+    if rank == 0 and int(os.environ.get("WORLD_SIZE", "1")) > int(os.environ.get("LOCAL_WORLD_SIZE", "1")):
+        time.sleep(_LEAVES_LAST_S)
 
 
 def write_to_own_file(rank: int) -> None:
