@@ -1,7 +1,7 @@
 """What the loop costs beside a bare one over the same model: `python -m benchmarks.overhead [TURNS]`.
 
 A whole run of a tiny GPT (2 layers, width 64, 8 x 64, fp32) with TensorBoard at every step, clipping, schedule,
-checks, ledger and checkpoint manager. In the same process, its loop and a bare one take turns of 100 steps over the
+checks, ledger and checkpoint manager. In the same process, its loop and a bare one take turns of 25 steps over the
 same model, optimizer and tokens (A B A B ...), so that a machine which others use as well slows both. A turn of ours
 counts everything between its first and its last step: waiting for data too, and what its threads take from it.
 """
@@ -80,7 +80,7 @@ def main() -> None:
     assemble.become_finish = lambda *_: None  # pyright: ignore  it would replace this process by the summary's
     with tempfile.TemporaryDirectory(dir=os.environ.get("SCRATCH")) as scratch:
         folder = Path(scratch)
-        write_shards(folder, ROW)
+        write_shards(folder, ROW, num_steps=1024)  # with a few, working out the next epoch's order would show
         settings = [*settings_of(folder, ROW, "fp32"), f"train.steps={turns * TURN}", "run.name=turns"]
         assemble.run(None, [*settings, "service.start=never"])
     ours, bare = found[0].ours_ms[1:], found[0].bare_ms[1:]

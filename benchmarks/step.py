@@ -137,13 +137,13 @@ def from_events(folder: Path) -> Steps:
     return Steps([event.value for event in times], times[0].wall_time, losses[-1].value, waited)
 
 
-def write_shards(folder: Path, row: Row) -> Path:
-    """Random rows as shards for ours, and as .npy for the peers."""
+def write_shards(folder: Path, row: Row, num_steps: int = 16) -> Path:
+    """Random rows as shards for ours, and as .npy for the peers; an epoch of so many steps."""
     from llmtrain import files, recipe, shards
     from llmtrain.config import load_config
 
     draw, context = np.random.default_rng(0), row.model["context"]
-    tokens = draw.integers(0, row.vocab_size, (row.batch * 16, context + 1)).astype(np.uint16)
+    tokens = draw.integers(0, row.vocab_size, (row.batch * num_steps, context + 1)).astype(np.uint16)
     np.save(folder / "rows.npy", tokens)
     config, _ = load_config(None, settings_of(folder, row, "fp32"))
     out = recipe.shard_folder(config)

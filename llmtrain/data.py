@@ -68,7 +68,7 @@ class SampleOrder:
             rows.append(block_rows[start : start + count])
             hashes.append(block_hashes[start : start + count])
             first, count = first + len(rows[-1]), count - len(rows[-1])
-        return np.concatenate(rows), np.concatenate(hashes)
+        return (rows[0], hashes[0]) if len(rows) == 1 else (np.concatenate(rows), np.concatenate(hashes))
 
     def _block(self, epoch: int, number: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         if self._known[:2] != (epoch, number):
@@ -129,10 +129,11 @@ def make_batch(rows: Rows, isolate_documents: bool) -> Batch:
     each document; padding counts as one more document. Columns that are padding in every row are left
     out, up to a multiple of _COLUMNS.
     """
-    filled = np.array([lens.sum() for lens in rows.doc_lens])
+    one_each = all(len(lens) == 1 for lens in rows.doc_lens)
+    filled = np.concatenate(rows.doc_lens if one_each else [lens.sum(keepdims=True) for lens in rows.doc_lens])
     width = min(rows.tokens.shape[1], -(-(int(filled.max()) - 1) // _COLUMNS) * _COLUMNS + 1)
     num_rows, tokens = len(filled), torch.from_numpy(rows.tokens[:, :width].astype(np.int64))
-    whole = (filled == width).all() and all(len(lens) == 1 for lens in rows.doc_lens)
+    whole = one_each and bool((filled == width).all())
     if whole and rows.loss_mask is None and not isolate_documents:  # packed from end to end: nothing to leave out
         return Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), None, None, num_rows * (width - 1))
     doc_of, starts = _documents(rows.doc_lens, filled, width)
@@ -149,7 +150,7 @@ def make_batch(rows: Rows, isolate_documents: bool) -> Batch:
 
 
 def _documents(
-    doc_lens: list[NDArray[np.int32]], filled: NDArray[np.int64], width: int
+    doc_lens: list[NDArray[np.int32]], filled: NDArray[np.integer], width: int
 ) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
     """(B, width) each: of every token its document's number in the row, and where in the row that begins.
 

@@ -43,10 +43,10 @@ def score(loss_of: Callable[[Batch], Tensor], batches: Iterable[Batch], world: W
         heartbeat.at("evaluate")
         losses.append(loss_of(batch))
         targets += batch.num_targets
-    total = torch.stack(losses).cpu().double().sum() if losses else torch.zeros((), dtype=torch.float64)
+    total = torch.stack(losses).cpu().double().sum().item() if losses else 0.0
     heartbeat.on_to("scores")
-    sums = world.sum_doubles(torch.stack([total, torch.tensor(float(targets), dtype=torch.float64)]))
-    return Score(sums[0].item() / max(1.0, sums[1].item()), int(sums[1].item()))
+    total, all_targets = world.sum_floats([total, float(targets)])
+    return Score(total / max(1.0, all_targets), int(all_targets))
 
 
 class Generator(Protocol):

@@ -36,7 +36,7 @@ def finish(run: RunDir) -> None:
             Companion(run, config).wait()
         except KeyboardInterrupt:
             log.info(f"service    goes on by itself; to wait for it: {drain_command(run.path)}")
-    result = summary.write(run)
+    result = summary.write(run, with_curve=config.log.report)
     if result is None:
         return
     if config.log.report:

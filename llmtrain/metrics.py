@@ -99,9 +99,9 @@ class Meter:
             return
         steps, self._pending = self._pending, []
         on_device = torch.stack([s.loss_sum.float() for s in steps] + [s.grad_norm.float() for s in steps])
-        sums = on_device.cpu().double()  # host sync
-        loss_sums = self._world.sum_doubles(sums[: len(steps)].clone()).tolist()
-        norms = sums[len(steps) :].tolist()
+        # Few operations: at each the loader's thread may take the interpreter.
+        values: list[float] = on_device.tolist()  # host sync
+        loss_sums, norms = self._world.sum_floats(values[: len(steps)]), values[len(steps) :]
         now = time.perf_counter()
         seconds, self._since = now - self._since, now  # the writing below counts as part of the next step
         waited_s, self._waited_s = data_wait_s - self._waited_s, data_wait_s
@@ -149,6 +149,7 @@ class Meter:
                     if record is last:
                         values |= self._hardware.read()
                     self._tensorboard.scalars(record["step"], values, each.at)
+            self._tensorboard.flush()
         left = (self._plan.total_steps - last["step"]) * part.step_s
         self._progress.show(
             Reading(last["step"], self._plan.total_steps, last["loss"], self._heldout, part.tokens_per_s, left)
@@ -177,6 +178,7 @@ class Meter:
         rundir.append_jsonl(self._run.heldout, [entry])
         if self._tensorboard is not None:
             self._tensorboard.scalars(state.step, {f"heldout/{name}": value for name, value in record.items()})
+            self._tensorboard.flush()
 
     def save_waited(self, state: TrainState, seconds: float) -> None:
         """Note how long training stood still for a checkpoint."""

@@ -92,16 +92,21 @@ def describe(run: RunDir, summary: Summary) -> str:
         ]
     if run.report.exists():
         lines.append(f"report          {run.report}")
-    lines += [f"curves          {run.curve}", f"TensorBoard     tensorboard --logdir {run.path.parent}"]
+    if run.curve.exists():
+        lines.append(f"curves          {run.curve}")
+    lines.append(f"TensorBoard     tensorboard --logdir {run.path.parent}")
     return "\n".join(lines)
 
 
-def write(run: RunDir) -> Summary | None:
-    """Write summary.json and curve.png; returns the summary."""
+def write(run: RunDir, with_curve: bool = True) -> Summary | None:
+    """Write summary.json and curve.png; returns the summary. A curve of the run's earlier life does not stay."""
     summary = summarise(run)
     if summary is not None:
         files.write_atomic(run.summary, json.dumps(asdict(summary), indent=1) + "\n")
-        draw(run, run.curve)
+        if with_curve:
+            draw(run, run.curve)
+        else:
+            run.curve.unlink(missing_ok=True)
     return summary
 
 

@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from tokenizers import Tokenizer
 
 from llmtrain.config.schema import SampleSection, TaskSection
@@ -110,8 +109,6 @@ def answer(
         text = tokenizer.decode(list(ids))
         tally.add(tokenizer.decode(question.answer_ids), text)
         pairs.append((tokenizer.decode(question.prompt_ids), text))
-    sums = world.sum_doubles(
-        torch.tensor([tally.asked, tally.exact, tally.numeric, tally.numbers, tally.error], dtype=torch.float64)
-    ).tolist()
+    sums = world.sum_floats([tally.asked, tally.exact, tally.numeric, tally.numbers, tally.error])
     whole = Tally(int(sums[0]), int(sums[1]), int(sums[2]), int(sums[3]), sums[4])
     return whole.scores(), pairs

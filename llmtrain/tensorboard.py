@@ -1,7 +1,17 @@
-"""TensorBoard event files, written with TensorBoard's own writer (which needs no torch and imports fast)."""
+"""TensorBoard event files, made of TensorBoard's own messages (which need no torch and import fast).
 
+The file is written here: TensorBoard's writer computes each checksum in Python, and hands every event to a thread,
+which takes the interpreter from the loop (docs/log.md).
+"""
+
+import itertools
+import os
+import socket
+import struct
 import time
 from pathlib import Path
+
+import google_crc32c
 
 # pyright: reportAttributeAccessIssue=false
 # (protobuf makes these classes when it is imported)
@@ -11,9 +21,9 @@ from tensorboard.compat.proto.tensor_pb2 import TensorProto
 from tensorboard.compat.proto.tensor_shape_pb2 import TensorShapeProto
 from tensorboard.compat.proto.types_pb2 import DT_STRING
 from tensorboard.plugins.hparams import api_pb2, metadata, plugin_data_pb2
-from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
 Scalar = float | int
+_files = itertools.count()
 
 
 class TensorBoard:
@@ -21,10 +31,15 @@ class TensorBoard:
 
     def __init__(self, folder: Path, first_step: int):
         """With `first_step` above 0, points of an earlier life of the run from that step on are hidden."""
-        self._writer = EventFileWriter(str(folder), flush_secs=10)
+        folder.mkdir(parents=True, exist_ok=True)
+        # TensorBoard reads a folder's files in the order of their names.
+        name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}.{next(_files)}"
+        self._file = (folder / name).open("wb")
+        self._add(Event(wall_time=time.time(), file_version="brain.Event:2"))
         if first_step > 0:
             start = SessionLog(status=SessionLog.START)
-            self._writer.add_event(Event(wall_time=time.time(), step=first_step, session_log=start))
+            self._add(Event(wall_time=time.time(), step=first_step, session_log=start))
+        self.flush()
 
     def scalars(self, step: int, values: dict[str, Scalar], wall_time: float | None = None) -> None:
         entries = [Summary.Value(tag=tag, simple_value=float(value)) for tag, value in values.items()]
@@ -63,11 +78,23 @@ class TensorBoard:
             self._write(0, [entry])
 
     def flush(self) -> None:
-        self._writer.flush()
+        """Show readers what was written. Before that, most of it lies in this process."""
+        self._file.flush()
 
     def close(self) -> None:
-        self._writer.close()
+        self._file.close()
 
     def _write(self, step: int, entries: list[Summary.Value], wall_time: float | None = None) -> None:
-        event = Event(wall_time=wall_time or time.time(), step=step, summary=Summary(value=entries))
-        self._writer.add_event(event)
+        self._add(Event(wall_time=wall_time or time.time(), step=step, summary=Summary(value=entries)))
+
+    def _add(self, event: Event) -> None:
+        """One TFRecord: length (uint64), its checksum, event, its checksum; little-endian."""
+        data = event.SerializeToString()
+        length = struct.pack("<Q", len(data))
+        self._file.write(b"".join((length, _masked_crc(length), data, _masked_crc(data))))
+
+
+def _masked_crc(data: bytes) -> bytes:
+    """CRC-32C, rotated and shifted as TFRecord has it (tensorflow/core/lib/hash/crc32c.h)."""
+    crc = google_crc32c.value(data)
+    return struct.pack("<I", ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF)

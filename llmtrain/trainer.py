@@ -70,9 +70,11 @@ def train(parts: Parts, state: TrainState) -> TrainState:
         heartbeat.at("forward")
         seed_step(config.run.seed, state.step, parts.world)
         lr = learning_rate(state.step, parts.plan.total_steps, config.optim)
-        loss_sum = torch.zeros((), device=parts.world.device)
-        for number, batch in enumerate(data.batches, start=1):
-            loss_sum += strategy.accumulate(batch, scale=1 / max(1, targets), last=number == len(data.batches))
+        losses = [
+            strategy.accumulate(batch, scale=1 / max(1, targets), last=number == len(data.batches))
+            for number, batch in enumerate(data.batches, start=1)
+        ]
+        loss_sum = sum(losses[1:], start=losses[0])
         note_save(parts, state)  # what is being saved is about to change
         grad_norm = strategy.update(lr)
         before, state = state, advanced(state, parts.plan.global_batch_size, targets)

@@ -96,11 +96,13 @@ class World:
         dist.all_reduce(totals, group=self._control)
         return tuple(totals.tolist())
 
-    def sum_doubles(self, values: torch.Tensor) -> torch.Tensor:
-        """Collective (control group). Sums of a float64 CPU tensor over all ranks."""
-        if self.size > 1:
-            dist.all_reduce(values, group=self._control)
-        return values
+    def sum_floats(self, values: list[float]) -> list[float]:
+        """Collective (control group). Element-wise sums over all ranks, in float64; does not touch the GPU."""
+        if self.size == 1:
+            return values
+        totals = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(totals, group=self._control)
+        return totals.tolist()
 
     def post(self, name: str, message: dict[str, Any]) -> None:
         """Leave a message for other ranks' `wait_for`. From any thread; not a collective. More than one rank only."""

@@ -147,7 +147,7 @@ class LogSection(Section):
     """Read the loss from the device and write TensorBoard every so many steps."""
     tensorboard: bool = True
     report: bool = True
-    """Write the page of `llmtrain report` at the end of the run (a few seconds)."""
+    """Draw curve.png and write the page of `llmtrain report` at the end of the run (a few seconds)."""
 
 
 class StrategySection(Section):

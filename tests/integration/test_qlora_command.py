@@ -21,6 +21,7 @@ train: {steps: 60, global_batch_size: 16}
 evaluate: {every_steps: null, also_at: [], train_rows: 0, sample: {prompt: ""}}
 checkpoint: {every_steps: null}
 service: {start: never}
+log: {report: false}
 """
 TUNING = """
 run: {name: tuned}
@@ -35,6 +36,7 @@ optim: {lr: 5e-3, schedule: {warmup_steps: 5}}
 evaluate: {every_steps: null, train_rows: 0}
 checkpoint: {every_steps: null}
 service: {start: never}
+log: {report: false}
 """
 PROMPT = "### Instruction:\nName a colour.\n\n### Response:\n"
 

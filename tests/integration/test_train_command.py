@@ -24,11 +24,11 @@ def wait_for_step(workplace: Workplace, name: str, step: int, process: subproces
 
 
 def test_a_run_learns_and_leaves_everything_that_was_promised(workplace: Workplace):
-    output = workplace.train("run.name=whole", "model.dropout=0.0")
+    output = workplace.train("run.name=whole", "model.dropout=0.0", "log.report=true")
     run = workplace.run_folder("whole")
     assert sorted(p.name for p in run.iterdir()) == [
         "checkpoints", "config.yaml", "curve.png", "events.jsonl", "heldout.jsonl", "lock", "log.txt", "metrics.jsonl",
-        "origin.json", "samples.jsonl", "saves.jsonl", "summary.json", "tensorboard",
+        "origin.json", "report", "samples.jsonl", "saves.jsonl", "summary.json", "tensorboard",
     ]  # fmt: skip
     steps = [record["step"] for record in workplace.ledger("whole")]
     assert steps == list(range(1, 25))
@@ -39,7 +39,8 @@ def test_a_run_learns_and_leaves_everything_that_was_promised(workplace: Workpla
     summary = json.loads((run / "summary.json").read_text())
     assert f"best checkpoint {summary['best_checkpoint']}" in output
     assert (workplace.folder / summary["best_checkpoint"] / "model/config.json").exists()
-    assert "tensorboard --logdir" in output
+    for said in ("tensorboard --logdir", f"report          {run / 'report'}", f"curves          {run / 'curve.png'}"):
+        assert said.replace(f"{workplace.folder}/", "") in output
     assert sorted(p.name for p in (run / "checkpoints").iterdir()) == [
         "step-00000016", "step-00000020", "step-00000024",
     ]  # fmt: skip

@@ -59,8 +59,14 @@ def test_the_supervision_is_uneven(runs: Workplace):
     assert steps.max() > 1.5 * steps.min()
 
 
-@pytest.mark.parametrize("batch_size", [1, 3, 8])
-@pytest.mark.parametrize("ranks", [1, 2, 4])
+CELLS = [(batch_size, ranks) for batch_size in (1, 3, 8) for ranks in (1, 2, 4)]
+DRAW = [(3, 1), (8, 2), (1, 4)]  # each size and each number of ranks
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "ranks"),
+    [*DRAW, *(pytest.param(*cell, marks=pytest.mark.soak) for cell in CELLS if cell not in DRAW)],
+)
 def test_the_heldout_loss_is_the_same_for_any_batch_and_any_number_of_ranks(
     runs: Workplace, batch_size: int, ranks: int
 ):
