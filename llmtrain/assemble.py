@@ -15,7 +15,7 @@ from llmtrain.batches import BatchPlan, plan_batches
 from llmtrain.config import RunConfig, load_config, resolved_yaml
 from llmtrain.config.load import Origins
 from llmtrain.data import Loader, make_batch
-from llmtrain.errors import EXIT_REQUEUE, NotFinite
+from llmtrain.errors import EXIT_REQUEUE, NotFinite, disk_errors
 from llmtrain.evaluation import make_evaluate, make_sampler, make_task
 from llmtrain.hardware import is_bf16_fast
 from llmtrain.manifest import FileInfo, TrainState
@@ -53,15 +53,16 @@ def run(file: str | None, overrides: list[str]) -> int:
         parts, state = build(config, origins, world, run_dir, stop, prepared, companion)
         gc.freeze()  # what is there now stays: no search for garbage has to go through it
         gc.enable()  # __main__ has switched it off
-        try:
-            if prepared["enough"] is None:
-                state = train(parts, state)
-        except NotFinite:
-            parts.saver.wait()  # what is being written is of an earlier, finite step
-            raise
-        finally:
-            parts.loader.close()
-            parts.meter.close()
+        with disk_errors("run folder", run_dir.path):
+            try:
+                if prepared["enough"] is None:
+                    state = train(parts, state)
+            except NotFinite:
+                parts.saver.wait()  # what is being written is of an earlier, finite step
+                raise
+            finally:
+                parts.loader.close()
+                parts.meter.close()
         finished = state.step >= parts.plan.total_steps or stop.ended_early or prepared["enough"] is not None
         if world.is_main and not finished:
             say_stopped(parts, state)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from llmtrain import choose, log, summary
 from llmtrain.config import load_config
-from llmtrain.errors import exit_with_code
+from llmtrain.errors import disk_errors, exit_with_code
 from llmtrain.rundir import RunDir
 from llmtrain.service.beside import Companion, drain_command
 
@@ -36,7 +36,8 @@ def finish(run: RunDir) -> None:
             Companion(run, config).wait()
         except KeyboardInterrupt:
             log.info(f"service    goes on by itself; to wait for it: {drain_command(run.path)}")
-    result = summary.write(run, with_curve=config.log.report)
+    with disk_errors("summary", run.path):
+        result = summary.write(run, with_curve=config.log.report)
     if result is None:
         return
     if config.log.report:

@@ -1,5 +1,6 @@
 """`python -m llmtrain` as a user runs it: training, resuming, stopping, refusing."""
 
+import contextlib
 import json
 import os
 import signal
@@ -232,6 +233,27 @@ def test_a_full_disk_keeps_what_was_saved(own_workplace: Workplace, small_disk: 
     for extra in left[:-1]:
         subprocess.run(["rm", "-rf", str(small_disk / "run/checkpoints" / extra)], check=True)
     assert "resuming   from step" in own_workplace.train(f"run.dir={small_disk}", *room, "train.steps=8")
+
+
+def test_a_disk_that_fills_up_between_saves_is_said(own_workplace: Workplace, small_disk: Path):
+    seldom = ["evaluate.every_steps=null", "checkpoint.every_steps=null"]
+    process = own_workplace.start(f"run.dir={small_disk}", "run.name=run", "train.steps=100000", *seldom)
+    ledger = small_disk / "run/metrics.jsonl"
+    while not (ledger.exists() and ledger.stat().st_size):
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.02)
+    with contextlib.suppress(OSError), (small_disk / "of somebody else").open("wb", buffering=0) as file:
+        while file.write(b"x" * 4096):
+            pass
+    output = process.communicate(timeout=TIMEOUT_S)[0]
+    assert process.returncode == errors.DiskFull.exit_code, output
+    assert output.count("error: ") == 1
+    assert "no space left in" in output
+    assert "Traceback" not in output
+    (small_disk / "of somebody else").unlink()
+    own_workplace.train(f"run.dir={small_disk}", "run.name=run", "train.steps=8", *seldom)
+    steps = [json.loads(line)["step"] for line in ledger.read_text().splitlines()]
+    assert steps == list(range(1, 9))
 
 
 def test_a_full_disk_is_said_once_by_two_ranks(own_workplace: Workplace, small_disk: Path):
