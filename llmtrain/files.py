@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import secrets
 from pathlib import Path
 
 _BLOCK = 1 << 22
@@ -28,7 +29,7 @@ def sync(path: Path) -> None:
 
 def write_atomic(path: Path, content: str | bytes) -> None:
     """Replace `path` by `content` in one rename; a crash leaves the old file or the new one."""
-    aside = path.with_name(f".{path.name}{_ASIDE}{os.getpid()}")
+    aside = path.with_name(f".{path.name}{_ASIDE}{secrets.token_hex(6)}")  # process ids are not unique across machines
     try:
         aside.write_bytes(content.encode() if isinstance(content, str) else content)
         sync(aside)

@@ -29,11 +29,14 @@ class Origins:
     places: dict[yaml_lines.Path, str] = field(default_factory=dict)
 
     def of(self, path: yaml_lines.Path) -> str:
-        """`configs/gpt2.yaml:14`, `command line` or `default`; of the nearest enclosing key that was written."""
+        """`configs/gpt2.yaml:14`, `command line` or `default`; of the nearest enclosing key that was written.
+
+        On the command line a section is only written with a key below it.
+        """
         for end in range(len(path), 0, -1):
             if path[:end] in self.places:
                 return self.places[path[:end]]
-        return "default"
+        return next((place for below, place in self.places.items() if below[: len(path)] == path), "default")
 
     def describe(self, config: RunConfig, dotted: str) -> str:
         """`train.micro_batch_size=6 (configs/gpt2.yaml:14)`."""
@@ -203,6 +206,8 @@ def _explain(error: ErrorDetails, values: dict[str, Any], origins: Origins, root
             return f"{head}: must be a whole number, not a {_kind(error['input'])}"
         case "float_type":
             return f"{head}: must be a number, not a {_kind(error['input'])}"
+        case "string_type" if error["input"] is None:
+            return f"""{head}: must be text; for an empty one write '{dotted}=""' on the command line, "" in a file"""
         case "string_type":
             return f"{head}: must be text, not a {_kind(error['input'])} (put it in quotes)"
         case "list_type":

@@ -64,6 +64,13 @@ def test_bad_overrides_are_reported_with_the_rest(tmp_path: Path):
     assert any("train.step=3 (command line): unknown key; did you mean train.steps?" in p for p in found)
 
 
+def test_what_only_the_command_line_gets_wrong_is_placed_there(tmp_path: Path):
+    found = problems(tmp_path, "", "trin.x=1", "evaluate.sample.prompt=")
+    assert any('trin={"x": 1} (command line): unknown key; did you mean train?' in p for p in found)
+    assert any("""must be text; for an empty one write 'evaluate.sample.prompt=""' on the""" in p for p in found)
+    assert load_config(None, ['evaluate.sample.prompt=""'])[0].evaluate.sample.prompt == ""
+
+
 def test_a_missing_file_names_the_others(tmp_path: Path):
     (tmp_path / "gpt2.yaml").write_text("")
     with pytest.raises(ConfigError, match=r"no such configuration file; there are: .*gpt2\.yaml"):
