@@ -31,7 +31,7 @@ data:
   sources: [{kind: json, paths: [RECORDS]}]
   format: {kind: instruction}
   split: {heldout: 0.1}
-train: {epochs: 4, global_batch_size: 8}
+train: {epochs: 3, global_batch_size: 4}
 optim: {lr: 5e-3, schedule: {warmup_steps: 5}}
 evaluate: {every_steps: null, train_rows: 0}
 checkpoint: {every_steps: null}
