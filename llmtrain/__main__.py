@@ -9,6 +9,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -20,7 +21,7 @@ RANK_LOGS = "LLMTRAIN_RANK_LOGS"
 """Variable that names a folder for the ranks' output."""
 _LOOK_S = 0.5
 _RANK_0_SPEAKS_S = 10.0
-_LEAVES_LAST_S = 1.0
+_LEAVES_LAST_S = 2.0
 _STOPS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 _HELP = """\
@@ -141,3 +142,6 @@ if __name__ == "__main__":
         main()
     except SystemExit as leaving:
         leave(leaving.code)
+    except BaseException:  # noqa: BLE001  a bug: it is said at once, and the process groups are left as they are
+        traceback.print_exc()
+        leave(1)

@@ -11,7 +11,7 @@ from typing import IO, Any
 import numpy as np
 
 from llmtrain import checkpoint, choose, files, heartbeat, log, manifest, origin, recipe, shards
-from llmtrain.batches import BatchPlan, plan_batches
+from llmtrain.batches import ANY_ROWS, BatchPlan, plan_batches
 from llmtrain.config import RunConfig, load_config, resolved_yaml
 from llmtrain.config.load import Origins
 from llmtrain.data import Loader, make_batch
@@ -35,7 +35,11 @@ from llmtrain.world import World, find_world, rank_from_environment
 
 
 def run(file: str | None, overrides: list[str]) -> int:
-    """Train as configured. Returns the exit code: 0 at the end of the plan, EXIT_REQUEUE after a stop."""
+    """Train as configured. Returns the exit code: 0 at the end of the plan, EXIT_REQUEUE after a stop.
+
+    An error leaves the process groups as they are: NCCL would wait for the other ranks, which may never come, before
+    anybody has said what was wrong. The process is about to end.
+    """
     rank = rank_from_environment()
     log.set_up(rank)
     heartbeat.at("preparing", watched=False)
@@ -44,36 +48,34 @@ def run(file: str | None, overrides: list[str]) -> int:
     config = resolve_precision(config, world)
     run_dir = RunDir(Path(config.run.dir) / config.run.name)
     locks: list[IO[str]] = []  # held until the process ends
-    try:
-        companion = Companion(run_dir, config)
-        prepared = world.rank0_first("prepare", lambda: prepare(config, origins, world, run_dir, locks, companion))
-        stop = StopFlag(run_dir.early_stop if world.is_main and config.service.patience else None)
-        stop.listen()
-        world.start_groups(config.strategy.timeout_s, even_alone=config.strategy.kind == "zero2")
-        parts, state = build(config, origins, world, run_dir, stop, prepared, companion)
-        gc.freeze()  # what is there now stays: no search for garbage has to go through it
-        gc.enable()  # __main__ has switched it off
-        with disk_errors("run folder", run_dir.path):
-            try:
-                if prepared["enough"] is None:
-                    state = train(parts, state)
-            except NotFinite:
-                parts.saver.wait()  # what is being written is of an earlier, finite step
-                raise
-            finally:
-                parts.loader.close()
-                parts.meter.close()
-        finished = state.step >= parts.plan.total_steps or stop.ended_early or prepared["enough"] is not None
-        if world.is_main and not finished:
-            say_stopped(parts, state)
-        heartbeat.at("ending", watched=False)
-        world.sum_counts(0)  # collective: rank 0 may hold the store, so it leaves after the others have used it
-        world.close()
-        if world.is_main and finished:
-            become_finish(run_dir)
-        return 0 if finished else EXIT_REQUEUE
-    finally:
-        world.close()
+    companion = Companion(run_dir, config)
+    prepared = world.rank0_first("prepare", lambda: prepare(config, origins, world, run_dir, locks, companion))
+    asks = world.is_main and config.service.patience is not None
+    stop = StopFlag((lambda: enough(run_dir, config) is not None) if asks else None)
+    stop.listen()
+    world.start_groups(config.strategy.timeout_s, even_alone=config.strategy.kind == "zero2")
+    parts, state = build(config, origins, world, run_dir, stop, prepared, companion)
+    gc.freeze()  # what is there now stays: no search for garbage has to go through it
+    gc.enable()  # __main__ has switched it off
+    with disk_errors("run folder", run_dir.path):
+        try:
+            if prepared["enough"] is None:
+                state = train(parts, state)
+        except NotFinite:
+            parts.saver.wait()  # what is being written is of an earlier, finite step
+            raise
+        finally:
+            parts.loader.close()
+            parts.meter.close()
+    finished = state.step >= parts.plan.total_steps or stop.ended_early or prepared["enough"] is not None
+    if world.is_main and not finished:
+        say_stopped(parts, state)
+    heartbeat.at("ending", watched=False)
+    world.sum_counts(0)  # collective: rank 0 may hold the store, so it leaves after the others have used it
+    world.close()
+    if world.is_main and finished:
+        become_finish(run_dir)
+    return 0 if finished else EXIT_REQUEUE
 
 
 def resolve_precision(config: RunConfig, world: World) -> RunConfig:
@@ -89,6 +91,7 @@ def prepare(
 ) -> dict[str, Any]:
     """On rank 0, before any process group: shards, lock, run folder, checkpoint. Returns plain data."""
     check_base(config, None)  # before hours of sharding
+    plan_batches(config, origins, world.size, ANY_ROWS)
     data = prepare_shards(config)
     check_base(config, data.manifest.tokenizer.vocab_size)
     base_folder = fetch_base(config)
@@ -157,7 +160,8 @@ def build(
         checkpoint.load(run_dir.checkpoint(resume_step), strategy)
     if world.is_main:
         if config.strategy.kind == "zero2":
-            files.write_atomic(run_dir.deepspeed, json.dumps(deepspeed_config(config), indent=2) + "\n")
+            told = deepspeed_config(config, strategy.weights().values(), world.device)
+            files.write_atomic(run_dir.deepspeed, json.dumps(told, indent=2) + "\n")
         announce(config, world, data, plan, model, state)
     meter = Meter(
         run_dir,

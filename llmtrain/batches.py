@@ -9,6 +9,8 @@ from llmtrain.errors import ConfigError, TooLittleData
 
 _AUTO_MICRO_BATCH_TOKENS = 16_384
 _DEFAULT_STEPS = 300
+ANY_ROWS = 2**62
+"""For `plan_batches` before the number of rows is known: enough for every batch."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,16 @@ def plan_batches(config: RunConfig, origins: Origins, world_size: int, num_rows:
             "model.context, or more text"
         )
     return BatchPlan(batch, micro, per_rank // micro, _total_steps(config, num_rows))
+
+
+def nodes_that_train(global_batch_size: int, ranks: int, num_nodes: int) -> int:
+    """The most of `num_nodes` nodes, with `ranks` each, that the batch divides among; all where none does.
+
+    After a crash a job may come back with any number of nodes from `nodes_at_least` on, and no step may see other
+    samples for it.
+    """
+    fitting = [number for number in range(1, num_nodes + 1) if global_batch_size % (number * ranks) == 0]
+    return max(fitting, default=num_nodes)
 
 
 def _total_steps(config: RunConfig, num_rows: int) -> int:

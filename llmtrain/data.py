@@ -232,6 +232,8 @@ class Loader:
 
         def read_ahead() -> None:
             try:
+                if self._device.type == "cuda":
+                    torch.cuda.set_device(self._device)  # a new thread's is the first GPU
                 for step in range(num_steps):
                     if ready.qsize() >= most:
                         low.clear()

@@ -1,5 +1,7 @@
 """What the machine is doing: memory, and on NVIDIA GPUs utilisation, power and peak arithmetic."""
 
+import contextlib
+
 import psutil
 import torch
 
@@ -58,8 +60,9 @@ class HardwareMeter:
         if self._device.type == "cuda":
             values["hardware/gpu_memory_peak_gb"] = torch.cuda.max_memory_allocated(self._device) / 1e9
         if self._nvml is not None:
-            values["hardware/gpu_utilisation_percent"] = float(
-                self._nvml.nvmlDeviceGetUtilizationRates(self._handle).gpu
-            )
-            values["hardware/gpu_power_w"] = self._nvml.nvmlDeviceGetPowerUsage(self._handle) / 1e3
+            with contextlib.suppress(self._nvml.NVMLError):  # part of a GPU (MIG) has no readings of its own
+                values["hardware/gpu_utilisation_percent"] = float(
+                    self._nvml.nvmlDeviceGetUtilizationRates(self._handle).gpu
+                )
+                values["hardware/gpu_power_w"] = self._nvml.nvmlDeviceGetPowerUsage(self._handle) / 1e3
         return values

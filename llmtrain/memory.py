@@ -26,8 +26,8 @@ _LONGEST_KEPT_ATTENTION = 1024
 _RUNTIME_MB = {"cpu": 385, "cuda": 900, "mps": 600}
 """Python, torch and what a process of ours has loaded; on GPUs the CUDA context and cuBLAS workspaces."""
 _COMPILER_MB = 80
-"""torch's compiler on the CPU: DDP between ranks, DeepSpeed, transformers, bitsandbytes and torch's recomputation load
-it; one rank of a plain GPT does not."""
+"""torch's compiler on the CPU: DeepSpeed, transformers, bitsandbytes and torch's recomputation load it; a plain GPT
+does not."""
 _DEEPSPEED_MB = 145
 """What DeepSpeed and what it imports add on the CPU."""
 FRAGMENTATION = 0.05
@@ -154,6 +154,8 @@ def layer_activations(model: GPTModel, positions: int, bf16: bool, device: Devic
     """What one transformer layer keeps for its backward pass."""
     width, length, dropout = model.width, model.context, model.dropout > 0
     kept = (36 if bf16 else 64) * width
+    if bf16 and device == "cpu":  # models/projections.py makes layer norms and GELU anew
+        kept -= 12 * width
     if dropout:
         kept += 4 * width  # two masks of 2 bytes
     if device == "cpu" and keeps_probabilities(length, bf16, model.dropout):
@@ -176,11 +178,13 @@ def _estimate(
     parameters = num_parameters(model, vocab_size)
     positions = plan.micro_batch_size * model.context
     sharded = ranks if kind == "zero2" else 1
-    bucket = config.strategy.bucket_mb * 1e6
     head = vocab_size * model.width
 
     parts = [Part("weights", 4 * parameters, "fp32, whole on each rank")]
     if kind == "zero2":
+        bucket = config.strategy.bucket_mb * 1e6
+        if device == "cuda":  # strategies/zero2.py: the largest gradient fits
+            bucket = max(bucket, 4 * head, 4 * 4 * model.width**2)
         buckets = bucket * (2 if config.strategy.overlap else 1)
         parts.append(
             Part("gradients", 4 * parameters / sharded + buckets, f"1/{ranks}, and buckets of {bucket / 1e6:g} MB")
@@ -202,8 +206,7 @@ def _estimate(
     backward = 3 * 4 * 4 * model.width * positions  # three gradients of an MLP's inside, fp32
     parts.append(Part("temporaries", backward, "of one layer's backward pass"))
     train = config.train
-    compiler = train.compile or train.activation_checkpointing or config.optim.kind != "adamw" or ranks > 1
-    compiler |= kind == "zero2"
+    compiler = train.compile or train.activation_checkpointing or config.optim.kind != "adamw" or kind == "zero2"
     parts.append(runtime_part(kind, device, compiler))
     lost = FRAGMENTATION * sum(part.size_bytes for part in parts)
     return [*parts, Part("fragmentation", lost, f"{FRAGMENTATION:.0%} of the above")]
@@ -211,7 +214,8 @@ def _estimate(
 
 def _activations(model: GPTModel, positions: int, bf16: bool, device: Device, recompute: bool) -> Part:
     layer = layer_activations(model, positions, bf16, device)
-    weights_bf16 = 12 * model.width**2 * 2 if bf16 else 0  # autocast's copies live until the backward pass
+    # Autocast's copies live until the backward pass; on CPUs of attention's output layer alone (models/projections.py).
+    weights_bf16 = (1 if device == "cpu" else 12) * model.width**2 * 2 if bf16 else 0
     around = (12 if model.dropout else 8) * model.width * positions
     if recompute:
         kept = model.num_layers * 4 * model.width * positions + layer + weights_bf16 + around

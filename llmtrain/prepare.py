@@ -32,6 +32,8 @@ def prepare_shards(config: RunConfig) -> ShardFolder:
             raise SystemExit(done.returncode if done.returncode > 0 else 128 - done.returncode)
     opened = shards.open_folder(folder, config.data.verify)
     opened.check_recipe(recipe.recipe_of(config), recipe.tokenizer_file(config))
+    if newer := recipe.newer_source(config, folder / shards.MANIFEST):
+        log.warning(f"data       {recipe.told_newer(newer, folder)}")
     return opened
 
 

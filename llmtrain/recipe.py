@@ -1,12 +1,18 @@
 """What decides the bytes of a data set, and where its shards lie when nobody says."""
 
+import glob
 import hashlib
+import itertools
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from llmtrain import files
 from llmtrain.config.schema import RunConfig
+
+_LOOK_AT = 10_000
+"""Files of the sources whose times are read before a run: on a network's file system each takes a millisecond."""
 
 
 def recipe_of(config: RunConfig) -> dict[str, Any]:
@@ -46,3 +52,42 @@ def shard_folder(config: RunConfig) -> Path:
         return Path(config.data.dir)
     key = hashlib.sha256(json.dumps(recipe_of(config), sort_keys=True).encode()).hexdigest()
     return Path("shards") / key[:12]
+
+
+TEXT_SUFFIXES = (".txt", ".md")
+"""What is read of a folder that a source names."""
+
+
+def source_files(pattern: str) -> Iterator[Path]:
+    """The files that one of a source's `paths` means: a folder's text files, what a glob matches, or the file."""
+    path = Path(pattern).expanduser()
+    if path.is_dir():
+        return (file for file in path.rglob("*") if file.suffix in TEXT_SUFFIXES and file.is_file())
+    if glob.has_magic(pattern):
+        return (Path(file) for file in glob.iglob(str(path), recursive=True) if Path(file).is_file())
+    return iter([path] if path.exists() else [])
+
+
+def newer_source(config: RunConfig, manifest: Path) -> Path | None:
+    """A file of the sources that was written after the shards of this manifest were.
+
+    Shards are not built anew when their text changes: a run has to go on with what it began with. Data sets by name
+    are not looked at, and of very many files only the first ones.
+    """
+    patterns = [path for source in config.data.sources for path in getattr(source, "paths", [])]
+    found, shards_made = itertools.chain.from_iterable(map(source_files, patterns)), manifest.stat().st_mtime
+    for path in itertools.islice(found, _LOOK_AT):
+        try:
+            if path.stat().st_mtime > shards_made:
+                return path
+        except OSError:  # it is gone, or somebody else's: what the shards hold is not touched by that
+            continue
+    return None
+
+
+def told_newer(path: Path, folder: Path) -> str:
+    """For people: what `newer_source` found, and what to do."""
+    return (
+        f"{path} was written after the shards in {folder}, which hold the text as it was before. If it has changed: "
+        "'llmtrain shard CONFIG --force', and a new run.name"
+    )

@@ -122,6 +122,8 @@ class Saver:
 
     def _guarded(self, described: Manifest, weights: dict[str, Tensor], share: list[Fragment], beside: bool) -> None:
         try:
+            if self._world.device.type == "cuda":
+                torch.cuda.set_device(self._world.device)  # a new thread's is the first GPU
             if beside:
                 self._host.finish()
                 if sys.platform == "linux":

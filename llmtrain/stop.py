@@ -2,7 +2,7 @@
 
 import signal
 import time
-from pathlib import Path
+from collections.abc import Callable
 from types import FrameType
 
 _LOOK_S = 1.0
@@ -12,23 +12,23 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 class StopFlag:
     """Set by SIGTERM, Ctrl-C, SIGUSR1 and SIGUSR2. A second Ctrl-C leaves at once."""
 
-    def __init__(self, request: Path | None = None) -> None:
-        """`request`: a file whose appearance asks for the run's end (rank 0 looks, the others are told)."""
+    def __init__(self, asks: Callable[[], bool] | None = None) -> None:
+        """`asks`: whether the run's end is asked for (rank 0 looks, the others are told)."""
         self.signal_name: str | None = None
         self.ended_early = False
         """All ranks agreed to end for that reason."""
-        self._request, self._next_look = request, 0.0
+        self._asks, self._next_look = asks, 0.0
 
     @property
     def requested(self) -> bool:
         return self.signal_name is not None
 
     def asked_to_end(self) -> bool:
-        """Whether the file is there; looks every few seconds, because it may lie on a slow file system."""
-        if self._request is None or time.monotonic() < self._next_look:
+        """Whether the run's end is asked for; looks every few seconds: the answer may lie on a slow file system."""
+        if self._asks is None or time.monotonic() < self._next_look:
             return False
         self._next_look = time.monotonic() + _LOOK_S
-        return self._request.exists()
+        return self._asks()
 
     def listen(self) -> None:
         """Install the handlers (main thread only)."""

@@ -19,8 +19,8 @@ from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
 from tensorboard.compat.proto.tensor_pb2 import TensorProto
 from tensorboard.compat.proto.tensor_shape_pb2 import TensorShapeProto
-from tensorboard.compat.proto.types_pb2 import DT_STRING
-from tensorboard.plugins.hparams import api_pb2, metadata, plugin_data_pb2
+from tensorboard.compat.proto.types_pb2 import DT_FLOAT, DT_STRING
+from tensorboard.plugins.hparams import api_pb2, plugin_data_pb2  # its `metadata` would import fsspec: 0.15 s
 
 Scalar = float | int
 _files = itertools.count()
@@ -70,12 +70,13 @@ class TensorBoard:
                     start.hparams[name].number_value = value
                 case _:
                     start.hparams[name].string_value = value
-        for tag, data in (
-            (metadata.EXPERIMENT_TAG, plugin_data_pb2.HParamsPluginData(experiment=experiment)),
-            (metadata.SESSION_START_INFO_TAG, plugin_data_pb2.HParamsPluginData(session_start_info=start)),
+        nothing = TensorProto(dtype=DT_FLOAT, tensor_shape=TensorShapeProto(dim=[TensorShapeProto.Dim(size=0)]))
+        for tag, content in (
+            ("_hparams_/experiment", plugin_data_pb2.HParamsPluginData(version=0, experiment=experiment)),
+            ("_hparams_/session_start_info", plugin_data_pb2.HParamsPluginData(version=0, session_start_info=start)),
         ):
-            entry = Summary.Value(tag=tag, metadata=metadata.create_summary_metadata(data), tensor=metadata.NULL_TENSOR)
-            self._write(0, [entry])
+            data = SummaryMetadata.PluginData(plugin_name="hparams", content=content.SerializeToString())
+            self._write(0, [Summary.Value(tag=tag, metadata=SummaryMetadata(plugin_data=data), tensor=nothing)])
 
     def flush(self) -> None:
         """Show readers what was written. Before that, most of it lies in this process."""

@@ -55,6 +55,7 @@ def train(parts: Parts, state: TrainState) -> TrainState:
         evaluate(parts, state, with_task=True)
         meter.restart_clock()
     heartbeat.at("data", state.step)
+    first = state.step
     for data in parts.loader.steps(state.samples, parts.plan.total_steps - state.step):
         heartbeat.at("counts")
         # Collective (control group): host integers only, the GPU is not waited for.
@@ -67,7 +68,8 @@ def train(parts: Parts, state: TrainState) -> TrainState:
         )
         if failures:
             parts.saver.wait()  # raises, on every rank
-        heartbeat.at("forward")
+        # The compiler may take longer than any step may: a rank that compiles does not hang.
+        heartbeat.at("forward", watched=not (config.train.compile and state.step == first))
         seed_step(config.run.seed, state.step, parts.world)
         lr = learning_rate(state.step, parts.plan.total_steps, config.optim)
         losses = [

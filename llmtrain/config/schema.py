@@ -76,7 +76,8 @@ class TrainSection(Section):
     device: Annotated[Literal["auto", "cuda", "mps", "cpu"], Field(json_schema_extra=MAY_CHANGE)] = "auto"
     """auto: a GPU if there is one, else Apple's MPS, else the CPU."""
     compile: Annotated[bool, Field(json_schema_extra=MAY_CHANGE)] = False
-    """Compile the model with torch.compile: faster on GPUs after a minute of start-up."""
+    """Compile the model with torch.compile: for GPUs, after minutes of start-up. On CPUs it gains with small models
+    alone. Ranks sum their gradients after the backward pass then, not during it."""
     activation_checkpointing: Annotated[bool, Field(json_schema_extra=MAY_CHANGE)] = False
     """Keep only each layer's input and compute the rest anew in the backward pass: a third more
     arithmetic, a fraction of the memory, the same numbers."""

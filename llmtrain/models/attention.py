@@ -22,11 +22,32 @@ from llmtrain.models.dropout import keep_, keep_mask
 def attention(
     q_BHTK: Tensor, k_BHTK: Tensor, v_BHTK: Tensor, mask: Tensor | None, causal: bool, dropout: float
 ) -> Tensor:
-    """(B, H, T, K). `mask` (B, 1, T, T): True where a query may see a key, in place of `causal`."""
-    trains_on_cpu = q_BHTK.device.type == "cpu" and q_BHTK.requires_grad and not torch.compiler.is_compiling()
-    if trains_on_cpu and keeps_probabilities(q_BHTK.shape[2], q_BHTK.dtype == torch.bfloat16, dropout):
+    """(B, H, T, K). `mask`, in place of `causal`: (B, 1, T, T), from `shared_mask`."""
+    if trains_on_cpu(q_BHTK) and keeps_probabilities(q_BHTK.shape[2], q_BHTK.dtype == torch.bfloat16, dropout):
         return _Attention.apply(q_BHTK, k_BHTK, v_BHTK, mask, dropout)
     return F.scaled_dot_product_attention(q_BHTK, k_BHTK, v_BHTK, mask, dropout, is_causal=causal)
+
+
+def shared_mask(visible: Tensor | None, x: Tensor) -> Tensor | None:
+    """`visible` (B, 1, T, T), True where a query may see a key, as all layers take it: on a GPU, added to scores.
+
+    torch's attention would make that of `visible` in each layer anew, and keep it there for the backward pass.
+    """
+    if visible is None or x.device.type == "cpu":
+        return visible
+    device = x.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    return added_mask(visible, dtype)
+
+
+def added_mask(visible: Tensor, dtype: torch.dtype) -> Tensor:
+    """0 where a query may see a key, minus infinity where not."""
+    return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, -math.inf)
+
+
+def trains_on_cpu(x: Tensor) -> bool:
+    """Whether paths of our own are taken: `x` will have a gradient, on a CPU, and torch's compiler is not looking."""
+    return x.device.type == "cpu" and x.requires_grad and not torch.compiler.is_compiling()
 
 
 class _Attention(torch.autograd.Function):
@@ -89,6 +110,5 @@ def _bias(q: Tensor, mask: Tensor | None, heads: int, start: int, end: int) -> T
     """What is added to the scores of these queries: 0, or minus infinity where a key is hidden."""
     if mask is None:
         return torch.full((end - start, end), -math.inf, dtype=q.dtype).triu_(start + 1)
-    hidden = ~mask[:, :, start:end, :end]
-    bias = torch.zeros(hidden.shape, dtype=q.dtype).masked_fill_(hidden, -math.inf)
+    bias = added_mask(mask[:, :, start:end, :end], q.dtype)
     return bias.expand(-1, heads, -1, -1).reshape(len(q), end - start, end)

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -26,9 +25,10 @@ from llmtrain.config.model_sections import GPTModel
 from llmtrain.data import IGNORE
 from llmtrain.errors import CheckpointError
 from llmtrain.manifest import FileInfo
-from llmtrain.models.attention import attention
+from llmtrain.models.attention import attention, shared_mask
 from llmtrain.models.dropout import dropout
 from llmtrain.models.loss import linear_cross_entropy, token_losses
+from llmtrain.models.projections import norm_linear, norm_mlp
 
 WEIGHTS = "model.safetensors"
 _CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
@@ -61,9 +61,11 @@ class Attention(nn.Module):
         self.c_attn = nn.Linear(config.width, 3 * config.width, bias=config.qkv_bias)
         self.c_proj = nn.Linear(config.width, config.width)
 
-    def forward(self, x_BTD: Tensor, mask: Tensor | None, cache: KVCache | None, layer: int) -> Tensor:
+    def forward(
+        self, x_BTD: Tensor, norm: nn.LayerNorm, mask: Tensor | None, cache: KVCache | None, layer: int
+    ) -> Tensor:
         batch, length, width = x_BTD.shape
-        qkv = self.c_attn(x_BTD).view(batch, length, 3, self.num_heads, width // self.num_heads)
+        qkv = norm_linear(x_BTD, norm, self.c_attn).view(batch, length, 3, self.num_heads, width // self.num_heads)
         q_BHTK, k_BHTK, v_BHTK = qkv.permute(2, 0, 3, 1, 4)
         if cache is not None:
             k_BHTK, v_BHTK = cache.extend(layer, k_BHTK, v_BHTK)
@@ -78,8 +80,8 @@ class MLP(nn.Module):
         self.c_fc = nn.Linear(config.width, 4 * config.width)
         self.c_proj = nn.Linear(4 * config.width, config.width)
 
-    def forward(self, x_BTD: Tensor) -> Tensor:
-        return self.c_proj(F.gelu(self.c_fc(x_BTD), approximate="tanh"))
+    def forward(self, x_BTD: Tensor, norm: nn.LayerNorm) -> Tensor:
+        return norm_mlp(x_BTD, norm, self.c_fc, self.c_proj)
 
 
 class Block(nn.Module):
@@ -92,8 +94,8 @@ class Block(nn.Module):
         self.dropout = config.dropout
 
     def forward(self, x_BTD: Tensor, mask: Tensor | None, cache: KVCache | None, layer: int) -> Tensor:
-        x_BTD = x_BTD + dropout(self.attn(self.ln_1(x_BTD), mask, cache, layer), self.dropout, self.training)
-        return x_BTD + dropout(self.mlp(self.ln_2(x_BTD)), self.dropout, self.training)
+        x_BTD = x_BTD + dropout(self.attn(x_BTD, self.ln_1, mask, cache, layer), self.dropout, self.training)
+        return x_BTD + dropout(self.mlp(x_BTD, self.ln_2), self.dropout, self.training)
 
 
 class _DrawNothing(TorchFunctionMode):
@@ -196,13 +198,14 @@ class GPT(nn.Module):
         return self.lm_head(self._hidden(input_ids, _document_mask(doc_ids), positions, cache))
 
     def _hidden(
-        self, input_ids: Tensor, mask: Tensor | None, positions: Tensor | None, cache: KVCache | None
+        self, input_ids: Tensor, visible: Tensor | None, positions: Tensor | None, cache: KVCache | None
     ) -> Tensor:
         if positions is None:
             first = cache.length if cache is not None else 0
             positions = torch.arange(first, first + input_ids.shape[1], device=input_ids.device)
         parts: Any = self.transformer
         x_BTD = dropout(parts["wte"](input_ids) + parts["wpe"](positions), self.config.dropout, self.training)
+        mask = shared_mask(visible, x_BTD)
         recompute = self.activation_checkpointing and torch.is_grad_enabled()
         for layer, block in enumerate(parts["h"]):
             if recompute:  # restores dropout's random numbers: the same loss and gradients, bit for bit

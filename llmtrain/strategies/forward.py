@@ -8,10 +8,20 @@ from torch import Tensor, nn
 
 from llmtrain.data import Batch
 
+_MOST_GRAPHS = 64
+
 
 def autocast(device: torch.device, bf16: bool) -> contextlib.AbstractContextManager[Any]:
     """bf16 arithmetic over fp32 weights, or nothing."""
     return torch.autocast(device.type, torch.bfloat16) if bf16 else contextlib.nullcontext()
+
+
+def allow_graphs() -> None:
+    """Before compiling: after 8 graphs of one function torch goes on without more, in silence. There is one for each
+    number of pieces that the loss of a batch is made in (models/loss.py)."""
+    import torch._dynamo.config  # the compiler: 0.9 s, for those who use it
+
+    torch._dynamo.config.recompile_limit = _MOST_GRAPHS
 
 
 def training_mode(module: nn.Module) -> None:

@@ -13,6 +13,7 @@ CPUs, are switched off.
 import logging
 import os
 import warnings
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from llmtrain.data import Batch
 from llmtrain.errors import ConfigError
 from llmtrain.fragments import Fragment, FragmentReader
 from llmtrain.optim import MOMENTS, STEPS, build_optimizer
-from llmtrain.strategies.forward import autocast, evaluation_loss, training_mode
+from llmtrain.strategies.forward import allow_graphs, autocast, evaluation_loss, training_mode
 from llmtrain.world import World
 
 
@@ -35,11 +36,13 @@ class ZeRO2Strategy:
         self._world, self._bf16 = world, bf16
         self._module = model.to(world.device)
         self._named = {name: p for name, p in self._module.named_parameters() if p.requires_grad}
+        if bf16:
+            _compute_in_bf16(self._module, world.device)
         optimizer = build_optimizer(self._named.items(), config.optim, torchs=True)
         self._engine: Any = _import_deepspeed(world).initialize(
             model=self._module,
             optimizer=optimizer,
-            config=deepspeed_config(config),
+            config=deepspeed_config(config, self._named.values(), world.device),
             dist_init_required=False,
         )[0]
         self._zero: Any = self._engine.optimizer
@@ -50,14 +53,14 @@ class ZeRO2Strategy:
         if world.device.type == "cpu":
             _gather_in_buckets()
         if config.train.compile:
+            allow_graphs()
             self._engine.compile()
 
     def accumulate(self, batch: Batch, scale: float, last: bool) -> Tensor:
         """Collective (default group, inside backward): each micro-batch's gradients are reduced to their owners."""
         training_mode(self._module)
         heartbeat.on_to("forward")
-        with autocast(self._world.device, self._bf16):
-            loss = self._engine(batch.input_ids, batch.targets, batch.doc_ids, batch.positions)
+        loss = self._engine(batch.input_ids, batch.targets, batch.doc_ids, batch.positions)
         heartbeat.on_to("backward")
         # DeepSpeed divides by the number of ranks; the sum over ranks is wanted.
         self._engine.backward(loss * (scale * self._world.size), scale_wrt_gas=False)
@@ -112,12 +115,17 @@ class ZeRO2Strategy:
         return pieces
 
 
-def deepspeed_config(config: RunConfig) -> dict[str, Any]:
-    """What DeepSpeed is told; nobody writes this by hand.
+def deepspeed_config(config: RunConfig, parameters: Iterable[Tensor], device: torch.device) -> dict[str, Any]:
+    """What DeepSpeed is told of a model with these parameters; nobody writes this by hand.
 
     Its gradient accumulation is off: the loop says when a step is complete.
     """
     strategy = config.strategy
+    bucket = _bucket_elements(strategy)
+    if device.type == "cuda":
+        # A gradient that is larger than a bucket is summed where it lies, on another stream, and freed before that is
+        # done: each has to find room in one.
+        bucket = max(bucket, *((p.numel() + 1) // 2 * 2 for p in parameters))
     return {
         "train_micro_batch_size_per_gpu": 1,  # asked for, and used for nothing but its throughput timer
         "gradient_accumulation_steps": 1,
@@ -129,12 +137,24 @@ def deepspeed_config(config: RunConfig) -> dict[str, Any]:
             "stage": 2,
             "contiguous_gradients": True,
             "overlap_comm": strategy.overlap,
-            "reduce_bucket_size": _bucket_elements(strategy),
-            "allgather_bucket_size": _bucket_elements(strategy),
+            "reduce_bucket_size": bucket,
+            "allgather_bucket_size": bucket,
             "offload_optimizer": {"device": strategy.offload_optimizer, "pin_memory": torch.cuda.is_available()},
         },
         "steps_per_print": None,
+        "timers": {"throughput": {"enabled": False}},  # it waits for the GPU in every forward pass
     }
+
+
+def _compute_in_bf16(module: nn.Module, device: torch.device) -> None:
+    """Autocast, entered inside of DeepSpeed's forward pass: on a GPU it switches off what was entered around it."""
+    forward = module.forward
+
+    def in_bf16(*inputs: Any) -> Any:
+        with autocast(device, bf16=True):
+            return forward(*inputs)
+
+    module.forward = in_bf16
 
 
 def _gather_in_buckets() -> None:
@@ -164,7 +184,6 @@ def _import_deepspeed(world: World) -> Any:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             import deepspeed
-            from deepspeed.ops import __compatible_ops__
     except ImportError as error:
         raise ConfigError(
             [
@@ -173,9 +192,12 @@ def _import_deepspeed(world: World) -> Any:
             ]
         ) from error
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    # A private name (deepspeed is pinned; tests/multiprocess/test_zero2.py fails where it has moved): without
-    # this, initialize() runs a C++ compiler for half a minute, and fails where there is none.
-    __compatible_ops__["deepspeed_shm_comm"] = False
+    if world.device.type == "cpu":
+        # A private name (deepspeed is pinned; tests/multiprocess/test_zero2.py fails where it has moved): without
+        # this, initialize() runs a C++ compiler for half a minute, and fails where there is none.
+        from deepspeed.ops import __compatible_ops__
+
+        __compatible_ops__["deepspeed_shm_comm"] = False
     if not dist.is_initialized():
         raise RuntimeError("ZeRO-2 needs a process group, on one rank too")
     return deepspeed

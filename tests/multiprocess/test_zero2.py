@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.runs import TIMEOUT_S, Workplace, environment, free_port, make_workplace
+from tests.support.runs import TIMEOUT_S, Workplace, environment, make_workplace, torchrun
 
 ZERO2 = "strategy.kind=zero2"
 KINDS = ["ddp", "zero2"]
@@ -126,10 +126,8 @@ PRECISE = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 
 def memory_taken(kind: str, folder: Path) -> float:
     """Bytes of a rank's peak for gradients and optimizer, of four; for each parameter."""
-    port = ["--master_port", str(free_port())]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "4", *port]
     done = subprocess.run(
-        [*command, "-m", "tests.support.memory_probe", kind],
+        [*torchrun(4), "-m", "tests.support.memory_probe", kind],
         cwd=folder, env={**environment(), **PRECISE}, text=True, capture_output=True, timeout=TIMEOUT_S, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
@@ -156,3 +154,12 @@ def test_nothing_is_compiled(plain: Workplace, monkeypatch: pytest.MonkeyPatch):
     output = plain.train("run.name=bare", ZERO2, "train.steps=2", ranks=2)
     assert "held-out loss" in output
     assert not list(nowhere.iterdir())
+
+
+def test_deepspeed_leaves_bf16_switched_on_also_on_gpus(tmp_path: Path):
+    """It asks whether autocast is on for a GPU, and switches it off for its own forward pass."""
+    command = [sys.executable, "-m", "tests.support.autocast_probe"]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment(), text=True, capture_output=True, timeout=TIMEOUT_S, check=True
+    )
+    assert done.stdout.splitlines()[-2:] == ["True torch.bfloat16", "False torch.float32"]

@@ -5,8 +5,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from llmtrain.config.model_sections import GPTModel
+from llmtrain.models import GPT, gpt
 from llmtrain.models import attention as module
-from llmtrain.models.attention import attention
+from llmtrain.models.attention import added_mask, attention, shared_mask
 from llmtrain.models.dropout import dropout, keep_, keep_mask
 
 
@@ -121,3 +123,31 @@ def test_a_mask_writes_zeros_and_leaves_the_rest(dtype: torch.dtype):
     x = torch.randn(33, 5).to(dtype)
     mask = keep_mask((33, 5), 0.4)
     assert torch.equal(keep_(x.clone(), mask), torch.where(mask != 0, x, 0))
+
+
+def test_a_mask_that_is_added_is_the_mask():
+    """What GPUs are given: torch's attention computes with it what it computes with the other."""
+    mask = documents(32)
+    qkv = inputs(32).detach()
+    expected = F.scaled_dot_product_attention(*qkv, mask)
+    assert torch.equal(F.scaled_dot_product_attention(*qkv, added_mask(mask, torch.float32)), expected)
+
+
+def test_with_a_mask_that_is_added_documents_have_the_same_losses(monkeypatch: pytest.MonkeyPatch):
+    """The whole model, as on a GPU: all layers take the one mask that is made for the batch."""
+    model = GPT(GPTModel(num_layers=2, num_heads=2, width=16, context=24), 50).eval()
+    ids = torch.randint(0, 50, (2, 24), generator=torch.Generator().manual_seed(0))
+    doc_ids = torch.zeros(2, 24, dtype=torch.int32)
+    doc_ids[1, 9:] = 1
+    expected = model.token_losses(ids, ids, doc_ids)
+    made: list[Tensor] = []
+
+    def as_on_a_gpu(visible: Tensor, x: Tensor) -> Tensor:
+        assert shared_mask(visible, x) is visible  # on a CPU ours takes it as it is
+        made.append(added_mask(visible, x.dtype))
+        return made[-1]
+
+    monkeypatch.setattr(gpt, "shared_mask", as_on_a_gpu)
+    assert torch.equal(model.token_losses(ids, ids, doc_ids), expected)
+    assert len(made) == 1
+    assert not torch.equal(model.token_losses(ids, ids, torch.zeros_like(doc_ids)), expected)

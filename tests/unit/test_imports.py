@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.runs import environment, free_port
+
 ROOT = Path(__file__).parents[2]
 CONTRACTS = [
     "errors", "log", "files", "heartbeat", "config.yaml_lines", "config.section", "config.data_sections",
@@ -136,6 +138,7 @@ from llmtrain.strategies import build_strategy
 from llmtrain.world import find_world
 config = RunConfig(model=GPTModel(num_layers=1, num_heads=2, width=16, context=8))
 world = find_world("cpu")
+world.start_groups(60)
 strategy = build_strategy(config, build_model(config, 64, world.device), world, False)
 ids = torch.zeros(2, 8, dtype=torch.int64)
 strategy.accumulate(Batch(ids, ids, None, None, 16), 1.0, last=True)
@@ -144,10 +147,21 @@ print(sorted({"torch._dynamo", "torch._inductor", "sympy", "transformers", "data
 """
 
 
-def test_a_step_on_one_rank_loads_no_compiler():
-    """A second at each start, and 80 MB."""
-    done = subprocess.run([sys.executable, "-c", TRAINS_A_STEP], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout == "[]\n"
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_step_loads_no_compiler(ranks: int):
+    """A second at each start of each rank, and 80 MB."""
+    place = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", TRAINS_A_STEP],
+            cwd=ROOT,
+            env={**environment(), **place, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(ranks)
+    ]
+    assert [process.communicate(timeout=120)[0] for process in processes] == ["[]\n"] * ranks
 
 
 def test_the_launcher_imports_only_contracts():

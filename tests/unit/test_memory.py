@@ -46,7 +46,7 @@ def kept_bytes(config: GPTModel, bf16: bool) -> int:
 def test_what_a_layer_keeps_is_what_autograd_keeps(bf16: bool, dropout: float):
     two, four = (GPTModel(num_layers=layers, num_heads=4, width=256, context=128, dropout=dropout) for layers in (2, 4))
     measured = (kept_bytes(four, bf16) - kept_bytes(two, bf16)) / 2
-    casts = 12 * 256**2 * 2 if bf16 else 0
+    casts = 256**2 * 2 if bf16 else 0  # of attention's output layer; the others are cast anew
     assert layer_activations(two, 4 * 128, bf16, "cpu") + casts == pytest.approx(measured, rel=0.02)
 
 

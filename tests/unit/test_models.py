@@ -1,6 +1,7 @@
 """The GPT: its size, its loss, its documents, its files."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,9 +12,11 @@ from llmtrain.config.schema import GPTModel, SampleSection
 from llmtrain.data import IGNORE, make_batch
 from llmtrain.errors import CheckpointError
 from llmtrain.evaluate import continue_text, sample_token
+from llmtrain.models import loss as loss_module
 from llmtrain.models.gpt import GPT, TextGenerator
 from llmtrain.models.loss import linear_cross_entropy
 from llmtrain.shards import Rows
+from llmtrain.strategies.forward import allow_graphs
 
 SMALL = GPTModel(num_layers=2, num_heads=2, width=32, context=24, init="pytorch")
 
@@ -196,3 +199,47 @@ def test_activation_checkpointing_changes_memory_not_numbers(bf16: bool):
         found.append([loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
     assert kept[1] < kept[0] / 2
+
+
+@pytest.mark.parametrize("documents", [False, True])
+def test_the_compiled_model_is_one_graph_with_the_same_gradients(documents: bool):
+    """Whatever would make the compiler leave the graph is an error here. No kernels are built: that takes a minute."""
+    model = GPT(SMALL, 100, seed=3)
+    ids = torch.randint(0, 100, (2, 24), generator=torch.Generator().manual_seed(0))
+    doc_ids = torch.tensor([[0] * 9 + [1] * 15] * 2, dtype=torch.int32) if documents else None
+    positions = torch.cat([torch.arange(9), torch.arange(15)]).expand(2, -1) if documents else None
+    found: list[list[torch.Tensor]] = []
+    for forward in (model, torch.compile(model, backend="aot_eager", fullgraph=True)):
+        model.zero_grad()
+        loss = forward(ids, ids, doc_ids, positions)
+        loss.backward()
+        found.append([loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
+    for mine, reference in zip(*found, strict=True):
+        torch.testing.assert_close(mine, reference)
+
+
+def test_the_compiled_model_is_one_graph_with_dropout_in_bf16():
+    model = GPT(SMALL.model_copy(update={"dropout": 0.2, "init": "gpt2"}), 100, seed=3)
+    ids = torch.randint(0, 100, (2, 24), generator=torch.Generator().manual_seed(0))
+    forward = torch.compile(model, backend="aot_eager", fullgraph=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = forward(ids, ids.roll(1))
+    loss.backward()
+    assert loss.item() / ids.numel() == pytest.approx(4.6, abs=0.3)
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.soak
+def test_batches_of_many_lengths_stay_compiled(monkeypatch: pytest.MonkeyPatch):
+    """One graph for each number of pieces that the loss is made in; torch would stop after 8, in silence."""
+    import torch._dynamo.config
+
+    monkeypatch.setattr(loss_module, "loss_chunk", lambda device, vocab_size: 4)
+    model = GPT(SMALL.model_copy(update={"num_layers": 1}), 100, seed=3)
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        allow_graphs()
+        forward: Any = torch.compile(model, backend="eager")
+        for length in range(2, 22, 2):
+            ids = torch.randint(0, 100, (2, length), generator=torch.Generator().manual_seed(length))
+            torch.testing.assert_close(forward(ids, ids), model(ids, ids))

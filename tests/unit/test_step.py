@@ -7,7 +7,7 @@ from llmtrain.config.schema import GPTModel, RunConfig
 from llmtrain.data import Batch
 from llmtrain.models import GPT
 from llmtrain.models.dropout import keep_mask
-from llmtrain.strategies import build_strategy
+from llmtrain.strategies import build_strategy, deepspeed_config
 from llmtrain.trainer import seed_step
 from llmtrain.world import World
 
@@ -53,6 +53,17 @@ def test_a_step_goes_back_to_training_after_evaluating_and_generating():
         assert not any(module.training for module in model.modules())
         strategy.accumulate(batch, 1.0, last=True)
         assert all(module.training for module in model.modules())
+
+
+def test_what_deepspeed_is_told_for_a_gpu():
+    """A gradient larger than a bucket would be freed while it is summed; the timer would wait in every forward pass."""
+    parameters = [torch.empty(10), torch.empty(30_000_001, device="meta")]
+    sizes: list[int] = []
+    for device in ("cpu", "cuda"):
+        told = deepspeed_config(RunConfig(), parameters, torch.device(device))
+        sizes.append(told["zero_optimization"]["reduce_bucket_size"])
+        assert not told["timers"]["throughput"]["enabled"]
+    assert sizes == [6_250_000, 30_000_002]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -2,10 +2,13 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from llmtrain import rundir, summary
+from llmtrain.hardware import HardwareMeter
 from llmtrain.rundir import RunDir
 from llmtrain.tensorboard import TensorBoard
 
@@ -77,3 +80,15 @@ def test_tensorboard_reads_back_what_was_written(tmp_path: Path):
     assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(0, 5.0), (1, 4.0), (2, 3.0), (3, 1.5)]
     assert "configuration/text_summary" in events.Tags()["tensors"]
     assert "_hparams_/session_start_info" in events.summary_metadata
+
+
+def test_a_gpu_without_readings_of_its_own_ends_no_run():
+    """As part of one (MIG) has none."""
+    pynvml = pytest.importorskip("pynvml")
+
+    def not_supported(handle: object) -> None:
+        raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
+
+    meter = HardwareMeter(torch.device("cpu"))
+    meter._nvml = SimpleNamespace(NVMLError=pynvml.NVMLError, nvmlDeviceGetUtilizationRates=not_supported)
+    assert set(meter.read()) == {"hardware/memory_gb"}
