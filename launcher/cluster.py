@@ -145,7 +145,7 @@ class Profile(Section):
     """Folders that all nodes see, e.g. /scratch/$USER; run folders and shards must lie below one of them. Without any,
     the kind of file system decides."""
     setup: list[Line] = []
-    """Lines of shell that run on each job's first node before anything else."""
+    """Lines of shell that run on each job's first node before Python starts, after modules and venv."""
     extra: dict[Option, Value] = {}
     """Further options of sbatch, e.g. `reservation: maintenance`; "" for one without a value."""
     service: SideJob = SideJob()

@@ -28,7 +28,7 @@ from launcher.slurm.batch import JobSpec
 from launcher.slurm.limits import check_limits
 from launcher.slurm.partitions import partitions
 from llmtrain import recipe, shards
-from llmtrain.batches import BatchPlan, plan_batches
+from llmtrain.batches import ANY_ROWS, BatchPlan, nodes_that_train, plan_batches
 from llmtrain.config.data_sections import Source
 from llmtrain.config.load import Origins, fixed_differences, load_config, resolved_yaml
 from llmtrain.config.schema import RunConfig
@@ -154,12 +154,17 @@ def _check_batch(
 ) -> tuple[list[Finding], BatchPlan | None]:
     ranks = spec.nodes * spec.ranks_per_node
     try:
-        plan = plan_batches(config, origins, ranks, built.splits["train"].rows if built else 2**62)
+        plan = plan_batches(config, origins, ranks, built.splits["train"].rows if built else ANY_ROWS)
     except ConfigError as error:
         return [wrong("batch", problem) for problem in error.problems], None
     except UserError as error:
         return [wrong("batch", str(error))], None
     told = f"{plan.global_batch_size} rows = {ranks} ranks x {plan.micro_batch_size} x {plan.accumulation}"
+    least = spec.profile.nodes_at_least or spec.nodes
+    idle = {n: n - nodes_that_train(plan.global_batch_size, spec.ranks_per_node, n) for n in range(least, spec.nodes)}
+    if any(idle.values()):
+        told += "; where SLURM gives "
+        told += ", ".join(f"{n} nodes {number} of them waits" for n, number in idle.items() if number)
     return [fine("batch", told)], plan
 
 

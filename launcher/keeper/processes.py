@@ -18,10 +18,11 @@ def ranks_of(agent: int) -> list[psutil.Process]:
 
 
 def kill_tree(pid: int) -> None:
-    """SIGKILL for a process and all that it started but the checkpoint service."""
+    """SIGKILL for a process and all that it started but the checkpoint service; first for the one that would start them
+    again."""
     with contextlib.suppress(psutil.NoSuchProcess):
         root = psutil.Process(pid)
-        for victim in [*root.children(recursive=True), root]:
+        for victim in [root, *root.children(recursive=True)]:
             with contextlib.suppress(psutil.NoSuchProcess):
                 if "llmtrain.service" not in victim.cmdline():  # it finishes what is queued
                     victim.kill()

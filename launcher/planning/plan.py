@@ -225,7 +225,10 @@ def _say_course(
     saves = forecast.count_saves(config, plan, rows)
     most = forecast.most_on_disk(config, plan, saves)
     say("saves", f"{saves:,}, of {display.size(size)} each")
-    say("disk", f"{display.size(most * size)} at most: {most} checkpoints at the same time, one of them being written")
+    say(
+        "disk",
+        f"{display.size(most * size)} at most, if scoring and uploads keep up: {most} checkpoints, one being written",
+    )
     upload = forecast.upload_volume(config, sizes, saves)
     if upload is None:
         say("upload", "none: hub.repo is not set")

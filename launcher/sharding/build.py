@@ -9,6 +9,7 @@ of `build_part` on several machines at once, then `build`, which does what is mi
 import shutil
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from launcher.sharding import tasks
@@ -36,6 +37,8 @@ class Built:
     fast: bool
     """Whether tiktoken did the work."""
     was_there: bool
+    newer_source: Path | None = None
+    """Of shards that were there: a file of the sources that was written after them."""
 
 
 @dataclass(frozen=True)
@@ -135,7 +138,8 @@ def _find_finished(config: RunConfig) -> Built | None:
         return None
     opened = shards.open_folder(folder, "size")
     opened.check_recipe(recipe.recipe_of(config), recipe.tokenizer_file(config))
-    return Built(opened, 0.0, 0, fast=False, was_there=True)
+    newer = recipe.newer_source(config, folder / shards.MANIFEST)
+    return Built(opened, 0.0, 0, fast=False, was_there=True, newer_source=newer)
 
 
 def _tokenise(

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.text import Text
 
 from launcher.sharding.build import Built, BuiltPart, PreparedBuild
+from llmtrain import recipe
 from llmtrain.shards import ShardFolder, SplitName
 
 _OPEN, _CLOSE = "\u27e6", "\u27e7"
@@ -30,6 +31,8 @@ def describe(done: Built | PreparedBuild | BuiltPart) -> Iterator[str]:
     match done:
         case Built(was_there=True):
             yield f"shards     {done.folder.path} (finished before; fingerprint {done.folder.fingerprint[:12]})"
+            if done.newer_source is not None:
+                yield f"note       {recipe.told_newer(done.newer_source, done.folder.path)}"
         case Built():
             yield from _describe_built(done)
         case PreparedBuild():

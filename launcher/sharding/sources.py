@@ -13,11 +13,10 @@ from pathlib import Path
 from launcher.sharding.records import Unit, check_fields, load_dataset, open_parquet, wanted_fields
 from llmtrain.config import data_sections as schema
 from llmtrain.errors import SourceError
+from llmtrain.recipe import TEXT_SUFFIXES, source_files
 
 UNIT_BYTES = 4_000_000
 """Large sources are cut into units of about this size."""
-
-_FOLDER_SUFFIXES = (".txt", ".md")
 
 
 def list_units(sources: list[schema.Source], format: schema.Format) -> list[Unit]:
@@ -56,17 +55,13 @@ def _find_files(patterns: list[str], problems: list[str]) -> list[Path]:
     """The files that the patterns mean, each once, in the order of the patterns and then by name."""
     files: dict[Path, None] = {}
     for pattern in patterns:
-        path = Path(pattern).expanduser()
-        if path.is_dir():
-            found = sorted(p for p in path.rglob("*") if p.suffix in _FOLDER_SUFFIXES and p.is_file())
-            nothing = f"the folder has no {' or '.join(_FOLDER_SUFFIXES)} files; name them by a glob"
-        elif glob.has_magic(pattern):
-            found = sorted(Path(p) for p in glob.glob(str(path), recursive=True) if Path(p).is_file())
-            nothing = "no file matches"
-        else:
-            found = [path] if path.exists() else []
-            nothing = f"no such file (looked for it from {Path.cwd().name}/, the working directory)"
-        if not found:
+        if not (found := sorted(source_files(pattern))):
+            if Path(pattern).expanduser().is_dir():
+                nothing = f"the folder has no {' or '.join(TEXT_SUFFIXES)} files; name them by a glob"
+            elif glob.has_magic(pattern):
+                nothing = "no file matches"
+            else:
+                nothing = f"no such file (looked for it from {Path.cwd().name}/, the working directory)"
             problems.append(f"{pattern}: {nothing}")
         files.update(dict.fromkeys(found))
     return [path for path in files if _is_readable(path, problems)]

@@ -18,6 +18,7 @@ from launcher.keeper.supervisor import Rules, Supervisor, say
 from launcher.keeper.torchrun import Start
 from launcher.slurm import client
 from llmtrain import files
+from llmtrain.batches import nodes_that_train
 from llmtrain.config import load_config
 from llmtrain.config.load import split_settings
 from llmtrain.errors import EXIT_REQUEUE, ConfigError, SlurmError
@@ -61,12 +62,37 @@ def keep_going(words: list[str], ranks: int, device: str | None, rules: Rules, r
     run = RunDir(Path(config.run.dir) / config.run.name)
     jobs = JobDir.of(run)
     folder = jobs.start(node.job_id, node.restart)
-    meeting = Meeting(folder, node.number, node.num_nodes)
-    start = Start(words, ranks, device, node.number, node.num_nodes)
+    used = nodes_that_train(config.train.global_batch_size, ranks, node.num_nodes)
+    meeting = Meeting(folder, node.number, used)
+    if node.number >= used:
+        return _sit_out(meeting, node)
+    try:
+        start = Start(words, ranks, device, node.number, used)
+        return _train(start, rules, requeue, again, node, run, jobs, meeting)
+    finally:
+        if node.number == 0:
+            meeting.tell("over", 0, True)
+
+
+def _sit_out(meeting: Meeting, node: Node) -> int:
+    """On a node that the batch leaves over: until the first one has ended. Some clusters end a job with its first
+    task, so it stays, and leaves signals to those that train."""
+    say(
+        f"the ranks of {node.num_nodes} nodes do not divide train.global_batch_size: {meeting.num_nodes} train, this "
+        f"one (node {node.number}) waits"
+    )
+    _ignore_signals()
+    meeting.wait_for_first("over", 0)
+    return 0
+
+
+def _train(
+    start: Start, rules: Rules, requeue: Requeue, again: bool, node: Node, run: RunDir, jobs: JobDir, meeting: Meeting
+) -> int:
     rules = Rules(rules.max_restarts, rules.hang_s, rules.grace_s, _ends_at(node), rules.lead_s)
     if not _may_go_on(jobs, run, node, meeting, rules.max_restarts):
         return 1
-    supervisor = Supervisor(start, run, rules, meeting, folder / "ranks", jobs.stop)
+    supervisor = Supervisor(start, run, rules, meeting, meeting.folder / "ranks", jobs.stop)
     code = supervisor.supervise(goes_on=node.restart > 0)
     stopped = supervisor.stopped_by is not None
     if node.number == 0:
@@ -81,11 +107,14 @@ def keep_going(words: list[str], ranks: int, device: str | None, rules: Rules, r
     return EXIT_REQUEUE
 
 
-def come_back(job_id: str, requeue: Requeue) -> None:
-    """Have SLURM queue this job again, unless it has done so, or has been told to end it."""
-    # The wave of signals that ends the job must not end the command that queues it again.
+def _ignore_signals() -> None:
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
+
+
+def come_back(job_id: str, requeue: Requeue) -> None:
+    """Have SLURM queue this job again, unless it has done so, or has been told to end it."""
+    _ignore_signals()  # the wave of them that ends the job must not end the command that queues it again
     if not _is_ours_to_requeue(job_id):
         return
     try:

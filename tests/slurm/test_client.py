@@ -15,6 +15,7 @@ from launcher.slurm.client import Queued
 from launcher.slurm.partitions import partitions
 from llmtrain.errors import SlurmError
 from tests.support.slurm_cluster import Cluster
+from tests.support.slurm_runs import wait_until
 
 LONG = "sleep 300"
 ALL_NODES = ["--nodes=3", "--exclusive"]
@@ -28,7 +29,8 @@ def test_jobs_that_run_wait_and_ended(cluster: Cluster):
     cluster.wait_for(runs, "RUNNING")
     waits = cluster.submit(LONG, *ALL_NODES)
     depends = cluster.submit(LONG, f"--dependency=afterok:{runs}")
-    time.sleep(1.5)  # the scheduler says when it expects to start them
+    wait_until(lambda: client.queue([waits])[waits].starts is not None)  # the scheduler says when it expects that
+    wait_until(lambda: client.queue([waits])[waits].reason == "Resources")
     told = client.queue([fine, failed, killed, runs, waits, depends, "1"])
 
     assert told[fine] == Queued(fine, "COMPLETED", "", told[fine].nodes)
@@ -50,10 +52,9 @@ def test_jobs_that_run_wait_and_ended(cluster: Cluster):
 
 def test_tasks_of_an_array_and_the_whole(cluster: Cluster):
     job = cluster.submit('[ "$SLURM_ARRAY_TASK_ID" = 0 ] && exit 4; sleep 300', "--array=0-3%2")
-    deadline = time.monotonic() + 30
-    while client.queue([f"{job}_2"])[f"{job}_2"].state != "RUNNING":
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
+    wait_until(lambda: client.queue([f"{job}_2"])[f"{job}_2"].state == "RUNNING")
+    wait_until(lambda: client.queue([f"{job}_0"])[f"{job}_0"].state == "FAILED")
+    wait_until(lambda: client.queue([f"{job}_3"])[f"{job}_3"].reason == "JobArrayTaskLimit")
     told = client.queue([f"{job}_0", f"{job}_1", f"{job}_3", job, f"{job}_77"])
     assert (told[f"{job}_0"].state, told[f"{job}_0"].reason) == ("FAILED", "exit code 4")
     assert told[f"{job}_1"].state == "RUNNING"

@@ -3,6 +3,7 @@
 import sys
 
 from tests.support.slurm_cluster import Cluster
+from tests.support.slurm_runs import wait_until
 
 WHOLE = ["--nodes=3", "--exclusive", "--requeue"]
 
@@ -22,9 +23,10 @@ def test_steps_find_this_python(cluster: Cluster):
 
 def test_a_job_is_warned_before_a_higher_partition_takes_its_nodes(cluster: Cluster):
     """One that leaves within the grace time has ended for SLURM: it comes back only if it requeues itself."""
-    script = "trap 'echo warned; scontrol requeue $SLURM_JOB_ID' USR1\nsleep 300 & wait; wait"
+    script = "trap 'echo warned; scontrol requeue $SLURM_JOB_ID' USR1\necho ready\nsleep 300 & wait; wait"
     job = cluster.submit(script, *WHOLE, "--partition=low", "--signal=B:USR1@60", "--open-mode=append")
     cluster.wait_for(job, "RUNNING")
+    wait_until(lambda: (cluster.folder / f"slurm-{job}.out").exists() and "ready" in cluster.output(job))
     taker = cluster.submit("sleep 1", *WHOLE, "--partition=high")
     assert cluster.wait_for(taker) == "COMPLETED"
     cluster.wait_for_restart(job)

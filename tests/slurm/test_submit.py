@@ -126,6 +126,19 @@ def test_with_one_node_left_it_goes_on_with_that_one(cluster: Cluster, workplace
     assert said.index("4 ranks on cpu") < said.index("2 ranks on cpu")
 
 
+def test_a_node_that_the_batch_leaves_over_waits(cluster: Cluster, workplace: Workplace, calm: str):
+    """Four nodes would divide the batch of 8 rows among 8 ranks; SLURM has three, whose 6 ranks do not."""
+    name = "three"
+    wait_until(lambda: cluster.call("sinfo", "-h", "-n", "n[1-3]", "-p", "low", "-o", "%t") == "idle")
+    job = submit(workplace, name, "--nodes", "4", *LENGTH, profile=write_profile(workplace, nodes_at_least=1))
+    finishes(cluster, workplace, name, job.job_id)
+    assert "4 ranks on cpu" in run_of(workplace, name).log.read_text()
+    waits = "the ranks of 3 nodes do not divide train.global_batch_size: 2 train, this one (node 2) waits"
+    assert waits in output_of(workplace, name)
+    ours, theirs = workplace.ledger(name), workplace.ledger(calm)
+    assert [record["digest"] for record in ours] == [record["digest"] for record in theirs]
+
+
 def test_an_error_that_a_person_has_to_mend_is_not_queued_again(cluster: Cluster, workplace: Workplace):
     """A learning rate with which the loss is soon not a number: nothing that could be seen before."""
     job = submit(workplace, "diverging", "optim.lr=1e30", "optim.clip_norm=null", "optim.schedule.warmup_steps=0")

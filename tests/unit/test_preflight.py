@@ -286,6 +286,16 @@ def test_without_an_error_nothing_is_refused(capsys: pytest.CaptureFixture[str])
         settle([wrong("a", "b")], Console())
 
 
+def test_a_number_of_nodes_that_does_not_divide_the_batch_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    profile = Profile(gpus_per_node=2, nodes_at_least=1, shared=[str(tmp_path)])
+    (batch,) = [
+        f for f in findings(spec(profile, nodes=4, ranks_per_node=2), "train.global_batch_size=8") if f.what == "batch"
+    ]
+    assert batch.severity == "ok"
+    assert batch.message == "8 rows = 8 ranks x 1 x 1; where SLURM gives 3 nodes 1 of them waits"
+
+
 def test_too_little_room_for_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(preflight.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 100_000_000}))
     monkeypatch.chdir(tmp_path)

@@ -1,113 +1,24 @@
-"""Raw text to rows: splits, packing, tokenizers, sources."""
+"""Sources, and what a build makes of them (test_packing.py, test_tokenizers.py: of their text)."""
 
-import hashlib
 import json
 import os
+import time
 from collections import Counter
 from pathlib import Path
 
-import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from launcher.sharding import pack, tasks, tokenize
+from launcher.sharding import tokenize
 from launcher.sharding.build import build
-from launcher.sharding.records import Document, read_documents
+from launcher.sharding.records import read_documents
+from launcher.sharding.show import describe
 from launcher.sharding.sources import group_units, list_units
 from llmtrain import recipe, shards
 from llmtrain.config import RunConfig, load_config
 from llmtrain.config import data_sections as schema
-from llmtrain.errors import DataMismatch, EncodingError, SourceError, TokenizerError, TooLittleData
+from llmtrain.errors import DataMismatch, EncodingError, SourceError, TooLittleData
+from llmtrain.prepare import prepare_shards
 from tests.support.data import python_sources, shared
-
-
-def plain(text: str) -> Document:
-    return Document(text, None, lambda: "here")
-
-
-documents = st.lists(st.integers(1, 40), min_size=1, max_size=30)
-
-
-def transitions(rows: shards.Rows) -> Counter[tuple[int, int]]:
-    """Every (token, next token) that a row predicts."""
-    found: Counter[tuple[int, int]] = Counter()
-    for tokens, lens in zip(rows.tokens.tolist(), rows.doc_lens, strict=True):
-        at = 0
-        for length in lens.tolist():
-            found.update(zip(tokens[at : at + length - 1], tokens[at + 1 : at + length], strict=True))
-            at += length
-    return found
-
-
-@given(lens=documents, context=st.integers(2, 12))
-@settings(deadline=None)
-def test_bestfit_predicts_every_transition_of_every_document_once(lens: list[int], context: int):
-    stream = np.arange(sum(lens), dtype=np.uint32)
-    rows, dropped = pack.pack_documents(stream, None, np.array(lens, np.int64), context, padding_id=999, together=True)
-    ends = np.cumsum(lens)
-    wanted = Counter((i, i + 1) for i in range(sum(lens) - 1) if i + 1 not in set(ends.tolist()))
-    assert transitions(rows) == wanted
-    assert dropped == sum(length == 1 for length in lens)
-    assert all(piece >= 2 for row in rows.doc_lens for piece in row)
-    assert all(row.sum() <= context + 1 for row in rows.doc_lens)
-
-
-@given(lens=documents, capacity=st.integers(41, 90))
-def test_bestfit_wastes_little(lens: list[int], capacity: int):
-    rows = pack.best_fit(np.array(lens, np.int64), capacity)
-    assert sorted(piece for row in rows for piece in row) == list(range(len(lens)))
-    used = [sum(lens[piece] for piece in row) for row in rows]
-    assert max(used) <= capacity
-    assert len(rows) <= 11 / 9 * -(-sum(lens) // capacity) + 1 + max(lens) / capacity * len(rows)
-
-
-@given(tokens=st.integers(0, 200), context=st.integers(2, 16), keep=st.booleans())
-def test_contiguous_counts(tokens: int, context: int, keep: bool):
-    rows, rest = pack.contiguous_rows(tokens, context, keep)
-    predicted = max(0, tokens - 1)
-    if keep:
-        assert rows == -(-predicted // context)
-        assert rest == (tokens if tokens == 1 else 0)
-    else:
-        assert rows == predicted // context
-        assert rest == (predicted - rows * context if rows else tokens)
-
-
-def test_contiguous_rows_overlap_by_one_token():
-    rows = pack.pack_contiguous(np.arange(10, dtype=np.uint16), 4, padding_id=99)
-    assert rows.tokens.tolist() == [[0, 1, 2, 3, 4], [4, 5, 6, 7, 8], [8, 9, 99, 99, 99]]
-    assert [lens.tolist() for lens in rows.doc_lens] == [[5], [5], [2]]
-
-
-@given(texts=st.lists(st.text(min_size=1, max_size=30), min_size=1, max_size=8), heldout=st.floats(0.05, 0.5))
-def test_the_tail_split_cuts_the_text_where_it_says(texts: list[str], heldout: float):
-    split = schema.SplitSection(by="tail", heldout=heldout, test=0.1)
-    whole = "".join(texts)
-    bounds = tasks.tail_bounds(len(whole), split)
-    start, parts, ends = 0, {"train": "", "heldout": "", "test": ""}, 0
-    for text in texts:
-        for piece in tasks.split_document(plain(text), split, start, bounds):
-            parts[piece.split] += piece.text
-            ends += piece.ends
-        start += len(text)
-    assert parts["train"] == whole[: bounds[0]]
-    assert parts["heldout"] == whole[bounds[0] : bounds[1]]
-    assert parts["test"] == whole[bounds[1] :]
-    assert ends == len(texts)
-
-
-def test_the_hash_split_depends_on_the_document_alone():
-    split = schema.SplitSection(by="hash", heldout=0.3, test=0.2)
-    names = Counter()
-    for i in range(2000):
-        text = f"document {i}"
-        (piece,) = tasks.split_document(plain(text), split, start=i * 17, bounds=(0, 0))
-        fraction = int(hashlib.sha256(text.encode()).hexdigest()[:16], 16) / 2**64
-        assert piece.split == ("test" if fraction < 0.2 else "heldout" if fraction < 0.5 else "train")
-        names[piece.split] += 1
-    assert abs(names["heldout"] - 600) < 80
-    assert abs(names["test"] - 400) < 70
 
 
 def configure(tmp_path: Path, sources: str, *more: str) -> RunConfig:
@@ -264,76 +175,6 @@ def test_the_lecture_text_gives_the_lectures_rows(tmp_path: Path):
     assert heldout.targets == heldout.text_tokens - 1
 
 
-def test_a_trained_tokenizer_loads_with_transformers(tmp_path: Path):
-    from transformers import AutoTokenizer
-
-    tokenize.prepare(schema.DataSection(), tmp_path, [p.read_text() for p in python_sources(3)])
-    theirs = AutoTokenizer.from_pretrained(tmp_path)
-    assert theirs.eos_token == "<|endoftext|>"
-    text = "def f(x):\n    return 'é🙂'"
-    ours = tokenize.Encoder(tmp_path, fast=True)
-    assert ours.is_fast
-    assert ours.encode(text).tolist() == theirs(text)["input_ids"]
-    assert theirs.decode(ours.encode(text)) == text
-
-
-@given(text=st.text(max_size=200))
-@settings(max_examples=300, deadline=None)
-def test_tiktoken_gives_the_ids_of_tokenizers(gpt2_encoders, text: str):
-    fast, slow = gpt2_encoders
-    assert fast.encode(text).tolist() == slow.encode(text).tolist()
-
-
-@pytest.fixture(scope="module")
-def gpt2_encoders():
-    folder = shared("gpt2")
-    assert tokenize.same_ids(folder, [])
-    return tokenize.Encoder(folder, fast=True), tokenize.Encoder(folder, fast=False)
-
-
-def test_special_token_text_in_a_document_stays_text(gpt2_encoders):
-    fast, slow = gpt2_encoders
-    text = "before<|endoftext|>after"
-    assert fast.eos_id not in fast.encode(text)
-    assert slow.eos_id not in slow.encode(text)
-
-
-def test_a_tokenizer_of_another_shape_stays_on_tokenizers(tmp_path: Path):
-    tokenize.prepare(schema.DataSection(), tmp_path, ["some text to train on"])
-    spec = json.loads((tmp_path / "tokenizer.json").read_text())
-    added = {**spec["added_tokens"][0], "id": 9999, "content": "RARE", "special": False}
-    for change in ({"normalizer": {"type": "NFC"}}, {"added_tokens": [*spec["added_tokens"], added]}):
-        (tmp_path / "tokenizer.json").write_text(json.dumps({**spec, **change}))
-        assert not tokenize.Encoder(tmp_path, fast=True).is_fast
-        assert not tokenize.same_ids(tmp_path, [])
-
-
-def test_different_ids_are_found_by_the_proof(tmp_path: Path):
-    """A split regex that looks the same from outside: digits one by one."""
-    tokenize.prepare(schema.DataSection(), tmp_path, ["12 34 567 1234567 12345"] * 50)
-    original = tokenize._GPT2_SPLIT
-    try:
-        tokenize._GPT2_SPLIT = original.replace(r" ?\p{N}++", r"\p{N}")
-        assert not tokenize.same_ids(tmp_path, ["1234567"])
-    finally:
-        tokenize._GPT2_SPLIT = original
-    assert tokenize.same_ids(tmp_path, ["1234567"])
-
-
-def test_a_tokenizer_without_an_end_is_refused(tmp_path: Path):
-    from tokenizers import Tokenizer, models
-
-    source = tmp_path / "source"
-    source.mkdir()
-    Tokenizer(models.BPE({"a": 0}, [])).save(str(source / "tokenizer.json"))
-    config = schema.DataSection(tokenizer=schema.FolderTokenizer(kind="folder", path=str(source)))
-    with pytest.raises(TokenizerError, match="no end-of-text token; set eos_token"):
-        tokenize.prepare(config, tmp_path / "out", [])
-    (source / "tokenizer.json").write_text("{}")
-    with pytest.raises(TokenizerError, match="not a tokenizer"):
-        tokenize.prepare(config, tmp_path / "out", [])
-
-
 def test_every_recipe_has_a_folder_of_its_own():
     one, two = (load_config(None, [f"data.tokenizer.vocab_size={v}"])[0] for v in (300, 400))
     assert recipe.shard_folder(one) != recipe.shard_folder(two)
@@ -384,3 +225,27 @@ def test_a_tokenizer_that_changed_since_is_noticed(tmp_path: Path):
     file.write_text(file.read_text() + " ")
     with pytest.raises(DataMismatch, match="built with another tokenizer"):
         build(config, workers=1)
+
+
+@pytest.mark.parametrize("pattern", ["text/a.txt", "text", "te*/*.txt"])
+def test_text_that_was_written_after_the_shards_is_named(
+    tmp_path: Path, pattern: str, caplog: pytest.LogCaptureFixture
+):
+    (tmp_path / "text").mkdir()
+    file = tmp_path / "text/a.txt"
+    file.write_text("".join(p.read_text() for p in python_sources(4)))
+    config = configure(tmp_path, f"{{kind: text, paths: ['{tmp_path}/{pattern}']}}", "data.split.by=tail")
+    assert build(config, workers=1).newer_source is None
+    assert build(config, workers=1).newer_source is None
+    unread = tmp_path / "text/notes.json"
+    unread.write_text("{}")
+    os.utime(unread, (time.time() + 100,) * 2)
+    prepare_shards(config)
+    assert "was written after" not in caplog.text
+    later = time.time() + 100
+    os.utime(file, (later, later))
+    again = build(config, workers=1)
+    assert again.newer_source == file
+    assert f"note       {file} was written after the shards" in "\n".join(describe(again))
+    prepare_shards(config)
+    assert f"{file} was written after the shards" in caplog.text
