@@ -1,6 +1,6 @@
 """What this machine is and can do, measured beside the rows: a figure counts only while the machine stays the same.
 
-`python -m benchmarks.machine` prints its limits, and with `--product` the seconds of one reference product.
+`python -m benchmarks.machine` prints its limits, and with `--product DEVICE` the seconds of a reference product.
 """
 
 import os
@@ -11,12 +11,28 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 from benchmarks.peers import ROOT
+from llmtrain.gpus import num_gpus
+
+Row = TypeVar("Row")
 
 MOST_DRIFT = 0.10
 """A row during which the reference product moves by more than this is not reported."""
 _SIZE, _HEAD = 2048, 50_257
+_GPU_SIZE, _IN_A_ROW = 8192, 10
+
+
+def choose_rows(names: list[str], on_cpu: dict[str, Row], on_gpu: dict[str, Row]) -> dict[str, Row]:
+    """The rows of these names, or all that this machine can run; ends the program if it cannot run one."""
+    possible = on_cpu | (on_gpu if num_gpus() else {})
+    if missing := [name for name in names if name not in possible]:
+        sys.exit(
+            f"{', '.join(missing)}: not among the rows {', '.join(possible)}"
+            + ("" if num_gpus() else f"; {', '.join(on_gpu)} need a GPU")
+        )
+    return {name: possible[name] for name in names or possible}
 
 
 def described() -> str:
@@ -25,12 +41,13 @@ def described() -> str:
 
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     cpu = next((line.split(":")[1].strip() for line in lines if "model name" in line), "")
-    return f"{cpu}, {os.cpu_count()} cores; Python {platform.python_version()}, torch {torch.__version__}"
+    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    return f"{cpu}, {os.cpu_count()} cores{gpu}; Python {platform.python_version()}, torch {torch.__version__}"
 
 
-def reference_s() -> float:
+def reference_s(device: str = "cpu") -> float:
     """Seconds of the reference product, in a process of its own: this one stays idle while rows are measured."""
-    command = [sys.executable, "-m", "benchmarks.machine", "--product"]
+    command = [sys.executable, "-m", "benchmarks.machine", "--product", device]
     done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, check=True)
     return float(done.stdout)
 
@@ -60,7 +77,40 @@ def limits() -> str:
     source = torch.randn(100_000_000)
     target = torch.empty_like(source)
     found.append(f"copy {2 * source.nbytes / _median_s(lambda: target.copy_(source)) / 1e9:.0f} GB/s")
+    if torch.cuda.is_available():
+        found.append(_gpu_limits())
     return ", ".join(found)
+
+
+def _gpu_limits() -> str:
+    import torch
+
+    source = torch.randn(_GPU_SIZE, _GPU_SIZE, dtype=torch.bfloat16, device="cuda")
+    target = torch.empty_like(source)
+    copy_s = _gpu_s(lambda: target.copy_(source))
+    return (
+        f"GPU bf16 product {2 * _GPU_SIZE**3 / _gpu_product_s() / 1e12:,.0f} TFLOP/s, "
+        f"copy {2 * source.nbytes / copy_s / 1e12:.1f} TB/s"
+    )
+
+
+def _gpu_product_s(times: int = 7) -> float:
+    import torch
+
+    a, b = (torch.randn(_GPU_SIZE, _GPU_SIZE, dtype=torch.bfloat16, device="cuda") for _ in range(2))
+    return _gpu_s(lambda: a @ b, times)
+
+
+def _gpu_s(work: Callable[[], object], times: int = 7) -> float:
+    """As `_median_s`: of several in a row, and a wait for the GPU."""
+    import torch
+
+    def several() -> None:
+        for _ in range(_IN_A_ROW):
+            work()
+        torch.cuda.synchronize()
+
+    return _median_s(several, times) / _IN_A_ROW
 
 
 def _median_s(work: Callable[[], object], times: int = 7) -> float:
@@ -77,8 +127,11 @@ def main() -> None:
     if "--product" in sys.argv:
         import torch
 
-        a, b = torch.randn(_SIZE, _SIZE), torch.randn(_SIZE, _SIZE)
-        print(_median_s(lambda: a @ b, times=25))
+        if sys.argv[-1] == "cuda":
+            print(_gpu_product_s(times=25))
+        else:
+            a, b = torch.randn(_SIZE, _SIZE), torch.randn(_SIZE, _SIZE)
+            print(_median_s(lambda: a @ b, times=25))
         return
     print(described())
     print(limits())

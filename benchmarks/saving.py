@@ -1,9 +1,10 @@
 """How long training stands still for a checkpoint: beside training against waiting for the disk.
 
-    python -m benchmarks.saving [ROUNDS]
+    python -m benchmarks.saving [ROUNDS] [cpu|cuda]
 
-The 162 M model with AdamW (1.95 GB of state) on one rank. Both ways save in turn (A B A B ...) in one process, through
-the code that training uses: some calm steps, then a save and as many steps beside it. What these take longer is lost.
+The 162 M model with AdamW (1.95 GB of state) on one rank, 2 x 256; on a GPU 16 x 1,024. Both ways save in turn
+(A B A B ...) in one process, through the code that training uses: some calm steps, then a save and as many steps beside
+it. What these take longer is lost.
 """
 
 import os
@@ -43,10 +44,12 @@ def describe(step: int) -> Manifest:
 
 def main() -> None:
     rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 4
-    config, world = RunConfig(model=MODEL), find_world("cpu")
-    model = GPT(MODEL, VOCAB_SIZE, seed=0)
+    on_gpu = sys.argv[2:] == ["cuda"]
+    model_config = MODEL.model_copy(update={"context": 1024}) if on_gpu else MODEL
+    config, world = RunConfig(model=model_config), find_world("cuda" if on_gpu else "cpu")
+    model = GPT(model_config, VOCAB_SIZE, seed=0)
     strategy = build_strategy(config, model, world, bf16=True)
-    ids = torch.randint(0, VOCAB_SIZE, (2, MODEL.context))
+    ids = torch.randint(0, VOCAB_SIZE, (16 if on_gpu else 2, model_config.context), device=world.device)
     batch = Batch(ids, ids, None, None, ids.numel())
 
     def step(saver: Saver) -> float:
@@ -55,6 +58,8 @@ def main() -> None:
         strategy.accumulate(batch, 1 / ids.numel(), last=True)
         saver.until_copied()
         strategy.update(1e-4)
+        if on_gpu:
+            torch.cuda.synchronize()
         return time.perf_counter() - began
 
     lost: dict[str, list[float]] = {"beside training": [], "waiting for the disk": []}

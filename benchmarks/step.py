@@ -7,7 +7,8 @@ the last step, and the time from a process's start to the end of its first step.
 is the peer with our allocator settings.
 
 ROUNDS=5: that many rounds. NANOGPT=FOLDER: a checkout of nanoGPT, which is on no package index; without it its row is
-left out, saying so.
+left out, saying so. The rows `gpt2-gpu` and `xl-gpu` need a GPU; there everything is compiled, ours and the peers', and
+memory is the GPU's.
 """
 
 import json
@@ -46,6 +47,8 @@ class Row:
     peers: tuple[str, ...]
     steps: int
     extra: list[str] = field(default_factory=list)
+    warm_up: int = WARM_UP
+    device: str = "cpu"
 
 
 ROWS = {
@@ -61,6 +64,19 @@ ROWS = {
     ),
     "small": Row("Small GPT, 7 M, 16 x 256, bf16", SMALL, 16, 8192, ("bf16",), ("hf", "litgpt"), 30),
 }  # fmt: skip
+GPU_ROWS = {
+    "gpt2-gpu": Row(
+        "GPT-2, 124 M, 32 x 1,024, bf16, compiled",
+        {**_LARGE, "context": 1024, "dropout": 0.0}, 32, 50257, ("bf16",), ("hf", "nanogpt"), 60,
+        ["train.compile=true", "train.micro_batch_size=32"], 20, "cuda",
+    ),
+    "xl-gpu": Row(
+        "GPT-2 XL, 1.5 B, 8 x 1,024, bf16, compiled",
+        {"num_layers": 48, "num_heads": 25, "width": 1600, "context": 1024, "dropout": 0.0},
+        8, 50257, ("bf16",), ("hf", "nanogpt"), 40,
+        ["train.compile=true", "train.micro_batch_size=8"], 20, "cuda",
+    ),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -73,6 +89,8 @@ class Steps:
     loss: float
     waited_ms: list[float] = field(default_factory=list)
     """For data, in each step."""
+    gpu_memory_mb: float | None = None
+    """The most that its tensors took of a GPU."""
 
 
 @dataclass(frozen=True)
@@ -101,26 +119,28 @@ def measure(
         if status:
             raise RuntimeError(f"{' '.join(command)[:200]}\n{errors.read()[-3000:]}")
         steps = read(output.read())
-    step_ms = statistics.median(steps.times_ms[WARM_UP:])
+    times_ms = steps.times_ms[row.warm_up :]
+    step_ms = statistics.median(times_ms)
     return Result(
         step_ms,
         row.batch * row.model["context"] / step_ms * 1e3,
-        usage.ru_maxrss * 1024 / 1e6,
+        usage.ru_maxrss * 1024 / 1e6 if steps.gpu_memory_mb is None else steps.gpu_memory_mb,
         steps.loss,
         None if steps.first_at is None else steps.first_at - began,
-        sum(steps.waited_ms[WARM_UP:]) / sum(steps.times_ms[WARM_UP:]),
+        sum(steps.waited_ms[row.warm_up :]) / sum(times_ms),
     )
 
 
 def from_worker(output: str) -> Steps:
     said = json.loads(output.splitlines()[-1])
-    return Steps(said["step_ms"], said["first_at"], said["loss"])
+    return Steps(said["step_ms"], said["first_at"], said["loss"], gpu_memory_mb=said["gpu_memory_mb"])
 
 
 def from_nanogpt(output: str) -> Steps:
     """Its lines `iter 3: loss 10.9, time 812.5ms, mfu ...`; the first ones are there before the first step."""
     found = re.findall(r"^iter \d+: loss ([\d.]+), time ([\d.]+)ms", output, re.MULTILINE)
-    return Steps([float(ms) for _, ms in found], None, float(found[-1][0]))
+    memory = re.search(r"^gpu memory ([\d.]+) MB", output, re.MULTILINE)
+    return Steps([float(ms) for _, ms in found], None, float(found[-1][0]), gpu_memory_mb=memory and float(memory[1]))
 
 
 def step_times(folder: Path) -> list[float]:
@@ -134,7 +154,9 @@ def from_events(folder: Path) -> Steps:
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
     times, losses = events.Scalars("speed/step_ms"), events.Scalars("train/loss")
     waited = [event.value for event in events.Scalars("speed/data_wait_ms")]
-    return Steps([event.value for event in times], times[0].wall_time, losses[-1].value, waited)
+    memory = "hardware/gpu_memory_peak_gb"
+    gpu_mb = 1e3 * events.Scalars(memory)[-1].value if memory in events.Tags()["scalars"] else None
+    return Steps([event.value for event in times], times[0].wall_time, losses[-1].value, waited, gpu_mb)
 
 
 def write_shards(folder: Path, row: Row, num_steps: int = 16) -> Path:
@@ -184,7 +206,7 @@ def settings_of(folder: Path, row: Row, precision: str) -> list[str]:
         f"train.global_batch_size={row.batch}",
         f"train.steps={row.steps}",
         f"train.precision={precision}",
-        "train.device=cpu",
+        f"train.device={row.device}",
         "evaluate={every_steps: null, also_at: [], train_rows: 0, sample: {prompt: ''}}",
         "checkpoint.every_steps=null",
         "log.every_steps=1",
@@ -207,7 +229,7 @@ def run_peer(folder: Path, row: Row, name: str, python: str) -> Result:
         return measure(nanogpt_command(folder, row, python), row, settings, folder, from_nanogpt)
     job = {
         "peer": peer, "rows": str(folder / "rows.npy"), "batch": row.batch, "steps": row.steps, "model": row.model,
-        "vocab_size": row.vocab_size,
+        "vocab_size": row.vocab_size, "device": row.device,
     }  # fmt: skip
     command = [python, str(ROOT / "benchmarks/worker.py"), json.dumps(job)]
     return measure(command, row, settings, folder, from_worker)
@@ -224,13 +246,16 @@ def nanogpt_command(folder: Path, row: Row, python: str) -> list[str]:
             np.load(folder / "rows.npy").tofile(data / f"{split}.bin")
     m = row.model
     settings = {
-        "dataset": "rows", "out_dir": str(folder / "nanogpt-out"), "device": "cpu", "compile": False,
+        "dataset": "rows", "out_dir": str(folder / "nanogpt-out"),
+        "device": row.device, "compile": row.device == "cuda",
         "dtype": "bfloat16", "eval_interval": 10**6, "eval_iters": 1,
         "gradient_accumulation_steps": 1, "batch_size": row.batch,
         "block_size": m["context"], "n_layer": m["num_layers"], "n_head": m["num_heads"], "n_embd": m["width"],
         "dropout": m["dropout"], "bias": True, "max_iters": row.steps, "warmup_iters": 0, "learning_rate": 4e-4,
     }  # fmt: skip
     start = f"import os, runpy, sys; os.chdir({str(checkout)!r}); sys.path.insert(0, '.'); runpy.run_path('train.py')"
+    if row.device == "cuda":
+        start += "; import torch; print(f'gpu memory {torch.cuda.max_memory_allocated() / 1e6:.0f} MB')"
     return [python, "-c", start, *(f"--{name}={value}" for name, value in settings.items())]
 
 
@@ -257,7 +282,7 @@ def run_row(row: Row, rounds: int) -> str:
     with tempfile.TemporaryDirectory(dir=os.environ.get("SCRATCH")) as scratch:
         folder = Path(scratch)
         write_shards(folder, row)
-        before = machine.reference_s()
+        before = machine.reference_s(row.device)
         for number in range(2 * rounds):
             results: dict[str, Result] = {}
             for precision in row.ours:
@@ -265,7 +290,7 @@ def run_row(row: Row, rounds: int) -> str:
             for peer, python in pythons.items():
                 results[peer] = run_peer(folder, row, peer, python)
                 print(f"{peer}: {results[peer].tokens_per_s:,.0f} tokens/s", file=sys.stderr, flush=True)
-            after = machine.reference_s()
+            after = machine.reference_s(row.device)
             drift = machine.drift([before, after])
             said = {name: round(result.tokens_per_s) for name, result in results.items()}
             print(f"round {number + 1}: reference moved by {drift:.0%}; tokens/s {said}", file=sys.stderr, flush=True)
@@ -311,11 +336,11 @@ def table(row: Row, rounds: list[dict[str, Result]]) -> str:
 
 
 def main() -> None:
-    wanted = sys.argv[1:] or list(ROWS)
+    rows = machine.choose_rows(sys.argv[1:], ROWS, GPU_ROWS)
     rounds = int(os.environ.get("ROUNDS", "3"))
     print(f"{rounds} rounds\n{machine.with_limits()}\n", flush=True)
-    for name in wanted:
-        print(run_row(ROWS[name], rounds), flush=True)
+    for row in rows.values():
+        print(run_row(row, rounds), flush=True)
 
 
 if __name__ == "__main__":

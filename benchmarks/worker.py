@@ -28,7 +28,12 @@ def main() -> None:
     torch.manual_seed(123)
     last = globals()[f"run_{job['peer']}"](job, rows, step_done)
     times = [1e3 * (b - a) for a, b in zip(ends, ends[1:])]  # noqa: B905, RUF007  older Pythons run this too
-    print(json.dumps({"step_ms": times, "loss": losses[-1] if last is None else last, "first_at": first_at[0]}))
+    on_gpu = job["device"] == "cuda"
+    said = {
+        "step_ms": times, "loss": losses[-1] if last is None else last, "first_at": first_at[0],
+        "gpu_memory_mb": torch.cuda.max_memory_allocated() / 1e6 if on_gpu else None,
+    }  # fmt: skip
+    print(json.dumps(said))
 
 
 def batch_of(job: dict[str, Any], rows: torch.Tensor, step: int) -> torch.Tensor:
@@ -64,7 +69,7 @@ def run_hf(job: dict[str, Any], rows: torch.Tensor, step_done: Any) -> float:
 
     from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments
 
-    m = job["model"]
+    m, on_gpu = job["model"], job["device"] == "cuda"
     model = GPT2LMHeadModel(
         GPT2Config(
             vocab_size=job["vocab_size"], n_positions=m["context"], n_embd=m["width"], n_layer=m["num_layers"],
@@ -74,6 +79,8 @@ def run_hf(job: dict[str, Any], rows: torch.Tensor, step_done: Any) -> float:
 
     class Clock(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
+            if on_gpu:
+                torch.cuda.synchronize()  # ours reads its loss at every step
             step_done(0.0)
 
     kept: list[torch.Tensor] = []
@@ -87,9 +94,9 @@ def run_hf(job: dict[str, Any], rows: torch.Tensor, step_done: Any) -> float:
     data = [{"input_ids": row[:-1], "labels": row[:-1]} for row in rows]
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
-            output_dir=folder, per_device_train_batch_size=job["batch"], max_steps=job["steps"], bf16=True,
-            use_cpu=True, learning_rate=4e-4, weight_decay=0.1, report_to=[], save_strategy="no", logging_steps=1000,
-            disable_tqdm=True,
+            output_dir=folder, per_device_train_batch_size=job["batch"], max_steps=job["steps"],
+            bf16=True, use_cpu=not on_gpu, torch_compile=on_gpu, learning_rate=4e-4, weight_decay=0.1, report_to=[],
+            save_strategy="no", logging_steps=1000, disable_tqdm=True,
         )  # fmt: skip
         trainer = KeepsLoss(model, arguments, train_dataset=data, callbacks=[Clock()])
         trainer.train()

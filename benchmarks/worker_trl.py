@@ -24,8 +24,9 @@ def main() -> None:
         bnb_4bit_compute_dtype=torch.bfloat16,
     )  # fmt: skip
     model = AutoModelForCausalLM.from_pretrained(
-        job["base"], dtype=torch.bfloat16, quantization_config=quantised, device_map={"": "cpu"}
+        job["base"], dtype=torch.bfloat16, quantization_config=quantised, device_map={"": job["device"]}
     )
+    on_gpu = job["device"] == "cuda"
     tokenizer = AutoTokenizer.from_pretrained(job["base"])
     tokenizer.pad_token = tokenizer.eos_token
     ends: list[float] = []
@@ -37,14 +38,16 @@ def main() -> None:
                 ends.append(time.perf_counter())
 
         def on_step_end(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
+            if on_gpu:
+                torch.cuda.synchronize()  # ours reads its loss at every step
             ends.append(time.perf_counter())
 
     with tempfile.TemporaryDirectory() as folder:
         arguments = SFTConfig(
             output_dir=folder, per_device_train_batch_size=job["batch"], max_steps=job["steps"], bf16=True,
-            use_cpu=True, learning_rate=2e-4, report_to=[], save_strategy="no", logging_steps=1, disable_tqdm=True,
-            packing=job["packing"], max_length=job["context"], gradient_checkpointing=False, max_grad_norm=1.0,
-            dataloader_num_workers=0,
+            use_cpu=not on_gpu, learning_rate=2e-4, report_to=[], save_strategy="no", logging_steps=1,
+            disable_tqdm=True, packing=job["packing"], max_length=job["context"],
+            gradient_checkpointing=job["recompute"], max_grad_norm=1.0, dataloader_num_workers=0,
         )  # fmt: skip
         trainer = SFTTrainer(
             model=model,
@@ -71,7 +74,8 @@ def main() -> None:
         trainer.data_collator = counted
         trainer.train()
     times = [1e3 * (b - a) for a, b in zip(ends, ends[1:])]  # noqa: B905, RUF007
-    print(json.dumps({"step_ms": times, "tokens": tokens[: len(times)]}))
+    memory_mb = torch.cuda.max_memory_allocated() / 1e6 if on_gpu else None
+    print(json.dumps({"step_ms": times, "tokens": tokens[: len(times)], "gpu_memory_mb": memory_mb}))
 
 
 if __name__ == "__main__":
