@@ -18,8 +18,9 @@ from launcher.keeper.torchrun import Start, check, command
 from llmtrain import errors, ledger
 from llmtrain.rundir import RunDir
 from tests.support.runs import TIMEOUT_S, Workplace, environment
+from tests.support.service_runs import wait_until
 
-LENGTH = ["train.steps=120", "checkpoint.every_steps=10", "evaluate.every_steps=null", "evaluate.sample.tokens=1"]
+LENGTH = ["train.steps=200", "checkpoint.every_steps=10", "evaluate.every_steps=null", "evaluate.sample.tokens=1"]
 
 
 def start(workplace: Workplace, *words: str) -> subprocess.Popen[str]:
@@ -69,10 +70,9 @@ def test_the_service_outlives_what_keeps_training(workplace: Workplace):
     words = ["run.name=outlived", "train.steps=8", "service.start=auto", "service.wait_s=0"]
     output, _ = start(workplace, *words).communicate(timeout=TIMEOUT_S)
     run = RunDir(workplace.run_folder("outlived"))
-    deadline = time.monotonic() + TIMEOUT_S
-    while run.is_served() and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert sorted(ledger.scores(run)) == run.checkpoint_steps() == [4, 8], output
+    wait_until(lambda: sorted(ledger.scores(run)) == [4, 8], TIMEOUT_S)
+    wait_until(lambda: not run.is_served(), TIMEOUT_S)
+    assert run.checkpoint_steps() == [4, 8], output
     assert not [event for event in ledger.events(run) if event.kind == "score-failed"]
     assert "Traceback" not in run.service_log.read_text()
 
@@ -99,7 +99,9 @@ def test_a_second_ctrl_c_leaves_at_once(workplace: Workplace):
     for rank in ranks:
         rank.suspend()  # so that they cannot save and leave before the second one
     process.send_signal(signal.SIGINT)
-    time.sleep(1.0)
+    assert process.stdout is not None
+    assert any("SIGINT: the run saves and stops" in line for line in process.stdout)  # it has heard the first one
+    time.sleep(0.5)
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=TIMEOUT_S)
     assert process.returncode == 130

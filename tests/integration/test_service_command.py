@@ -112,6 +112,7 @@ def test_training_ends_with_all_checkpoints_scored_and_ranked(served: RunDir):
 
 def test_tensorboard_shows_every_score_once(served: RunDir):
     losses = {step: score.loss for step, score in ledger.scores(served).items()}
+    wait_until(lambda: points(served).keys() == losses.keys())  # the view follows the ledger, a turn later
     assert points(served) == pytest.approx(losses, abs=1e-6)
     assert points(served, "heldout/bits_per_byte").keys() == losses.keys()
 
@@ -122,7 +123,7 @@ def test_tensorboard_is_rebuilt_for_a_late_step_and_after_a_loss(workplace: Work
     late.rename(aside)
     records = [score for score in score_records(run) if score.step != 3]
     run.scores.write_text("".join(score.model_dump_json() + "\n" for score in records))
-    with serving(run):
+    with run.lock(), serving(run):  # as if training went on: with nothing to wait for it would leave
         wait_until(lambda: list(points(run)) == [1, 5])
         aside.rename(late)
         wait_until(lambda: list(points(run)) == [1, 3, 5])
@@ -149,10 +150,12 @@ def test_a_byte_that_changed_after_the_save_is_quarantined_and_the_others_go_on(
 
 def test_of_several_services_one_is_at_work(workplace: Workplace, many: str):
     run = copy_run(workplace, many, "crowd", SAVES, scored=False)
-    with serving(run, "--drain") as first:
+    with run.lock() as training, serving(run) as first:
         wait_until(run.is_served)
         assert f"another service (process {first.pid} on" in serve(run)  # leaves at once, with 0
-        with serving(run, "--drain") as second:
+        with serving(run, "--drain") as second:  # waits for its turn
+            wait_until(lambda: len(ledger.scores(run)) == len(SAVES))
+            training.close()
             assert first.wait(60) == 0
             assert second.wait(60) == 0
     assert [score.step for score in score_records(run)] == list(SAVES)

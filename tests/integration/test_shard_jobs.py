@@ -39,10 +39,10 @@ def shard(folder: Path, *words: str, code: int = 0) -> str:
 
 
 def write_instructions(folder: Path) -> None:
-    """About 16 MB of records."""
+    """About 21 MB of records: the last task, which must not be done too soon, is a whole one."""
     texts = [path.read_text().splitlines() for path in python_sources(100)]
     with (folder / "records.jsonl").open("w") as file:
-        for n in range(10_000):
+        for n in range(13_000):
             lines = texts[n % 100][n % 50 :: 7]
             output = "\n".join(["# the rest", *lines[9:60]])
             record = {"instruction": f"Write number {n}", "input": "\n".join(lines[:9]), "output": output}

@@ -217,7 +217,7 @@ def test_the_command_line_shows_verifies_deletes_and_pushes(uploaded: Uploaded, 
 def test_altered_bytes_are_never_uploaded(copies: Copies, hub: Hub):
     run = copies.make("altered", 1, 2, 3, 4, hub_repo=None)
     flip(run.checkpoint(1) / "state/optimizer-00000-of-00001.safetensors")
-    with serving(run, env=surroundings(hub)):
+    with run.lock(), serving(run, env=surroundings(hub)):  # as if training went on: it waits for more
         wait_until(lambda: (status := ledger.status(run)) is not None and status.idle)
         assert run.quarantined_steps() == [1]
         flip(run.checkpoint(2) / "model/model.safetensors")  # all have been verified and scored by now

@@ -25,10 +25,14 @@ def writing(workplace: Workplace, name: str) -> set[str]:
     return {path.name for path in (workplace.run_folder(name) / "checkpoints").glob(".writing-*")}
 
 
-def kill_all(pid: int) -> None:
-    """SIGKILL for a process and all that it started: torchrun gives its workers sessions of their own."""
+def family(pid: int) -> list[psutil.Process]:
+    """A process and all that it started: torchrun gives its workers sessions of their own."""
     agent = psutil.Process(pid)
-    for victim in [*agent.children(recursive=True), agent]:
+    return [*agent.children(recursive=True), agent]
+
+
+def kill_all(victims: list[psutil.Process]) -> None:
+    for victim in victims:
         with contextlib.suppress(psutil.NoSuchProcess):
             victim.kill()
 
@@ -46,12 +50,13 @@ def run_until_killed(
             break
         time.sleep(0.002)
     time.sleep(draw.uniform(0, 0.15))
+    victims = family(process.pid) if process.poll() is None else []  # now: to find them takes longer than a save
     if always_inside or draw.random() < 0.5:  # a save of so small a model is over in milliseconds
         while process.poll() is None and not writing(workplace, name):
             pass
     killed = process.poll() is None
     if killed:
-        kill_all(process.pid)
+        kill_all(victims)
     process.communicate()
     return killed, bool(writing(workplace, name))  # each start removes what the kill before left
 

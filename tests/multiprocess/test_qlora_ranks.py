@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from llmtrain.errors import RunFolderError
-from tests.multiprocess.test_kill import kill_all, newest_step
+from tests.multiprocess.test_kill import family, kill_all, newest_step
 from tests.support.bases import write_llama
 from tests.support.runs import TIMEOUT_S, Workplace
 
@@ -99,7 +99,7 @@ def kill_and_resume(tuning: Workplace, quantisation: str, kind: str, ranks: int,
     while process.poll() is None and newest_step(tuning, f"killed-{label}") < 2 and time.monotonic() < deadline:
         time.sleep(0.002)
     assert process.poll() is None
-    kill_all(process.pid)
+    kill_all(family(process.pid))
     process.communicate()
     assert newest_step(tuning, f"killed-{label}") < 16
     output = tuning.train(f"run.name=killed-{label}", *choice, ranks=ranks)

@@ -9,7 +9,7 @@ import pytest
 from llmtrain import files, shards
 from llmtrain.errors import ConfigError
 from llmtrain.shards import Rows
-from tests.support.runs import TIMEOUT_S, Workplace, environment, free_port, make_workplace
+from tests.support.runs import TIMEOUT_S, Workplace, environment, make_workplace, torchrun
 
 SETTINGS = ["model.dropout=0.0", "train.steps=16", "checkpoint.every_steps=16", "evaluate.also_at=[0, 1]"]
 
@@ -85,10 +85,9 @@ def test_an_indivisible_batch_is_one_message(masked: Workplace):
 
 def test_a_slow_rank_0_still_says_what_is_wrong(masked: Workplace):
     """The others meet the error first; if they left, torchrun would end rank 0 before it has said a word."""
-    start = f"test $RANK != 0 || sleep 3; exec {sys.executable} -m llmtrain {masked.config} train.stpes=9"
-    torchrun = ["torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port()), "--no-python"]
+    start = f"test $RANK != 0 || sleep 1; exec {sys.executable} -m llmtrain {masked.config} train.stpes=9"
     done = subprocess.run(
-        [sys.executable, "-m", *torchrun, "sh", "-c", start],
+        [*torchrun(2), "--no-python", "sh", "-c", start],
         cwd=masked.folder, env=environment(), text=True, capture_output=True, timeout=TIMEOUT_S, check=False,
     )  # fmt: skip
     assert done.returncode == 1

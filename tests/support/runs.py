@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.support.data import python_sources
+from tests.support.slurm_setup import free_ports
 
 TIMEOUT_S = 300
 
@@ -27,9 +27,7 @@ class Workplace:
     def command(self, *settings: str, ranks: int = 1) -> list[str]:
         start = [sys.executable, "-m", "llmtrain"]
         if ranks > 1:
-            # One run, one port: several tests may run at the same time.
-            torchrun = ["torch.distributed.run", "--nproc_per_node", str(ranks), "--master_port", str(free_port())]
-            start = [sys.executable, "-m", *torchrun, "-m", "llmtrain"]
+            start = [*torchrun(ranks), "-m", "llmtrain"]
         return [*start, str(self.config), *settings]
 
     def start(self, *settings: str, ranks: int = 1, **options: Any) -> subprocess.Popen[str]:
@@ -104,7 +102,11 @@ def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
 
 
+def torchrun(ranks: int) -> list[str]:
+    """The beginning of a command. One run, one port: several tests may run at the same time."""
+    words = ["torch.distributed.run", "--nproc_per_node", str(ranks), "--master_port", str(free_port())]
+    return [sys.executable, "-m", *words]
+
+
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    return free_ports(1)[0]

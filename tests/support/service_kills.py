@@ -17,6 +17,7 @@ from typing import Any
 import psutil
 import pytest
 
+from launcher.keeper.processes import runs
 from llmtrain import choose, files, ledger, manifest, retention, rundir
 from llmtrain.config import load_config
 from llmtrain.rundir import RunDir
@@ -36,7 +37,7 @@ SETTINGS = [
     "hub.optimizer_state=true",
     "hub.pause_s=0.1",
 ]
-GONE_S = 2.0
+GONE_S = 10.0
 """Children have so long to end after the service: 0.05 s, but for one that is just starting on a busy machine."""
 
 
@@ -91,7 +92,10 @@ class Case:
 
     def kill(self, process: "subprocess.Popen[bytes] | psutil.Process") -> None:
         process.kill()
-        process.wait()
+        if isinstance(process, psutil.Process):  # an orphan, which is a zombie for as long as the system likes
+            wait_until(lambda: not runs(process))
+        else:
+            process.wait()
         self.kills.append(time.time())
 
     def processes(self) -> list[psutil.Process]:

@@ -1,5 +1,6 @@
 """The checkpoint service in tests: it knows a run by its folder alone, so that copies of a trained one will do."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -82,9 +83,10 @@ def serving(run: RunDir, *options: str, env: dict[str, str] | None = None) -> It
 def end_service(run: RunDir) -> None:
     """End the service that training has started, unless it has ended by itself."""
     if run.is_served() and (status := ledger.status(run)) is not None:
-        process = psutil.Process(status.pid)
-        if "llmtrain.service" in process.cmdline():
-            process.kill()
+        with contextlib.suppress(psutil.NoSuchProcess):  # the one that wrote it; another may be at work since
+            process = psutil.Process(status.pid)
+            if "llmtrain.service" in process.cmdline():
+                process.kill()
     wait_until(lambda: not run.is_served())
 
 

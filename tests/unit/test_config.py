@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmtrain.batches import plan_batches
+from llmtrain.batches import nodes_that_train, plan_batches
 from llmtrain.config import RunConfig, load_config, resolved_yaml
 from llmtrain.config.load import Origins, fixed_differences, json_schema
 from llmtrain.config.yaml_lines import YamlError, read
@@ -152,6 +152,13 @@ def test_too_few_rows():
 def test_lengths(length: str, steps: int):
     config, _ = load_config(ROOT / "configs/verdict.yaml", [f"train.{length}"])
     assert plan_batches(config, Origins(), 1, 18).total_steps == steps
+
+
+@pytest.mark.parametrize(
+    ("batch", "ranks", "nodes", "used"), [(512, 4, 4, 4), (512, 4, 3, 2), (48, 8, 5, 3), (96, 8, 5, 4), (7, 2, 3, 3)]
+)
+def test_nodes_that_the_batch_leaves_over_wait(batch: int, ranks: int, nodes: int, used: int):
+    assert nodes_that_train(batch, ranks, nodes) == used
 
 
 QLORA = ["model.kind=qlora", "data.sources=[{kind: json, paths: [x.json]}]", "data.format.kind=instruction"]

@@ -161,9 +161,9 @@ def test_following_goes_on_in_new_files_until_the_run_has_ended(run: RunDir):
     run.log.rename(run.path / "old.txt")  # the run began anew
     run.log.write_text("five\n")
     assert process.stdout.readline() == "five\n"
-    train(run, 1000)
     with run.log.open("a") as log:
         log.write("six\n")
+    train(run, 1000)
     assert process.communicate(timeout=60) == ("six\n", None)
     assert process.returncode == 0
 

@@ -175,7 +175,10 @@ def two_ranks(tmp_path: Path) -> Iterator[tuple[Ranks, Started]]:
     (tmp_path / "rank-1.log").write_text("ValueError: of an earlier attempt\n")
     found = Ranks(os.getpid(), tmp_path / "codes", tmp_path)
     started = [subprocess.Popen(["sleep", "600"], env={**os.environ, "RANK": str(rank)}) for rank in (0, 1)]
-    found.meet()
+    deadline = time.monotonic() + 10
+    while len(found._processes) < 2:  # /proc tells nothing of a process in the instant after it was started
+        found.meet()
+        assert time.monotonic() < deadline
     yield found, started
     found.kill()
     for process in started:
