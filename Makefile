@@ -2,12 +2,15 @@
 PYTHON ?= python3
 PY := .venv/bin/python
 
-.PHONY: train test soak lint bench clean
+.PHONY: setup train test soak lint bench clean
 
-train: .venv/ready  ## set up, then train the default model (about 5 minutes on 2 cores)
+setup: .venv/ready  ## .venv with everything that training needs
+	@echo "Ready: source .venv/bin/activate, then llmtrain --help"
+
+train: .venv/ready  ## set up, then train the default model (5 to 9 minutes on 2 cores)
 	$(PY) -m llmtrain
 
-test: .venv/ready-dev  ## unit, multi-process and integration tests (under 20 minutes on 2 cores)
+test: .venv/ready-dev  ## unit, multi-process and integration tests (16 to 21 minutes on 2 cores)
 	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 soak: .venv/ready-dev  ## the long campaigns with their full counts
