@@ -53,7 +53,7 @@ class Stopping:
         self.next_question = time.monotonic() + _ASK_SLURM_S
         try:
             alive = [told for told in client.queue(self.job_ids).values() if not told.is_over]
-            cancel_waiting([told for told in alive if told.state == "PENDING"])  # it was requeued meanwhile
+            cancel_waiting(_waiting(alive))  # it was requeued meanwhile
         except SlurmError as error:
             self._tell(f"SLURM does not answer ({error}); trying again")
             return False
@@ -76,11 +76,19 @@ def stop_runs(paths: Sequence[Path], now: bool) -> None:
     Raises:
         UserError: one of them cannot be stopped from here; the others are, first.
     """
+    found: list[tuple[RunDir, list[Queued]]] = []
     asked: list[Stopping] = []
     errors: list[UserError] = []
     for path in paths:
         try:
-            if (stopping := ask(open_submitted(path), now)) is not None:
+            run = open_submitted(path)
+            found.append((run, alive_jobs(run)))
+        except UserError as error:
+            errors.append(error)
+    found.sort(key=lambda each: not _waiting(each[1]))  # first: the nodes that another's end sets free would start them
+    for run, alive in found:
+        try:
+            if (stopping := ask(run, alive, now)) is not None:
                 asked.append(stopping)
         except UserError as error:
             errors.append(error)
@@ -91,24 +99,33 @@ def stop_runs(paths: Sequence[Path], now: bool) -> None:
         raise errors[0]
 
 
-def ask(run: RunDir, now: bool) -> Stopping | None:
+def ask(run: RunDir, alive: list[Queued], now: bool) -> Stopping | None:
     """None where nothing runs.
+
+    Args:
+        alive: its jobs, of `alive_jobs`.
 
     Raises:
         RunFolderError: it runs on another machine, and not as a job.
-        SlurmError: what SLURM thinks of its jobs is not known.
+        SlurmError: SLURM does not answer.
     """
-    training = read_training(run, None)
     jobs = JobDir.of(run)
-    if alive := _alive_jobs(jobs):
+    if alive:
         return _ask_jobs(run, jobs, alive, now)
+    training = read_training(run, None)
     if training.state == "running":
         return _ask_process(run, jobs, training, now)
     say(run, f"does not run; {where_it_stands(run)}")
     return None
 
 
-def _alive_jobs(jobs: JobDir) -> list[Queued]:
+def alive_jobs(run: RunDir) -> list[Queued]:
+    """Jobs that train this run, or wait to.
+
+    Raises:
+        SlurmError: what SLURM thinks of them is not known. Its nodes are asked to end all the same.
+    """
+    jobs = JobDir.of(run)
     ids = [record.job_id for record in jobs.records() if record.kind == "train"]
     if not ids:
         return []
@@ -128,13 +145,19 @@ def _ask_jobs(run: RunDir, jobs: JobDir, alive: list[Queued], now: bool) -> Stop
         client.call(["scancel", *(told.job_id for told in alive)])
         say(run, f"cancelled job {names}")
     else:
-        jobs.stop.touch()
-        waiting = [told for told in alive if told.state == "PENDING"]
-        cancel_waiting(waiting)
+        waiting = _waiting(alive)
+        try:
+            cancel_waiting(waiting)  # before another of them ends, and sets free what they wait for
+        finally:
+            jobs.stop.touch()
         for told in alive:
             how = "waited and is cancelled" if told in waiting else "is asked to save and to end"
             say(run, f"job {told.job_id} {how}")
     return Stopping(run, [told.job_id for told in alive], None)
+
+
+def _waiting(jobs: Sequence[Queued]) -> list[Queued]:
+    return [told for told in jobs if told.state == "PENDING"]
 
 
 def cancel_waiting(jobs: Sequence[Queued]) -> None:

@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from launcher import stop
-from launcher.stop import ask, keeper, stop_runs
+from launcher.stop import alive_jobs, ask, keeper, stop_runs
 from llmtrain.errors import RunFolderError, SlurmError
 from llmtrain.rundir import RunDir
 from tests.support.checkpoint_runs import make_run, save
@@ -117,7 +117,7 @@ def test_a_waiting_job_is_cancelled_and_a_running_one_asked(
     submitted(run, "12")
     submitted(run, "13", kind="service")
     slurm.queued("11|RUNNING|None|n1|10:00|1", "12|PENDING|Resources||10:00|N/A", "13|RUNNING|None|n2|1:00|1")
-    stopping = ask(run, False)
+    stopping = ask(run, alive_jobs(run), False)
     assert stopping is not None
     assert jobs.stop.exists()
     assert not stopping.is_over()
@@ -131,10 +131,28 @@ def test_a_waiting_job_is_cancelled_and_a_running_one_asked(
     assert next(call for call in slurm.calls if call.startswith("scancel")) == "scancel --state=PENDING 12"
 
 
+def test_of_several_runs_those_that_wait_are_cancelled_first(
+    tmp_path: Path, slurm: Slurm, capsys: pytest.CaptureFixture[str]
+):
+    """Or the nodes that the first one's end sets free would start the second."""
+    first, second = RunDir(tmp_path / "runs" / "first"), RunDir(tmp_path / "runs" / "second")
+    asked = submitted(first, "11").stop
+    submitted(second, "12")
+    squeue, later, seen = tmp_path / "bin" / "squeue", tmp_path / "later", tmp_path / "seen"
+    slurm.queued("11|COMPLETED|None|n1|10:00|1", "12|CANCELLED|None||10:00|N/A")
+    squeue.rename(later)
+    slurm.queued("11|RUNNING|None|n1|10:00|1", "12|PENDING|Resources||10:00|N/A")
+    scancel = tmp_path / "bin" / "scancel"
+    scancel.write_text(f"#!/bin/sh\n[ ! -e {asked} ] && echo $@ > {seen}\nmv {later} {squeue}\n")
+    stop_runs([first.path, second.path], False)
+    assert seen.read_text() == "--state=PENDING 12\n"
+    assert capsys.readouterr().out.count("has ended") == 2
+
+
 def test_a_job_that_is_requeued_meanwhile_does_not_come_back(run: RunDir, slurm: Slurm):
     submitted(run, "11")
     slurm.queued("11|RUNNING|None|n1|10:00|1")
-    stopping = ask(run, False)
+    stopping = ask(run, alive_jobs(run), False)
     assert stopping is not None
     slurm.queued("11|PENDING|BeginTime||10:00|N/A")
     assert not stopping.is_over()
@@ -144,7 +162,7 @@ def test_a_job_that_is_requeued_meanwhile_does_not_come_back(run: RunDir, slurm:
 def test_a_job_is_cancelled_now(run: RunDir, slurm: Slurm):
     jobs = submitted(run, "11")
     slurm.queued("11|RUNNING|None|n1|10:00|1")
-    ask(run, True)
+    ask(run, alive_jobs(run), True)
     assert slurm.calls[-1] == "scancel 11"
     assert not jobs.stop.exists()
 
@@ -153,7 +171,7 @@ def test_where_slurm_is_silent_the_nodes_are_asked_all_the_same(run: RunDir, slu
     jobs = submitted(run, "11")
     slurm.says("scontrol", "Slurmctld(primary) at x is DOWN", 1)
     with pytest.raises(SlurmError, match=r"slurmctld does not answer.*whether job 11 waits .* is not known"):
-        ask(run, False)
+        ask(run, alive_jobs(run), False)
     assert jobs.stop.exists()
 
 
