@@ -1,5 +1,6 @@
 """Puts a run together: configuration -> parts -> `trainer.train`. The only module that knows all others."""
 
+import contextlib
 import gc
 import json
 import os
@@ -9,13 +10,14 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
+import torch
 
 from llmtrain import checkpoint, choose, files, heartbeat, log, manifest, origin, recipe, shards
 from llmtrain.batches import ANY_ROWS, BatchPlan, plan_batches
 from llmtrain.config import RunConfig, load_config, resolved_yaml
 from llmtrain.config.load import Origins
 from llmtrain.data import Loader, make_batch
-from llmtrain.errors import EXIT_REQUEUE, NotFinite, disk_errors
+from llmtrain.errors import EXIT_REQUEUE, ConfigError, NotFinite, disk_errors
 from llmtrain.evaluation import make_evaluate, make_sampler, make_task
 from llmtrain.hardware import is_bf16_fast
 from llmtrain.manifest import FileInfo, TrainState
@@ -45,11 +47,11 @@ def run(file: str | None, overrides: list[str]) -> int:
     heartbeat.at("preparing", watched=False)
     config, origins = load_config(file, overrides)
     world = find_world(config.train.device)
-    config = resolve_precision(config, world)
     run_dir = RunDir(Path(config.run.dir) / config.run.name)
     locks: list[IO[str]] = []  # held until the process ends
     companion = Companion(run_dir, config)
     prepared = world.rank0_first("prepare", lambda: prepare(config, origins, world, run_dir, locks, companion))
+    config = with_precision(config, prepared["precision"])
     asks = world.is_main and config.service.patience is not None
     stop = StopFlag((lambda: enough(run_dir, config) is not None) if asks else None)
     stop.listen()
@@ -78,11 +80,26 @@ def run(file: str | None, overrides: list[str]) -> int:
     return 0 if finished else EXIT_REQUEUE
 
 
-def resolve_precision(config: RunConfig, world: World) -> RunConfig:
-    """Replace `auto` by what this machine does, so that the run folder says what was computed."""
+def settle_precision(config: RunConfig, run_dir: RunDir, device: torch.device) -> RunConfig:
+    """Replace `auto`: by what the run began in where it resumes, else by what this machine is fast at.
+
+    A job may come back on a node with another processor; and the run folder should say what was computed.
+    """
     if config.train.precision != "auto":
         return config
-    precision = "bf16" if is_bf16_fast(world.device) else "fp32"
+    precision = "bf16" if is_bf16_fast(device) else "fp32"
+    if config.run.resume != "never" and run_dir.checkpoint_steps():
+        with contextlib.suppress(ConfigError):  # which prepare_run will say
+            began_in = load_config(run_dir.config)[0].train.precision
+            if began_in != precision:
+                log.warning(
+                    f"precision  {began_in}, as this run began; on this machine a new one would take {precision}"
+                )
+            precision = began_in
+    return with_precision(config, precision)
+
+
+def with_precision(config: RunConfig, precision: str) -> RunConfig:
     return config.model_copy(update={"train": config.train.model_copy(update={"precision": precision})})
 
 
@@ -90,6 +107,7 @@ def prepare(
     config: RunConfig, origins: Origins, world: World, run_dir: RunDir, locks: list[IO[str]], companion: Companion
 ) -> dict[str, Any]:
     """On rank 0, before any process group: shards, lock, run folder, checkpoint. Returns plain data."""
+    config = settle_precision(config, run_dir, world.device)
     check_base(config, None)  # before hours of sharding
     plan_batches(config, origins, world.size, ANY_ROWS)
     data = prepare_shards(config)
@@ -104,7 +122,12 @@ def prepare(
     origin.note(run_dir, world.device.type, world.local_size)
     if config.service.start == "auto":
         companion.start()
-    return {"resume_step": step, "fingerprint": data.fingerprint, "enough": enough(run_dir, config)}
+    return {
+        "resume_step": step,
+        "fingerprint": data.fingerprint,
+        "enough": enough(run_dir, config),
+        "precision": config.train.precision,
+    }
 
 
 def enough(run_dir: RunDir, config: RunConfig) -> str | None:

@@ -5,6 +5,8 @@ import contextlib
 import psutil
 import torch
 
+from llmtrain import cpu
+
 _PEAK_BF16_TFLOPS = {  # dense, from NVIDIA's data sheets
     "B200": 2250.0,
     "H200": 989.0,
@@ -29,12 +31,11 @@ def peak_flops(device: torch.device) -> float | None:
 
 
 def is_bf16_fast(device: torch.device) -> bool:
-    """Whether bf16 arithmetic is done by the hardware rather than emulated."""
+    """Whether bf16 arithmetic is done by the hardware rather than emulated, and faster than fp32."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type == "cpu":
-        capabilities = torch.cpu.get_capabilities()
-        return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
+        return cpu.has_fast_bf16()
     return False
 
 

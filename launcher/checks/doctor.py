@@ -15,6 +15,7 @@ from launcher.checks.places import kind_of_file_system, nearest_existing
 from launcher.slurm import client
 from launcher.slurm.draft import draft_profile
 from launcher.slurm.partitions import partitions
+from llmtrain import cpu
 from llmtrain.errors import ConfigError, SlurmError
 
 _SCARCE_BYTES = 10e9
@@ -109,9 +110,7 @@ def _examine_gpus(driver: tuple[int, int] | None) -> list[Finding]:
 
 
 def _examine_cpu() -> Finding:
-    cpuinfo = Path("/proc/cpuinfo")
-    flags = cpuinfo.read_text(encoding="utf-8") if cpuinfo.exists() else ""
-    bf16 = "fast bf16" if "avx512_bf16" in flags or "amx_bf16" in flags else "no fast bf16: runs on it take fp32"
+    bf16 = "fast bf16" if cpu.has_fast_bf16() else "no fast bf16: runs on it take fp32"
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return fine("CPU", f"{usable} cores, {bf16}")
 

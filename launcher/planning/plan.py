@@ -3,7 +3,6 @@
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -13,7 +12,7 @@ from rich.table import Table
 from launcher import display
 from launcher.planning import forecast
 from launcher.planning.sizes import find_sizes
-from llmtrain import recipe, shards
+from llmtrain import cpu, recipe, shards
 from llmtrain.batches import BatchPlan, plan_batches
 from llmtrain.config.load import Origins
 from llmtrain.config.schema import RunConfig
@@ -65,9 +64,7 @@ def uses_bf16(config: RunConfig, device: Device) -> bool:
     """As training decides it."""
     if config.train.precision != "auto":
         return config.train.precision == "bf16"
-    cpuinfo = Path("/proc/cpuinfo")
-    flags = cpuinfo.read_text() if device == "cpu" and cpuinfo.exists() else ""
-    return device == "cuda" or "avx512_bf16" in flags or "amx_bf16" in flags
+    return device == "cuda" or (device == "cpu" and cpu.has_fast_bf16())
 
 
 @dataclass(frozen=True)

@@ -72,7 +72,8 @@ class TrainSection(Section):
     """Rows per forward pass on one rank; the rest is gradient accumulation. By default the largest
     that divides evenly and holds at most 16,384 tokens."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """bf16: autocast with fp32 weights and optimizer. auto: bf16 where the hardware is fast at it."""
+    """bf16: autocast with fp32 weights and optimizer. auto: bf16 where the hardware is fast at it, and what the run
+    began in where it resumes."""
     device: Annotated[Literal["auto", "cuda", "mps", "cpu"], Field(json_schema_extra=MAY_CHANGE)] = "auto"
     """auto: a GPU if there is one, else Apple's MPS, else the CPU."""
     compile: Annotated[bool, Field(json_schema_extra=MAY_CHANGE)] = False

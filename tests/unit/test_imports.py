@@ -14,7 +14,7 @@ CONTRACTS = [
     "errors", "log", "files", "heartbeat", "config.yaml_lines", "config.section", "config.data_sections",
     "config.model_sections", "config.service_sections", "config.schema", "config.load", "config", "rundir", "shards",
     "manifest", "recipe", "batches", "memory", "base_facts", "memory_lora", "ledger", "choose", "retention", "summary",
-    "origin", "gpus",
+    "origin", "gpus", "cpu",
 ]  # fmt: skip
 PROCESS = ["world", "stop"]
 PARTS = ["models", "data", "optim", "metrics", "evaluate", "task", "hardware", "progress", "tensorboard", "tensorfile"]

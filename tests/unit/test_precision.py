@@ -1,0 +1,58 @@
+"""What `train.precision=auto` comes to."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from llmtrain import assemble, cpu
+from llmtrain.assemble import settle_precision
+from llmtrain.config import load_config
+from llmtrain.rundir import RunDir
+from tests.support.checkpoint_runs import make_run, save
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("vendor", "flags", "fast"),
+    [
+        ("AuthenticAMD", "avx2 avx512f avx512_bf16", True),
+        ("AuthenticAMD", "avx2 avx512f", False),
+        ("GenuineIntel", "avx512f avx512_bf16 amx_bf16 amx_tile", True),
+        ("GenuineIntel", "avx512f avx512_bf16", False),
+    ],
+)
+def test_bf16_is_fast_with_amx_and_on_amd(tmp_path: Path, vendor: str, flags: str, fast: bool):
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text(f"processor\t: 0\nvendor_id\t: {vendor}\nflags\t\t: fpu {flags} sse\n\n")
+    assert cpu.has_fast_bf16(cpuinfo) == fast
+
+
+def test_a_system_that_does_not_say_what_its_cpu_is_takes_fp32(tmp_path: Path):
+    assert not cpu.has_fast_bf16(tmp_path / "cpuinfo")
+
+
+@pytest.fixture
+def fast_at_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(assemble, "is_bf16_fast", lambda _: True)
+
+
+def settled(run: RunDir, *settings: str) -> str:
+    return settle_precision(load_config(None, settings)[0], run, CPU).train.precision
+
+
+@pytest.mark.usefixtures("fast_at_bf16")
+def test_a_new_run_takes_what_the_machine_is_fast_at(tmp_path: Path):
+    assert settled(RunDir(tmp_path / "new")) == "bf16"
+    assert settled(RunDir(tmp_path / "new"), "train.precision=fp32") == "fp32"
+
+
+@pytest.mark.usefixtures("fast_at_bf16")
+def test_a_run_that_resumes_stays_in_what_it_began_in(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    run = make_run(tmp_path / "gpt", "train.precision=fp32")
+    assert settled(run) == "bf16"  # it has not saved yet, so it starts anew
+    save(run, 5)
+    assert settled(run) == "fp32"
+    assert "precision  fp32, as this run began; on this machine a new one would take bf16" in caplog.text
+    assert settled(run, "run.resume=never") == "bf16"
