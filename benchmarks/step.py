@@ -3,8 +3,9 @@
 Every row runs ours and its peers in turn (A B C A B C ...), each in a process of its own, and prints
 tokens/s and peak memory as medians with their range, and as ratios of ours to the peer's; beside them the loss after
 the last step, and the time from a process's start to the end of its first step. Ours is the whole of
-`python -m llmtrain`: loader, clipping, schedule, ledger and TensorBoard at every step. Peers run as shipped; `PEER+`
-is the peer with our allocator settings.
+`python -m llmtrain`: loader, clipping, schedule, ledger and TensorBoard at every step. Ratios are of ours in what
+`train.precision=auto` comes to here. Peers run as shipped, in bf16 where they can; `PEER-fp32` is the peer in fp32, and
+`PEER+` with our allocator settings.
 
 ROUNDS=5: that many rounds. NANOGPT=FOLDER: a checkout of nanoGPT, which is on no package index; without it its row is
 left out, saying so. The rows `gpt2-gpu` and `xl-gpu` need a GPU; there everything is compiled, ours and the peers', and
@@ -30,6 +31,7 @@ import numpy as np
 from benchmarks import machine
 from benchmarks.peers import ROOT, python_of
 from benchmarks.words import with_range
+from llmtrain import cpu
 from llmtrain.allocator import SETTINGS
 
 WARM_UP = 3
@@ -59,10 +61,10 @@ ROWS = {
     ),
     "gpt2": Row(
         "GPT-2, 124 M, 8 x 256, bf16, no dropout",
-        {**_LARGE, "dropout": 0.0}, 8, 50257, ("bf16",),
-        ("hf", "hf+", "litgpt", "litgpt+", "lightning", "lightning+", "nanogpt", "nanogpt+"), 7,
+        {**_LARGE, "dropout": 0.0}, 8, 50257, ("bf16", "fp32"),
+        ("hf", "hf+", "hf-fp32", "hf-fp32+", "litgpt", "litgpt+", "lightning", "lightning+", "nanogpt", "nanogpt+"), 7,
     ),
-    "small": Row("Small GPT, 7 M, 16 x 256, bf16", SMALL, 16, 8192, ("bf16",), ("hf", "litgpt"), 30),
+    "small": Row("Small GPT, 7 M, 16 x 256, bf16", SMALL, 16, 8192, ("bf16", "fp32"), ("hf", "litgpt"), 30),
 }  # fmt: skip
 GPU_ROWS = {
     "gpt2-gpu": Row(
@@ -223,13 +225,13 @@ def run_ours(folder: Path, row: Row, precision: str, number: int) -> Result:
 
 
 def run_peer(folder: Path, row: Row, name: str, python: str) -> Result:
-    peer = name.removesuffix("+")
+    peer, _, precision = name.removesuffix("+").partition("-")
     settings = SETTINGS if name.endswith("+") else {}
     if peer == "nanogpt":
         return measure(nanogpt_command(folder, row, python), row, settings, folder, from_nanogpt)
     job = {
         "peer": peer, "rows": str(folder / "rows.npy"), "batch": row.batch, "steps": row.steps, "model": row.model,
-        "vocab_size": row.vocab_size, "device": row.device,
+        "vocab_size": row.vocab_size, "device": row.device, "precision": precision or "bf16",
     }  # fmt: skip
     command = [python, str(ROOT / "benchmarks/worker.py"), json.dumps(job)]
     return measure(command, row, settings, folder, from_worker)
@@ -265,7 +267,7 @@ def installed(row: Row) -> dict[str, str]:
     for name in row.peers:
         if name.startswith("nanogpt") and "NANOGPT" not in os.environ:
             print("nanoGPT: left out; NANOGPT=FOLDER names a checkout of it", file=sys.stderr)
-        elif (python := python_of(name.removesuffix("+"))) is not None:
+        elif (python := python_of(re.split(r"\W", name)[0])) is not None:
             found[name] = python
     return found
 
@@ -315,7 +317,8 @@ def table(row: Row, rounds: list[dict[str, Result]]) -> str:
     def ratio(name: str, what: str) -> float:
         return statistics.median(getattr(results[ours], what) / getattr(results[name], what) for results in rounds)
 
-    ours = f"llmtrain {row.ours[0]}"
+    auto = "bf16" if row.device == "cuda" or cpu.has_fast_bf16() else "fp32"
+    ours = f"llmtrain {auto if auto in row.ours else row.ours[0]}"
     lines = [
         f"### {row.title}",
         "",

@@ -95,7 +95,8 @@ def run_hf(job: dict[str, Any], rows: torch.Tensor, step_done: Any) -> float:
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
             output_dir=folder, per_device_train_batch_size=job["batch"], max_steps=job["steps"],
-            bf16=True, use_cpu=not on_gpu, torch_compile=on_gpu, learning_rate=4e-4, weight_decay=0.1, report_to=[],
+            bf16=job["precision"] == "bf16", use_cpu=not on_gpu, torch_compile=on_gpu, learning_rate=4e-4,
+            weight_decay=0.1, report_to=[],
             save_strategy="no", logging_steps=1000, disable_tqdm=True,
         )  # fmt: skip
         trainer = KeepsLoss(model, arguments, train_dataset=data, callbacks=[Clock()])
