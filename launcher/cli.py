@@ -84,21 +84,28 @@ def shard(
             show_samples(built.folder, show, Console())
 
 
-app.command(epilog="Example: `llmtrain plan configs/gpt2.yaml --gpus 8 --gpu-memory 80 strategy.kind=zero2`")(plan)
+app.command(
+    epilog="Example: `llmtrain plan configs/gpt2.yaml --gpus 8 --gpu-memory 80 --vocab-size 50257 strategy.kind=zero2`"
+)(plan)
 app.command(epilog="Example: `llmtrain doctor --cluster -o configs/clusters/juno.yaml`")(doctor)
 
 
 @app.command(epilog="Example: `llmtrain schema > configs/schema.json`")
-def schema() -> None:
+def schema(
+    markdown: Annotated[bool, typer.Option("--markdown", help="A page to read: docs/settings.md.")] = False,
+) -> None:
     """Print the JSON schema of a configuration file: every setting with its type, default and meaning."""
     from llmtrain.config.load import json_schema
+    from llmtrain.config.reference import settings_page
 
-    typer.echo(json_schema(), nl=False)
+    typer.echo(settings_page() if markdown else json_schema(), nl=False)
 
 
 @app.command(epilog='Example: `llmtrain generate runs/stdlib-gpt --prompt "import " --temperature 0.7`')
 def generate(
-    checkpoint: Annotated[Path, typer.Argument(help="A run (its best checkpoint), a checkpoint, or a model folder.")],
+    checkpoint: Annotated[
+        Path, typer.Argument(help="A run (its best checkpoint), a checkpoint, or a folder with a GPT-2 or an adapter.")
+    ],
     prompt: Annotated[str, typer.Option(help="Text to continue.")] = "def main(",
     tokens: Annotated[int, typer.Option(min=1, help="At most so many tokens.")] = 200,
     temperature: Annotated[float, typer.Option(min=0, help="0 always takes the likeliest token.")] = 0.8,
@@ -106,8 +113,13 @@ def generate(
     top_p: Annotated[float | None, typer.Option(min=0, max=1, help="Choose among the likeliest p of all.")] = None,
     seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cuda, mps or cpu.")] = "auto",
+    raw: Annotated[bool, typer.Option("--raw", help="The prompt as it stands, without the run's template.")] = False,
 ) -> None:
-    """Continue a prompt with a trained model, token by token."""
+    """Continue a prompt with a trained model, token by token.
+
+    A run that was tuned on instructions or chats is asked as its samples are: the prompt is put into the template of
+    `data.format`, and the answer alone is printed.
+    """
     options = {
         "--prompt": prompt,
         "--tokens": tokens,
@@ -118,7 +130,7 @@ def generate(
         "--device": device,
     }
     given = [f"{name}={value}" for name, value in options.items() if value is not None]
-    become("llmtrain.generate", *given, "--", str(checkpoint))
+    become("llmtrain.generate", *given, *(["--raw"] if raw else []), "--", str(checkpoint))
 
 
 @app.command(epilog="Example: `llmtrain export runs/tune merged --merge`")

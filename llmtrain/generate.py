@@ -1,4 +1,5 @@
-"""`llmtrain generate`: a checkpoint continues a prompt, streamed to the terminal."""
+"""`llmtrain generate`: a checkpoint continues a prompt, or answers it as its run's samples are, streamed to the
+terminal."""
 
 import argparse
 import sys
@@ -8,7 +9,8 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer
 
-from llmtrain import adapters, summary
+from llmtrain import adapters, prompts, summary
+from llmtrain.config.data_sections import ChatFormat, Format, TextFormat
 from llmtrain.config.schema import SampleSection
 from llmtrain.errors import CheckpointError, ConfigError, exit_with_code
 from llmtrain.evaluate import Generator, continue_text
@@ -60,13 +62,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--top-p", type=float)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--raw", action="store_true")
     options = parser.parse_args(arguments)
     with exit_with_code():
         generate(options)
 
 
 def generate(options: argparse.Namespace) -> None:
-    """Print the prompt and its continuation."""
+    """Print the prompt and its continuation; of a run on instructions or chats, the answer alone."""
     from pydantic import ValidationError
 
     try:
@@ -85,26 +88,37 @@ def generate(options: argparse.Namespace) -> None:
         raise ConfigError(["--prompt is empty; give the model something to continue"])
     from llmtrain.world import find_world
 
+    config = adapters.run_config(folder)
+    format = TextFormat() if options.raw or config is None else config.data.format
     load = load_adapter if adapters.is_adapter(folder) else load_gpt
-    model, tokenizer, prompt_ids, eos_id = load(folder, options.prompt, find_world(options.device).device)
+    model, tokenizer, prompt_ids, eos_id = load(folder, options.prompt, format, find_world(options.device).device)
     ids = continue_text(model, prompt_ids, sampling, options.seed, eos_id)
-    sys.stdout.write(options.prompt)
+    if format.kind not in ("instruction", "chat"):
+        sys.stdout.write(options.prompt)
     for piece in stream_text(tokenizer, ids):
         sys.stdout.write(piece)
         sys.stdout.flush()
     sys.stdout.write("\n")
 
 
-def load_gpt(folder: Path, prompt: str, device: torch.device) -> tuple[Generator, Tokenizer, list[int], int]:
-    """Model, tokenizer, the prompt's ids and the id that ends a text."""
+def load_gpt(
+    folder: Path, prompt: str, format: Format, device: torch.device
+) -> tuple[Generator, Tokenizer, list[int], int]:
+    """Model, tokenizer, the ids of the prompt as samples of this format have it, and the id that ends a text."""
     from llmtrain.models.gpt import GPT, TextGenerator
 
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     model, eos_id = GPT.from_folder(folder)
-    return TextGenerator(model.to(device)), tokenizer, tokenizer.encode(prompt, add_special_tokens=False).ids, eos_id
+    template = None
+    if isinstance(format, ChatFormat):
+        template = prompts.chat_template(format, None, {"eos_token": tokenizer.id_to_token(eos_id) or ""})
+    asked = prompts.question(format, prompt, template)
+    return TextGenerator(model.to(device)), tokenizer, tokenizer.encode(asked, add_special_tokens=False).ids, eos_id
 
 
-def load_adapter(folder: Path, prompt: str, device: torch.device) -> tuple[Generator, Tokenizer, list[int], int]:
+def load_adapter(
+    folder: Path, prompt: str, format: Format, device: torch.device
+) -> tuple[Generator, Tokenizer, list[int], int]:
     """The same of an adapter on its base, quantised as it was trained."""
     from llmtrain.models import base
     from llmtrain.models.qlora import CachedGenerator
@@ -113,7 +127,13 @@ def load_adapter(folder: Path, prompt: str, device: torch.device) -> tuple[Gener
     tokenizer = adapters.load_tokenizer(adapter)
     model = adapters.attach(adapter, base.load(adapter.base, adapters.good_dtype(device), device))
     generator = CachedGenerator(model, adapter.base.context)
-    return generator, tokenizer.backend_tokenizer, tokenizer(prompt)["input_ids"], tokenizer.eos_token_id
+    template = None
+    if isinstance(format, ChatFormat):
+        own = tokenizer.get_chat_template() if tokenizer.chat_template else None
+        template = prompts.chat_template(format, own, tokenizer.special_tokens_map)
+    asked = prompts.question(format, prompt, template)
+    ids = tokenizer(asked, add_special_tokens=template is None or not template.writes_prefix)["input_ids"]
+    return generator, tokenizer.backend_tokenizer, ids, tokenizer.eos_token_id
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ the ids of its beginning are a beginning of them, so that prompting with the beg
 ids that were trained on; else the segments are tokenised one by one.
 """
 
-import functools
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,15 +16,9 @@ from numpy.typing import NDArray
 
 from launcher.sharding.records import Document, text_of
 from launcher.sharding.tokenize import Encoder
+from llmtrain import prompts
 from llmtrain.config import data_sections as schema
 from llmtrain.errors import SourceError, TokenizerError
-
-DEFAULT_TEMPLATE = (
-    "{% for message in messages %}### {{ message['role'] | capitalize }}:\n{{ message['content'] }}"
-    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\n\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}### Assistant:{{ '\n' }}{% endif %}"
-)
-"""For tokenizers that have no chat template."""
 
 
 class NotUsable(Exception):
@@ -67,7 +60,7 @@ class SampleMaker:
         else:
             segments = [*_prompt_and_completion(self._format, document)]
         special = self._chat is not None
-        prefix = [] if self._chat is not None and self._chat.writes_prefix else self._encoder.prefix_ids
+        prefix = [] if self._chat is not None and self._chat.template.writes_prefix else self._encoder.prefix_ids
         pieces = self._encode(segments, special)
         ids = np.concatenate([np.array(prefix, np.uint32), *pieces])
         flags = [
@@ -125,7 +118,7 @@ def _prompt_and_completion(format: schema.Format, document: Document) -> Iterato
         case schema.InstructionFormat():
             instruction = text_of(record[format.instruction], format.instruction, where)
             given = text_of(record.get(format.input), format.input, where)
-            prompt = _fill(format.template if given else format.template_without_input, instruction, given)
+            prompt = prompts.fill(format.template if given else format.template_without_input, instruction, given)
             completion = text_of(record[format.output], format.output, where)
             field = format.output
         case _:
@@ -138,25 +131,17 @@ def _prompt_and_completion(format: schema.Format, document: Document) -> Iterato
     yield Segment(completion, learned=True, ends=True)
 
 
-def _fill(template: str, instruction: str, given: str) -> str:
-    """One pass: braces in the instruction stay as they are."""
-    parts = template.split("{instruction}")
-    return instruction.join(part.replace("{input}", given) for part in parts)
-
-
 class Chat:
     """A chat template, and what of its text the assistant says."""
 
     def __init__(self, format: schema.ChatFormat, tokenizer: Path, encoder: Encoder):
-        self._format, self._folder = format, tokenizer
+        self._format = format
         config = tokenizer / "tokenizer_config.json"
         settings: dict[str, Any] = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
-        own = format.template if format.template is None else read_template(format.template)
-        self._template = own or _template_of(tokenizer, settings) or DEFAULT_TEMPLATE
-        self.writes_prefix = self._template != DEFAULT_TEMPLATE
-        """The template says itself what a text begins with."""
         self._eos = encoder.token(encoder.eos_id)
-        self._tokens = {name: _token(settings.get(name)) for name in ("bos_token", "pad_token", "unk_token")}
+        tokens = {name: _token(settings.get(name)) for name in ("bos_token", "pad_token", "unk_token")}
+        own = _template_of(tokenizer, settings)
+        self.template = prompts.chat_template(format, own, {**tokens, "eos_token": self._eos})
         self._special = encoder.special_tokens
 
     def segments(self, document: Document) -> list[Segment]:
@@ -167,8 +152,8 @@ class Chat:
         for number, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
-            before = self._render(messages[:number], prompt=True)
-            after = self._render(messages[: number + 1], prompt=False)
+            before = self.template.render(messages[:number], asks=True)
+            after = self.template.render(messages[: number + 1], asks=False)
             if not before.startswith(done) or not after.startswith(before):
                 raise TokenizerError(
                     f"{document.where()}: the chat template writes a turn differently once the next one follows, so "
@@ -205,39 +190,6 @@ class Chat:
             if any(token in message["content"] for token in self._special):
                 raise NotUsable("a special token stands in the text")
         return messages
-
-    def _render(self, messages: list[dict[str, Any]], prompt: bool) -> str:
-        import jinja2
-
-        render = _jinja()
-        try:
-            texts, _ = render(
-                conversations=[messages],
-                chat_template=self._template,
-                add_generation_prompt=prompt,
-                eos_token=self._eos,
-                **self._tokens,
-            )
-        except jinja2.TemplateError as error:
-            raise TokenizerError(f"the chat template fails: {error}") from None
-        return texts[0]
-
-
-@functools.cache
-def _jinja() -> Any:
-    """transformers' sandboxed renderer, as its tokenizers use it; needs no torch."""
-    from transformers.utils.chat_template_utils import render_jinja_template
-
-    return render_jinja_template
-
-
-def read_template(setting: str) -> str:
-    """A template as it was given, or out of the file that was named."""
-    path = Path(setting).expanduser()
-    is_file = "{" not in setting and path.is_file()
-    if "{" not in setting and not is_file:
-        raise TokenizerError(f"data.format.template={setting}: neither a file nor a template ({{% for ... %}})")
-    return path.read_text(encoding="utf-8") if is_file else setting
 
 
 def _template_of(folder: Path, settings: dict[str, Any]) -> str | None:

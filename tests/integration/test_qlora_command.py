@@ -38,7 +38,10 @@ checkpoint: {every_steps: null}
 service: {start: never}
 log: {report: false}
 """
-PROMPT = "### Instruction:\nName a colour.\n\n### Response:\n"
+PROMPT = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\nName a colour.\n\n### Response:\n"
+)
 
 
 def llmtrain(folder: Path, *words: str, code: int = 0) -> str:
@@ -93,8 +96,10 @@ def test_a_quantised_base_learns_instructions(tuning: Workplace, quantisation: s
     assert difference.abs().max() < 1e-3
     assert not list(tuning.folder.glob(".writing-*"))
 
-    generate = ["--prompt", PROMPT, "--tokens", "12", "--temperature", "0", "--device", "cpu"]
-    assert llmtrain(tuning.folder, "generate", f"runs/{quantisation}", *generate).startswith(PROMPT)
+    generate = ["generate", f"runs/{quantisation}", "--tokens", "12", "--temperature", "0", "--device", "cpu"]
+    whole = llmtrain(tuning.folder, *generate, "--raw", "--prompt", PROMPT)
+    assert whole.startswith(PROMPT)
+    assert llmtrain(tuning.folder, *generate, "--prompt", "Name a colour.") == whole.removeprefix(PROMPT)
 
 
 def test_exports_that_cannot_be(tuning: Workplace):

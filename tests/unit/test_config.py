@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from llmtrain.batches import nodes_that_train, plan_batches
 from llmtrain.config import RunConfig, load_config, resolved_yaml
 from llmtrain.config.load import Origins, fixed_differences, json_schema
+from llmtrain.config.reference import settings_page
 from llmtrain.config.yaml_lines import YamlError, read
 from llmtrain.errors import ConfigError, TooLittleData
 
@@ -105,6 +106,18 @@ def test_shipped_configurations_load_and_say_what_to_expect(file: Path):
 
 def test_the_schema_file_is_current():
     assert (ROOT / "configs/schema.json").read_text() == json_schema(), "run: llmtrain schema > configs/schema.json"
+
+
+def test_the_page_of_settings_is_current():
+    said = "run: llmtrain schema --markdown > docs/settings.md"
+    assert (ROOT / "docs/settings.md").read_text() == settings_page(), said
+
+
+def test_the_page_of_settings_names_every_one():
+    page = settings_page()
+    settings = {name for section in RunConfig.model_json_schema()["$defs"].values() for name in section["properties"]}
+    missing = [name for name in settings - {"kind"} if f"`{name}`" not in page and f".{name}`" not in page]
+    assert missing == []
 
 
 def test_what_may_change_on_resume():

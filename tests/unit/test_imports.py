@@ -12,9 +12,11 @@ from tests.support.runs import environment, free_port
 ROOT = Path(__file__).parents[2]
 CONTRACTS = [
     "errors", "log", "files", "heartbeat", "config.yaml_lines", "config.section", "config.data_sections",
-    "config.model_sections", "config.service_sections", "config.schema", "config.load", "config", "rundir", "shards",
+    "config.model_sections", "config.service_sections", "config.schema", "config.load", "config", "config.reference",
+    "rundir", "shards",
     "manifest", "recipe", "batches", "memory", "base_facts", "memory_lora", "ledger", "choose", "retention", "summary",
     "origin", "gpus", "cpu",
+    "prompts",
 ]  # fmt: skip
 PROCESS = ["world", "stop"]
 PARTS = ["models", "data", "optim", "metrics", "evaluate", "task", "hardware", "progress", "tensorboard", "tensorfile"]

@@ -11,7 +11,6 @@ import pytest
 from rich.console import Console
 
 from launcher.sharding.build import build
-from launcher.sharding.samples import DEFAULT_TEMPLATE
 from launcher.sharding.show import describe, documents, show_samples
 from llmtrain.config import RunConfig, load_config
 from llmtrain.errors import ConfigError, SourceError, TokenizerError, UserError
@@ -178,7 +177,6 @@ def test_a_template_from_a_file_or_written_out(tmp_path: Path, tokenizer: Path):
     assert "neither a file nor a template" in refused(config, TokenizerError)
     config = configure(tmp_path, CHAT, tokenizer, json.dumps({"kind": "chat", "template": "{% oops %}"}))
     assert "the chat template fails" in refused(config, TokenizerError)
-    assert "### " in DEFAULT_TEMPLATE
 
 
 def test_a_message_that_holds_a_special_token_is_left_out_and_counted(tmp_path: Path, tokenizer: Path):
