@@ -87,7 +87,8 @@ def settle_precision(config: RunConfig, run_dir: RunDir, device: torch.device) -
     """
     if config.train.precision != "auto":
         return config
-    precision = "bf16" if is_bf16_fast(device) else "fp32"
+    in_fp32 = config.model.kind == "qlora" and config.model.compute_dtype == "fp32"
+    precision = "bf16" if is_bf16_fast(device) and not in_fp32 else "fp32"
     if config.run.resume != "never" and run_dir.checkpoint_steps():
         with contextlib.suppress(ConfigError):  # which prepare_run will say
             began_in = load_config(run_dir.config)[0].train.precision
@@ -110,11 +111,15 @@ def prepare(
     config = settle_precision(config, run_dir, world.device)
     check_base(config, None)  # before hours of sharding
     plan_batches(config, origins, world.size, ANY_ROWS)
+    check_device(config, world.device)
     data = prepare_shards(config)
     check_base(config, data.manifest.tokenizer.vocab_size)
     base_folder = fetch_base(config)
     plan_batches(config, origins, world.size, data.manifest.splits["train"].rows)  # fail before touching the run
     locks.append(run_dir.lock())
+    if config.run.resume == "never" and run_dir.config.exists():
+        log.info(f"run.resume=never: the old run is now in {run_dir.move_aside()}")
+        locks.append(run_dir.lock())  # the first one went with the old folder
     step = prepare_run(run_dir, config, origins, data)
     if base_folder is not None:
         check_same_base(run_dir, base_folder, resuming=step is not None)
@@ -128,6 +133,18 @@ def prepare(
         "enough": enough(run_dir, config),
         "precision": config.train.precision,
     }
+
+
+def check_device(config: RunConfig, device: torch.device) -> None:
+    """Raises ConfigError for what torch computes wrongly there, in silence."""
+    dropout = config.model.dropout if config.model.kind == "gpt" else config.model.lora.dropout
+    if device.type == "mps" and dropout and config.train.activation_checkpointing:
+        raise ConfigError(
+            [
+                "train.activation_checkpointing=true with dropout on Apple's MPS: torch does not restore its random "
+                "numbers there, so that gradients would be wrong; switch one of them off, or set train.device=cpu"
+            ]
+        )
 
 
 def enough(run_dir: RunDir, config: RunConfig) -> str | None:

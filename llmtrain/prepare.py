@@ -45,8 +45,6 @@ def prepare_run(run: RunDir, config: RunConfig, origins: Origins, data: ShardFol
         DataMismatch: it holds checkpoints of other data.
         CheckpointError: there is nothing to resume from although `run.resume=must`, or nothing verifies.
     """
-    if config.run.resume == "never" and run.config.exists():
-        log.info(f"run.resume=never: the old run is now in {run.move_aside()}")
     with disk_errors("run folder", run.path):
         run.create()
         files.remove_asides(run.path)

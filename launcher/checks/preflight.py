@@ -180,10 +180,13 @@ def _check_folder(config: RunConfig, origins: Origins, run: RunDir, spec: JobSpe
             found.append(wrong("run folder", message))
         return found
     try:
-        differences = fixed_differences(load_config(run.config)[0], config)
+        old, _ = load_config(run.config)
     except ConfigError as error:
         return [*found, wrong("run folder", f"{run.config}: not readable by this version: {error}")]
-    if differences:
+    if config.train.precision == "auto":  # what the run began in, as training takes it
+        same = config.train.model_copy(update={"precision": old.train.precision})
+        config = config.model_copy(update={"train": same})
+    if differences := fixed_differences(old, config):
         lines = "\n".join(f"  {key}: the run has {before}, now {after}" for key, before, after in differences)
         message = f"{run.path} holds checkpoints of another configuration:\n{lines}\ngive this run a name of its own"
         return [*found, wrong("run folder", f"{message} (run.name=...)")]

@@ -64,6 +64,8 @@ def uses_bf16(config: RunConfig, device: Device) -> bool:
     """As training decides it."""
     if config.train.precision != "auto":
         return config.train.precision == "bf16"
+    if config.model.kind == "qlora" and config.model.compute_dtype == "fp32":
+        return False
     return device == "cuda" or (device == "cpu" and cpu.has_fast_bf16())
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 import pydantic
-import yaml
 from pydantic import BaseModel
 from pydantic_core import ErrorDetails
 
@@ -99,7 +98,7 @@ def load_section(
 
 def resolved_yaml(config: RunConfig) -> str:
     """The whole configuration, defaults included, as YAML that `load_config` reads back equal."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return yaml_lines.write(config.model_dump(mode="json"))
 
 
 def json_schema() -> str:

@@ -35,6 +35,24 @@ for _tag, _pattern, _first in (
     _CoreLoader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), list(_first))
 
 
+class _CoreDumper(yaml.SafeDumper):
+    """Puts quotes around a text that the loader would take for something else, such as "1e5"."""
+
+
+_CoreDumper.yaml_implicit_resolvers = {
+    first: [
+        *yaml.SafeDumper.yaml_implicit_resolvers.get(first, []),
+        *_CoreLoader.yaml_implicit_resolvers.get(first, []),
+    ]
+    for first in {*yaml.SafeDumper.yaml_implicit_resolvers, *_CoreLoader.yaml_implicit_resolvers}
+}
+
+
+def write(value: Any) -> str:
+    """YAML that `read` reads back equal, and readers of YAML 1.1 too."""
+    return yaml.dump(value, Dumper=_CoreDumper, sort_keys=False, allow_unicode=True)
+
+
 def read(text: str, name: str) -> tuple[Any, dict[Path, int]]:
     """Parse `text`; returns the plain value and the line (from 1) of every key and list item in it.
 

@@ -52,6 +52,8 @@ class DDPStrategy:
         return loss.detach()
 
     def update(self, lr: float) -> Tensor:
+        if self._buckets is None:
+            self._fill_gradients()
         if self._clip_norm is None:  # the norm alone: clipping to infinity would write every gradient once more
             norm = nn.utils.get_total_norm([p.grad for p in self._named.values() if p.grad is not None])
         else:
@@ -61,6 +63,15 @@ class DDPStrategy:
         self._optimizer.step()
         self._optimizer.zero_grad()
         return norm
+
+    def _fill_gradients(self) -> None:
+        """Zeros where no gradient came (LoRA on a part of the base that text never reaches), as buckets have them.
+
+        Else the optimizer would leave the parameter out, and a checkpoint without its moments could not be loaded.
+        """
+        for parameter in self._named.values():
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
 
     def loss(self, batch: Batch) -> Tensor:
         return evaluation_loss(self._module, batch, self._world.device, self._bf16)

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from llmtrain import errors
+from llmtrain.rundir import RunDir
 from tests.support.runs import TIMEOUT_S, Workplace, environment
 
 
@@ -120,6 +121,17 @@ def test_a_second_ctrl_c_leaves_at_once(workplace: Workplace):
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=TIMEOUT_S)
     assert process.returncode in (-signal.SIGINT, 130, errors.EXIT_REQUEUE)
+
+
+def test_a_run_that_starts_anew_is_held_like_any_other(workplace: Workplace):
+    workplace.train("run.name=anew", "train.steps=2")
+    process = workplace.start("run.name=anew", "train.steps=100000", "log.every_steps=1", "run.resume=never")
+    wait_for_step(workplace, "anew", 3, process)
+    assert RunDir(workplace.run_folder("anew")).is_training()
+    assert "is training in this run folder" in workplace.train("run.name=anew", code=errors.RunFolderError.exit_code)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=TIMEOUT_S)
+    assert process.returncode == errors.EXIT_REQUEUE
 
 
 def test_a_longer_run_goes_on_and_another_configuration_is_refused(workplace: Workplace):

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -102,6 +103,14 @@ def test_shipped_configurations_load_and_say_what_to_expect(file: Path):
     resolved = file.parent / "never-written.yaml"
     assert not resolved.exists()
     assert config == RunConfig.model_validate(read(resolved_yaml(config), "resolved")[0])
+
+
+@pytest.mark.parametrize("name", ["1e5", "3e4", "yes", "0o17", "1_000", "12:30", "null", "~", "1", "a: b", "é"])
+def test_a_text_that_looks_like_something_else_stays_a_text(name: str):
+    config, _ = load_config(None, [f'evaluate.sample.prompt="{name}"'])
+    written = resolved_yaml(config)
+    assert RunConfig.model_validate(read(written, "resolved")[0]) == config
+    assert yaml.safe_load(written)["evaluate"]["sample"]["prompt"] == name  # YAML 1.1, as other readers take it
 
 
 def test_the_schema_file_is_current():

@@ -8,6 +8,7 @@ import torch
 from llmtrain import assemble, cpu
 from llmtrain.assemble import settle_precision
 from llmtrain.config import load_config
+from llmtrain.errors import ConfigError
 from llmtrain.rundir import RunDir
 from tests.support.checkpoint_runs import make_run, save
 
@@ -46,6 +47,22 @@ def settled(run: RunDir, *settings: str) -> str:
 def test_a_new_run_takes_what_the_machine_is_fast_at(tmp_path: Path):
     assert settled(RunDir(tmp_path / "new")) == "bf16"
     assert settled(RunDir(tmp_path / "new"), "train.precision=fp32") == "fp32"
+
+
+@pytest.mark.usefixtures("fast_at_bf16")
+def test_a_base_that_computes_in_fp32_is_trained_in_it(tmp_path: Path):
+    """Else the run folder would hold a configuration that nothing reads back."""
+    settings = ["model.kind=qlora", "model.base=b", "data.sources=[{kind: text, paths: [x]}]"]
+    assert settled(RunDir(tmp_path / "new"), *settings) == "bf16"
+    assert settled(RunDir(tmp_path / "new"), *settings, "model.compute_dtype=fp32") == "fp32"
+
+
+def test_what_torch_computes_wrongly_is_refused():
+    both = load_config(None, ["train.activation_checkpointing=true", "model.dropout=0.1"])[0]
+    with pytest.raises(ConfigError, match="dropout on Apple's MPS"):
+        assemble.check_device(both, torch.device("mps"))
+    assemble.check_device(both, CPU)
+    assemble.check_device(load_config(None, ["model.dropout=0.1"])[0], torch.device("mps"))
 
 
 @pytest.mark.usefixtures("fast_at_bf16")

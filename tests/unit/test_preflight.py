@@ -316,6 +316,17 @@ def test_a_run_that_goes_on_must_have_the_same_configuration(tmp_path: Path, mon
     assert fine("resume", "from step 100, if that checkpoint verifies") in found
 
 
+def test_a_run_that_goes_on_keeps_the_precision_that_it_settled_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "runs/stdlib-gpt"
+    (folder / "checkpoints/step-00000100").mkdir(parents=True)
+    (folder / "config.yaml").write_text("train: {precision: bf16}\n")
+    profile = Profile(gpus_per_node=0, shared=[str(tmp_path)])
+    assert fine("resume", "from step 100, if that checkpoint verifies") in findings(spec(profile))
+    (refused,) = [e for e in errors(findings(spec(profile), "train.precision=fp32")) if e.startswith("run folder")]
+    assert "train.precision: the run has" in refused
+
+
 # ---------------------------------------------------------------------------------------------- the Hub
 
 
