@@ -20,16 +20,18 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="""Train language models: from raw text to the checkpoint that does best on held-out data.
 
-    Training itself is a module, so that torchrun can start it:
+    Training itself is a module:
 
     - `python -m llmtrain` trains a small GPT on Python's own sources (one process)
-    - `torchrun --nproc_per_node 8 -m llmtrain CONFIG` trains on 8 GPUs
+    - `llmtrain run CONFIG --gpus 8` trains on 8 GPUs, and starts again after a crash or a hang
+    - `llmtrain submit CONFIG --cluster FILE` does so on SLURM
+    - `torchrun --nproc_per_node 8 -m llmtrain CONFIG` is the same without anybody who starts it again
 
     Any setting can be given on the command line as `section.key=value`.""",
 )
 
 
-@app.command(epilog="Example: `llmtrain shard configs/verdict.yaml data.split.heldout=0.2`")
+@app.command(epilog="Example: `llmtrain shard configs/stdlib.yaml data.split.heldout=0.2`")
 def shard(
     settings: Settings = None,
     workers: Annotated[int | None, typer.Option(min=1, help="Processes; by default one per CPU.")] = None,
@@ -188,6 +190,20 @@ def checkpoints(
         service = act(run, action, step, Options(by_loss, json, test, again, device, yes, repo))
     if service is not None:
         become("llmtrain.service", *service)
+
+
+@app.command(epilog="Example: `llmtrain restore user/name runs/mine`")
+def restore(
+    repo: Annotated[str, typer.Argument(help="The run's repository on the Hub, user/name.")],
+    run: Annotated[Path, typer.Argument(help="The run folder to make; must not exist.")],
+    step: Annotated[int | None, typer.Option(min=0, help="By default the newest that is there.")] = None,
+) -> None:
+    """Bring a run back from the Hub, to go on with training where its folder is lost, or on another machine.
+
+    It has to have been uploaded with `hub.optimizer_state=true`, and the shards have to be those that it began with.
+    """
+    given = [] if step is None else [f"--step={step}"]
+    become("llmtrain.service.restore", *given, "--", repo, str(run))
 
 
 @app.command(epilog="Example: `llmtrain status runs --watch`")

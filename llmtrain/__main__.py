@@ -28,12 +28,13 @@ _HELP = """\
 Train a language model. Without a configuration: a small GPT on Python's own sources.
 
   python -m llmtrain                                        the default run
-  python -m llmtrain configs/verdict.yaml                   a configuration file
+  python -m llmtrain configs/stdlib.yaml                    a configuration file
   python -m llmtrain optim.lr=3e-4 train.steps=500          settings on the command line
   torchrun --nproc_per_node 8 -m llmtrain CONFIG            the same run on 8 GPUs
 
 Started again, a run goes on from its newest whole checkpoint (run.resume=never starts anew).
-Ctrl-C saves and stops; a second one stops at once. All settings: 'llmtrain schema'.
+Ctrl-C saves and stops; a second one stops at once. All settings: docs/settings.md.
+'llmtrain run CONFIG --gpus 8' starts it again by itself after a crash or a hang.
 """
 
 

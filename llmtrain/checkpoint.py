@@ -10,6 +10,7 @@ Nothing random is saved: dropout's generator is seeded from (seed, step, rank) a
 (`trainer.seed_step`), and the schedule is a pure function of the step.
 """
 
+import contextlib
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +28,13 @@ _ASIDE = ".writing-"
 
 ModelWriter = Callable[[Path, dict[str, Tensor]], dict[str, FileInfo]]
 """Writes `model/`; returns the files that it has hashed and synced to disk itself."""
+
+
+class CheckpointUnreadable(CheckpointError):
+    """The disk does not give a checkpoint's bytes now, which says nothing about them."""
+
+    exit_code = 1
+    """Not CheckpointError's, which is for a person: `llmtrain run` tries again, for it may pass."""
 
 
 def aside(run: RunDir, step: int) -> Path:
@@ -72,6 +80,7 @@ def newest_whole(run: RunDir) -> int | None:
 
     Raises:
         CheckpointError: there are checkpoints, but none verifies.
+        CheckpointUnreadable: the disk failed; to go on from an older one would throw work away for what may pass.
     """
     rejected = []
     for step in reversed(run.checkpoint_steps()):
@@ -81,6 +90,11 @@ def newest_whole(run: RunDir) -> int | None:
             rejected.append(str(error))
             log.warning(f"checkpoint {run.checkpoint(step).name} rejected: {error}")
             continue
+        except OSError as error:
+            raise CheckpointUnreadable(
+                f"{run.checkpoint(step)} cannot be read: {error}. Nothing was rejected or moved. When the disk answers "
+                "again, the same command goes on from it; to go on from an older one, move this folder away"
+            ) from error
         return step
     if rejected:
         raise CheckpointError(
@@ -94,7 +108,8 @@ def discard_after(run: RunDir, step: int) -> list[int]:
     """Move aside what a resumed run will write again: newer checkpoints, which were rejected. Returns their steps."""
     newer = [s for s in run.checkpoint_steps() if s > step]
     for rejected in newer:
-        retention.quarantine(run, rejected)
+        with contextlib.suppress(FileNotFoundError):  # the service has moved it at the same moment
+            retention.quarantine(run, rejected)
     return newer
 
 

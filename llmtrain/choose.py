@@ -41,7 +41,8 @@ class Entry:
     """Of some training rows, scored in the same way at that step (evaluate.train_rows)."""
     task: dict[str, float] = field(default_factory=dict[str, float])
     difference: tuple[float, float] | None = None
-    """95% interval of this loss minus the best one's; None without losses by stretch, and for the best."""
+    """95% interval of this loss minus the best one's; None without losses by stretch, between two precisions, and for
+    the best."""
     is_best: bool = False
     is_tie: bool = False
     """Cannot be told from the best."""
@@ -114,9 +115,8 @@ def ranking(run: RunDir) -> Ranking | None:
     if not scores:
         return None
     best = min(scores.values(), key=_order)
-    reference = read_losses(run, best)
     others = [score for score in scores.values() if score is not best]
-    intervals = dict(zip((s.step for s in others), differences(run, reference, others), strict=True))
+    intervals = dict(zip((s.step for s in others), differences(run, best, others), strict=True))
     entries: list[Entry] = []
     for step, score in sorted(scores.items()):
         at_save = measured.get(step, {})
@@ -145,7 +145,7 @@ def identities(run: RunDir) -> dict[int, str]:
     """`manifest.identity` of the published checkpoints, by step; those whose manifest cannot be read are left out."""
     found: dict[int, str] = {}
     for step in run.checkpoint_steps():
-        with contextlib.suppress(CheckpointError, FileNotFoundError):
+        with contextlib.suppress(CheckpointError, OSError):
             stamp = (run.checkpoint(step) / manifest.NAME).stat()
             found[step] = _identity(run.checkpoint(step).absolute(), stamp.st_ino, stamp.st_mtime_ns)
     return found
@@ -162,11 +162,21 @@ def read_losses(run: RunDir, score: Score) -> Losses | None:
     return np.load(path, allow_pickle=False) if path.exists() else None
 
 
-def differences(run: RunDir, reference: Losses | None, others: list[Score]) -> list[tuple[float, float] | None]:
-    """95% intervals of each one's loss minus the reference's; None where they cannot be compared."""
-    losses = [read_losses(run, score) for score in others]
+def precision(score: Score) -> str:
+    """In which the model computed: "fp32", "bf16"; of a record that does not say it, whatever ends its `how`."""
+    return score.how.rpartition(" ")[2]
+
+
+def differences(run: RunDir, best: Score, others: list[Score]) -> list[tuple[float, float] | None]:
+    """95% intervals of each one's loss minus the best one's; None where they cannot be compared.
+
+    Between two precisions they cannot: rounding shifts the loss of every stretch by about the same, which a paired
+    bootstrap takes for a sure difference between the checkpoints.
+    """
+    reference = read_losses(run, best)
     if reference is None:
         return [None] * len(others)
+    losses = [read_losses(run, score) if precision(score) == precision(best) else None for score in others]
     comparable = [
         number
         for number, other in enumerate(losses)

@@ -21,6 +21,7 @@ EventKind = Literal[
     "resumed",
     "rejected",
     "quarantined",
+    "unreadable",
     "score-failed",
     "upload-failed",
     "hub-refused",

@@ -4,8 +4,10 @@ The manifest is written last, so a folder with one was finished. It also guards 
 hash of its own content, and a file that differs from what this module would write is rejected.
 """
 
+import contextlib
 import hashlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -70,17 +72,17 @@ def read(folder: Path) -> Manifest:
 
     Raises:
         CheckpointError: it is missing or altered.
+        OSError: it cannot be read now, which says nothing about it.
     """
     path = folder / NAME
-    try:
+    with _reading(path, "missing; the folder is not a whole checkpoint"):
         content = path.read_bytes()
+    try:
         fields: dict[str, Any] = json.loads(content)
         fields.pop("sha256")
         manifest = Manifest.model_validate(fields)
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: missing; the folder is not a whole checkpoint") from None
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{path}: altered or unreadable ({str(error).splitlines()[0]})") from error
+    except (ValueError, KeyError) as error:
+        raise CheckpointError(f"{path}: altered ({str(error).splitlines()[0]})") from error
     if _render(manifest) != content:
         raise CheckpointError(f"{path}: altered: its content does not match its own hash")
     return manifest
@@ -97,18 +99,30 @@ def verify(folder: Path) -> Manifest:
 
     Raises:
         CheckpointError: names the file that is missing, truncated or altered.
+        OSError: names the file that cannot be read now, which says nothing about it.
     """
     manifest = read(folder)
     for name, info in manifest.files.items():
         path = folder / name
-        if not path.is_file():
-            raise CheckpointError(f"{path}: missing")
-        size = path.stat().st_size
-        if size != info.size_bytes:
-            raise CheckpointError(f"{path}: {size} bytes instead of {info.size_bytes}")
-        if files.sha256(path) != info.sha256:
-            raise CheckpointError(f"{path}: altered: its SHA-256 is not the manifest's")
+        with _reading(path, "missing"):
+            size = path.stat().st_size
+            if size != info.size_bytes:
+                raise CheckpointError(f"{path}: {size} bytes instead of {info.size_bytes}")
+            if files.sha256(path) != info.sha256:
+                raise CheckpointError(f"{path}: altered: its SHA-256 is not the manifest's")
     return manifest
+
+
+@contextlib.contextmanager
+def _reading(path: Path, if_missing: str) -> Iterator[None]:
+    """A file that is not there is the checkpoint's fault; a disk or a network that fails is not, and may pass."""
+    try:
+        yield
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        raise CheckpointError(f"{path}: {if_missing}") from None
+    except OSError as error:
+        error.filename = error.filename or str(path)  # an error of reading names none
+        raise
 
 
 def _render(manifest: Manifest) -> bytes:

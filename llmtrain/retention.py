@@ -3,7 +3,6 @@
 The checkpoint service deletes, and nobody else; without one (service.start=never) training does.
 """
 
-import contextlib
 import shutil
 from collections.abc import Callable, Collection, Mapping
 
@@ -84,6 +83,7 @@ def deletable(run: RunDir, config: RunConfig, verified_newest: int | None) -> tu
 def remove(run: RunDir, steps: Collection[int], on_rename: Callable[[], None] | None = None) -> None:
     """Delete these checkpoints; each vanishes in one rename, and what a crash leaves is `remove_leftovers`'.
 
+    So is what cannot be deleted now: NFS keeps a file under another name while somebody on this machine reads it.
     `on_rename` is called between the two, for tests.
     """
     for step in sorted(steps):
@@ -91,23 +91,29 @@ def remove(run: RunDir, steps: Collection[int], on_rename: Callable[[], None] | 
         run.checkpoint(step).rename(doomed)
         if on_rename is not None:
             on_rename()
-        with contextlib.suppress(FileNotFoundError):  # a starting training finishes it at the same moment
-            shutil.rmtree(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)  # a starting training may be at it too
 
 
 def quarantine(run: RunDir, step: int) -> None:
-    """Move a checkpoint that does not verify to `quarantined-STEP`, for whoever wants to look at it."""
+    """Move a checkpoint that does not verify to `quarantined-STEP`, for whoever wants to look at it.
+
+    Raises:
+        FileNotFoundError: it is gone; then what is in quarantine may be it, moved there by the other of training and
+            service, and stays.
+    """
+    run.checkpoint(step).stat()
     shutil.rmtree(run.quarantined(step), ignore_errors=True)
     run.checkpoint(step).rename(run.quarantined(step))
 
 
 def remove_leftovers(run: RunDir) -> None:
-    """Finish deletions that a crash has interrupted."""
+    """Finish deletions that a crash, or a reader on NFS, has interrupted."""
     for doomed in run.checkpoints.glob(f"{rundir.DOOMED}*"):
         shutil.rmtree(doomed, ignore_errors=True)  # the other of training and service may be at it too
 
 
 def prune(run: RunDir, losses: Mapping[int, float], rule: CheckpointSection) -> None:
     """For a run without a service: delete all that the rule does not keep."""
+    remove_leftovers(run)
     steps = run.checkpoint_steps()
     remove(run, set(steps) - to_keep(steps, losses, rule))

@@ -27,13 +27,15 @@ DIR/NAME/
         log.txt  lock
 """
 
+import contextlib
 import fcntl
 import json
 import os
+import secrets
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, BinaryIO
 
 from llmtrain import files
 from llmtrain.errors import RunFolderError
@@ -43,6 +45,7 @@ _QUARANTINED = "quarantined-"
 DOOMED = ".deleting-"
 """Prefix of a checkpoint that is being deleted."""
 _LOOKS = 20
+_BLOCK = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -164,8 +167,11 @@ class RunDir:
         return self.checkpoints / f"{_QUARANTINED}{self.checkpoint(step).name}"
 
     def doomed(self, step: int) -> Path:
-        """The name that a checkpoint gets before its files are deleted."""
-        return self.checkpoints / f"{DOOMED}{self.checkpoint(step).name}"
+        """The name that a checkpoint gets before its files are deleted.
+
+        Another one each time: of an earlier checkpoint of that step something may be left.
+        """
+        return self.checkpoints / f"{DOOMED}{self.checkpoint(step).name}-{secrets.token_hex(4)}"
 
     def quarantined_steps(self) -> list[int]:
         return self._steps(f"{_QUARANTINED}{_STEP}")
@@ -250,23 +256,56 @@ def is_held(path: Path) -> bool:
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The records of a JSON-lines file; a last line that a crash cut short is left out."""
-    if not path.exists():
+    """The records of a JSON-lines file; a last line that a crash cut short (within a letter, too) is left out."""
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
         return []
-    lines = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines[:-1] if line]
+    lines = content[: content.rfind(b"\n") + 1].decode().split("\n")
+    return [json.loads(line) for line in lines if line]
 
 
 def append_jsonl(path: Path, records: list[dict[str, Any]]) -> None:
-    """Add records at the end."""
-    with path.open("a", encoding="utf-8") as file:
-        file.write("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+    """Add records at the end: all of them, or none where the disk has no room for all.
+
+    Half a line would be glued to the next one, and nobody could read the file any more.
+    """
+    content = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode()
+    size = mend_jsonl(path)
+    try:
+        with path.open("ab") as file:
+            file.write(content)
+    except OSError:  # of closing, too: NFS says only then that there is no room
+        with contextlib.suppress(OSError):  # what stays is cut off before the next record is added
+            os.truncate(path, size)
+        raise
 
 
-def mend_jsonl(path: Path) -> None:
-    """Cut off a last line that a crash left unfinished, so that the next one starts on a line of its own."""
-    if path.exists() and (content := path.read_bytes()) and not content.endswith(b"\n"):
-        files.write_atomic(path, content[: content.rfind(b"\n") + 1])
+def mend_jsonl(path: Path) -> int:
+    """Cut off a last line that a crash or a full disk left unfinished; returns the size in bytes that is left.
+
+    In place, which a full disk allows. Of a file that ends well only the last byte is read.
+    """
+    if not path.exists():
+        return 0
+    with path.open("r+b", buffering=0) as file:
+        size = file.seek(0, os.SEEK_END)
+        whole = _end_of_last_line(file, size)
+        if whole < size:
+            file.truncate(whole)
+    return whole
+
+
+def _end_of_last_line(file: BinaryIO, size: int) -> int:
+    end, length = size, 1
+    while end:
+        start = max(0, end - length)
+        file.seek(start)
+        found = file.read(end - start).rfind(b"\n")
+        if found >= 0:
+            return start + found + 1
+        end, length = start, _BLOCK
+    return 0
 
 
 def rewind_jsonl(path: Path, last_step: int) -> None:

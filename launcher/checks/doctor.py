@@ -19,6 +19,7 @@ from llmtrain import cpu
 from llmtrain.errors import ConfigError, SlurmError
 
 _SCARCE_BYTES = 10e9
+_BUILDS = 'docs/dependencies.md, "Another build of torch"'
 
 
 def report() -> None:
@@ -67,15 +68,17 @@ def _examine_python(driver: tuple[int, int] | None) -> list[Finding]:
     found = look_into([sys.executable])
     python = fine("Python", f"{found.version} in {found.prefix}")
     if found.torch is None:
-        return [python, wrong("torch", "not installed: pip install torch (docs/dependencies.md)")]
+        return [python, wrong("torch", "not installed: make setup (docs/dependencies.md)")]
     told = f"{found.torch.version} for {found.torch.accelerator or 'CPUs alone'}"
     if driver is None:
         return [python, fine("torch", told)]
     if found.torch.accelerator is None:
-        return [python, wrong("torch", f"{told}: it cannot use the GPUs here; install the build for CUDA")]
+        told += f": it cannot use the GPUs here; install a build of this version for CUDA ({_BUILDS})"
+        return [python, wrong("torch", told)]
     built = found.torch.accelerator.removeprefix("CUDA ").split(".")
     if built[0].isdigit() and int(built[0]) > driver[0]:
-        told += f", and the driver here goes up to CUDA {driver[0]}.{driver[1]}: update it, or install an older build"
+        told += f", and the driver here goes up to CUDA {driver[0]}.{driver[1]}: "
+        told += f"update it, or install this version's build for an older CUDA ({_BUILDS})"
         return [python, wrong("torch", told)]
     return [python, fine("torch", told)]
 

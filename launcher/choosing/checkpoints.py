@@ -228,7 +228,7 @@ def verified(run: RunDir, known: list[int]) -> list[tuple[int, CheckpointError |
                 results.append((step, None))
             except CheckpointError as error:
                 results.append((step, error))
-            except FileNotFoundError as error:  # deleted between two looks at the same file
+            except OSError as error:  # deleted between two looks at the same file, or not to be read now
                 results.append((step, CheckpointError(str(error))))
             progress.advance(task, sizes.get(step, 1))
     return results

@@ -118,7 +118,7 @@ def gather(run: RunDir) -> Listing:
 
 def read_manifest(folder: Path) -> Manifest | None:
     """None where it cannot be read: `verify` says why."""
-    with contextlib.suppress(CheckpointError):
+    with contextlib.suppress(CheckpointError, OSError):
         return manifest.read(folder)
     return None
 

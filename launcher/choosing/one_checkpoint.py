@@ -53,7 +53,7 @@ def _show_checkpoint(console: Console, found: Listing, row: Row) -> None:
     say(console, "folder", str(folder))
     try:
         described = manifest.read(folder)
-    except CheckpointError as error:
+    except (CheckpointError, OSError) as error:
         say(console, "BAD", one_line(str(error)), style="red")
         return
     _show_position(console, described)

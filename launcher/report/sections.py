@@ -26,6 +26,7 @@ _KINDS = {  # what an event is called, and its tone
     "restarted": ("Started again", "warn"),
     "rejected": ("Checkpoint rejected", "bad"),
     "quarantined": ("Quarantined", "bad"),
+    "unreadable": ("Checkpoint not readable", "warn"),
     "score-failed": ("Scoring failed", "warn"),
     "upload-failed": ("Upload failed", "warn"),
     "hub-refused": ("Hub refused", "bad"),

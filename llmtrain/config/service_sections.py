@@ -39,7 +39,7 @@ class HubSection(Section):
     private: bool = True
     """Make the repository private. An existing public one is refused."""
     optimizer_state: bool = False
-    """Upload state/ too, so that the run can be resumed from the Hub; several times the size."""
+    """Upload state/ too, so that `llmtrain restore` can bring the run back from the Hub; several times the size."""
     prune: bool = False
     """Remove the tags of checkpoints that the rule of `checkpoint` does not keep. Frees no storage: the Hub
     keeps the files in the branch's history."""

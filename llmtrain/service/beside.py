@@ -1,15 +1,18 @@
 """What training does about the service: start it, look after it, wait for it at the end. All on rank 0."""
 
+import contextlib
 import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
-from llmtrain import ledger, log, retention, rundir
+from llmtrain import choose, ledger, log, retention, rundir
 from llmtrain.config import RunConfig
 from llmtrain.ledger import Event, Status
 from llmtrain.rundir import RunDir
+from llmtrain.service import plan
 
 _LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_", "TORCH_", "OMP_", "PET_")
 """Variables that tell a process that it is a rank of ours; the service is none."""
@@ -29,6 +32,10 @@ class Companion:
 
     def start(self) -> None:
         """Start the service, unless one is at work. It lives on when training ends."""
+        with _ends_nothing("starting the checkpoint service"):
+            self._start()
+
+    def _start(self) -> None:
         if self._run.is_served():
             return
         self._run.service.mkdir(parents=True, exist_ok=True)
@@ -46,17 +53,23 @@ class Companion:
     def after_save(self) -> None:
         """Start it again if it has died; without a service, delete what the rule does not keep."""
         if self._config.service.start == "never":
-            retention.prune(self._run, rundir.heldout_losses(self._run), self._config.checkpoint)
-        if self._config.service.start != "auto" or self._run.is_served():
+            with _ends_nothing("deleting checkpoints that the rule does not keep"):
+                retention.prune(self._run, rundir.heldout_losses(self._run), self._config.checkpoint)
+        if self._config.service.start == "auto":
+            with _ends_nothing("looking after the checkpoint service"):
+                self._start_again()
+
+    def _start_again(self) -> None:
+        if self._run.is_served():
             return
         code = None if self._process is None else self._process.poll()
         if self._process is not None and code is None:  # it is starting
             return
         how = "" if code is None else f" (exit code {code})"
         message = f"the checkpoint service had ended{how}; started again"
+        self._start()
         log.warning(f"service    {message}; see {self._run.service_log}")
         ledger.append(self._run.events, Event(kind="service-started", message=message))
-        self.start()
 
     def say_hub(self) -> None:
         """Say whether the Hub takes the checkpoints, loudly if not; training goes on in any case."""
@@ -76,7 +89,7 @@ class Companion:
         log.warning(f"HUB        no answer about {repo} yet; training goes on, checkpoints wait on disk")
 
     def wait(self) -> None:
-        """Until all checkpoints are scored and uploaded, at most `service.wait_s`. Ctrl-C leaves it at work."""
+        """Until all is scored, uploaded and shown, at most `service.wait_s`. Ctrl-C leaves it at work."""
         deadline = time.monotonic() + self._config.service.wait_s
         started, said, said_at = time.monotonic(), "", 0.0
         since = time.time()
@@ -95,28 +108,52 @@ class Companion:
         log.info(f"service    goes on by itself; to wait for it: {drain_command(self._run.path)}")
 
 
+@contextlib.contextmanager
+def _ends_nothing(what: str) -> Iterator[None]:
+    """Checkpoints are safe whatever becomes of the service: what goes wrong with it is said, and training goes on."""
+    try:
+        yield
+    except OSError as error:
+        log.warning(f"service    {what} failed ({type(error).__name__}: {error}); checkpoints wait on disk")
+
+
 def waiting(run: RunDir, config: RunConfig, since: float = 0.0) -> str | None:
     """What the service still has to do, for people; None when there is nothing that waiting would bring.
 
     What it said before `since` does not count: it had not seen the last checkpoint, or was another service.
     """
-    steps = run.checkpoint_steps()
-    scored, uploaded = ledger.scores(run), ledger.uploads(run)
     status = ledger.status(run)
     if status is not None and status.time < since:
         status = None
-    to_score = [step for step in steps if step not in scored]
+    to_score, to_upload = _unscored(run), _unconfirmed(run, config.hub.repo)
     if config.service.score == "training" or _scores_elsewhere(status, to_score):
         to_score = []
-    to_upload = [step for step in steps if step not in uploaded] if config.hub.repo is not None else []
-    if status is not None and status.problem is not None:
-        if not to_score:
-            return None
+    is_refused = status is not None and status.problem is not None  # nobody waits for what a person has to mend
+    if is_refused:
         to_upload = []
-    if not to_score and not to_upload:
+    if to_score or to_upload:
+        left = f"{len(to_score)} to score, {len(to_upload)} to upload"
+    elif config.hub.repo is not None and not is_refused and plan.is_stale(run, config.hub.repo):
+        left = "main on the Hub to renew"
+    else:
         return None
     doing = f"{', '.join(status.doing)}; " if status is not None and status.doing else ""
-    return f"{doing}{len(to_score)} to score, {len(to_upload)} to upload (Ctrl-C leaves it at work)"
+    return f"{doing}{left} (Ctrl-C leaves it at work)"
+
+
+def _unscored(run: RunDir) -> list[int]:
+    """Steps whose checkpoint, as it lies there, has no score: the step may have been saved again since."""
+    here, scored = choose.identities(run), ledger.scores(run)
+    return [s for s in run.checkpoint_steps() if s not in scored or scored[s].checkpoint != here.get(s)]
+
+
+def _unconfirmed(run: RunDir, repo: str | None) -> list[int]:
+    """Steps whose checkpoint, as it lies there, was not read back from this repository."""
+    if repo is None:
+        return []
+    here = choose.identities(run)
+    confirmed = {(u.step, u.checkpoint) for u in ledger.uploads(run).values() if u.repo == repo}
+    return [step for step in run.checkpoint_steps() if (step, here.get(step)) not in confirmed]
 
 
 def _scores_elsewhere(status: Status | None, to_score: list[int]) -> bool:

@@ -8,17 +8,18 @@ from llmtrain.config import RunConfig, resolved_yaml
 from llmtrain.config.model_sections import QLoRAModel
 from llmtrain.ledger import Upload
 from llmtrain.rundir import RunDir
+from llmtrain.service.plan import Shown
 
 
-def render(repo: str, config: RunConfig, run: RunDir, best: Upload) -> str:
+def render(repo: str, config: RunConfig, run: RunDir, best: Shown) -> str:
     """README.md of `main`."""
-    ranked = choose.ranking(run)
+    ranked = best.ranked
     parts = [
-        f"---\n{metadata(config, run, best).to_yaml()}\n---",
+        f"---\n{metadata(config, run, best.upload).to_yaml()}\n---",
         f"# {run.path.name}",
-        f"{_what(config)} The weights on this branch are those of step {best.step:,}, the best checkpoint so far on "
-        "held-out data. Every other checkpoint has a tag of its own (`step-N`).",
-        f"## Use\n\n```python\n{_loading(config, repo, best)}\n```",
+        f"{_what(config)} The weights on this branch are those of step {best.upload.step:,}, {best.describe()}. "
+        "Every other checkpoint has a tag of its own (`step-N`).",
+        f"## Use\n\n```python\n{_loading(config, repo, best.upload)}\n```",
     ]
     if summary.summarise(run) is not None:
         parts.append("## Losses\n\n![Train and held-out loss over epochs](llmtrain/curve.png)")
@@ -29,11 +30,11 @@ def render(repo: str, config: RunConfig, run: RunDir, best: Upload) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def metadata(config: RunConfig, run: RunDir, best: Upload) -> ModelCardData:
-    """The card's YAML: how to load it, what it was made from, how well it did."""
+def metadata(config: RunConfig, run: RunDir, shown: Upload) -> ModelCardData:
+    """The card's YAML: how to load it, what it was made from, how well it did: that checkpoint, not one of its step."""
     is_adapter = isinstance(config.model, QLoRAModel)
     base = config.model.base if isinstance(config.model, QLoRAModel) else ""
-    scored = [(split, ledger.scores(run, split).get(best.step)) for split in ("heldout", "test")]
+    scored = [(split, ledger.scores(run, split).get(shown.step)) for split in ("heldout", "test")]
     results = [
         EvalResult(
             task_type="text-generation",
@@ -45,7 +46,7 @@ def metadata(config: RunConfig, run: RunDir, best: Upload) -> ModelCardData:
             metric_value=round(value, 6),
         )
         for split, score in scored
-        if score is not None
+        if score is not None and score.checkpoint == shown.checkpoint
         for metric, name, value in (
             ("loss", "loss (nats per token)", score.loss),
             ("perplexity", "perplexity", score.perplexity),
@@ -79,15 +80,15 @@ def _what(config: RunConfig) -> str:
     )
 
 
-def _loading(config: RunConfig, repo: str, best: Upload) -> str:
+def _loading(config: RunConfig, repo: str, shown: Upload) -> str:
     if isinstance(config.model, QLoRAModel):
         cls, package = "AutoPeftModelForCausalLM", "peft"
     else:
         cls, package = "AutoModelForCausalLM", "transformers"
     lines = [
         f"from {package} import {cls}",
-        f'model = {cls}.from_pretrained("{repo}")                          # step {best.step}, the best',
-        f'model = {cls}.from_pretrained("{repo}", revision="{best.tag}")   # or any other',
+        f'model = {cls}.from_pretrained("{repo}")                          # step {shown.step}',
+        f'model = {cls}.from_pretrained("{repo}", revision="{shown.tag}")   # or any other',
     ]
     if package == "transformers":
         lines += ["from transformers import AutoTokenizer", f'tokenizer = AutoTokenizer.from_pretrained("{repo}")']

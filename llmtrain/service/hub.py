@@ -31,12 +31,16 @@ from llmtrain.service import crash
 from llmtrain.service.publish import publish
 from llmtrain.service.remote import (
     BRANCH,
+    MAIN,
     LocalFile,
+    Refused,
     Repo,
+    brings_checkpoint,
     local_files,
     marker,
     own_path,
     patient,
+    refuse_others,
     retry_after_s,
     run_marker,
     secrets_in,
@@ -46,10 +50,6 @@ _CONNECT_S = 30.0
 _TOKEN_HELP = "set HF_TOKEN, or run 'hf auth login', with a token that may write to it"
 _IN_ABOUT = re.compile(r"in (?:about )?(\d+) (second|minute|hour)")
 _UNIT_S = {"second": 1.0, "minute": 60.0, "hour": 3600.0}
-
-
-class Refused(Exception):
-    """A person has to mend something."""
 
 
 class Altered(Exception):
@@ -64,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--step", type=int, default=0)
     parser.add_argument("--stall", type=float, default=300.0, help="longest wait for an answer, in s")
     options = parser.parse_args(arguments)
-    set_client_factory(lambda: _client(options.stall))
+    set_client_factory(lambda: client(options.stall))
     run = RunDir(options.run.resolve())
     origin.enter(run)
     token = get_token() or ""
@@ -73,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     sys.stdout.flush()
 
 
-def _client(stall_s: float) -> httpx2.Client:
+def client(stall_s: float) -> httpx2.Client:
     """Like the library's own, with time-outs: by default it waits for an answer for ever."""
     timeout = httpx2.Timeout(stall_s, connect=min(_CONNECT_S, stall_s))
     return httpx2.Client(event_hooks={"request": [hf_request_event_hook]}, follow_redirects=True, timeout=timeout)
@@ -95,7 +95,7 @@ def converse(task: str, run: RunDir, name: str, step: int, token: str) -> dict[s
                 refuse_secrets([run.config], token)
                 return patient(lambda: publish(repo, config, run))
             case _:
-                return untag(repo, step)
+                return untag(repo, run, step)
     except Refused as error:
         return {"error": "refused", "message": str(error)}
     except (Altered, CheckpointError) as error:
@@ -126,18 +126,35 @@ def check(repo: Repo, config: RunConfig, run: RunDir) -> dict[str, Any]:
     """Make the repository if need be; find out whether it may be written to, and whose it is.
 
     Raises:
-        Refused: it is public though it should be private, or holds the checkpoints of another run.
+        Refused: it is public though it should be private, or holds the checkpoints of another run, or other files.
     """
     patient(lambda: repo.api.create_repo(repo.name, private=config.hub.private, exist_ok=True))
     private = bool(patient(lambda: repo.api.model_info(repo.name)).private)
     if config.hub.private and not private:
         raise Refused(f"{repo.name} is public although hub.private=true: make it private in its settings on the Hub")
+    refuse_others(repo, run)
+    refuse_strange_files(repo)  # before anything is written there
     patient(lambda: _make_branch(repo))  # needs the right to write
-    owners = {line for _, message in repo.commits() for line in message.splitlines() if line.startswith(run_marker(""))}
-    if owners and run_marker(origin.read(run).id) not in owners:
-        raise Refused(f"{repo.name} holds the checkpoints of another run; name another repository (hub.repo)")
     visibility = "private" if private else "public"
     return {"message": f"{repo.name} ({visibility}) takes the checkpoints of this run", "private": private}
+
+
+def refuse_strange_files(repo: Repo) -> None:
+    """`main` is made to hold what a run shows and nothing else, so it must be a run's, or empty, to begin with.
+
+    Raises:
+        Refused: no run has begun this repository, and somebody's files are there.
+    """
+    if any(brings_checkpoint(message) for _, message in repo.commits()):
+        return
+    head = repo.refs()[0].get(MAIN)
+    strange = [] if head is None else sorted(set(repo.tree(head)) - {".gitattributes", "README.md"})
+    if strange:
+        more = f" and {len(strange) - 3} more" if len(strange) > 3 else ""
+        raise Refused(
+            f"{repo.name} holds files that no run of llmtrain has brought ({', '.join(strange[:3])}{more}), which "
+            "renewing main would delete; name an empty or a new repository (hub.repo)"
+        )
 
 
 def _make_branch(repo: Repo) -> None:
@@ -154,7 +171,9 @@ def upload(repo: Repo, config: RunConfig, run: RunDir, step: int, token: str) ->
 
     Raises:
         Altered: a file does not match the manifest; nothing is committed.
+        Refused: the repository is another run's, or an access token would be uploaded.
     """
+    refuse_others(repo, run)  # also before bytes are sent
     described = manifest.read(run.checkpoint(step))
     identity = manifest.identity(described)
     wanted = local_files(run, step, described, config.hub.optimizer_state)
@@ -183,6 +202,7 @@ def commit_files(repo: Repo, run: RunDir, wanted: dict[str, LocalFile], title: s
 
     Raises:
         Altered: a file does not match the manifest.
+        Refused: another run has begun this repository meanwhile.
     """
     additions = [CommitOperationAdd(path, str(file.path)) for path, file in wanted.items()]
     for addition in additions:
@@ -193,6 +213,7 @@ def commit_files(repo: Repo, run: RunDir, wanted: dict[str, LocalFile], title: s
     patient(lambda: repo.api.preupload_lfs_files(repo.name, additions, revision=BRANCH))
     crash.point("after-bytes")
     head = repo.refs()[0][BRANCH]
+    refuse_others(repo, run)
     kept = {*wanted, own_path("config.yaml"), ".gitattributes"}
     deletions = [CommitOperationDelete(path) for path in repo.tree(head) if path not in kept]
     return repo.api.create_commit(
@@ -205,8 +226,9 @@ def commit_files(repo: Repo, run: RunDir, wanted: dict[str, LocalFile], title: s
     ).oid
 
 
-def untag(repo: Repo, step: int) -> dict[str, Any]:
+def untag(repo: Repo, run: RunDir, step: int) -> dict[str, Any]:
     """Remove a checkpoint's tag; fine if it is gone already."""
+    refuse_others(repo, run)
     with contextlib.suppress(RevisionNotFoundError):  # an earlier attempt, whose answer was lost
         patient(lambda: repo.api.delete_tag(repo.name, tag=f"step-{step}"))
     return {}

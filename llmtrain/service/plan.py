@@ -2,11 +2,50 @@
 
 import hashlib
 import json
+from dataclasses import dataclass
+from typing import Any
 
 from llmtrain import choose, ledger, retention
+from llmtrain.choose import Entry, Ranking
 from llmtrain.config import RunConfig
 from llmtrain.ledger import Upload
 from llmtrain.rundir import RunDir
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What belongs on `main`, and the ranking that says so."""
+
+    upload: Upload
+    ranked: Ranking | None = None
+
+    @property
+    def entry(self) -> Entry | None:
+        """Its place in the ranking; None as long as this very checkpoint is not scored."""
+        return None if self.ranked is None else _entry(self.ranked, self.upload)
+
+    def title(self) -> str:
+        """Of the commit that brings it."""
+        if self.ranked is None or self.entry is None:
+            what = "newest, not scored yet"
+        elif self.entry.is_best:
+            what = "best so far"
+        elif self.entry.is_tie:
+            what = "cannot be told from the best so far"
+        else:
+            what = "best of those uploaded"
+        return f"{what}: step {self.upload.step}"
+
+    def describe(self) -> str:
+        """The end of "the weights are those of step N, ...": no more than is known."""
+        if self.ranked is None or self.entry is None:
+            return "the newest one uploaded, which is not scored on held-out data yet"
+        if self.entry.is_best:
+            return "the best checkpoint so far: it has the lowest loss on held-out data"
+        lowest = self.ranked.best.step
+        if self.entry.is_tie:
+            return f"whose loss on held-out data cannot be told from the lowest one so far, that of step {lowest:,}"
+        return f"which of those uploaded has the lowest loss on held-out data; that of step {lowest:,} is lower"
 
 
 def digest(run: RunDir, repo: str) -> str | None:
@@ -16,21 +55,51 @@ def digest(run: RunDir, repo: str) -> str | None:
         return None
     scored = [*ledger.scores(run, "heldout").values(), *ledger.scores(run, "test").values()]
     scores = [(s.step, s.split, s.checkpoint, s.loss) for s in scored]
-    told = {"scores": scores, "uploads": {s: (u.commit, u.removed) for s, u in uploads.items()}}
+    told = {
+        "scores": scores,
+        "uploads": {s: (u.commit, u.removed) for s, u in uploads.items()},
+        "on disk": _scored_on_disk(run),  # of several that cannot be told apart, one on disk is proposed
+    }
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
 
-def best_uploaded(run: RunDir, repo: str) -> Upload | None:
-    """What belongs on `main`: of the confirmed checkpoints the first that cannot be told from the best one."""
+def _scored_on_disk(run: RunDir) -> list[int]:
+    here = choose.identities(run)
+    return sorted(step for step, score in ledger.scores(run).items() if here.get(step) == score.checkpoint)
+
+
+def is_stale(run: RunDir, repo: str) -> bool:
+    """Whether `main` was last renewed with something else than what it should show."""
+    published: dict[str, Any] = json.loads(run.published.read_text()) if run.published.exists() else {}
+    wanted = digest(run, repo)
+    return wanted is not None and (published.get("digest"), published.get("repo")) != (wanted, repo)
+
+
+def to_show(run: RunDir, repo: str) -> Shown | None:
+    """What belongs on `main`: of the confirmed checkpoints the proposed one.
+
+    Where that is not confirmed, the first that cannot be told from the best one, else the best of them; before any of
+    them is scored, the newest.
+    """
     uploads = {s: u for s, u in ledger.uploads(run).items() if u.repo == repo and not u.removed}
+    if not uploads:
+        return None
     ranked = choose.ranking(run)
-    if ranked is None or not uploads:
-        return uploads[max(uploads)] if uploads else None
-    there = [e for e in ranked.entries if e.step in uploads and uploads[e.step].checkpoint == e.score.checkpoint]
-    if not there:
-        return uploads[max(uploads)]
+    there = [] if ranked is None else [e for e in ranked.entries if any(_is(e, u) for u in uploads.values())]
+    if ranked is None or not there:
+        return Shown(uploads[max(uploads)], ranked)
+    proposed = [e for e in there if e is ranked.proposed]
     ties = [e for e in there if e.is_best or e.is_tie]
-    return uploads[(ties or [min(there, key=lambda e: e.score.loss)])[0].step]
+    return Shown(uploads[(proposed or ties or [min(there, key=lambda e: e.score.loss)])[0].step], ranked)
+
+
+def _entry(ranked: Ranking, upload: Upload) -> Entry | None:
+    return next((entry for entry in ranked.entries if _is(entry, upload)), None)
+
+
+def _is(entry: Entry, upload: Upload) -> bool:
+    """Whether these are one checkpoint: a step may have been saved again with other content."""
+    return (entry.step, entry.score.checkpoint) == (upload.step, upload.checkpoint)
 
 
 def untaggable(run: RunDir, config: RunConfig) -> list[int]:

@@ -8,31 +8,35 @@ from huggingface_hub.hf_api import RepoFile
 
 from llmtrain import summary
 from llmtrain.config import RunConfig
-from llmtrain.ledger import Upload
 from llmtrain.rundir import RunDir
 from llmtrain.service import card, crash, plan
-from llmtrain.service.remote import Repo, own_path
+from llmtrain.service.plan import Shown
+from llmtrain.service.remote import MAIN, Repo, own_path, refuse_others
 
-_MAIN = "main"
 _CARD = "README.md"
 _HUBS = ".gitattributes"
 
 
 def publish(repo: Repo, config: RunConfig, run: RunDir) -> dict[str, Any]:
-    """Make `main` show the best confirmed checkpoint, which is copied on the Hub: nothing is sent twice.
+    """Make `main` show the proposed confirmed checkpoint, which is copied on the Hub: nothing is sent twice.
 
     What is to stand there is worked out from the ledgers at this moment, so that no repeated or late request can
     bring older weights back; `parent_commit` makes sure that nobody was there in between.
+
+    Raises:
+        Refused: the repository is another run's.
     """
     digest = plan.digest(run, repo.name)
-    best = plan.best_uploaded(run, repo.name)
+    best = plan.to_show(run, repo.name)
     if best is None:
         return {"digest": digest, "message": "nothing to show yet"}
-    head = repo.refs()[0][_MAIN]
-    shown, source = repo.tree(head), repo.tree(best.commit)
+    step, commit = best.upload.step, best.upload.commit
+    head = repo.refs()[0][MAIN]
+    refuse_others(repo, run)
+    shown, source = repo.tree(head), repo.tree(commit)
     wanted = {path: file for path, file in source.items() if not path.startswith("state/") and path != _HUBS}
     copies = [
-        CommitOperationCopy(path, path, src_revision=best.commit)
+        CommitOperationCopy(path, path, src_revision=commit)
         for path, file in wanted.items()
         if not _same(file, shown.get(path))
     ]
@@ -40,16 +44,16 @@ def publish(repo: Repo, config: RunConfig, run: RunDir) -> dict[str, Any]:
     added = {addition.path_in_repo for addition in additions}
     deletions = [CommitOperationDelete(path) for path in shown if path not in {*wanted, *added, _HUBS}]
     if not deletions and {copy.path_in_repo for copy in copies} <= added and all(_stands(a, shown) for a in additions):
-        return {"digest": digest, "message": f"{repo.name} shows step {best.step:,} already"}  # an answer was lost
+        return {"digest": digest, "message": f"{repo.name} shows step {step:,} already"}  # an answer was lost
     repo.api.create_commit(
         repo.name,
         [*[copy for copy in copies if copy.path_in_repo not in added], *additions, *deletions],
-        commit_message=f"best so far: step {best.step}",
-        revision=_MAIN,
+        commit_message=best.title(),
+        revision=MAIN,
         parent_commit=head,
     )
     crash.point("after-publish")
-    return {"digest": digest, "message": f"{repo.name} shows step {best.step:,} as the best"}
+    return {"digest": digest, "message": f"{repo.name} shows step {step:,}, {best.describe()}"}
 
 
 def _stands(addition: CommitOperationAdd, shown: dict[str, RepoFile]) -> bool:
@@ -71,7 +75,7 @@ def _same(one: RepoFile, other: RepoFile | None) -> bool:
     return one.lfs.sha256 == other.lfs.sha256 if one.lfs and other.lfs else one.blob_id == other.blob_id
 
 
-def documents(repo: Repo, config: RunConfig, run: RunDir, best: Upload) -> dict[str, bytes | str]:
+def documents(repo: Repo, config: RunConfig, run: RunDir, best: Shown) -> dict[str, bytes | str]:
     """What stands on `main` beside the weights."""
     picture = run.service / "curve.png"
     found: dict[str, bytes | str] = {

@@ -3,12 +3,17 @@
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
-from llmtrain import ledger, manifest, retention
+from llmtrain import ledger, log, manifest, retention
 from llmtrain.config import RunConfig
 from llmtrain.errors import CheckpointError
 from llmtrain.ledger import Event, Score, Upload
 from llmtrain.rundir import RunDir
+from llmtrain.service.children import Pause
 from llmtrain.service.niceness import niceness, step_back
+
+_LOOK_AGAIN_S = 120.0
+_LOOKS = 3
+"""That fail before a service with nothing else to do stays no longer for a checkpoint that cannot be read."""
 
 
 @dataclass(frozen=True)
@@ -42,16 +47,32 @@ class Work:
 
 
 class Inspector:
-    """Looks at a run's checkpoints; every one is verified once, a bad one is put into quarantine."""
+    """Looks at a run's checkpoints; every one is verified once, a bad one is put into quarantine.
+
+    One that cannot be read is neither whole nor bad: it stays where it is, and is looked at again minutes later.
+    """
 
     def __init__(self, run: RunDir):
         self._run = run
         self._known: dict[tuple[int, int, int], Found] = {}
+        self._pauses: dict[int, Pause] = {}
+        """Of the steps that cannot be read."""
+        self._said = ""
+
+    @property
+    def waits(self) -> bool:
+        """Whether a checkpoint that cannot be read is worth waiting for; it is looked at again later all the same."""
+        return any(pause.failures < _LOOKS for pause in self._pauses.values())
+
+    @property
+    def last_error(self) -> str | None:
+        return self._said if self._pauses else None
 
     def look(self, config: RunConfig, scoring: bool) -> Work:
         """Everything that is on disk and whole, and what each still needs, oldest first."""
         work = Work(scores=ledger.scores(self._run), uploads=ledger.uploads(self._run))
         steps = self._run.checkpoint_steps()
+        self._pauses = {step: pause for step, pause in self._pauses.items() if step in steps}
         unknown = len(set(steps) - {step for step, *_ in self._known})
         for step in steps:
             found = self._inspect(step, niceness(config.service.nice, unknown) if self._run.is_training() else 0)
@@ -66,19 +87,34 @@ class Inspector:
 
     def _inspect(self, step: int, nice: int) -> Found | None:
         folder = self._run.checkpoint(step)
+        if step in self._pauses and self._pauses[step].left_s > 0:
+            return None
         try:
             stamp = (folder / manifest.NAME).stat()
             key = (step, stamp.st_ino, stamp.st_mtime_ns)
             if key not in self._known:
                 self._known[key] = self._verify(step, nice)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             if folder.exists():  # without a manifest; a folder that has just been renamed is somebody else's business
                 self.reject(step, f"{folder / manifest.NAME}: missing")
             return None
         except CheckpointError as error:
             self.reject(step, str(error))
             return None
+        except OSError as error:
+            self._put_off(step, error)
+            return None
+        self._pauses.pop(step, None)
         return self._known[key]
+
+    def _put_off(self, step: int, error: OSError) -> None:
+        """An error while reading says nothing about the bytes, and must not keep the other checkpoints waiting."""
+        is_new = step not in self._pauses
+        pause_s = self._pauses.setdefault(step, Pause(_LOOK_AGAIN_S)).failed()
+        self._said = f"step {step} cannot be read: {error}; it stays where it is; next try in {pause_s:.0f} s"
+        log.warning(self._said)
+        if is_new:
+            ledger.append(self._run.service_events, Event(kind="unreadable", message=self._said, step=step))
 
     def _verify(self, step: int, nice: int) -> Found:
         # A thread of its own has a niceness of its own, which children of the service would inherit.

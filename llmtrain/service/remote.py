@@ -4,7 +4,7 @@ import hashlib
 import json
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -14,10 +14,10 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, RevisionNotFoundError
 from huggingface_hub.hf_api import RepoFile
 
-from llmtrain import files, manifest
+from llmtrain import files, manifest, origin
 from llmtrain.rundir import RunDir
 
-BRANCH = "checkpoints"
+BRANCH, MAIN = "checkpoints", "main"
 _OWN = "llmtrain"
 """Folder for what is ours and not the model's."""
 _SECRET = re.compile(rb"\b(hf_[A-Za-z0-9]{30}|ghp_[A-Za-z0-9]{30}|sk-[\w-]{32}|AKIA[A-Z0-9]{16})")
@@ -28,6 +28,10 @@ _TEXT_BYTES = 4 << 20
 _PAUSES_S = (0.5, 1.0, 2.0, 4.0)
 _SHORT_WAIT_S = 30
 Result = TypeVar("Result")
+
+
+class Refused(Exception):
+    """A person has to mend something."""
 
 
 @dataclass(frozen=True)
@@ -173,3 +177,28 @@ def marker(identity: str) -> str:
 def run_marker(run_id: str) -> str:
     """Line in a commit's description that binds a repository to a run."""
     return f"run: {run_id}"
+
+
+def owner(commits: Sequence[tuple[str, str]]) -> str | None:
+    """The run whose checkpoint came first, of commits from newest to oldest; None where nobody's has come.
+
+    Two runs may both have found the repository empty: which of them it belongs to is then the Hub's own order.
+    """
+    ours = [message for _, message in reversed(commits) if brings_checkpoint(message)]
+    lines = [line for message in ours for line in message.splitlines()]
+    return next((line.removeprefix(run_marker("")) for line in lines if line.startswith(run_marker(""))), None)
+
+
+def brings_checkpoint(message: str) -> bool:
+    """Whether a commit is a run's: "run: " alone may stand in anybody's."""
+    return any(line.startswith(marker("")) for line in message.splitlines())
+
+
+def refuse_others(repo: Repo, run: RunDir) -> None:
+    """Called between reading a branch's head and committing upon it: who commits in between moves the head.
+
+    Raises:
+        Refused: the repository belongs to another run.
+    """
+    if owner(repo.commits()) not in (None, origin.read(run).id):
+        raise Refused(f"{repo.name} holds the checkpoints of another run; name another repository (hub.repo)")

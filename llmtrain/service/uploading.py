@@ -65,7 +65,7 @@ class Uploading:
             return False
         if work.to_upload or self._checked != config.hub.repo:
             return True
-        return self._is_stale(config) or bool(plan.untaggable(self._run, config))
+        return plan.is_stale(self._run, config.hub.repo) or bool(plan.untaggable(self._run, config))
 
     def advance(self, config: RunConfig, work: Work, hurry: bool) -> list[tuple[int, str]]:
         """Returns the checkpoints that turned out to be altered, each with the reason."""
@@ -89,7 +89,7 @@ class Uploading:
         """What there is to do: weights first, then tags, and last the model card, which tells of both."""
         tasks: list[Task] = [("upload", step) for step in work.to_upload]
         tasks += [("untag", step) for step in plan.untaggable(self._run, config)]
-        return [*tasks, ("publish", None)] if self._is_due(config, hurry) else tasks
+        return [*tasks, ("publish", None)] if self._is_due(config, work, hurry) else tasks
 
     def _start(self, task: str, step: int | None, config: RunConfig, waiting: int = 0) -> None:
         self._repo = config.hub.repo or ""
@@ -181,17 +181,13 @@ class Uploading:
         ledger.append(self._run.service_events, Event(kind="hub-refused", message=message))
         ledger.write(self._run.hub_state, HubState(state="refused", message=message, repo=self._repo))
 
-    def _is_stale(self, config: RunConfig) -> bool:
-        published: dict[str, Any] = json.loads(self._run.published.read_text()) if self._run.published.exists() else {}
-        wanted = plan.digest(self._run, config.hub.repo or "")
-        return wanted is not None and (published.get("digest"), published.get("repo")) != (wanted, config.hub.repo)
-
-    def _is_due(self, config: RunConfig, hurry: bool) -> bool:
+    def _is_due(self, config: RunConfig, work: Work, hurry: bool) -> bool:
         """Main is out of date, and its turn has come: now and then while training goes on, at once at the end."""
-        if not self._is_stale(config):
+        if config.hub.repo is None or not plan.is_stale(self._run, config.hub.repo):
             return False
+        is_training = self._run.is_training()
         within_the_hour = [u for u in ledger.uploads(self._run).values() if u.time > time.time() - 3600]
-        if len(within_the_hour) >= _COMMITS_KEPT_FREE:
-            return False
+        if len(within_the_hour) >= _COMMITS_KEPT_FREE and (is_training or work.to_upload):
+            return False  # at the end there are no weights left to keep commits free for, and training waits for main
         last = self._run.published.stat().st_mtime if self._run.published.exists() else 0.0
-        return hurry or not self._run.is_training() or time.time() - last >= config.hub.publish_every_s
+        return hurry or not is_training or time.time() - last >= config.hub.publish_every_s

@@ -59,6 +59,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             sys.stdout.flush()
 
 
+def computes_in_bf16(config: RunConfig, device: torch.device) -> bool:
+    """A GPT in fp32 where bf16 is slow; a base with LoRA in what its parts were made for, whatever it costs."""
+    return config.train.precision == "bf16" and (config.model.kind == "qlora" or is_bf16_fast(device))
+
+
 def validate(
     run: RunDir, config: RunConfig, steps: list[int], split: ledger.Split, device: torch.device
 ) -> Iterator[ledger.Score]:
@@ -72,7 +77,7 @@ def validate(
     if split not in data.manifest.splits or not data.manifest.splits[split].rows:
         raise ConfigError([f"data.split.{split}=0: there is no {split} split to score; set it and train anew"])
     rows = data.split(split)
-    bf16 = config.train.precision == "bf16" and is_bf16_fast(device)
+    bf16 = computes_in_bf16(config, device)
     model = build_model(config, data.manifest.tokenizer.vocab_size, device, is_loaded_next=True)
     batch_size = config.service.batch_size or config.evaluate.batch_size or config.train.micro_batch_size or 8
 

@@ -19,6 +19,8 @@ from llmtrain.service.uploading import Uploading
 _TURN_S = 0.25
 _SAY_S = 2.0
 _AFTER_ERROR_S = 5.0
+_TIDY_S = 600.0
+"""Until what a deletion had to leave is looked at again."""
 _LINGER_S = 3.0
 """After training has ended and nothing waits: it may be about to start again."""
 
@@ -44,7 +46,7 @@ class Service:
         self._inspector, self._board = Inspector(run), Board(run)
         self._scoring = Scoring(run, lock.fileno())
         self._uploading = Uploading(run, lock.fileno(), self._config.hub.pause_s)
-        self._said, self._idle_since = 0.0, time.monotonic()
+        self._said, self._idle_since, self._tidied = 0.0, time.monotonic(), time.monotonic()
         self._last: Status | None = None
         self.stop_requested = False
 
@@ -86,7 +88,7 @@ class Service:
         self._ask_to_stop(config, work)
         scoring = bool(self._scoring.doing or work.to_score) and not self._scoring.has_given_up
         uploading = bool(self._uploading.doing) or self._uploading.waits(config, work)
-        status = self._say(work, looked, idle=not scoring and not uploading)
+        status = self._say(work, looked, idle=not scoring and not uploading and not self._inspector.waits)
         self._board.show(work.scores, status)
         alone = self._options.drain or not self._run.is_training()
         if alone and not scoring and uploading and self._uploading.problem is not None:
@@ -101,6 +103,9 @@ class Service:
     def _prune(self, config: RunConfig, work: Work) -> None:
         if config.service.start == "never" and not self._options.only:
             return
+        if time.monotonic() - self._tidied > _TIDY_S:
+            self._tidied = time.monotonic()
+            retention.remove_leftovers(self._run)
         doomed, _ = retention.deletable(self._run, config, max(work.whole, default=None))
         doomed &= set(work.whole)
         if doomed:
@@ -131,7 +136,7 @@ class Service:
             to_score=work.to_score,
             to_upload=work.to_upload,
             next_try_s=max(self._scoring.pause.left_s, self._uploading.pause.left_s) or None,
-            last_error=self._uploading.last_error or self._scoring.last_error,
+            last_error=self._uploading.last_error or self._scoring.last_error or self._inspector.last_error,
             quarantined=self._run.quarantined_steps(),
             problem=self._uploading.problem,
         )
@@ -156,3 +161,5 @@ class Service:
             return os.fstat(self._lock.fileno()).st_ino == (self._run.service / "lock").stat().st_ino
         except FileNotFoundError:
             return False
+        except OSError:  # a file system that is away: `serve` waits for it
+            return True

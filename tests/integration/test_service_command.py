@@ -1,16 +1,24 @@
 """`python -m llmtrain.service` beside training and without it: scoring, ranking, quarantine, ending early."""
 
 import json
+import os
 import shutil
 import signal
+import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import SCALARS, EventAccumulator
 
-from llmtrain import choose, ledger, rundir
+from llmtrain import choose, ledger, log, rundir
 from llmtrain.rundir import RunDir
+from llmtrain.service import plan
+from llmtrain.service.beside import Companion, waiting
+from tests.support import checkpoint_runs
+from tests.support.checkpoint_runs import config_of, make_run, save, stretches, upload
 from tests.support.hub_server import Hub
 from tests.support.runs import Workplace, make_workplace
 from tests.support.service_runs import (
@@ -259,3 +267,82 @@ def test_patience_ends_training_on_all_ranks_until_it_is_larger(workplace: Workp
         assert not run.early_stop.exists()
     finally:
         end_service(run)
+
+
+# ---------------------------------------------------------------------------------------------- as training sees it
+
+
+def refused_by_the_system(*_: object, **__: object) -> NoReturn:
+    raise BlockingIOError(11, "Resource temporarily unavailable")
+
+
+@pytest.mark.parametrize(
+    ("start", "fails", "what"),
+    [
+        ("auto", (subprocess, "Popen"), "looking after the checkpoint service failed"),
+        ("auto", (ledger, "append"), "looking after the checkpoint service failed"),
+        ("auto", (RunDir, "is_served"), "looking after the checkpoint service failed"),
+        ("never", (RunDir, "checkpoint_steps"), "deleting checkpoints that the rule does not keep failed"),
+    ],
+)
+def test_what_goes_wrong_after_a_save_ends_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, start: str, fails: tuple[object, str], what: str
+):
+    run = make_run(tmp_path / "run", f"service.start={start}")
+    save(run, 100)
+    said: list[str] = []
+    monkeypatch.setattr(log, "warning", said.append)
+    monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: None)
+    monkeypatch.setattr(*fails, refused_by_the_system)
+    Companion(run, config_of(run)).after_save()
+    assert [what in message and "BlockingIOError" in message for message in said][-1:] == [True]
+
+
+def say_status(run: RunDir, **more: object) -> None:
+    ledger.write(run.service_status, ledger.Status(pid=os.getpid(), host="here", **more))  # type: ignore[arg-type]
+
+
+def show_on_main(run: RunDir, repo: str) -> None:
+    run.published.write_text(json.dumps({"digest": plan.digest(run, repo), "repo": repo, "time": time.time()}))
+
+
+def test_the_end_waits_for_the_records_of_these_checkpoints_in_this_repository(tmp_path: Path):
+    run = make_run(tmp_path / "run", "hub.repo=ada/gpt")
+
+    def left() -> str | None:
+        return waiting(run, config_of(run))
+
+    save(run, 100)
+    assert left() == "1 to score, 1 to upload (Ctrl-C leaves it at work)"
+    checkpoint_runs.score(run, 100, stretches(0.0))
+    upload(run, 100, "ada/another")
+    assert left() == "0 to score, 1 to upload (Ctrl-C leaves it at work)"
+    upload(run, 100)
+    show_on_main(run, "ada/gpt")
+    assert left() is None
+    save(run, 100, content="other weights")
+    assert left() == "1 to score, 1 to upload (Ctrl-C leaves it at work)"
+
+
+def test_the_end_waits_until_main_is_renewed_and_not_for_a_hub_that_refuses(tmp_path: Path):
+    run = make_run(tmp_path / "run", "hub.repo=ada/gpt")
+    save(run, 100)
+    checkpoint_runs.score(run, 100, stretches(0.0))
+    upload(run, 100)
+    began = time.time()
+    renewing = "main on the Hub to renew (Ctrl-C leaves it at work)"
+    assert waiting(run, config_of(run), began) == renewing
+    show_on_main(run, "ada/another")
+    say_status(run, doing=["renewing main on the Hub"])
+    assert waiting(run, config_of(run), began) == f"renewing main on the Hub; {renewing}"
+    say_status(run, problem="the Hub refuses (401)")
+    assert waiting(run, config_of(run), began) is None
+    say_status(run)
+    show_on_main(run, "ada/gpt")
+    assert waiting(run, config_of(run), began) is None
+    checkpoint_runs.score(run, 100, stretches(0.1))
+    assert waiting(run, config_of(run), began) == renewing
+    without = make_run(tmp_path / "without")
+    save(without, 100)
+    checkpoint_runs.score(without, 100, stretches(0.0))
+    assert waiting(without, config_of(without), began) is None

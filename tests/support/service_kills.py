@@ -211,11 +211,11 @@ def assert_hub_has(case: Case, steps: list[int], identities: dict[int, str]) -> 
             blob_id, size, sha256 = commit["tree"][name]
             assert size == path.stat().st_size
             assert files.sha256(path) == sha256 if sha256 else git_blob_id(path.read_bytes()) == blob_id
-    best = plan.best_uploaded(case.run, case.repo)
+    best = plan.to_show(case.run, case.repo)
     assert best is not None
     shown = commits[repo["branches"]["main"]]
-    assert shown["title"] == f"best so far: step {best.step}"
-    assert shown["tree"]["model.safetensors"] == commits[best.commit]["tree"]["model.safetensors"]
+    assert shown["title"] == best.title()
+    assert shown["tree"]["model.safetensors"] == commits[best.upload.commit]["tree"]["model.safetensors"]
     assert_nothing_sent_twice(case, state)
 
 

@@ -1,7 +1,9 @@
 """Checkpoints: whole or absent, every byte guarded, kept by a rule."""
 
+import errno
 import shutil
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -9,9 +11,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmtrain import checkpoint, manifest, retention
+from llmtrain import checkpoint, files, manifest, retention
+from llmtrain.checkpoint import CheckpointUnreadable
 from llmtrain.config.schema import CheckpointSection
-from llmtrain.errors import CheckpointError, DiskFull
+from llmtrain.errors import CheckpointError, DiskFull, UserError
 from llmtrain.fragments import Fragment, FragmentReader
 from llmtrain.manifest import FileInfo, Manifest, TrainState
 from llmtrain.rundir import RunDir
@@ -101,6 +104,56 @@ def test_nothing_whole_is_an_error_that_says_how_to_go_on(run: RunDir):
         (run.checkpoint(step) / "model/config.json").unlink()
     with pytest.raises(CheckpointError, match=r"no checkpoint verifies.*run\.resume=never"):
         checkpoint.newest_whole(run)
+
+
+def fail_to_read(monkeypatch: pytest.MonkeyPatch, bad: Path, number: int) -> None:
+    """Reading that file fails, with an error that does not name it."""
+    error = OSError(number, "the disk says no")
+
+    def give(read: Callable[[Path], str | bytes], path: Path) -> str | bytes:
+        if path == bad:
+            raise error
+        return read(path)
+
+    hashed, read = files.sha256, Path.read_bytes
+    monkeypatch.setattr(files, "sha256", lambda path: give(hashed, path))
+    monkeypatch.setattr(Path, "read_bytes", lambda path: give(read, path))
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "model/model.safetensors"])
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.EMFILE, errno.EACCES])
+def test_a_disk_that_fails_says_nothing_about_a_checkpoint(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch, name: str, number: int
+):
+    fail_to_read(monkeypatch, run.checkpoint(10) / name, number)
+    with pytest.raises(OSError, match="the disk says no") as caught:
+        manifest.verify(run.checkpoint(10))
+    assert caught.value.filename == str(run.checkpoint(10) / name)
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "model/model.safetensors"])
+def test_a_resume_does_not_go_on_from_an_older_one_because_the_disk_fails(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch, name: str
+):
+    fail_to_read(monkeypatch, run.checkpoint(10) / name, errno.EIO)
+    with pytest.raises(CheckpointUnreadable, match=f"step-00000010/{name}.*the same command goes on") as caught:
+        checkpoint.newest_whole(run)
+    assert run.checkpoint_steps() == [5, 10]
+    # Started again by `llmtrain run`, which it does not after what is for a person.
+    assert caught.value.exit_code not in {kind.exit_code for kind in UserError.__subclasses__()}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_folder_in_place_of_a_file_rejects_it(run: RunDir, name: str):
+    (run.checkpoint(10) / name).unlink()
+    (run.checkpoint(10) / name).mkdir()
+    assert checkpoint.newest_whole(run) == 5
+
+
+def test_a_file_in_place_of_the_folder_rejects_it(run: RunDir):
+    shutil.rmtree(run.checkpoint(10))
+    run.checkpoint(10).write_text("")
+    assert checkpoint.newest_whole(run) == 5
 
 
 def test_rejected_and_half_written_folders_get_out_of_the_way(run: RunDir):

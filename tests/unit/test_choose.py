@@ -177,6 +177,19 @@ def test_losses_on_another_text_are_not_compared(run: RunDir):
     assert [e.difference is None for e in ranked(run).entries] == [False, True, True]
 
 
+def test_between_two_precisions_nothing_is_sure(run: RunDir):
+    """bf16 shifts the loss of every stretch alike: paired, the smallest shift would be a sure difference."""
+    saved_and_scored(run, {100: 0.0, 200: 0.0, 300: 0.0}, noise=0)
+    for step, shift, how in ((200, 0.002, "cuda:1 bf16"), (300, 0.002, "cuda:1 fp32")):
+        ledger.append(run.scores, score(run, step, stretches(shift)).model_copy(update={"how": how}))
+    first, other, same = ranked(run).entries
+    assert first.is_best
+    assert (other.difference, other.is_tie) == (None, False)
+    assert same.difference == pytest.approx((0.002, 0.002))
+    assert ranked(run).reason() == "the lowest held-out loss"
+    assert not choose.overfitting(Ranking([first, other])).began
+
+
 def test_training_s_own_losses_have_no_interval(run: RunDir):
     saved_and_scored(run, {100: 0.1, 200: 0.0})
     save(run, 300)

@@ -115,7 +115,7 @@ def test_contracts_and_launcher_do_not_load_torch():
 
 
 def test_only_the_hubs_process_imports_its_client():
-    hub = {"service.hub", "service.remote", "service.publish", "service.card"}
+    hub = {"service.hub", "service.remote", "service.publish", "service.card", "service.restore"}
     for name, path in modules("llmtrain").items():
         uses_client = any(used.split(".")[0] == "huggingface_hub" for used in imported(path))
         assert not uses_client or name in hub | {"models.base"}, name  # models.base: fetches a base model

@@ -10,6 +10,7 @@ from llmtrain.assemble import settle_precision
 from llmtrain.config import load_config
 from llmtrain.errors import ConfigError
 from llmtrain.rundir import RunDir
+from llmtrain.service import validate
 from tests.support.checkpoint_runs import make_run, save
 
 CPU = torch.device("cpu")
@@ -55,6 +56,17 @@ def test_a_base_that_computes_in_fp32_is_trained_in_it(tmp_path: Path):
     settings = ["model.kind=qlora", "model.base=b", "data.sources=[{kind: text, paths: [x]}]"]
     assert settled(RunDir(tmp_path / "new"), *settings) == "bf16"
     assert settled(RunDir(tmp_path / "new"), *settings, "model.compute_dtype=fp32") == "fp32"
+
+
+def test_a_base_is_scored_in_the_precision_that_its_parts_were_made_for(monkeypatch: pytest.MonkeyPatch):
+    """LoRA's weights in fp32 meet activations in bf16: without autocast no score was possible."""
+    monkeypatch.setattr(validate, "is_bf16_fast", lambda _: False)
+    gpt, _ = load_config(None, ["train.precision=bf16"])
+    base, _ = load_config(
+        None, ["train.precision=bf16", "model.kind=qlora", "model.base=b", "data.sources=[{kind: text, paths: [x]}]"]
+    )
+    assert not validate.computes_in_bf16(gpt, CPU)
+    assert validate.computes_in_bf16(base, CPU)
 
 
 def test_what_torch_computes_wrongly_is_refused():

@@ -1,5 +1,7 @@
 """What is deleted, what is held back and why; over any state of a run the newest whole checkpoint stays."""
 
+import errno
+import os
 import shutil
 from pathlib import Path
 
@@ -7,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmtrain import retention
+from llmtrain import checkpoint, retention, rundir
 from llmtrain.config.schema import CheckpointSection
 from llmtrain.retention import plan_deletions
 from tests.support.checkpoint_runs import config_of, make_run, save, score, stretches, upload
@@ -118,3 +120,69 @@ def test_without_scoring_from_disk_nobody_waits_for_it(tmp_path: Path, setting: 
         save(run, step, loss)
     score(run, 200, 3.0)
     assert retention.deletable(run, config_of(run), 500) == ({100, 300, 400}, {})
+
+
+def test_what_was_just_put_into_quarantine_stays_there(tmp_path: Path):
+    """Training and the service reject the same checkpoint: the second one finds it gone."""
+    run = make_run(tmp_path / "run")
+    save(run, 100)
+    retention.quarantine(run, 100)
+    with pytest.raises(FileNotFoundError):
+        retention.quarantine(run, 100)
+    assert (run.quarantined(100) / "model/model.safetensors").exists()
+    save(run, 100, content="saved again, and bad again")
+    retention.quarantine(run, 100)
+    assert "saved again" in (run.quarantined(100) / "model/model.safetensors").read_text()
+    assert run.checkpoint_steps() == []
+
+
+def test_a_resume_takes_no_offence_at_a_service_that_was_faster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    run = make_run(tmp_path / "run")
+    for step in (100, 200, 300):
+        save(run, step)
+    quarantine = retention.quarantine
+
+    def faster(run: rundir.RunDir, step: int) -> None:
+        quarantine(run, step)
+        quarantine(run, step)
+
+    monkeypatch.setattr(retention, "quarantine", faster)
+    assert checkpoint.discard_after(run, 100) == [200, 300]
+    assert (run.checkpoint_steps(), run.quarantined_steps()) == ([100], [200, 300])
+
+
+@pytest.fixture
+def reader(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """Names of files that somebody on this machine reads from NFS: they get another name instead of being deleted."""
+    names: set[str] = set()
+    unlink = os.unlink
+
+    def delete(path: str, *, dir_fd: int | None = None) -> None:
+        name = Path(path).name
+        if name.startswith(".nfs"):
+            if names:
+                raise OSError(errno.EBUSY, "Device or resource busy", path)
+        elif name in names:
+            os.rename(path, Path(path).with_name(".nfs0001"), src_dir_fd=dir_fd, dst_dir_fd=dir_fd)
+            return
+        unlink(path, dir_fd=dir_fd)
+
+    monkeypatch.setattr(os, "unlink", delete)
+    return names
+
+
+def test_a_reader_on_nfs_ends_no_deletion(tmp_path: Path, reader: set[str]):
+    run = make_run(tmp_path / "run")
+    for step in (100, 200, 300):
+        save(run, step)
+    reader.add("model.safetensors")
+    retention.remove(run, [100, 200])
+    assert run.checkpoint_steps() == [300]
+    save(run, 100)
+    retention.remove(run, [100])  # of which something is left from before
+    left = list(run.checkpoints.glob(f"{rundir.DOOMED}*"))
+    assert len(left) == 3
+    assert all([path.name for path in folder.rglob("*") if path.is_file()] == [".nfs0001"] for folder in left)
+    reader.clear()
+    retention.prune(run, {}, rule())  # training without a service: at its next save
+    assert [path.name for path in run.checkpoints.iterdir()] == [run.checkpoint(300).name]

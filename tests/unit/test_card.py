@@ -1,0 +1,230 @@
+"""What the Hub shows of a run: which checkpoint on `main` and what is said of it, and whose repository it is."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from huggingface_hub import HfApi
+
+from llmtrain import ledger, origin
+from llmtrain.config import RunConfig
+from llmtrain.rundir import RunDir
+from llmtrain.service import card, plan, publish, uploading
+from llmtrain.service import hub as conversation
+from llmtrain.service.plan import Shown
+from llmtrain.service.queue import Work
+from llmtrain.service.remote import BRANCH, Refused, Repo
+from llmtrain.service.uploading import Uploading
+from tests.support import checkpoint_runs, hub_client
+from tests.support.checkpoint_runs import config_of, make_run, save, score, stretches, upload
+from tests.support.hub_client import REPO, add, commit
+from tests.support.hub_server import TOKEN, Hub
+
+run = checkpoint_runs.run  # fixtures
+hub, waits, api = hub_client.hub, hub_client.waits, hub_client.api
+HERE = "ada/gpt"
+
+
+def shown(run: RunDir) -> Shown:
+    found = plan.to_show(run, HERE)
+    assert found is not None
+    return found
+
+
+def rendered(run: RunDir) -> str:
+    return card.render(HERE, config_of(run), run, shown(run))
+
+
+def row(text: str, step: int) -> str:
+    return next(line for line in text.splitlines() if line.startswith(f"| {step} |"))
+
+
+# ---------------------------------------------------------------------------------------------- what stands on main
+
+
+def test_of_several_ties_main_shows_the_one_that_is_proposed(run: RunDir):
+    """300 comes before it and is uploaded too, but it is gone from the disk, and the table does not propose it."""
+    save(run, 500)
+    score(run, 500, stretches(0.001, noise=0.03, seed=1))
+    shutil.rmtree(run.checkpoint(300))
+    shutil.rmtree(run.checkpoint(400))
+    upload(run, 500)
+    assert shown(run).upload.step == 500
+    text = rendered(run)
+    assert "**proposed**" in row(text, 500)
+    assert "cannot be told from the lowest one so far, that of step 400" in text
+    assert "the best checkpoint" not in text
+    assert shown(run).title() == "cannot be told from the best so far: step 500"
+
+
+def test_main_follows_the_disk(run: RunDir):
+    upload(run, 400)
+    before = plan.digest(run, HERE)
+    assert shown(run).upload.step == 300
+    shutil.rmtree(run.checkpoint(300))
+    assert shown(run).upload.step == 400
+    assert plan.digest(run, HERE) != before
+
+
+def test_the_lowest_is_the_best(run: RunDir):
+    upload(run, 400)
+    shutil.rmtree(run.checkpoint(300))
+    assert "step 400, the best checkpoint so far: it has the lowest loss on held-out data." in rendered(run)
+    assert shown(run).title() == "best so far: step 400"
+
+
+def test_the_best_of_what_is_uploaded_is_not_called_the_best(run: RunDir):
+    upload(run, 300, removed=True)
+    assert shown(run).upload.step == 100
+    assert "step 100, which of those uploaded has the lowest loss on held-out data; that of step 400" in rendered(run)
+    assert shown(run).title() == "best of those uploaded: step 100"
+
+
+@pytest.mark.parametrize("others", [False, True])
+def test_the_newest_that_nobody_has_scored_is_not_called_the_best(tmp_path: Path, others: bool):
+    run = make_run(tmp_path / "run", f"hub.repo={HERE}")
+    for step in (100, 200):
+        save(run, step)
+    if others:
+        score(run, 100, stretches(0.0))
+    upload(run, 200)
+    assert "step 200, the newest one uploaded, which is not scored on held-out data yet." in rendered(run)
+    assert shown(run).title() == "newest, not scored yet: step 200"
+
+
+def test_the_results_are_those_of_the_very_checkpoint(run: RunDir):
+    upload(run, 400)
+    shutil.rmtree(run.checkpoint(300))
+    assert "bits_per_byte" in rendered(run)
+    of_another = ledger.uploads(run)[400].model_copy(update={"checkpoint": "saved anew"})
+    assert not card.metadata(config_of(run), run, of_another).eval_results
+
+
+class Children:
+    """In place of the upload lane's processes: each has done its task by the time that anybody looks."""
+
+    def __init__(self) -> None:
+        self.tasks: list[str] = []
+
+    def __call__(self, _module: str, arguments: list[str], *_: Any) -> Any:
+        self.tasks.append(arguments[0])
+        said = {"message": "", "private": True, "digest": ""}
+        return SimpleNamespace(exit_code=0, seconds=0.0, lines=lambda: [said], close=lambda: None)
+
+
+def test_main_is_not_held_back_at_the_end_for_weights_that_do_not_come(run: RunDir, monkeypatch: pytest.MonkeyPatch):
+    record = ledger.uploads(run)[100]
+    for number in range(100):
+        ledger.append(run.uploads, record.model_copy(update={"step": 1000 + number}))
+    monkeypatch.setattr(uploading, "Child", children := Children())
+    lane = Uploading(run, lock=0, pause_s=1.0)
+    for _ in range(2):  # started, and collected
+        lane.advance(config_of(run), Work(), hurry=False)
+    with run.lock():  # training goes on
+        lane.advance(config_of(run), Work(), hurry=False)
+    assert children.tasks == ["check"]
+    lane.advance(config_of(run), Work(), hurry=False)
+    assert children.tasks == ["check", "publish"]
+
+
+# ---------------------------------------------------------------------------------------------- whose repository
+
+
+@pytest.fixture
+def make_own(tmp_path: Path) -> Callable[[str], RunDir]:
+    """Makes runs with one scored checkpoint, to be uploaded to REPO."""
+
+    def make(name: str) -> RunDir:
+        made = make_run(tmp_path / name, f"hub.repo={REPO}")
+        origin.note(made, "cpu", 1)
+        save(made, 100, content=name)
+        score(made, 100, stretches(0.0))
+        return made
+
+    return make
+
+
+def sent(api: HfApi, run: RunDir) -> dict[str, Any]:
+    """Upload step 100, as the service does and records it."""
+    config: RunConfig = config_of(run)
+    answer = conversation.upload(Repo(api, REPO), config, run, 100, TOKEN)
+    ledger.append(run.uploads, ledger.Upload(step=100, repo=REPO, **answer["upload"]))
+    return answer
+
+
+def test_of_two_runs_that_found_it_empty_the_second_is_refused(hub: Hub, api: HfApi, make_own: Callable[[str], RunDir]):
+    first, second = make_own("first"), make_own("second")
+    repo = Repo(api, REPO)
+    for run in (first, second):
+        conversation.check(repo, config_of(run), run)
+    answer = sent(api, first)
+    requests = len(hub.log)
+    with pytest.raises(Refused, match="holds the checkpoints of another run"):
+        sent(api, second)
+    assert {entry.method for entry in hub.log[requests:]} == {"GET"}  # not even bytes
+    upload(second, 100, REPO)  # a record from before anybody looked
+    with pytest.raises(Refused, match="holds the checkpoints of another run"):
+        publish.publish(repo, config_of(second), second)
+    with pytest.raises(Refused, match="holds the checkpoints of another run"):
+        conversation.untag(repo, second, 100)
+    with pytest.raises(Refused, match="holds the checkpoints of another run"):
+        conversation.check(repo, config_of(second), second)
+    assert hub.repos[REPO].tags == {"step-100": answer["upload"]["commit"]}
+    publish.publish(repo, config_of(first), first)
+    conversation.check(repo, config_of(first), first)  # its own, with files on main
+    assert [commit.title for commit in hub.commits(REPO)] == ["best so far: step 100", "initial commit"]
+
+
+def test_the_one_that_commits_while_the_other_sends_its_bytes_is_first(
+    hub: Hub, api: HfApi, make_own: Callable[[str], RunDir], monkeypatch: pytest.MonkeyPatch
+):
+    first, second = make_own("first"), make_own("second")
+    conversation.check(Repo(api, REPO), config_of(first), first)
+    send = api.preupload_lfs_files
+
+    def send_late(*arguments: Any, **settings: Any) -> None:
+        monkeypatch.setattr(api, "preupload_lfs_files", send)
+        sent(api, first)
+        send(*arguments, **settings)
+
+    monkeypatch.setattr(api, "preupload_lfs_files", send_late)
+    with pytest.raises(Refused, match="holds the checkpoints of another run"):
+        sent(api, second)
+    assert [commit.title for commit in hub.commits(REPO, BRANCH)] == ["step 100", "initial commit"]
+
+
+def test_the_run_whose_checkpoint_came_first_keeps_a_repository_that_holds_two(
+    api: HfApi, make_own: Callable[[str], RunDir], monkeypatch: pytest.MonkeyPatch
+):
+    first, second = make_own("first"), make_own("second")
+    conversation.check(Repo(api, REPO), config_of(first), first)
+    sent(api, first)
+    with monkeypatch.context() as before:  # as it was when nobody looked
+        before.setattr(conversation, "refuse_others", lambda *_: None)
+        sent(api, second)
+    conversation.check(Repo(api, REPO), config_of(first), first)
+    with pytest.raises(Refused, match="another run"):
+        conversation.check(Repo(api, REPO), config_of(second), second)
+
+
+def test_a_repository_with_somebody_s_files_is_refused_before_anything_is_written(
+    hub: Hub, api: HfApi, make_own: Callable[[str], RunDir]
+):
+    run = make_own("run")
+    commit(api, add("README.md", b"# mine"), message="run: of somebody")
+    names = ["config.json", "model.safetensors", "notes.txt", "tokenizer.json"]
+    commit(api, *(add(name, b"{}") for name in names))
+    words = r"brought \(config.json, model.safetensors, notes.txt and 1 more\).*name an empty or a new repository"
+    with pytest.raises(Refused, match=words):
+        conversation.check(Repo(api, REPO), config_of(run), run)
+    assert list(hub.repos[REPO].branches) == ["main"]
+
+
+def test_a_repository_with_a_readme_alone_is_taken(api: HfApi, make_own: Callable[[str], RunDir]):
+    run = make_own("run")
+    commit(api, add("README.md", b"# to be filled"), message="run: of somebody")
+    for _ in range(2):  # the second time there is a branch, which has that commit in its history
+        assert "takes the checkpoints" in conversation.check(Repo(api, REPO), config_of(run), run)["message"]
