@@ -1,7 +1,15 @@
-"""Log lines for people: rank 0 speaks, the others only warn. A copy goes into the run folder."""
+"""Log lines for people: rank 0 speaks, the others only warn. A copy goes into the run folder.
 
+The terminal may be closed while a run is at work: then the lines go into the run folder alone.
+"""
+
+import contextlib
+import errno
 import logging
+import os
+import stat
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 _logger = logging.getLogger("llmtrain")
@@ -11,7 +19,8 @@ class _CurrentStderr(logging.Handler):
     """Looks `sys.stderr` up at each line, because a live progress line replaces it for a while."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        print(self.format(record), file=sys.stderr, flush=True)  # noqa: T201
+        with terminal_may_go():
+            print(self.format(record), file=sys.stderr, flush=True)  # noqa: T201
 
 
 def set_up(rank: int = 0) -> None:
@@ -31,6 +40,29 @@ def also_to_file(path: Path, alone: bool = False) -> None:
     handler = logging.FileHandler(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     _logger.addHandler(handler)
+
+
+@contextlib.contextmanager
+def terminal_may_go() -> Iterator[None]:
+    """Around what is written to standard error: that nobody can read it any more is no reason to end a run."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.EIO, errno.EPIPE):  # a closed terminal; a pipe whose reader has ended
+            _write_nowhere()
+
+
+def _write_nowhere() -> None:
+    """Python keeps what it could not write, and would fail on it again at exit, with an exit code of its own."""
+    gone = os.fstat(2)
+    if stat.S_ISREG(gone.st_mode):  # a file on a disk that fails: it may do better later
+        return
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for descriptor in (1, 2):
+        with contextlib.suppress(OSError):  # closed
+            if os.path.samestat(os.fstat(descriptor), gone):
+                os.dup2(nowhere, descriptor)
+    os.close(nowhere)
 
 
 def info(message: str) -> None:

@@ -43,7 +43,7 @@ class Progress:
             MofNCompleteColumn(),
             BarColumn(bar_width=24),
             TextColumn("{task.fields[figures]}"),
-            console=Console(stderr=True),
+            console=Console(file=_terminal()),
         )
         self._task = self._live.add_task("", total=total_steps, completed=first_step, figures="")
         self._live.start()
@@ -72,6 +72,30 @@ class Progress:
         if self._live is not None:
             self._live.stop()
             self._live = None
+
+
+class _Stderr:
+    """Standard error as it is now, which rich goes on writing to, from a thread of its own, after it was closed."""
+
+    def __init__(self) -> None:
+        self._stream = sys.stderr
+
+    def write(self, text: str) -> int:
+        with log.terminal_may_go():
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with log.terminal_may_go():
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def _terminal() -> Any:
+    """For rich: as a file, as far as it asks."""
+    return _Stderr()
 
 
 def _duration(seconds: float) -> str:

@@ -7,6 +7,7 @@ come no further since the last time.
 """
 
 import contextlib
+import math
 import os
 import signal
 import subprocess
@@ -26,7 +27,7 @@ from launcher.keeper.meeting import Meeting
 from launcher.keeper.processes import ignores, is_for_a_person, kill_tree, ranks_of, read_codes, told, verdict
 from launcher.keeper.ranks import Ranks
 from launcher.keeper.torchrun import Start
-from llmtrain import heartbeat, ledger
+from llmtrain import heartbeat, ledger, log, rundir
 from llmtrain.errors import EXIT_CODES, EXIT_REQUEUE
 from llmtrain.rundir import RunDir
 
@@ -43,6 +44,11 @@ they are ended at once: they can neither go on nor save, and torchrun would wait
 _OTHERS_S = 10.0
 """The same for the ranks of other nodes."""
 _SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+_LAST_SAVES = 5
+_WAY_BACK_S = 45.0
+"""Before the time limit: for the nodes to agree, and to queue the job again. Ranks that have not left are killed."""
+_SLURM_IS_EARLY_S = 60.0
+"""With the signal that it sends before the time limit."""
 
 
 @dataclass(frozen=True)
@@ -54,11 +60,11 @@ class Rules:
     hang_s: float = 600.0
     """A rank that does not get ahead for so long hangs; 0: nobody looks."""
     grace_s: float = 600.0
-    """For ranks that were asked to stop, until they are killed: they save first."""
+    """For ranks that were asked to stop, until they are killed: they save first. Less before the time limit."""
     ends_at: float | None = None
     """When the job is killed, in seconds since 1970."""
     lead_s: float = 120.0
-    """The run saves and stops so long before that."""
+    """The run saves and stops so long before that; at most half of what was left at the start."""
 
 
 @dataclass(frozen=True)
@@ -82,13 +88,20 @@ class Supervisor:
         self._told: set[int] = set()
         """Process ids of ranks that know that they are to stop."""
         self._failures = 0
+        self._began_at = time.time()
+        self._gave_up = False
+        """On ranks that were asked to stop."""
         self.stopped_by: str | None = None
         """What asked the run to stop: a signal's name, "time limit" or "llmtrain stop"."""
+        self.met_limit = False
+        """That was because of the time limit, which SLURM's signal announces too."""
 
     def supervise(self, goes_on: bool = False) -> int:
         """Until the run ends; returns its exit code. `goes_on`: an earlier start of this job has been there."""
         for number in (*_SIGNALS, signal.SIGINT):
-            signal.signal(number, self._on_signal)
+            # Under nohup the end of the terminal is to end nothing; its ranks inherit that.
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self._on_signal)
         attempt, newest = 0, self._newest_step()
         while True:
             outcome = self._attempt(attempt, again=goes_on or attempt > 0)
@@ -170,8 +183,9 @@ class Supervisor:
         if self._is_alone:
             left = [process.returncode] if process.returncode >= 0 else []
         elif process.returncode and not any(map(is_for_a_person, left)) and self.stopped_by is None and hang is None:
-            for log, lines in ranks.last_words().items():
-                print(f"\nthe last lines of {log}:", *lines, sep="\n  ", file=sys.stderr, flush=True)
+            for file, lines in ranks.last_words().items():
+                with log.terminal_may_go():
+                    print(f"\nthe last lines of {file}:", *lines, sep="\n  ", file=sys.stderr, flush=True)
         return {"agent": process.returncode, "codes": left, "why": hang or ranks.describe()}
 
     def _stay(self, process: "subprocess.Popen[bytes]", attempt: int, ranks: Ranks, beats: Path) -> str | None:
@@ -181,9 +195,7 @@ class Supervisor:
         next_look, fallen_at, others_failed_at = 0.0, None, None
         while process.poll() is None:
             now = time.monotonic()
-            if self._asked_at is not None and now - self._asked_at > self._rules.grace_s:
-                say(f"still there after {self._rules.grace_s:.0f} s: killed")
-                kill_tree(process.pid)
+            self._kill_the_late(process)
             if fallen_at is None and ranks.has_fallen():
                 fallen_at = now
             if fallen_at is not None and now - fallen_at >= (_LINGER_S if ranks.may_linger else 0.0):
@@ -217,6 +229,21 @@ class Supervisor:
         say(f"{described}: the stacks of all ranks are in {stacks}")
         return f"{described} (stacks: {stacks})"
 
+    def _kill_the_late(self, process: "subprocess.Popen[bytes]") -> None:
+        """Ranks that were asked to stop and have had their time."""
+        if self._asked_at is None:
+            return
+        waited_s, left_s = time.monotonic() - self._asked_at, (self._rules.ends_at or math.inf) - time.time()
+        # At the limit itself SLURM would end this process too, and not queue the job again.
+        is_last_moment = left_s < _WAY_BACK_S and left_s < self._lead_s() / 2
+        if waited_s <= self._rules.grace_s and not is_last_moment:
+            return
+        if not self._gave_up:
+            self._gave_up = True
+            why = f", {left_s:.0f} s before the time limit" if is_last_moment else ""
+            say(f"still there after {waited_s:.0f} s{why}: killed")
+        kill_tree(process.pid)
+
     # Reasons to stop
 
     def _look_for_reasons_to_stop(self) -> None:
@@ -226,15 +253,18 @@ class Supervisor:
         if self._stop_file.exists():
             self.stopped_by = "llmtrain stop"
         elif ends_at is not None and time.time() > ends_at - lead_s:
-            self.stopped_by = "time limit"
+            self.stopped_by, self.met_limit = "time limit", True
         else:
             return
-        say(f"stopping, because of {self.stopped_by}: the run saves first")
         self._ask_to_stop(signal.SIGUSR2)
+        say(f"stopping, because of {self.stopped_by}: the run saves first")
 
     def _lead_s(self) -> float:
         """Before the time limit; longer where the saves of this run have taken longer."""
-        return max(self._rules.lead_s, 30.0 + 2.0 * slowest_save(self._run)) if self._rules.ends_at else 0.0
+        if self._rules.ends_at is None:
+            return 0.0
+        lead_s = max(self._rules.lead_s, 30.0 + 2.0 * slowest_save(self._run))
+        return min(lead_s, (self._rules.ends_at - self._began_at) / 2)
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
         if number == signal.SIGINT:
@@ -242,16 +272,22 @@ class Supervisor:
                 return
             self._interrupted_at = time.monotonic()
             self._interrupts += 1
-        self.stopped_by = self.stopped_by or signal.Signals(number).name
+        if self.stopped_by is None:
+            self.stopped_by, self.met_limit = signal.Signals(number).name, self._limit_is_announced()
         process = self._process
         if process is None or process.poll() is not None:
             return
         if self._interrupts > 1:
-            say("leaving at once, without saving")
             kill_tree(process.pid)
+            say("leaving at once, without saving")
             return
+        self._ask_to_stop(number)  # whatever becomes of the line: the terminal may have gone
         say(f"{signal.Signals(number).name}: the run saves and stops" + self._hint(number))
-        self._ask_to_stop(number)
+
+    def _limit_is_announced(self) -> bool:
+        """Whether a signal that comes now may be the one that SLURM sends before the time limit."""
+        early_s = max(self._rules.lead_s, self._lead_s()) + _SLURM_IS_EARLY_S
+        return self._rules.ends_at is not None and time.time() > self._rules.ends_at - early_s
 
     def _hint(self, number: int) -> str:
         return "; Ctrl-C again leaves at once" if number == signal.SIGINT else ""
@@ -277,11 +313,10 @@ class Supervisor:
 
 def slowest_save(run: RunDir) -> float:
     """Seconds that the slowest of the last saves took; 0 before the first."""
-    from launcher.watching.status import last_record
-
-    record = last_record(run.saves)
-    return 0.0 if record is None else float(record["wrote_s"])
+    return max((float(record["wrote_s"]) for record in rundir.read_jsonl(run.saves)[-_LAST_SAVES:]), default=0.0)
 
 
 def say(line: str) -> None:
-    print(f"{time.strftime('%H:%M:%S')} llmtrain: {line}", file=sys.stderr, flush=True)
+    # RuntimeError: a signal that broke in on another line wants to say something too.
+    with log.terminal_may_go(), contextlib.suppress(RuntimeError):
+        print(f"{time.strftime('%H:%M:%S')} llmtrain: {line}", file=sys.stderr, flush=True)

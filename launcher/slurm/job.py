@@ -14,6 +14,7 @@ from llmtrain.errors import EXIT_REQUEUE, SlurmError, exit_with_code
 from llmtrain.rundir import RunDir
 
 _LOOK_S = 2.0
+_LONGEST_PAUSE_S = 180.0
 
 
 @dataclass(frozen=True)
@@ -56,10 +57,11 @@ class ServiceJob:
     train_job: str
 
     def __call__(self) -> None:
-        run = RunDir(self.run)
-        code = 0
+        run, code = RunDir(self.run), 0
+        pause_s, before = _LOOK_S, None
         while True:
-            over = self._is_over()
+            state, over = self._training()
+            seen = state, *_traces(run)
             if run.config.exists():
                 # Ends when nothing waits and nobody trains: before, between and after training's own starts.
                 code = subprocess.run(
@@ -67,18 +69,22 @@ class ServiceJob:
                 ).returncode
             if over:
                 break
-            time.sleep(_LOOK_S)
+            # Each start reads all checkpoints again, in which there is nothing new while training waits in the queue.
+            pause_s = _LOOK_S if seen != before or run.is_training() else min(2 * pause_s, _LONGEST_PAUSE_S)
+            before = seen
+            _rest(run, pause_s)
         if run.config.exists():
             subprocess.run([sys.executable, "-m", "llmtrain.finish", str(run.path)], check=False)
         _leave(code)
 
-    def _is_over(self) -> bool:
+    def _training(self) -> tuple[str, bool]:
+        """How its job stands, and whether it is over."""
         try:
             told = client.queue([self.train_job]).get(self.train_job)
         except SlurmError as error:
             say(f"SLURM does not say how job {self.train_job} stands: {error}")
-            return False
-        return told is None or told.is_over
+            return "", False
+        return ("", True) if told is None else (told.state, told.is_over)
 
     def checkpoint(self) -> Any:
         return _again(self)
@@ -95,6 +101,18 @@ class CommandJob:
 
     def checkpoint(self) -> Any:
         return _again(self)
+
+
+def _traces(run: RunDir) -> tuple[bool, list[int]]:
+    """What a service would look at: whether the run is being trained, and its checkpoints."""
+    return run.is_training(), run.checkpoint_steps()
+
+
+def _rest(run: RunDir, seconds: float) -> None:
+    """Until then, or until training begins, ends, or saves."""
+    before, deadline = _traces(run), time.monotonic() + seconds
+    while time.monotonic() < deadline and _traces(run) == before:
+        time.sleep(_LOOK_S)
 
 
 def _again(job: Any) -> Any:

@@ -6,7 +6,9 @@ SLURM to queue the job again, unless SLURM has done so itself, or has been told 
 
 import json
 import os
+import shutil
 import signal
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +27,10 @@ from llmtrain.errors import EXIT_REQUEUE, ConfigError, SlurmError
 from llmtrain.rundir import RunDir
 
 Requeue = Callable[[str], None]
+_ASK_EVERY_S = 15.0
+_ASK_FOR_S = 900.0
+"""A controller that is being restarted, or that another one takes over from."""
+_DEATH = (signal.SIGTERM, signal.SIGINT)
 
 
 @dataclass(frozen=True)
@@ -94,8 +100,9 @@ def _train(
         return 1
     supervisor = Supervisor(start, run, rules, meeting, meeting.folder / "ranks", jobs.stop)
     code = supervisor.supervise(goes_on=node.restart > 0)
-    stopped = supervisor.stopped_by is not None
-    if node.number == 0:
+    stopped = supervisor.stopped_by is not None or code == EXIT_REQUEUE  # the time limit is the first node's to know
+    # At its limit a job has had all its time: what `_may_go_on` wrote stands, and counts without a new checkpoint.
+    if node.number == 0 and (code == 0 or not supervisor.met_limit):
         _note(jobs, run, clean=stopped or code == 0)
     if not stopped or code == 0 or is_for_a_person(code):
         return code
@@ -113,30 +120,46 @@ def _ignore_signals() -> None:
 
 
 def come_back(job_id: str, requeue: Requeue) -> None:
-    """Have SLURM queue this job again, unless it has done so, or has been told to end it."""
+    """Have SLURM queue this job again, unless it has done so, or has been told to end it.
+
+    A controller that does not answer is asked again for a while: the run is saved, and would wait for a person.
+
+    Raises:
+        SlurmError: it refuses, or stays silent.
+    """
     _ignore_signals()  # the wave of them that ends the job must not end the command that queues it again
-    if not _is_ours_to_requeue(job_id):
-        return
-    try:
-        requeue(job_id)
-    except (SlurmError, OSError, RuntimeError) as error:
-        # It may have been accepted all the same, or SLURM was faster: the queue tells.
-        if _is_ours_to_requeue(job_id):
-            say(f"not queued again: {error}; trying once more")
-            client.call(["scontrol", "requeue", job_id])
+    signal.pthread_sigmask(signal.SIG_BLOCK, _DEATH)  # what is blocked is kept for `_pause`, though it is ignored
+    deadline, pause_s = time.monotonic() + _ASK_FOR_S, 0.0
+    while True:
+        try:
+            if not _is_ours_to_requeue(job_id):
+                return
+            requeue(job_id)
+            break
+        except (SlurmError, OSError, RuntimeError) as error:
+            if time.monotonic() > deadline or shutil.which("scontrol") is None:
+                raise
+            if not pause_s:
+                say(f"not queued again: {error}; asking for it for {_ASK_FOR_S / 60:.0f} minutes")
+            # It may have been accepted all the same, or SLURM was faster: the queue tells, at once.
+            requeue = requeue_with_scontrol
+            if not _pause(pause_s):
+                deadline = 0.0  # once more, and no longer
+            pause_s = _ASK_EVERY_S
     say(f"job {job_id} is queued again, and goes on from the newest checkpoint")
 
 
 def _is_ours_to_requeue(job_id: str) -> bool:
     """Whether SLURM still takes the job for a running one: else it is queued again already, or was cancelled."""
-    try:
-        state = client.describe(job_id).get("JobState", "")
-    except SlurmError as error:
-        say(f"SLURM does not say how the job stands: {error}")
-        return True
+    state = client.describe(job_id).get("JobState", "")
     if state != "RUNNING":
         say(f"job {job_id} is {state}: nothing to ask for")
     return state == "RUNNING"
+
+
+def _pause(seconds: float) -> bool:
+    """False where a signal has come that ends this process soon."""
+    return signal.sigtimedwait(_DEATH, seconds) is None
 
 
 def requeue_with_scontrol(job_id: str) -> None:
@@ -157,10 +180,11 @@ def _ends_at(node: Node) -> float | None:
 
 
 def _may_go_on(jobs: JobDir, run: RunDir, node: Node, meeting: Meeting, limit: int) -> bool:
-    """The first node counts starts that end without word and without a new checkpoint (a node that crashes)."""
+    """The first node counts starts without a new checkpoint that end without word (a node that crashes), or at the
+    time limit."""
     if node.number == 0:
         before = json.loads(jobs.progress.read_text()) if jobs.progress.exists() and node.restart else None
-        reached = max(run.checkpoint_steps(), default=0)
+        reached = _newest(run)
         failures = 0
         if before is not None and not before["clean"] and reached <= before["step"]:
             failures = before["failures"] + 1
@@ -173,5 +197,8 @@ def _may_go_on(jobs: JobDir, run: RunDir, node: Node, meeting: Meeting, limit: i
 
 
 def _note(jobs: JobDir, run: RunDir, clean: bool) -> None:
-    reached = max(run.checkpoint_steps(), default=0)
-    files.write_atomic(jobs.progress, json.dumps({"step": reached, "failures": 0, "clean": clean}))
+    files.write_atomic(jobs.progress, json.dumps({"step": _newest(run), "failures": 0, "clean": clean}))
+
+
+def _newest(run: RunDir) -> int:
+    return max(run.checkpoint_steps(), default=0)

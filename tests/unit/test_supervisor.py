@@ -128,15 +128,46 @@ def test_llmtrain_stop_reaches_a_supervisor_that_pauses(attempts: Attempts, monk
 
 
 def test_it_stops_before_its_time_is_over(attempts: Attempts):
-    code, own = attempts.supervise(Rules(ends_at=time.time() + 31, lead_s=30), SAVES_AND_STOPS)
-    assert (code, own.stopped_by) == (75, "time limit")
+    code, own = attempts.supervise(Rules(ends_at=time.time() + 6, lead_s=4), SAVES_AND_STOPS)
+    assert (code, own.stopped_by, own.met_limit) == (75, "time limit", True)
+
+
+def lead_s(attempts: Attempts, rules: Rules) -> float:
+    folder = attempts.folder
+    return Supervisor(Start([], 1), attempts.run, rules, Meeting(folder), folder, folder / "stop")._lead_s()
 
 
 def test_slow_saves_need_more_time_before_the_end(attempts: Attempts):
-    rundir.append_jsonl(attempts.run.saves, [{"step": 10, "wrote_s": 100.0}])
+    """The last one can be a quick one, of a moment when nothing else wrote."""
+    took = [900.0, 1.0, 100.0, 2.0, 3.0, 2.0]
+    rundir.append_jsonl(attempts.run.saves, [{"step": n, "wrote_s": wrote_s} for n, wrote_s in enumerate(took)])
     assert supervisor.slowest_save(attempts.run) == 100.0
-    code, own = attempts.supervise(Rules(ends_at=time.time() + 229, lead_s=30), SAVES_AND_STOPS)
-    assert (code, own.stopped_by) == (75, "time limit")
+    assert lead_s(attempts, Rules(ends_at=time.time() + 10_000, lead_s=30)) == 230.0
+    assert lead_s(attempts, Rules(ends_at=time.time() + 10_000, lead_s=600)) == 600.0
+
+
+def test_a_short_job_trains_for_half_of_its_time(attempts: Attempts):
+    assert lead_s(attempts, Rules(ends_at=time.time() + 100, lead_s=120)) == pytest.approx(50, abs=1)
+
+
+def test_ranks_that_do_not_stop_are_killed_before_the_time_limit(attempts: Attempts, capfd: pytest.CaptureFixture[str]):
+    """At the limit SLURM would kill the supervisor too, and nobody would queue the job again."""
+    ends_at = time.time() + 8
+    code, own = attempts.supervise(Rules(ends_at=ends_at, lead_s=6), "import time; time.sleep(20)")
+    assert (code, own.stopped_by, len(attempts.started)) == (75, "time limit", 1)
+    assert ends_at - 2.5 < time.time() < ends_at
+    said = capfd.readouterr().err
+    assert said.count("s before the time limit: killed") == 1
+    assert "ended without saving: the same command goes on from step 0" in said
+
+
+@pytest.mark.parametrize(("left_s", "met"), [(1000, False), (170, True)])
+def test_slurm_announces_the_time_limit_with_a_signal(attempts: Attempts, left_s: float, met: bool):
+    """Up to a minute early; hours before the limit the same signal may mean preemption."""
+    later(0.5, lambda: interrupt(signal.SIGUSR2))
+    code, own = attempts.supervise(Rules(ends_at=time.time() + left_s, lead_s=120), SAVES_AND_STOPS)
+    assert code == 75
+    assert (own.stopped_by, own.met_limit) == ("SIGUSR2", met)
 
 
 def test_ranks_that_do_not_stop_are_killed_in_the_end(attempts: Attempts, capfd: pytest.CaptureFixture[str]):

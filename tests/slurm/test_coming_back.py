@@ -1,0 +1,238 @@
+"""The way back into the queue: a controller that is silent, starts that end in vain, and the service job's patience."""
+
+import os
+import signal
+import subprocess
+import threading
+import types
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from launcher.keeper.supervisor import Rules
+from launcher.slurm import client, job, node
+from launcher.slurm.client import Queued
+from llmtrain import rundir
+from llmtrain.errors import EXIT_REQUEUE, SlurmError
+from llmtrain.rundir import RunDir
+from tests.support.runs import make_workplace
+from tests.support.slurm_cluster import Cluster
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+SILENT = "slurm_load_jobs error: Unable to contact slurm controller (connect failure)"
+
+
+@pytest.fixture
+def own_signals() -> Iterator[None]:
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    yield
+    signal.sigtimedwait(SIGNALS, 0)
+    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+class Controller:
+    """A scontrol that fails so many times, and then says that the job is running."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch):
+        self.folder = folder / "bin"
+        self.folder.mkdir()
+        monkeypatch.setenv("PATH", f"{self.folder}:/usr/bin:/bin")
+
+    def fails(self, times: int, state: str = "RUNNING") -> None:
+        path = self.folder / "scontrol"
+        path.write_text(
+            f"#!/bin/sh\necho $@ >> {self.folder}/calls\n"
+            f'[ $(wc -l < {self.folder}/calls) -gt {times} ] || {{ echo "{SILENT}" >&2; exit 1; }}\n'
+            f'case "$*" in *show*) echo JobId=7 JobState={state} Reason=None;; esac\n'
+        )
+        path.chmod(0o755)
+
+    @property
+    def calls(self) -> list[str]:
+        return (self.folder / "calls").read_text().splitlines()
+
+
+@pytest.fixture
+def controller(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own_signals: None) -> Controller:
+    monkeypatch.setattr(node, "_ASK_EVERY_S", 0.05)
+    return Controller(tmp_path, monkeypatch)
+
+
+SHOW, REQUEUE = "--oneliner show job 7", "requeue 7"
+
+
+def test_a_controller_that_is_silent_is_asked_again(controller: Controller, capfd: pytest.CaptureFixture[str]):
+    controller.fails(4)
+    node.come_back("7", node.requeue_with_scontrol)
+    assert controller.calls == [*[SHOW] * 5, REQUEUE]
+    said = capfd.readouterr().err
+    assert said.count("Unable to contact slurm controller") == 1
+    assert "job 7 is queued again, and goes on from the newest checkpoint" in said
+
+
+def test_what_fails_once_may_have_been_accepted(controller: Controller, capfd: pytest.CaptureFixture[str]):
+    controller.fails(0)
+    asked: list[str] = []
+
+    def requeue(job_id: str) -> None:
+        asked.append(job_id)
+        controller.fails(0, state="PENDING")
+        raise SlurmError("Socket timed out on send/recv operation")
+
+    node.come_back("7", requeue)
+    assert (asked, controller.calls) == (["7"], [SHOW, SHOW])
+    assert "job 7 is PENDING: nothing to ask for" in capfd.readouterr().err
+
+
+def test_not_for_ever(controller: Controller, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(node, "_ASK_FOR_S", 0.5)
+    controller.fails(1000)
+    with pytest.raises(SlurmError, match="Unable to contact slurm controller"):
+        node.come_back("7", node.requeue_with_scontrol)
+    assert len(controller.calls) > 3
+
+
+def test_told_to_end_it_asks_once_more_and_leaves(controller: Controller, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(node, "_ASK_EVERY_S", 600.0)
+    controller.fails(1000)
+    subprocess.Popen(["sh", "-c", f"sleep 1; kill {os.getpid()}"])
+    with pytest.raises(SlurmError):
+        node.come_back("7", node.requeue_with_scontrol)
+    assert len(controller.calls) == 3
+
+
+@pytest.mark.soak
+@pytest.mark.usefixtures("own_signals")
+def test_a_real_controller_that_stops_for_a_while(cluster: Cluster):
+    number = cluster.submit("sleep 300")
+    cluster.wait_for(number, "RUNNING")
+    real = cluster.daemons[1]
+    real.send_signal(signal.SIGSTOP)
+    timer = threading.Timer(40, real.send_signal, [signal.SIGCONT])
+    timer.start()
+    try:
+        node.come_back(number, node.requeue_with_scontrol)
+    finally:
+        real.send_signal(signal.SIGCONT)
+        timer.cancel()
+    assert cluster.describe(number)["Restarts"] == "1"
+
+
+# Starts in vain
+
+
+class Start:
+    """What one start of a job comes to, in place of a supervisor."""
+
+    def __init__(self, by: str, saves: int = 0, met_limit: bool = False):
+        self.stopped_by, self.saves, self.met_limit = by, saves, met_limit
+
+
+PREEMPTED, LIMITED = Start("SIGTERM"), Start("time limit", met_limit=True)
+
+
+@pytest.fixture
+def starts(tmp_path: Path, controller: Controller, monkeypatch: pytest.MonkeyPatch) -> Callable[[list[Start]], int]:
+    """Starts a job again and again, as SLURM does; returns the last exit code."""
+    workplace = make_workplace(tmp_path)
+    run = RunDir(workplace.run_folder("again"))
+    run.create()
+    controller.fails(0)
+    words = [str(workplace.config), "run.name=again", f"run.dir={run.path.parent}"]
+
+    def start_all(planned: list[Start]) -> int:
+        code = EXIT_REQUEUE
+        for restart, each in enumerate(planned):
+            assert code == EXIT_REQUEUE, f"start {restart} did not come back"
+
+            def supervise(now: Start = each, **_: object) -> int:
+                if now.saves:
+                    run.checkpoint(now.saves).mkdir(parents=True)
+                return EXIT_REQUEUE
+
+            own = types.SimpleNamespace(stopped_by=each.stopped_by, met_limit=each.met_limit, supervise=supervise)
+            monkeypatch.setattr(node, "Supervisor", lambda *_, own=own: own)
+            variables = {
+                "SLURM_JOB_ID": "7", "SLURM_NODEID": "0", "SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_END_TIME": "1",
+                "SLURM_RESTART_COUNT": str(restart),
+            }  # fmt: skip
+            for name, value in variables.items():
+                monkeypatch.setenv(name, value)
+            code = node.keep_going(words, 1, "cpu", Rules(max_restarts=2), node.requeue_with_scontrol, again=True)
+        return code
+
+    return start_all
+
+
+def test_time_limits_without_a_new_checkpoint_are_counted(
+    starts: Callable[[list[Start]], int], capfd: pytest.CaptureFixture[str]
+):
+    """A start-up that takes longer than the job may: it would burn the allocation for ever."""
+    assert starts([LIMITED] * 4) == 1
+    assert "ended 3 times in a row without a new checkpoint: not started again" in capfd.readouterr().err
+
+
+def test_time_limits_with_one_are_not(starts: Callable[[list[Start]], int]):
+    saving = [Start("time limit", saves, met_limit=True) for saves in (10, 20)]
+    planned = [LIMITED, LIMITED, saving[0], LIMITED, LIMITED, saving[1], LIMITED, LIMITED]
+    assert starts(planned) == EXIT_REQUEUE
+
+
+def test_preemption_is_not_counted(starts: Callable[[list[Start]], int]):
+    assert starts([PREEMPTED] * 6) == EXIT_REQUEUE
+
+
+# The service in a job of its own
+
+
+class Days:
+    """A clock that waits for nobody, and what happens when it has come so far."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.events: dict[float, Callable[[], object]] = {}
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+        for at in [at for at in self.events if at <= self.now]:
+            self.events.pop(at)()
+
+
+def test_the_service_job_waits_with_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Preempted for an hour; then it trains for ten minutes."""
+    run, days = RunDir(tmp_path / "run"), Days()
+    run.create()
+    run.config.touch()
+    told, served_at = [Queued("7", "PENDING")], list[float]()
+
+    def run_service(command: list[str], check: bool) -> "subprocess.CompletedProcess[str]":
+        if "llmtrain.service" in command:
+            served_at.append(days.now)
+        while run.is_training():
+            days.sleep(1.0)
+        return subprocess.CompletedProcess(command, 0)
+
+    def train() -> None:
+        told[0] = Queued("7", "RUNNING")
+        lock = rundir.hold(run.path / "lock")
+        assert lock is not None
+        days.events[days.now + 600] = lambda: (lock.close(), told.__setitem__(0, Queued("7", "COMPLETED")))
+
+    days.events[3600.0] = train
+    monkeypatch.setattr(job, "time", days)
+    monkeypatch.setattr(client, "queue", lambda _: {"7": told[0]})
+    monkeypatch.setattr(job, "subprocess", types.SimpleNamespace(run=run_service))
+    job.ServiceJob(run.path, "7")()
+    waiting = [at for at in served_at if at < 3600]
+    assert len(waiting) < 30, waiting
+    assert waiting[1] <= 2, "the first pauses are short"
+    assert 3600 <= served_at[len(waiting)] <= 3604, "it is there when training begins"
+    assert len(served_at) <= len(waiting) + 3
+    assert days.now < 4300
