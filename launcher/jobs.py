@@ -7,6 +7,7 @@ DIR/.jobs/NAME/             for the run DIR/NAME
     start-JOB-R/            of its R-th start: where its nodes meet, what each rank said
     progress.json           how far it was at the last start
     stop                    asks the job to save, to end, and not to come back
+    local/                  of `llmtrain run` on this machine: its lock, and what each rank said
 """
 
 import os
@@ -64,6 +65,19 @@ class JobDir:
     def stop(self) -> Path:
         return self.path / "stop"
 
+    @property
+    def local(self) -> Path:
+        return self.path / "local"
+
+    @property
+    def local_lock(self) -> Path:
+        """Held by `llmtrain run`, from before its ranks are there until none is started again."""
+        return self.local / "lock"
+
+    def is_kept_going(self) -> bool:
+        """Whether `llmtrain run` keeps the run going; whether a rank trains, the run's own lock tells."""
+        return rundir.is_held(self.local_lock)
+
     def records(self) -> list[JobRecord]:
         """In the order of submission; empty where nothing was submitted."""
         return [JobRecord.model_validate(line) for line in rundir.read_jsonl(self.ledger)]
@@ -74,9 +88,11 @@ class JobDir:
     def add(self, record: JobRecord, folder: Path | None = None) -> None:
         """Write down a job. `folder` is where its script and its output lie, if that has another name."""
         self.path.mkdir(parents=True, exist_ok=True)
+        rundir.append_jsonl(self.ledger, [record.model_dump()])  # first: a job that is queued must be known
         if folder is not None:
-            (self.path / record.job_id).symlink_to(os.path.relpath(folder, self.path))
-        rundir.append_jsonl(self.ledger, [record.model_dump()])
+            link = self.path / record.job_id
+            link.unlink(missing_ok=True)  # of an earlier job: numbers begin anew on a cluster that was set up again
+            link.symlink_to(os.path.relpath(folder, self.path))
 
     @property
     def progress(self) -> Path:
@@ -102,3 +118,9 @@ def job_dirs(folder: Path) -> list[JobDir]:
     """
     ledgers = [*folder.glob(f"{JOBS}/*/jobs.jsonl"), *folder.glob(f"*/{JOBS}/*/jobs.jsonl")]
     return [JobDir(ledger.parent) for ledger in sorted(ledgers)]
+
+
+def kept_going(folder: Path) -> list[JobDir]:
+    """Those that `llmtrain run` keeps going now, in the same places; they may have no run folder yet."""
+    locks = [*folder.glob(f"{JOBS}/*/local/lock"), *folder.glob(f"*/{JOBS}/*/local/lock")]
+    return [JobDir(lock.parent.parent) for lock in sorted(locks) if rundir.is_held(lock)]

@@ -1,7 +1,7 @@
 """`llmtrain stop`: training saves, ends, and does not come back; then says where it stands.
 
 A job and `llmtrain run` are asked through a file that they look at, a job that still waits is cancelled; what was
-started in another way gets a signal.
+started in another way gets a signal. `llmtrain run` holds a lock of its own, so that it is found while no rank trains.
 """
 
 import contextlib
@@ -37,7 +37,9 @@ class Stopping:
     run: RunDir
     job_ids: list[str]
     root: psutil.Process | None
-    """On this machine, the process that keeps it going."""
+    """On this machine, the process that trains it or keeps it going."""
+    is_kept_going: bool = False
+    """By `llmtrain run`, which holds a lock as long as it does so."""
     state: str = ""
     """Of its jobs, as told last."""
     next_question: float = 0.0
@@ -45,6 +47,8 @@ class Stopping:
     def is_over(self) -> bool:
         if self.job_ids:
             return self._jobs_are_over()
+        if self.is_kept_going:
+            return not JobDir.of(self.run).is_kept_going()
         return self.root is None or not is_alive(self.root)
 
     def _jobs_are_over(self) -> bool:
@@ -112,6 +116,8 @@ def ask(run: RunDir, alive: list[Queued], now: bool) -> Stopping | None:
     jobs = JobDir.of(run)
     if alive:
         return _ask_jobs(run, jobs, alive, now)
+    if jobs.is_kept_going():
+        return _ask_keeper(run, jobs, now)
     training = read_training(run, None)
     if training.state == "running":
         return _ask_process(run, jobs, training, now)
@@ -166,11 +172,48 @@ def cancel_waiting(jobs: Sequence[Queued]) -> None:
         client.call(["scancel", "--state=PENDING", *(told.job_id for told in jobs)])
 
 
-def _ask_process(run: RunDir, jobs: JobDir, training: Training, now: bool) -> Stopping:
-    matched = re.fullmatch(r"process (\d+) on (.+)", training.who or "")
+def _ask_keeper(run: RunDir, jobs: JobDir, now: bool) -> Stopping:
+    """`llmtrain run` looks at the file also where no rank listens yet, or none is there between two attempts."""
+    who = jobs.local_lock.read_text().strip()
+    if now:
+        _kill_keeper(run, who)
+    else:
+        jobs.stop.touch()
+        doing = "" if run.is_training() else " It is starting, and ends as soon as it can."
+        say(run, f"{who or 'llmtrain run'} is asked to save and to end.{doing}")
+    return Stopping(run, [], None, is_kept_going=True)
+
+
+def _kill_keeper(run: RunDir, who: str) -> None:
+    pid, host = _who(run, who)
+    if host != os.uname().nodename:
+        raise RunFolderError(
+            f"{run.path}: process {pid} on {host} keeps it going; kill it there: "
+            f"ssh {host} llmtrain stop {run.path.absolute()} --now"
+        )
+    try:
+        if not is_launcher(_command(psutil.Process(pid))):  # the number is of the one before, or of another container
+            raise psutil.NoSuchProcess(pid)
+    except psutil.NoSuchProcess:
+        if not JobDir.of(run).is_kept_going():
+            return  # it has ended in this moment
+        raise RunFolderError(
+            f"{run.path}: process {pid} keeps it going, and is not seen here (in another container?); stop it there"
+        ) from None
+    kill_tree(pid)
+    say(run, f"killed process {pid} and all that it started for training")
+
+
+def _who(run: RunDir, said: str) -> tuple[int, str]:
+    """Process and machine, from what stands in a lock. Raises RunFolderError where that cannot be known."""
+    matched = re.fullmatch(r"process (\d+) on (.+)", said)
     if matched is None:
-        raise RunFolderError(f"{run.path}: something holds {run.path / 'lock'}, and has not said who it is; try again")
-    pid, host = int(matched.group(1)), matched.group(2)
+        raise RunFolderError(f"{run.path}: something holds its lock, and has not said who it is; try again")
+    return int(matched.group(1)), matched.group(2)
+
+
+def _ask_process(run: RunDir, jobs: JobDir, training: Training, now: bool) -> Stopping:
+    pid, host = _who(run, training.who or "")
     if host != os.uname().nodename:
         raise RunFolderError(
             f"{run.path}: process {pid} on {host} trains it, not as a job that is known here; stop it there: "

@@ -1,18 +1,24 @@
 """What rank 0 does before training while the others wait: shards, run folder, where to resume."""
 
+import contextlib
 import json
+import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import Any, NoReturn
 
 from llmtrain import checkpoint, files, ledger, log, manifest, recipe, retention, rundir, shards
 from llmtrain.config.load import COMMAND_LINE, Origins, fixed_differences, load_config, resolved_yaml
 from llmtrain.config.schema import RunConfig
-from llmtrain.errors import CheckpointError, ConfigError, DataMismatch, RunFolderError, disk_errors
+from llmtrain.errors import EXIT_REQUEUE, CheckpointError, ConfigError, DataMismatch, RunFolderError, disk_errors
 from llmtrain.rundir import RunDir
 from llmtrain.shards import ShardFolder
+
+_STOPS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
 def prepare_shards(config: RunConfig) -> ShardFolder:
@@ -23,7 +29,7 @@ def prepare_shards(config: RunConfig) -> ShardFolder:
     folder = recipe.shard_folder(config)
     if not shards.exists(folder):
         log.info(f"no shards in {folder} yet: building them")
-        with tempfile.TemporaryDirectory() as scratch:
+        with tempfile.TemporaryDirectory() as scratch, _stops_end_a_build():
             file = Path(scratch) / "config.yaml"
             file.write_text(resolved_yaml(config), encoding="utf-8")
             # A process border instead of an import: the core does not depend on the launcher.
@@ -35,6 +41,21 @@ def prepare_shards(config: RunConfig) -> ShardFolder:
     if newer := recipe.newer_source(config, folder / shards.MANIFEST):
         log.warning(f"data       {recipe.told_newer(newer, folder)}")
     return opened
+
+
+@contextlib.contextmanager
+def _stops_end_a_build() -> Iterator[None]:
+    """A stop would end this process alone, and leave the build at work for hours. What is finished of it is kept."""
+
+    def leave(number: int, frame: FrameType | None) -> NoReturn:
+        raise SystemExit(EXIT_REQUEUE)  # on its way out, subprocess.run kills the build
+
+    before = {number: signal.signal(number, leave) for number in _STOPS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def prepare_run(run: RunDir, config: RunConfig, origins: Origins, data: ShardFolder) -> int | None:

@@ -2,6 +2,7 @@
 
 import tempfile
 from pathlib import Path
+from typing import IO
 
 from launcher.jobs import JobDir
 from launcher.keeper.meeting import Meeting
@@ -9,7 +10,8 @@ from launcher.keeper.supervisor import Rules, Supervisor
 from launcher.keeper.torchrun import Start
 from llmtrain.config import load_config
 from llmtrain.config.load import split_settings
-from llmtrain.rundir import RunDir
+from llmtrain.errors import RunFolderError, disk_errors
+from llmtrain.rundir import RunDir, hold
 
 
 def train_here(start: Start, rules: Rules) -> int:
@@ -17,11 +19,27 @@ def train_here(start: Start, rules: Rules) -> int:
 
     Raises:
         ConfigError: found before anything is started.
+        RunFolderError: another `llmtrain run` keeps this run going.
     """
     config, _ = load_config(*split_settings(start.words))
     run = RunDir(Path(config.run.dir) / config.run.name)
     jobs = JobDir.of(run)
-    jobs.stop.unlink(missing_ok=True)  # of an earlier job
-    with tempfile.TemporaryDirectory(prefix="llmtrain-") as folder:
-        supervisor = Supervisor(start, run, rules, Meeting(Path(folder)), jobs.path / "local" / "ranks", jobs.stop)
+    with _kept_going(run, jobs), tempfile.TemporaryDirectory(prefix="llmtrain-") as folder:
+        supervisor = Supervisor(start, run, rules, Meeting(Path(folder)), jobs.local / "ranks", jobs.stop)
         return supervisor.supervise()
+
+
+def _kept_going(run: RunDir, jobs: JobDir) -> IO[str]:
+    """A lock that `llmtrain stop` and `status` look at. Rank 0 takes the run's own, but hours later where it builds
+    shards first, and not in the pauses between its attempts.
+    """
+    with disk_errors("run folder", jobs.local):
+        jobs.local.mkdir(parents=True, exist_ok=True)
+        if not jobs.is_kept_going():  # else it is another one's
+            jobs.stop.unlink(missing_ok=True)  # of an earlier job; from the lock on, a stop is meant for us
+        if (lock := hold(jobs.local_lock)) is not None:
+            return lock
+    raise RunFolderError(
+        f"{run.path}: {jobs.local_lock.read_text().strip() or 'another llmtrain run'} keeps this run going already; "
+        f"stop it ('llmtrain stop {run.path}'), or give this run another run.name"
+    )

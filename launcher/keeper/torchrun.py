@@ -78,9 +78,9 @@ def check(gpus: int | None, ranks: int | None) -> tuple[int, str | None]:
     """(ranks, device) from the command line; raises ConfigError where they do not fit this machine."""
     there = num_gpus()
     if gpus is None and ranks is None:
-        gpus = there
+        return (there, "cuda") if there else (1, None)
     if not gpus:
-        return ranks or 1, "cpu" if gpus == 0 and there else None
+        return ranks or 1, "cpu"  # told: where nobody tells, a device that is not counted here (MPS) would be taken
     if ranks is not None:
         raise ConfigError(["--ranks is for the CPU: with --gpus there is one rank per GPU; leave it out"])
     if gpus > there:

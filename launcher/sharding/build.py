@@ -6,8 +6,10 @@ input gives the same bytes, for any number of processes, and of jobs: `prepare_b
 of `build_part` on several machines at once, then `build`, which does what is missing.
 """
 
+import contextlib
 import shutil
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,10 +21,10 @@ from launcher.sharding.prepare import Prepared, prepare, read_prepared
 from launcher.sharding.processes import RunAll, processes
 from launcher.sharding.progress import ShardProgress
 from launcher.sharding.sources import default_workers
-from launcher.sharding.work import Plan, locked, make_plan, open_work
+from launcher.sharding.work import Plan, check_unchanged, locked, make_plan, open_work
 from llmtrain import recipe, shards
 from llmtrain.config.schema import RunConfig
-from llmtrain.errors import disk_errors
+from llmtrain.errors import EncodingError, SourceError, disk_errors
 from llmtrain.shards import ShardFolder
 
 
@@ -68,7 +70,8 @@ def build(config: RunConfig, workers: int | None = None, force: bool = False) ->
 
     Raises:
         SourceError, EncodingError, TokenizerError, TooLittleData: the input cannot be used.
-        DataMismatch: a finished folder of another recipe stands there (and not `force`).
+        DataMismatch: a finished folder of another recipe stands there (and not `force`), or a source has changed
+            while it was being read.
         DiskFull: no room; what was finished is kept for the next try.
     """
     folder = recipe.shard_folder(config)
@@ -79,7 +82,7 @@ def build(config: RunConfig, workers: int | None = None, force: bool = False) ->
         started = time.perf_counter()
         plan = make_plan(config)
         open_work(plan, anew=force)
-        with ShardProgress() as progress, processes(workers or default_workers()) as run_all:
+        with ShardProgress() as progress, processes(workers or default_workers()) as run_all, _unchanged(plan):
             prepared = prepare(plan, run_all, progress)
             size_bytes = _tokenise(plan, prepared, list(range(len(plan.tasks))), "tokenise", run_all, progress)
             manifest = write_shards(plan, run_all, progress)
@@ -125,6 +128,17 @@ def build_part(config: RunConfig, part: Part, workers: int | None = None) -> Bui
         with ShardProgress() as progress, processes(workers or default_workers()) as run_all:
             size_bytes = _tokenise(plan, prepared, chosen, f"tokenise part {part}", run_all, progress)
         return BuiltPart(plan, part, chosen, time.perf_counter() - started, size_bytes)
+
+
+@contextlib.contextmanager
+def _unchanged(plan: Plan) -> Iterator[None]:
+    """Raises DataMismatch where a source was changed meanwhile, in place of what reading half of it came to."""
+    try:
+        yield
+    except (OSError, SourceError, EncodingError):
+        check_unchanged(plan)
+        raise
+    check_unchanged(plan)
 
 
 def _find_finished(config: RunConfig) -> Built | None:

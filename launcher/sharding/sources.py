@@ -78,10 +78,22 @@ def _is_readable(path: Path, problems: list[str]) -> bool:
     return False
 
 
+def stamp_of(path: Path) -> str | None:
+    """What tells a file from what it was before; None where there is none."""
+    try:
+        return _stamp(path.stat())
+    except OSError:
+        return None
+
+
+def _stamp(info: os.stat_result) -> str:
+    return f"{info.st_size}-{info.st_mtime_ns}"
+
+
 def _file_unit(number: int, path: Path, start: int = 0, stop: int = 0, size_bytes: int | None = None) -> Unit:
     info = path.stat()
     size = info.st_size if size_bytes is None else size_bytes
-    return Unit(number, str(path), start, stop, size, f"{info.st_size}-{info.st_mtime_ns}")
+    return Unit(number, str(path), start, stop, size, _stamp(info))
 
 
 def _split_file(number: int, source: schema.Source, path: Path, format: schema.Format) -> list[Unit]:

@@ -14,6 +14,7 @@ import errno
 import fcntl
 import functools
 import hashlib
+import itertools
 import json
 import shutil
 import sys
@@ -24,7 +25,7 @@ from typing import IO
 
 from launcher.sharding import tasks
 from launcher.sharding.records import Unit
-from launcher.sharding.sources import group_units, list_units
+from launcher.sharding.sources import group_units, list_units, stamp_of
 from llmtrain import files, recipe, shards
 from llmtrain.config.schema import RunConfig
 from llmtrain.errors import DataMismatch, SourceError, UserError
@@ -67,11 +68,36 @@ def make_plan(config: RunConfig) -> Plan:
     units = list_units(config.data.sources, config.data.format)
     if not units:
         raise SourceError("the sources hold no text at all")
+    return Plan(config, recipe.shard_folder(config), group_units(units), _key(config, units))
+
+
+def _key(config: RunConfig, units: list[Unit]) -> str:
     file = recipe.tokenizer_file(config)
     tokenizer = None if file is None else files.sha256(file)
     made_from = json.dumps([recipe.recipe_of(config), tokenizer, [asdict(unit) for unit in units]], sort_keys=True)
-    key = hashlib.sha256(made_from.encode()).hexdigest()
-    return Plan(config, recipe.shard_folder(config), group_units(units), key)
+    return hashlib.sha256(made_from.encode()).hexdigest()
+
+
+def check_unchanged(plan: Plan) -> None:
+    """See that what was read is what was listed: text is read up to three times, to measure, to train on, to tokenise.
+
+    One look at each file. Data sets by name are left out: they are loaded once a process, from a cache of their own.
+
+    Raises:
+        DataMismatch: it is not; the next build starts anew, because its key is another one.
+    """
+    units = list(itertools.chain.from_iterable(plan.tasks))
+    named = {number for number, source in enumerate(plan.config.data.sources) if source.kind == "huggingface"}
+    read = dict.fromkeys((unit.path, unit.stamp) for unit in units if unit.source not in named)
+    changed = [path for path, stamp in read if stamp_of(Path(path)) != stamp]
+    if not changed and _key(plan.config, units) == plan.key:
+        return
+    what = "the tokenizer, or the chat template" if not changed else changed[0]
+    more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
+    raise DataMismatch(
+        f"a source changed while it was being read: {what}{more}. Nothing was published; run the same command again, "
+        "once nobody writes there"
+    )
 
 
 def num_tasks(config: RunConfig) -> int:

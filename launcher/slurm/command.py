@@ -6,7 +6,7 @@ from pathlib import Path
 from rich.console import Console
 
 from launcher.cluster import load_profile
-from launcher.slurm import submit
+from launcher.slurm import client, submit
 from launcher.slurm.limits import Request
 from launcher.slurm.submit import Order
 from llmtrain.errors import ConfigError
@@ -35,6 +35,7 @@ def order_of(wishes: Wishes) -> Order:
         raise ConfigError(
             ["--cluster is missing: the file that describes your cluster; 'llmtrain doctor --cluster' drafts one"]
         )
+    _check_time(wishes.time)
     profile = load_profile(wishes.cluster)
     gpus = wishes.gpus_per_node
     if gpus is None:
@@ -48,6 +49,13 @@ def order_of(wishes: Wishes) -> Order:
         max_restarts=wishes.max_restarts,
         hang_s=wishes.hang_s,
     )
+
+
+def _check_time(limit: str) -> None:
+    try:
+        client.seconds(limit or "0")
+    except ValueError as error:
+        raise ConfigError([f"--time {error} (minutes, hours:minutes:seconds, days-hours:minutes:seconds)"]) from None
 
 
 def act(wishes: Wishes, dry_run: bool, plain: bool) -> None:

@@ -62,6 +62,8 @@ def partitions() -> dict[str, Partition]:
     groups: dict[str, list[NodeGroup]] = {}
     form = "%R|%T|%D|%c|%m|%G|%f"
     for line in call(["sinfo", "--noheader", "--all", "--exact", f"--format={form}"]).splitlines():
+        if line.count("|") < form.count("|"):
+            continue  # a notice of the site's
         name, state, count, cpus, memory, gres, features = line.split("|", 6)
         if int(count):  # a partition without nodes is listed with none
             group = NodeGroup(state, int(count), int(cpus), int(memory), _gpus(gres), features.replace("(null)", ""))

@@ -171,13 +171,12 @@ def submit(
         for training in runs
     ]
     records: list[JobRecord] = []
+    # All of them before anything else can fail: a job that is queued and not written down, nobody shows or stops.
     for training, job_id in zip(runs, queue_jobs(spec, jobs), strict=True):
         jobs_of_run = JobDir.of(training.run)
         records.append(_write_down(jobs_of_run, spec, job_id, "train"))
         jobs_of_run.stop.unlink(missing_ok=True)
-        if with_service:
-            records.append(_submit_service(order, training.run, job_id))
-    return records
+    return [*records, *_submit_services(order, [each.run for each in runs], records)] if with_service else records
 
 
 def submit_shards(words: Sequence[str], profile: Profile, parts: int | None, console: Console) -> list[JobRecord]:
@@ -218,6 +217,21 @@ def _service_spec(order: Order, run: RunDir, folder: Path) -> JobSpec:
     time = order.request.time or "" if side.time is None else ""
     words = ("service", str(run.path))
     return JobSpec(f"{run.path.name}-service", folder, order.profile, words, time=time, side=side)
+
+
+def _submit_services(order: Order, runs: Sequence[RunDir], trainings: Sequence[JobRecord]) -> list[JobRecord]:
+    """One for each run. Raises SlurmError, which says that training is queued all the same."""
+    records: list[JobRecord] = []
+    for run, training in zip(runs, trainings, strict=True):
+        try:
+            records.append(_submit_service(order, run, training.job_id))
+        except SlurmError as error:
+            raise SlurmError(
+                f"the checkpoint service's job for {run.path} was not queued: {error}\nTraining is queued "
+                f"({', '.join(each.job_id for each in trainings)}), and {len(records)} of {len(runs)} services are. "
+                f"Serve the others by hand: python -m llmtrain.service --run {run.path}"
+            ) from error
+    return records
 
 
 def _submit_service(order: Order, run: RunDir, train_job: str) -> JobRecord:

@@ -60,9 +60,9 @@ def show_logs(path: Path, wanted: Wanted, follow: bool, lines: int | None) -> No
 
 
 def open_submitted(path: Path) -> RunDir:
-    """A run that is there, or for which a job was submitted. Raises RunFolderError where there is neither."""
+    """A run that is there, is on its way, or had a job submitted. Raises RunFolderError where there is none."""
     run = RunDir(path)
-    return run if run.log.exists() or queue_view.was_submitted(run) else listing.open_run(path)
+    return run if run.log.exists() or queue_view.is_known(run) else listing.open_run(path)
 
 
 def find(run: RunDir, wanted: Wanted) -> Path:
@@ -80,13 +80,13 @@ def find(run: RunDir, wanted: Wanted) -> Path:
 
 
 def _wait_for(run: RunDir, wanted: Wanted) -> Path:
-    """As `find`; while a job may still say something, waits for it."""
+    """As `find`; while a job or `llmtrain run` may still say something, waits for it."""
     said = ""
     while True:
         try:
             return find(run, wanted)
         except RunFolderError as error:
-            if not queue_view.was_submitted(run) or _is_over(run):
+            if not queue_view.is_known(run) or _is_over(run):
                 raise
             if str(error) != said:
                 said = str(error)
@@ -229,6 +229,6 @@ def _is_over(run: RunDir) -> bool:
     queue = queue_view.read_queue([run])
     state = read_status(run, queue).training.state
     job = next((job for job in queue.of(run) if job.kind == "train"), None)
-    if state == "running" or job is None:
+    if state in ("running", "starting") or job is None:
         return state in ("finished", "ended early")
     return job.is_over or (job.state is None and queue.problem is None)

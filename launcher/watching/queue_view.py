@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launcher.display import duration, one_line, when
-from launcher.jobs import JobDir, JobRecord, Kind, job_dirs
+from launcher.jobs import JobDir, JobRecord, Kind, job_dirs, kept_going
 from launcher.slurm import client
 from launcher.slurm.client import Queued
 from llmtrain.errors import EXIT_REQUEUE, SlurmError
@@ -69,9 +69,14 @@ class Queue:
         return self.jobs.get(run.path.absolute(), [])
 
 
-def submitted_below(folder: Path) -> list[RunDir]:
-    """Runs in a folder of runs that jobs were submitted for; they may have no folder of their own yet."""
-    return [RunDir(jobs.path.parent.parent / jobs.name) for jobs in job_dirs(folder)]
+def known_below(folder: Path) -> list[RunDir]:
+    """Runs in a folder of runs that `is_known` is true of."""
+    return [RunDir(jobs.path.parent.parent / jobs.name) for jobs in (*job_dirs(folder), *kept_going(folder))]
+
+
+def is_known(run: RunDir) -> bool:
+    """Whether a job was submitted for it, or `llmtrain run` keeps it going; it may have no folder of its own yet."""
+    return was_submitted(run) or JobDir.of(run).is_kept_going()
 
 
 def was_submitted(run: RunDir) -> bool:
@@ -121,8 +126,8 @@ def _job(record: JobRecord, told: Queued | None) -> Job:
 
 
 def outputs(run: RunDir, job_id: str) -> list[Path]:
-    """What a job's nodes wrote, the newest last."""
-    found = JobDir.of(run).folder(job_id).glob("*.out")
+    """What a job's nodes wrote, the newest last. The tasks of an array share a folder: others' output is there too."""
+    found = JobDir.of(run).folder(job_id).glob(f"{job_id}_*.out")
     return sorted(found, key=lambda path: path.stat().st_mtime)
 
 

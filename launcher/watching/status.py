@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from launcher.choosing import listing
+from launcher.jobs import JobDir
 from launcher.watching import queue_view
 from launcher.watching.queue_view import Job, Queue
 from llmtrain import choose, ledger
@@ -27,7 +28,8 @@ _TAIL = 1 << 16
 _RECENT_S = 60.0
 """So long after its last sign a process on another machine, whose lock may not be seen here, counts as at work."""
 
-State = Literal["running", "finished", "ended early", "stopped", "not started"]
+State = Literal["starting", "running", "finished", "ended early", "stopped", "not started"]
+"""Starting: `llmtrain run` keeps it going and no rank trains yet, or none trains again yet."""
 
 
 @dataclass(frozen=True)
@@ -101,14 +103,14 @@ class RunStatus:
 
 
 def find_submitted(paths: Sequence[Path]) -> list[RunDir]:
-    """As `find_runs`, with those that have jobs in the queue and no folder yet.
+    """As `find_runs`, with those that have jobs in the queue, or are being started here, and no folder yet.
 
     Raises:
-        RunFolderError: there is no run in one of these places, and none was submitted there.
+        RunFolderError: there is no run in one of these places, and none is on its way there.
     """
     found: dict[Path, RunDir] = {}
     for path in paths or [Path("runs")]:
-        runs = [RunDir(path)] if queue_view.was_submitted(RunDir(path)) else queue_view.submitted_below(path)
+        runs = [RunDir(path)] if queue_view.is_known(RunDir(path)) else queue_view.known_below(path)
         if not runs or listing.runs_below(path):
             runs += find_runs([path] if paths else [])
         for run in sorted(runs, key=lambda run: run.path):
@@ -138,7 +140,7 @@ def read_status(run: RunDir, queue: Queue | None = None) -> RunStatus:
     config: RunConfig | None = None
     jobs = [] if queue is None else queue.of(run)
     try:
-        config = listing.config_of(run) if run.config.exists() or not jobs else None
+        config = listing.config_of(run) if run.config.exists() or not (jobs or JobDir.of(run).is_kept_going()) else None
     except UserError as error:
         problems.append(str(error))
     checkpoints = read_checkpoints(run)
@@ -173,12 +175,14 @@ def read_training(run: RunDir, config: RunConfig | None, elsewhere: bool = True)
     step = 0 if last is None else int(last["step"])
     total = None if config is None else total_steps(config, last)
     written = run.metrics.stat().st_mtime if last is not None else None
-    who = _holder(run.path)
+    who, jobs = _holder(run.path), JobDir.of(run)
     request = choose.stop_request(run)
     state: State = "stopped"
     seen = elsewhere and _is_at_work_elsewhere(who, written) and not _is_summed_up(run, written)
     if run.is_training() or seen:
         state = "running"
+    elif jobs.is_kept_going():
+        state, who = "starting", _holder(jobs.local)
     elif last is None:
         state = "not started"
     elif total is not None and step >= total:

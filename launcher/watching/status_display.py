@@ -18,14 +18,17 @@ from launcher.watching.status import Hub, RunStatus, Service, Training, as_json,
 REFRESH_S = 2.0
 _STALE_S = 30.0
 """The service says something every few seconds; silent for longer than this, it may hang."""
-_COLOURS = {"running": "green", "stopped": "yellow", "ended early": "cyan", "finished": "cyan", "not started": "dim"}
+_COLOURS = {
+    "running": "green", "starting": "green", "stopped": "yellow", "ended early": "cyan", "finished": "cyan",
+    "not started": "dim",
+}  # fmt: skip
 
 
 def show_status(paths: Sequence[Path], json_too: bool, watch: bool) -> None:
     """Print it; with `watch` again and again, until Ctrl-C.
 
     Raises:
-        RunFolderError: there is no run in one of these places, and none was submitted there.
+        RunFolderError: there is no run in one of these places, and none is on its way there.
     """
     try:
         if watch:
@@ -135,7 +138,7 @@ def block(status: RunStatus) -> RenderableType:
     lines: list[RenderableType] = [Text(one_line(str(status.path)), style="bold")]
     for number, job in enumerate(status.jobs):
         lines.append(named("" if number else "queue", *queue_view.describe(job, status.slurm)))
-    if status.jobs and not status.path.exists():
+    if status.jobs and not status.path.exists() and status.training.state != "starting":
         comes = any(job.kind == "train" and not job.is_over for job in status.jobs)
         text = "not started; its folder comes when the job starts" if comes else "not started"
         lines.append(named("training", text, "dim"))
@@ -153,7 +156,7 @@ def block(status: RunStatus) -> RenderableType:
 def _training_line(status: RunStatus) -> tuple[str, str]:
     training = status.training
     who = "" if training.who is None or training.state == "finished" else one_line(training.who)
-    held = f" ({who})" if training.state == "running" and who else f" (it was {who})" if who else ""
+    held = f" ({who})" if training.state in ("running", "starting") and who else f" (it was {who})" if who else ""
     text = f"{training.state}{held}"
     if training.written is not None:
         share = f" ({training.step / training.total_steps:.0%})" if training.total_steps else ""

@@ -150,11 +150,17 @@ def test_where_it_runs(monkeypatch: pytest.MonkeyPatch):
     assert check(None, None) == (2, "cuda")
     assert check(0, None) == (1, "cpu")
     assert check(0, 4) == (4, "cpu")
+    assert check(None, 4) == (4, "cpu")
     with pytest.raises(errors.ConfigError, match="this machine shows 2"):
         check(3, None)
     with pytest.raises(errors.ConfigError, match="--ranks is for the CPU"):
         check(2, 2)
     monkeypatch.setattr(torchrun, "num_gpus", lambda: 0)
     assert check(None, None) == (1, None)
+    # A Mac's GPU is not counted: where the CPU is asked for, "auto" would take it.
+    assert check(0, None) == (1, "cpu")
+    assert check(None, 2) == (2, "cpu")
+    assert "train.device=cpu" in command(Start(["a.yaml"], *check(0, None)))
+    assert not any("train.device" in word for word in command(Start(["a.yaml"], *check(None, None))))
     assert "torch.distributed.run" not in command(Start(["a.yaml"], 1, None))
     assert os.path.basename(sys.executable) in command(Start(["a.yaml"], 2, None))[0]  # noqa: PTH119

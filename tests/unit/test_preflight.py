@@ -101,6 +101,15 @@ def test_partitions_are_read_from_sinfo_and_scontrol(monkeypatch: pytest.MonkeyP
     assert (empty.num_nodes, empty.state, empty.denied_accounts, empty.limit_s) == (0, "DRAIN", ("guest",), 3600)
 
 
+def test_a_notice_of_the_sites_is_no_partition(monkeypatch: pytest.MonkeyPatch):
+    notice = "Maintenance on Monday: see https://hpc.example.org\n\nlogin | news\n"
+    monkeypatch.setattr(
+        told_by_slurm, "call", lambda words: notice + (SINFO if words[0] == "sinfo" else SCONTROL) + notice
+    )
+    assert set(partitions()) == {"gpu", "cpu", "empty"}
+    assert partitions()["gpu"].num_nodes == 4
+
+
 @pytest.mark.parametrize(
     ("gres", "gpus"),
     [("(null)", 0), ("gpu:2", 2), ("gpu:2080:8", 8), ("gpu:2080ti:4(S:0,1)", 4), ("craynetwork:4,gpu:a:2,gpu:b:1", 3),

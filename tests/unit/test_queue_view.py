@@ -6,6 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from launcher.jobs import JobDir, JobRecord
+from launcher.watching.logs import Wanted, find
+from launcher.watching.queue_view import outputs
 from launcher.watching.status import find_runs, find_submitted, read_status
 from launcher.watching.status_display import show_status
 from llmtrain.errors import RunFolderError
@@ -80,6 +83,25 @@ def test_a_job_that_failed_is_for_a_person(run: RunDir, slurm: Slurm, capsys: py
     output = told(capsys, run.path)
     assert "mend job 12 ended: failed, exit code 2; its output: " in output
     assert "12_0_log.out" in output.replace(" ", "")
+
+
+def test_of_a_sweep_each_run_has_its_own_output(tmp_path: Path, slurm: Slurm, capsys: pytest.CaptureFixture[str]):
+    """The tasks of an array share a folder."""
+    runs = [RunDir(tmp_path / "runs" / "sweep" / f"lr-{number}") for number in range(3)]
+    shared = tmp_path / "runs" / ".jobs" / "sweep" / "submitted"
+    shared.mkdir(parents=True)
+    for number, run in enumerate(runs):
+        JobDir.of(run).add(JobRecord(job_id=f"20_{number}", kind="train"), shared)
+    (shared / "20_1_0_log.out").write_text("error: no such GPU")
+    assert [len(outputs(run, f"20_{number}")) for number, run in enumerate(runs)] == [0, 1, 0]
+    with pytest.raises(RunFolderError, match="nothing was said yet"):
+        find(runs[2], Wanted())
+    with pytest.raises(RunFolderError, match="no node of it has said anything yet"):
+        find(runs[0], Wanted(node=0))
+    slurm.queued("20_0|CANCELLED|None|n1|1:00|1", "20_1|RUNNING|None|n1|1:00|1", "20_2|NODE_FAIL|None|n1|1:00|1")
+    output = told(capsys, runs[2].path)
+    assert "job 20_2 ended: node_fail" in output
+    assert "its output" not in output
 
 
 def test_before_the_first_start_there_is_no_folder(

@@ -5,10 +5,11 @@ import os
 import time
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from launcher.sharding import tokenize
+from launcher.sharding import tasks, tokenize
 from launcher.sharding.build import build
 from launcher.sharding.records import read_documents
 from launcher.sharding.show import describe
@@ -249,3 +250,34 @@ def test_text_that_was_written_after_the_shards_is_named(
     assert f"note       {file} was written after the shards" in "\n".join(describe(again))
     prepare_shards(config)
     assert f"{file} was written after the shards" in caplog.text
+
+
+@pytest.mark.parametrize("how", ["grows", "is replaced", "is gone"])
+def test_a_source_that_changes_while_it_is_read_is_not_published(
+    tmp_path: Path, how: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """Text is read to measure it, to train the tokenizer, and to tokenise it."""
+    (tmp_path / "text").mkdir()
+    for number, path in enumerate(python_sources(3)):
+        (tmp_path / f"text/{number}.txt").write_text(path.read_text())
+    file, original = tmp_path / "text/1.txt", tokenize.prepare
+
+    def prepare_and_change(*arguments: Any) -> None:
+        original(*arguments)
+        if how == "is gone":
+            file.rename(tmp_path / "gone")
+        else:
+            file.write_text(file.read_text() + "more" if how == "grows" else file.read_text().upper())
+
+    config = configure(tmp_path, f"{{kind: text, paths: ['{tmp_path}/text']}}")
+    with monkeypatch.context() as patched:
+        patched.setattr(tokenize, "prepare", prepare_and_change)
+        with pytest.raises(DataMismatch, match=r"a source changed while it was being read: .*1\.txt\. Nothing was"):
+            build(config, workers=1)
+    assert not shards.exists(tmp_path / "shards")
+    assert not list((tmp_path / "shards").glob("*.arrow"))
+    tasks._encoders.clear()  # the next build is another process
+    built = build(config, workers=1)
+    assert "starting anew" in capsys.readouterr().err
+    whole = configure(tmp_path, f"{{kind: text, paths: ['{tmp_path}/text']}}", f"data.dir={tmp_path}/whole")
+    assert build(whole, workers=1).folder.manifest == built.folder.manifest

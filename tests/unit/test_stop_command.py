@@ -1,17 +1,27 @@
 """`llmtrain stop`: who is asked, and what is said, where nothing real runs."""
 
 import os
+import shutil
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import IO
 
 import psutil
 import pytest
 
 from launcher import stop
+from launcher.jobs import JobDir
+from launcher.keeper.one_machine import train_here
+from launcher.keeper.supervisor import Rules
+from launcher.keeper.torchrun import Start
 from launcher.stop import alive_jobs, ask, keeper, stop_runs
+from launcher.watching.status import find_submitted, read_status
+from launcher.watching.status_display import show_status
+from llmtrain import rundir
 from llmtrain.errors import RunFolderError, SlurmError
 from llmtrain.rundir import RunDir
 from tests.support.checkpoint_runs import make_run, save
@@ -28,6 +38,20 @@ if len(sys.argv) > 2:
 signal.signal(signal.SIGTERM, lambda *_: (run.checkpoint(9).mkdir(), sys.exit(75)))
 print("here", flush=True)
 time.sleep(60)
+"""
+KEEP = """
+import sys, time
+from launcher.keeper import torchrun
+from launcher.keeper.one_machine import train_here
+from launcher.keeper.supervisor import Rules, Supervisor
+from launcher.keeper.torchrun import Start
+torchrun.command = lambda *_: [sys.executable, "-c", "import os; os.abort()"]
+paused = Supervisor._rest
+def rest(own, _):
+    print("pauses", flush=True)
+    paused(own, 600.0)
+Supervisor._rest = rest
+sys.exit(train_here(Start(sys.argv[1:], 1), Rules()))
 """
 Holder = Callable[..., subprocess.Popen[str]]
 
@@ -85,6 +109,87 @@ def test_now_means_without_a_save(run: RunDir, hold: Holder, capsys: pytest.Capt
     assert f"killed process {process.pid}\n" in capsys.readouterr().out
     assert process.wait() == -9
     assert run.checkpoint_steps() == [5]
+
+
+@pytest.fixture
+def pausing(run: RunDir) -> Iterator[subprocess.Popen[str]]:
+    """What `llmtrain run` does between two attempts: no rank is there."""
+    words = [f"run.dir={run.path.parent}", f"run.name={run.path.name}"]
+    process = subprocess.Popen(
+        [sys.executable, "-c", KEEP, *words], text=True, stdout=subprocess.PIPE, cwd=Path(__file__).parents[2]
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "pauses\n"
+    yield process
+    process.kill()
+    process.communicate()
+
+
+def test_one_that_pauses_between_attempts_is_stopped(
+    run: RunDir, pausing: subprocess.Popen[str], capsys: pytest.CaptureFixture[str]
+):
+    assert not run.is_training()
+    assert read_status(run).training.state == "starting"
+    stop_runs([run.path], False)
+    assert pausing.wait(20) == 75
+    output = capsys.readouterr().out
+    assert f"process {pausing.pid} on {os.uname().nodename} is asked to save and to end. It is starting" in output
+    assert output.endswith(f"has ended; last checkpoint: step 5 ({run.checkpoint(5)})\n")
+    assert not JobDir.of(run).stop.exists()
+    assert read_status(run).training.state == "not started"
+
+
+def test_before_there_is_a_folder_it_is_found(
+    run: RunDir, pausing: subprocess.Popen[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """As it is while the first shards are built."""
+    shutil.rmtree(run.path)
+    show_status([run.path], False, False)
+    assert f"starting (process {pausing.pid} on " in capsys.readouterr().out
+    assert [found.path for found in find_submitted([run.path.parent])] == [run.path]
+    stop_runs([run.path], False)
+    assert pausing.wait(20) == 75
+
+
+def test_a_second_llmtrain_run_is_refused_and_takes_no_stop_away(run: RunDir, pausing: subprocess.Popen[str]):
+    words = [f"run.dir={run.path.parent}", f"run.name={run.path.name}"]
+    with pytest.raises(RunFolderError, match=rf"process {pausing.pid} on .* keeps this run going already"):
+        train_here(Start(words, 1), Rules())
+    pausing.send_signal(signal.SIGSTOP)  # so that it does not see the file before the second look
+    stop_file = JobDir.of(run).stop
+    stop_file.touch()
+    with pytest.raises(RunFolderError, match="keeps this run going already"):
+        train_here(Start(words, 1), Rules())
+    assert stop_file.exists()
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        ("process 7 on faraway", "process 7 on faraway keeps it going; kill it there: ssh faraway llmtrain stop /"),
+        (f"process 4194304 on {os.uname().nodename}", "process 4194304 keeps it going, and is not seen here"),
+        (f"process {{other}} on {os.uname().nodename}", "keeps it going, and is not seen here"),
+        ("", "has not said who it is; try again"),
+    ],
+)
+def test_nothing_else_is_killed(run: RunDir, said: str, expected: str):
+    """A number may be that of another process by now."""
+    lock = JobDir.of(run).local_lock
+    lock.parent.mkdir(parents=True)
+    with hold_file(lock) as held, subprocess.Popen(["sleep", "60"]) as other:
+        held.truncate(0)
+        held.write(said.format(other=other.pid))
+        held.flush()
+        with pytest.raises(RunFolderError, match=expected):
+            stop_runs([run.path], True)
+        assert other.poll() is None
+        other.kill()
+
+
+def hold_file(path: Path) -> IO[str]:
+    held = rundir.hold(path)
+    assert held is not None
+    return held
 
 
 def test_a_process_elsewhere_is_named(run: RunDir, hold: Holder):
