@@ -12,7 +12,7 @@ from launcher.report.markup import Html, element
 from llmtrain import choose
 from llmtrain.config.schema import RunConfig
 
-STATE_TONES = {"running": "go", "finished": "best", "stopped": "warn", "not started": "warn"}
+STATE_TONES = {"running": "go", "starting": "go", "finished": "best", "stopped": "warn", "not started": "warn"}
 _REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 
 
@@ -94,6 +94,8 @@ def _training(facts: Facts) -> list[str | None]:
         case "running":
             left = None if training.left_s is None else display.duration(training.left_s)
             big, then = f"Running, step {step}{total}", None if left is None else f"About {left} left"
+        case "starting":
+            big, then = f"Starting, at step {step}{total}", "Its ranks do not train yet"
         case "ended early":
             big, then = f"Ended early, step {step}{total}", training.early_stop
         case _:

@@ -1,6 +1,7 @@
 """Pages about runs: what they say, that nothing from outside acts in them, and which runs may be compared."""
 
 import base64
+import fcntl
 import hashlib
 import io
 import json
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from launcher.jobs import JobDir
 from launcher.report import compare_page, figures, markup, plots, sections
 from launcher.report.compare import compare, compare_runs, labels
 from launcher.report.facts import Series, read_facts
@@ -183,6 +185,20 @@ def test_the_headline_answers_the_morning(tmp_path: Path):
     ):  # fmt: skip
         assert said.replace(" ", "") in text.replace(" ", ""), said
     assert "try 1" not in text
+
+
+@pytest.mark.parametrize(("with_steps", "said"), [(True, "Starting, at step 400"), (False, "Starting, at step 0")])
+def test_a_run_that_is_being_started_is_not_called_stopped(tmp_path: Path, with_steps: bool, said: str):
+    run = make_run(tmp_path / "run", "train.steps=900")
+    if not with_steps:
+        run.metrics.unlink()
+    jobs = JobDir.of(run)
+    jobs.local.mkdir(parents=True)
+    with jobs.local_lock.open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        text = page_of(run).text
+    assert said in text
+    assert "Nothing is training here" not in text
 
 
 def test_ties_and_where_each_lies_stand_in_the_ranking(tmp_path: Path):
