@@ -16,13 +16,13 @@ from typing import NoReturn
 
 from llmtrain import allocator, heartbeat
 from llmtrain.errors import EXIT_CODES, EXIT_REQUEUE, UserError, exit_with_code, leave_code, own_code
+from llmtrain.stop import STOPS
 
 RANK_LOGS = "LLMTRAIN_RANK_LOGS"
 """Variable that names a folder for the ranks' output."""
 _LOOK_S = 0.5
 _RANK_0_SPEAKS_S = 10.0
 _LEAVES_LAST_S = 2.0
-_STOPS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 _HELP = """\
 Train a language model. Without a configuration: a small GPT on Python's own sources.
@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("settings", nargs="*", metavar="CONFIG | section.key=value")
     words: list[str] = parser.parse_args(arguments).settings
-    for number in _STOPS:
+    for number in STOPS:
         if signal.getsignal(number) == signal.SIG_IGN:  # as a supervisor leaves them to torchrun
             signal.signal(number, signal.SIG_DFL)  # until the loop listens
     own_code()
@@ -64,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 code = run(file, overrides)
         except KeyboardInterrupt:  # before the handlers were there, or for the second time
             sys.exit(130)
-        for number in _STOPS:  # a second one must not kill what has saved and is leaving
+        for number in STOPS:  # a second one must not kill what has saved and is leaving
             signal.signal(number, signal.SIG_IGN)
         leave_code(code)
         leave_after_other_nodes(rank)

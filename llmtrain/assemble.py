@@ -15,7 +15,7 @@ import torch
 from llmtrain import checkpoint, choose, files, heartbeat, log, manifest, origin, recipe, shards
 from llmtrain.batches import ANY_ROWS, BatchPlan, plan_batches
 from llmtrain.config import RunConfig, load_config, resolved_yaml
-from llmtrain.config.load import Origins
+from llmtrain.config.load import Origins, auto_is_fp32, with_precision
 from llmtrain.data import Loader, make_batch
 from llmtrain.errors import EXIT_REQUEUE, ConfigError, NotFinite, disk_errors
 from llmtrain.evaluation import make_evaluate, make_sampler, make_task
@@ -87,8 +87,7 @@ def settle_precision(config: RunConfig, run_dir: RunDir, device: torch.device) -
     """
     if config.train.precision != "auto":
         return config
-    in_fp32 = config.model.kind == "qlora" and config.model.compute_dtype == "fp32"
-    precision = "bf16" if is_bf16_fast(device) and not in_fp32 else "fp32"
+    precision = "bf16" if is_bf16_fast(device) and not auto_is_fp32(config) else "fp32"
     if config.run.resume != "never" and run_dir.checkpoint_steps():
         with contextlib.suppress(ConfigError):  # which prepare_run will say
             began_in = load_config(run_dir.config)[0].train.precision
@@ -98,10 +97,6 @@ def settle_precision(config: RunConfig, run_dir: RunDir, device: torch.device) -
                 )
             precision = began_in
     return with_precision(config, precision)
-
-
-def with_precision(config: RunConfig, precision: str) -> RunConfig:
-    return config.model_copy(update={"train": config.train.model_copy(update={"precision": precision})})
 
 
 def prepare(

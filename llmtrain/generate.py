@@ -10,7 +10,7 @@ import torch
 from tokenizers import Tokenizer
 
 from llmtrain import adapters, prompts, summary
-from llmtrain.config.data_sections import ChatFormat, Format, TextFormat
+from llmtrain.config.data_sections import Format, TextFormat
 from llmtrain.config.schema import SampleSection
 from llmtrain.errors import CheckpointError, ConfigError, exit_with_code
 from llmtrain.evaluate import Generator, continue_text
@@ -109,10 +109,7 @@ def load_gpt(
 
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     model, eos_id = GPT.from_folder(folder)
-    template = None
-    if isinstance(format, ChatFormat):
-        template = prompts.chat_template(format, None, {"eos_token": tokenizer.id_to_token(eos_id) or ""})
-    asked = prompts.question(format, prompt, template)
+    asked, _ = prompts.question(format, prompt, None, {"eos_token": tokenizer.id_to_token(eos_id) or ""})
     return TextGenerator(model.to(device)), tokenizer, tokenizer.encode(asked, add_special_tokens=False).ids, eos_id
 
 
@@ -127,12 +124,9 @@ def load_adapter(
     tokenizer = adapters.load_tokenizer(adapter)
     model = adapters.attach(adapter, base.load(adapter.base, adapters.good_dtype(device), device))
     generator = CachedGenerator(model, adapter.base.context)
-    template = None
-    if isinstance(format, ChatFormat):
-        own = tokenizer.get_chat_template() if tokenizer.chat_template else None
-        template = prompts.chat_template(format, own, tokenizer.special_tokens_map)
-    asked = prompts.question(format, prompt, template)
-    ids = tokenizer(asked, add_special_tokens=template is None or not template.writes_prefix)["input_ids"]
+    own = tokenizer.get_chat_template() if tokenizer.chat_template else None
+    asked, has_prefix = prompts.question(format, prompt, own, tokenizer.special_tokens_map)
+    ids = tokenizer(asked, add_special_tokens=not has_prefix)["input_ids"]
     return generator, tokenizer.backend_tokenizer, ids, tokenizer.eos_token_id
 
 

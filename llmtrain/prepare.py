@@ -17,8 +17,7 @@ from llmtrain.config.schema import RunConfig
 from llmtrain.errors import EXIT_REQUEUE, CheckpointError, ConfigError, DataMismatch, RunFolderError, disk_errors
 from llmtrain.rundir import RunDir
 from llmtrain.shards import ShardFolder
-
-_STOPS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+from llmtrain.stop import STOPS
 
 
 def prepare_shards(config: RunConfig) -> ShardFolder:
@@ -50,7 +49,7 @@ def _stops_end_a_build() -> Iterator[None]:
     def leave(number: int, frame: FrameType | None) -> NoReturn:
         raise SystemExit(EXIT_REQUEUE)  # on its way out, subprocess.run kills the build
 
-    before = {number: signal.signal(number, leave) for number in _STOPS}
+    before = {number: signal.signal(number, leave) for number in STOPS}
     try:
         yield
     finally:

@@ -4,7 +4,7 @@ import dataclasses
 import sys
 import time
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from llmtrain import log
 
@@ -43,7 +43,7 @@ class Progress:
             MofNCompleteColumn(),
             BarColumn(bar_width=24),
             TextColumn("{task.fields[figures]}"),
-            console=Console(file=_terminal()),
+            console=Console(file=cast(Any, _Stderr())),
         )
         self._task = self._live.add_task("", total=total_steps, completed=first_step, figures="")
         self._live.start()
@@ -91,11 +91,6 @@ class _Stderr:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
-
-
-def _terminal() -> Any:
-    """For rich: as a file, as far as it asks."""
-    return _Stderr()
 
 
 def _duration(seconds: float) -> str:

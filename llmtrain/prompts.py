@@ -69,17 +69,19 @@ def chat_template(format: ChatFormat, own: str | None, tokens: Mapping[str, str]
     return ChatTemplate(configured or own or PLAIN_TEMPLATE, tokens)
 
 
-def question(format: Format, text: str, template: ChatTemplate | None) -> str:
-    """The prompt that samples of this format have for what a person asks; `text` itself where it is free text.
+def question(format: Format, text: str, own: str | None, tokens: Mapping[str, str]) -> tuple[str, bool]:
+    """The prompt that samples of this format have for what a person asks, and whether it says itself what a text
+    begins with. Free text stays as it is.
 
     Args:
-        template: of a chat.
+        own, tokens: the tokenizer's, for a chat.
     """
     if format.kind == "instruction":
-        return fill(format.template_without_input, text, "")
-    if template is not None:
-        return template.render([{"role": "user", "content": text}], asks=True)
-    return text
+        return fill(format.template_without_input, text, ""), False
+    if format.kind == "chat":
+        template = chat_template(format, own, tokens)
+        return template.render([{"role": "user", "content": text}], asks=True), template.writes_prefix
+    return text, False
 
 
 def read_template(setting: str) -> str:

@@ -6,7 +6,9 @@ from collections.abc import Callable
 from types import FrameType
 
 _LOOK_S = 1.0
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+STOPS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+"""What a launcher or SLURM sends, as against a person's Ctrl-C."""
+SIGNALS = (*STOPS, signal.SIGINT)
 
 
 class StopFlag:

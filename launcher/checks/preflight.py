@@ -30,7 +30,7 @@ from launcher.slurm.partitions import partitions
 from llmtrain import recipe, shards
 from llmtrain.batches import ANY_ROWS, BatchPlan, nodes_that_train, plan_batches
 from llmtrain.config.data_sections import Source
-from llmtrain.config.load import Origins, fixed_differences, load_config, resolved_yaml
+from llmtrain.config.load import Origins, fixed_differences, load_config, resolved_yaml, with_precision
 from llmtrain.config.schema import RunConfig
 from llmtrain.errors import ConfigError, SlurmError, UserError
 from llmtrain.rundir import RunDir
@@ -184,8 +184,7 @@ def _check_folder(config: RunConfig, origins: Origins, run: RunDir, spec: JobSpe
     except ConfigError as error:
         return [*found, wrong("run folder", f"{run.config}: not readable by this version: {error}")]
     if config.train.precision == "auto":  # what the run began in, as training takes it
-        same = config.train.model_copy(update={"precision": old.train.precision})
-        config = config.model_copy(update={"train": same})
+        config = with_precision(config, old.train.precision)
     if differences := fixed_differences(old, config):
         lines = "\n".join(f"  {key}: the run has {before}, now {after}" for key, before, after in differences)
         message = f"{run.path} holds checkpoints of another configuration:\n{lines}\ngive this run a name of its own"

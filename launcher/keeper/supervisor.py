@@ -27,7 +27,7 @@ from launcher.keeper.meeting import Meeting
 from launcher.keeper.processes import ignores, is_for_a_person, kill_tree, ranks_of, read_codes, told, verdict
 from launcher.keeper.ranks import Ranks
 from launcher.keeper.torchrun import Start
-from llmtrain import heartbeat, ledger, log, rundir
+from llmtrain import heartbeat, ledger, log
 from llmtrain.errors import EXIT_CODES, EXIT_REQUEUE
 from llmtrain.rundir import RunDir
 
@@ -313,7 +313,9 @@ class Supervisor:
 
 def slowest_save(run: RunDir) -> float:
     """Seconds that the slowest of the last saves took; 0 before the first."""
-    return max((float(record["wrote_s"]) for record in rundir.read_jsonl(run.saves)[-_LAST_SAVES:]), default=0.0)
+    from launcher.watching.status import last_records
+
+    return max((float(record["wrote_s"]) for record in last_records(run.saves, _LAST_SAVES)), default=0.0)
 
 
 def say(line: str) -> None:

@@ -14,7 +14,7 @@ from launcher.planning import forecast
 from launcher.planning.sizes import find_sizes
 from llmtrain import cpu, recipe, shards
 from llmtrain.batches import BatchPlan, plan_batches
-from llmtrain.config.load import Origins
+from llmtrain.config.load import Origins, auto_is_fp32
 from llmtrain.config.schema import RunConfig
 from llmtrain.errors import ConfigError
 from llmtrain.memory import Device, Part, Sizes
@@ -64,7 +64,7 @@ def uses_bf16(config: RunConfig, device: Device) -> bool:
     """As training decides it."""
     if config.train.precision != "auto":
         return config.train.precision == "bf16"
-    if config.model.kind == "qlora" and config.model.compute_dtype == "fp32":
+    if auto_is_fp32(config):
         return False
     return device == "cuda" or (device == "cpu" and cpu.has_fast_bf16())
 

@@ -18,7 +18,7 @@ from launcher.jobs import JobDir
 from launcher.watching import queue_view
 from launcher.watching.queue_view import Job, Queue
 from llmtrain import choose, ledger
-from llmtrain.batches import plan_batches
+from llmtrain.batches import ANY_ROWS, plan_batches
 from llmtrain.config import RunConfig
 from llmtrain.config.load import Origins
 from llmtrain.errors import RunFolderError, UserError
@@ -207,17 +207,22 @@ def read_training(run: RunDir, config: RunConfig | None, elsewhere: bool = True)
 
 def last_record(path: Path) -> dict[str, Any] | None:
     """The last whole line of a JSON-lines file, without reading all of it."""
+    return next(iter(last_records(path, 1)), None)
+
+
+def last_records(path: Path, most: int) -> list[dict[str, Any]]:
+    """The same of so many of the last lines, oldest first."""
     if not path.exists():
-        return None
+        return []
     with path.open("rb") as file:
         file.seek(max(0, path.stat().st_size - _TAIL))
         lines = [line for line in file.read().split(b"\n")[:-1] if line]
-    return json.loads(lines[-1]) if lines else None
+    return [json.loads(line) for line in lines[-most:]]
 
 
 def total_steps(config: RunConfig, last: dict[str, Any] | None) -> int | None:
     """That the run is planned for; None where only the data tell, and no step has been written down yet."""
-    rows = 2**62
+    rows = ANY_ROWS
     if last is not None and last["epoch"] > 0:
         rows = round(last["samples"] / last["epoch"])
     elif config.train.epochs is not None:

@@ -107,6 +107,16 @@ def json_schema() -> str:
     return json.dumps({"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}, indent=1) + "\n"
 
 
+def with_precision(config: RunConfig, precision: str) -> RunConfig:
+    """What `train.precision=auto` came to."""
+    return config.model_copy(update={"train": config.train.model_copy(update={"precision": precision})})
+
+
+def auto_is_fp32(config: RunConfig) -> bool:
+    """Whether `train.precision=auto` can only be fp32, whatever the machine is fast at."""
+    return config.model.kind == "qlora" and config.model.compute_dtype == "fp32"
+
+
 def fixed_differences(old: RunConfig, new: RunConfig) -> list[tuple[str, str, str]]:
     """(key, old value, new value) of every difference that a resumed run must not have."""
 

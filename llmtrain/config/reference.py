@@ -35,7 +35,7 @@ def _described(path: str, property: Schema, defs: Schema, level: int) -> Iterato
     """A section, or the kinds that stand for one; what lies inside it follows under headings of its own."""
     kinds = _kinds(property)
     if not kinds:
-        yield from _table(path, f"{'#' * level} `{path}`", _target(property, defs), defs, level)
+        yield from _table(path, f"{'#' * level} `{path}`", _resolve(property["$ref"], defs), defs, level)
     for kind, reference in kinds.items():
         yield from _table(path, f"{'#' * level} `{path}`, `kind: {kind}`", _resolve(reference, defs), defs, level)
 
@@ -81,10 +81,6 @@ def _is_section(property: Schema) -> bool:
 def _is_constant(property: Schema) -> bool:
     """A `kind`, which the heading says."""
     return "const" in property
-
-
-def _target(property: Schema, defs: Schema) -> Schema:
-    return _resolve(property["$ref"], defs)
 
 
 def _resolve(reference: str, defs: Schema) -> Schema:

@@ -22,7 +22,8 @@ class Shown:
     @property
     def entry(self) -> Entry | None:
         """Its place in the ranking; None as long as this very checkpoint is not scored."""
-        return None if self.ranked is None else _entry(self.ranked, self.upload)
+        entries = [] if self.ranked is None else self.ranked.entries
+        return next((entry for entry in entries if _is(entry, self.upload)), None)
 
     def title(self) -> str:
         """Of the commit that brings it."""
@@ -91,10 +92,6 @@ def to_show(run: RunDir, repo: str) -> Shown | None:
     proposed = [e for e in there if e is ranked.proposed]
     ties = [e for e in there if e.is_best or e.is_tie]
     return Shown(uploads[(proposed or ties or [min(there, key=lambda e: e.score.loss)])[0].step], ranked)
-
-
-def _entry(ranked: Ranking, upload: Upload) -> Entry | None:
-    return next((entry for entry in ranked.entries if _is(entry, upload)), None)
 
 
 def _is(entry: Entry, upload: Upload) -> bool:

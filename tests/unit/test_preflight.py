@@ -313,12 +313,17 @@ def test_too_little_room_for_checkpoints(tmp_path: Path, monkeypatch: pytest.Mon
     assert "3 checkpoints of 63.9 MB take 191.6 MB; 100.0 MB are free: free some space, or keep fewer" in refused
 
 
+def begun(folder: Path, monkeypatch: pytest.MonkeyPatch, config: str) -> Profile:
+    """A cluster that sees `folder`, the working directory from here on, where the default run has saved step 100."""
+    monkeypatch.chdir(folder)
+    run = folder / "runs/stdlib-gpt"
+    (run / "checkpoints/step-00000100").mkdir(parents=True)
+    (run / "config.yaml").write_text(config)
+    return Profile(gpus_per_node=0, shared=[str(folder)])
+
+
 def test_a_run_that_goes_on_must_have_the_same_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.chdir(tmp_path)
-    folder = tmp_path / "runs/stdlib-gpt"
-    (folder / "checkpoints/step-00000100").mkdir(parents=True)
-    (folder / "config.yaml").write_text("optim: {lr: 0.1}\n")
-    profile = Profile(gpus_per_node=0, shared=[str(tmp_path)])
+    profile = begun(tmp_path, monkeypatch, "optim: {lr: 0.1}\n")
     (refused,) = [e for e in errors(findings(spec(profile))) if e.startswith("run folder")]
     assert "optim.lr: the run has 0.1, now 0.002" in refused
     found = findings(spec(profile), "optim.lr=0.1")
@@ -326,11 +331,7 @@ def test_a_run_that_goes_on_must_have_the_same_configuration(tmp_path: Path, mon
 
 
 def test_a_run_that_goes_on_keeps_the_precision_that_it_settled_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.chdir(tmp_path)
-    folder = tmp_path / "runs/stdlib-gpt"
-    (folder / "checkpoints/step-00000100").mkdir(parents=True)
-    (folder / "config.yaml").write_text("train: {precision: bf16}\n")
-    profile = Profile(gpus_per_node=0, shared=[str(tmp_path)])
+    profile = begun(tmp_path, monkeypatch, "train: {precision: bf16}\n")
     assert fine("resume", "from step 100, if that checkpoint verifies") in findings(spec(profile))
     (refused,) = [e for e in errors(findings(spec(profile), "train.precision=fp32")) if e.startswith("run folder")]
     assert "train.precision: the run has" in refused
