@@ -62,8 +62,7 @@ class ZeRO2Strategy:
         heartbeat.on_to("forward")
         loss = self._engine(batch.input_ids, batch.targets, batch.doc_ids, batch.positions)
         heartbeat.on_to("backward")
-        # DeepSpeed divides by the number of ranks; the sum over ranks is wanted.
-        self._engine.backward(loss * (scale * self._world.size), scale_wrt_gas=False)
+        self._engine.backward(loss * scale, scale_wrt_gas=False)
         return loss.detach()
 
     def update(self, lr: float) -> Tensor:
@@ -129,6 +128,7 @@ def deepspeed_config(config: RunConfig, parameters: Iterable[Tensor], device: to
     return {
         "train_micro_batch_size_per_gpu": 1,  # asked for, and used for nothing but its throughput timer
         "gradient_accumulation_steps": 1,
+        "gradient_allreduce_op": "sum",
         "managed_gradient_accumulation": False,
         "gradient_clipping": config.optim.clip_norm or 0.0,
         "zero_allow_untested_optimizer": True,
@@ -136,6 +136,9 @@ def deepspeed_config(config: RunConfig, parameters: Iterable[Tensor], device: to
         "zero_optimization": {
             "stage": 2,
             "contiguous_gradients": True,
+            # Reduced to their owners, gradients travel in a copy of their bucket and are copied back; else as they lie,
+            # and every rank gets all of them, of which it keeps its own. DeepSpeed sends as much either way.
+            "reduce_scatter": device.type == "cuda",
             "overlap_comm": strategy.overlap,
             "reduce_bucket_size": bucket,
             "allgather_bucket_size": bucket,
