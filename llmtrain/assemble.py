@@ -243,13 +243,7 @@ def prove_isolation(config: RunConfig, model: Trainable, training: ShardSet) -> 
     first = training.rows(np.arange(min(training.num_rows, 64)))
     row = max(range(len(first.doc_lens)), key=lambda number: min(2, len(first.doc_lens[number])))
     batch = make_batch(training.rows(np.array([row])), isolate_documents=config.data.packing == "bestfit")
-    found = isolation.check(
-        model,
-        batch.input_ids[0],
-        first.doc_lens[row].tolist(),
-        None if batch.positions is None else batch.positions[0],
-        autocast=config.train.precision == "bf16",
-    )
+    found = isolation.check(model, batch, first.doc_lens[row].tolist(), autocast=config.train.precision == "bf16")
     documents = len(first.doc_lens[row])
     what = "one sample a row" if documents == 1 else f"{documents} samples in a row keep apart"
     log.info(f"packing    {what}; logits differ from those of each alone by {found:.1e}")

@@ -30,6 +30,7 @@ class BaseFacts:
     """Longest text that it was made for."""
     hidden: int
     layers: int
+    heads: int
     kv_width: int
     """Width of the keys of all heads together; smaller than `hidden` where heads share them."""
     linears: tuple[Linear, ...]

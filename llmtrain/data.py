@@ -100,7 +100,7 @@ class Batch:
 
     input_ids: Tensor  # (B, T) int64; T is at most the context
     targets: Tensor  # (B, T) int64, IGNORE where not supervised
-    doc_ids: Tensor | None  # (B, T) int32: attention stays within equal numbers; None: plain causal
+    doc_starts: Tensor | None  # (D + 1,) int32, models/attention.py's `Documents`; None: each row is one
     positions: Tensor | None  # (B, T) int64, restarting at 0 with each document; None: 0 ... T - 1
     num_targets: int
 
@@ -118,7 +118,7 @@ class Batch:
         ids, targets = move(self.input_ids), move(self.targets)
         assert ids is not None
         assert targets is not None
-        return Batch(ids, targets, move(self.doc_ids), move(self.positions), self.num_targets)
+        return Batch(ids, targets, move(self.doc_starts), move(self.positions), self.num_targets)
 
 
 def make_batch(rows: Rows, isolate_documents: bool) -> Batch:
@@ -142,11 +142,20 @@ def make_batch(rows: Rows, isolate_documents: bool) -> Batch:
         supervised &= rows.loss_mask[:, 1:width].astype(bool)
     targets = tokens[:, 1:].clone()
     targets.masked_fill_(torch.from_numpy(~supervised), IGNORE)
-    doc_ids = positions = None
+    doc_starts = positions = None
     if isolate_documents:
-        doc_ids = torch.from_numpy(doc_of[:, :-1].copy())
-        positions = torch.from_numpy(np.arange(width - 1) - starts[:, :-1])
-    return Batch(tokens[:, :-1].contiguous(), targets, doc_ids, positions, int(supervised.sum()))
+        places = np.arange(width - 1) - starts[:, :-1]
+        doc_starts, positions = torch.from_numpy(_starts(places)), torch.from_numpy(places)
+    return Batch(tokens[:, :-1].contiguous(), targets, doc_starts, positions, int(supervised.sum()))
+
+
+def _starts(places: NDArray[np.int64]) -> NDArray[np.int32]:
+    """Where documents begin in (B, T) positions that restart with each, and their end: as often as it takes to a power
+    of two, so that the compiler and the allocator see few sizes."""
+    starts = np.flatnonzero(places == 0)
+    padded = np.full(1 << len(starts).bit_length(), places.size, np.int32)
+    padded[: len(starts)] = starts
+    return padded
 
 
 def _documents(

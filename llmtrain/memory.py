@@ -150,6 +150,11 @@ def attention_blocks(length: int) -> list[tuple[int, int]]:
     return [(start, min(length, start + _ATTENTION_BLOCK)) for start in starts]
 
 
+def attention_keys(length: int) -> float:
+    """The keys that these blocks compute for a query, on average."""
+    return sum((end - start) * end for start, end in attention_blocks(length)) / length
+
+
 def layer_activations(model: GPTModel, positions: int, bf16: bool, device: Device) -> float:
     """What one transformer layer keeps for its backward pass."""
     width, length, dropout = model.width, model.context, model.dropout > 0
@@ -159,8 +164,7 @@ def layer_activations(model: GPTModel, positions: int, bf16: bool, device: Devic
     if dropout:
         kept += 4 * width  # two masks of 2 bytes
     if device == "cpu" and keeps_probabilities(length, bf16, model.dropout):
-        keys = sum((end - start) * end for start, end in attention_blocks(length)) / length  # of a query
-        kept += keys * model.num_heads * ((2 if bf16 else 4) + (2 if dropout else 0))
+        kept += attention_keys(length) * model.num_heads * ((2 if bf16 else 4) + (2 if dropout else 0))
     return float(kept * positions)
 
 

@@ -11,7 +11,16 @@ from llmtrain.base_facts import BaseFacts
 from llmtrain.batches import BatchPlan
 from llmtrain.config.model_sections import QLoRAModel
 from llmtrain.config.schema import RunConfig
-from llmtrain.memory import FRAGMENTATION, Device, Part, loss_part, moment_bytes, runtime_part
+from llmtrain.memory import (
+    FRAGMENTATION,
+    Device,
+    Part,
+    attention_keys,
+    keeps_probabilities,
+    loss_part,
+    moment_bytes,
+    runtime_part,
+)
 
 _LIBRARIES_MB = 330
 """What transformers, peft and bitsandbytes add to a process, on the host."""
@@ -44,8 +53,8 @@ def weight_bytes(model: QLoRAModel, compute_bytes: int) -> float:
 def layer_activations(config: RunConfig, model: QLoRAModel, facts: BaseFacts, bf16: bool, device: Device) -> float:
     """Bytes that one layer keeps for its backward pass, for each position."""
     size = 2 if bf16 else 4
-    packed = config.data.packing == "bestfit"  # an explicit mask: keys and values are repeated for all heads
-    kv = facts.hidden if packed else facts.kv_width
+    packed = config.data.packing == "bestfit"  # on CPUs keys and values are then repeated for all heads
+    kv = facts.hidden if packed and device != "cuda" else facts.kv_width
     kept = 2 * 4 * facts.hidden + size * (2 * facts.hidden + 2 * kv) + size * 3 * facts.inner
     targets = facts.targets(model.lora.target_modules)
     inputs = [linear.inputs for linear in targets for _ in range(max(1, linear.count // facts.layers))]
@@ -53,6 +62,11 @@ def layer_activations(config: RunConfig, model: QLoRAModel, facts: BaseFacts, bf
         kept += sum(inputs) * (size + (size if device == "cpu" else 1))
     else:
         kept += size * (2 * facts.hidden * (facts.hidden in inputs) + facts.inner * (facts.inner in inputs))
+    if packed and device == "cpu":
+        if keeps_probabilities(model.context, bf16, 0.0):  # as if a document filled each row
+            kept += attention_keys(model.context) * facts.heads * size
+        else:
+            kept += size * facts.hidden  # each document's result, and all of them joined
     return float(kept)
 
 

@@ -96,6 +96,7 @@ def _count(values: dict[str, Any]) -> BaseFacts:
         positions=values["max_position_embeddings"],
         hidden=hidden,
         layers=layers,
+        heads=values["num_attention_heads"],
         kv_width=narrow,
         linears=tuple(Linear(name, *shape, layers) for name, shape in shapes.items()),
         other_parameters=layers * other + hidden + tables,

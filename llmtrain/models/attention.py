@@ -1,14 +1,18 @@
-"""Causal attention (Vaswani et al. 2017, section 3.2): torch's, and for training on a CPU one of our own.
+"""Causal attention (Vaswani et al. 2017, section 3.2), within documents where several share a row.
 
-torch's fused kernel for CPUs is quick forward, but in bf16 its backward pass takes longer than plain batched products
-do, and with dropout it is not used at all. Ours takes the queries in blocks, so that keys which no query of a block
-may see are not computed, and keeps the probabilities, in the dtype of its inputs.
+On a CPU in training it is our own: torch's fused kernel is quick forward, but in bf16 its backward pass takes longer
+than plain batched products do, and with dropout it is not used at all. Ours takes the queries in blocks, so that keys
+which no query of a block may see are not computed, and keeps the probabilities, in the dtype of its inputs. Documents
+are computed one after the other, so that a row of many costs what they cost, not the square of its length; on a GPU
+FlashAttention's kernel for rows of different lengths does the same (`torch.nn.attention.varlen`).
 
-Shapes: B rows, H heads, T positions, K width of a head.
+Shapes: B rows, H heads, T positions, K width of a head, D documents.
 """
 
 import math
-from typing import Any
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,26 +22,78 @@ from torch.autograd.function import once_differentiable
 from llmtrain.memory import attention_blocks, keeps_probabilities
 from llmtrain.models.dropout import keep_, keep_mask
 
+_FLASH_DTYPES = (torch.bfloat16, torch.float16)
+_FLASH_WIDTH = 256
+"""The widest head that FlashAttention takes; it has to be a multiple of 8."""
+
+
+class Documents(NamedTuple):
+    """Where documents begin in the rows of a batch, laid one behind the other; a row's begin is a document's."""
+
+    starts: Tensor
+    """(D + 1,) int32, ascending from 0; the last is B * T, and may be there several times."""
+
 
 def attention(
-    q_BHTK: Tensor, k_BHTK: Tensor, v_BHTK: Tensor, mask: Tensor | None, causal: bool, dropout: float
+    q_BHTK: Tensor,
+    k_BHTK: Tensor,
+    v_BHTK: Tensor,
+    apart: "Documents | Tensor | None",
+    causal: bool,
+    dropout: float,
+    scale: float | None = None,
 ) -> Tensor:
-    """(B, H, T, K). `mask`, in place of `causal`: (B, 1, T, T), from `shared_mask`."""
-    if trains_on_cpu(q_BHTK) and keeps_probabilities(q_BHTK.shape[2], q_BHTK.dtype == torch.bfloat16, dropout):
-        return _Attention.apply(q_BHTK, k_BHTK, v_BHTK, mask, dropout)
-    return F.scaled_dot_product_attention(q_BHTK, k_BHTK, v_BHTK, mask, dropout, is_causal=causal)
+    """(B, H, T, K). `apart`, from `kept_apart`, says who sees whom in place of `causal`; `scale`: 1/sqrt(K) if None.
 
-
-def shared_mask(visible: Tensor | None, x: Tensor) -> Tensor | None:
-    """`visible` (B, 1, T, T), True where a query may see a key, as all layers take it: on a GPU, added to scores.
-
-    torch's attention would make that of `visible` in each layer anew, and keep it there for the backward pass.
+    Documents on a CPU are a host sync that costs nothing there. On a GPU there is none.
     """
-    if visible is None or x.device.type == "cpu":
-        return visible
-    device = x.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-    return added_mask(visible, dtype)
+    bf16 = q_BHTK.dtype == torch.bfloat16
+    if isinstance(apart, Documents):
+        if q_BHTK.device.type != "cpu":
+            return _flash(q_BHTK, k_BHTK, v_BHTK, apart, scale)
+        bounds: list[int] = apart.starts.tolist()
+        longest = max(end - start for start, end in pairwise(bounds))
+        if trains_on_cpu(q_BHTK) and keeps_probabilities(longest, bf16, dropout):
+            return _Attention.apply(q_BHTK, k_BHTK, v_BHTK, bounds, dropout, scale)
+        return _one_by_one(q_BHTK, k_BHTK, v_BHTK, bounds, dropout, scale)
+    if apart is None and trains_on_cpu(q_BHTK) and keeps_probabilities(q_BHTK.shape[2], bf16, dropout):
+        return _Attention.apply(q_BHTK, k_BHTK, v_BHTK, None, dropout, scale)
+    return F.scaled_dot_product_attention(q_BHTK, k_BHTK, v_BHTK, apart, dropout, is_causal=causal, scale=scale)
+
+
+def kept_apart(doc_starts: Tensor | None, x: Tensor, width: int, dropout: float) -> "Documents | Tensor | None":
+    """How the layers are to keep documents apart: made once for a batch, whose embeddings are `x` (B, T, ...).
+
+    Args:
+        doc_starts: as in `Documents`; None if each row is one.
+        width: of a head.
+
+    Returns:
+        `Documents` where they are computed one by one, else a mask that is added to the scores, (B, 1, T, T): with
+        dropout on a GPU, in fp32 there, and in what torch compiles for a CPU.
+    """
+    if doc_starts is None:
+        return None
+    dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+    if x.device.type == "cpu":
+        alone = not torch.compiler.is_compiling()
+    else:
+        alone = dropout == 0 and has_flash(x.device, dtype, width)
+    return Documents(doc_starts) if alone else added_mask(visible(doc_starts, *x.shape[:2]), dtype)
+
+
+def has_flash(device: torch.device, dtype: torch.dtype, width: int) -> bool:
+    """Whether FlashAttention's kernel for documents takes this; it has no dropout."""
+    if device.type != "cuda" or dtype not in _FLASH_DTYPES or width % 8 or width > _FLASH_WIDTH:
+        return False
+    return torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def visible(doc_starts: Tensor, num_rows: int, length: int) -> Tensor:
+    """(B, 1, T, T): True where a query may see a key: not later, and in the same document."""
+    places = torch.arange(num_rows * length, device=doc_starts.device)
+    number = (places.unsqueeze(1) >= doc_starts).sum(1).view(num_rows, length)
+    return (number.unsqueeze(1) == number.unsqueeze(2)).tril().unsqueeze(1)
 
 
 def added_mask(visible: Tensor, dtype: torch.dtype) -> Tensor:
@@ -50,27 +106,64 @@ def trains_on_cpu(x: Tensor) -> bool:
     return x.device.type == "cpu" and x.requires_grad and not torch.compiler.is_compiling()
 
 
+def _flash(q_BHTK: Tensor, k_BHTK: Tensor, v_BHTK: Tensor, documents: Documents, scale: float | None) -> Tensor:
+    """On a GPU; k and v may have fewer heads. Documents are taken to be as long as a row: shorter ones end early."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    batch, heads, length, width = q_BHTK.shape
+    q, k, v = (x.transpose(1, 2).reshape(batch * length, x.shape[1], width) for x in (q_BHTK, k_BHTK, v_BHTK))
+    out = varlen_attn(
+        q, k, v, documents.starts, documents.starts, length, length,
+        scale=scale, window_size=(-1, 0), enable_gqa=k.shape[1] != heads,
+    )  # fmt: skip
+    assert isinstance(out, Tensor)
+    return out.view(batch, length, heads, width).transpose(1, 2)
+
+
+def _one_by_one(
+    q_BHTK: Tensor, k_BHTK: Tensor, v_BHTK: Tensor, bounds: list[int], dropout: float, scale: float | None
+) -> Tensor:
+    """torch's attention, document by document. Split and joined once: a slice's gradient is as large as the whole."""
+    batch, heads, length, _ = q_BHTK.shape
+    lengths = [end - start for start, end in pairwise(bounds) if end > start]
+    parts = (x.transpose(1, 2).reshape(batch * length, heads, -1).split(lengths) for x in (q_BHTK, k_BHTK, v_BHTK))
+    out = [
+        F.scaled_dot_product_attention(
+            *(x.transpose(0, 1).unsqueeze(0) for x in one), dropout_p=dropout, is_causal=True, scale=scale
+        )
+        for one in zip(*parts, strict=True)
+    ]
+    return torch.cat([x.squeeze(0).transpose(0, 1) for x in out]).view(batch, length, heads, -1).transpose(1, 2)
+
+
 class _Attention(torch.autograd.Function):
-    """Of as many queries as keys; a given mask lets no query see a later key."""
+    """Of as many queries as keys, and as many heads; `bounds`: of documents, None if each row is one."""
 
     @staticmethod
     def forward(
-        ctx: Any, q_BHTK: Tensor, k_BHTK: Tensor, v_BHTK: Tensor, mask: Tensor | None, dropout: float
+        ctx: Any,
+        q_BHTK: Tensor,
+        k_BHTK: Tensor,
+        v_BHTK: Tensor,
+        bounds: list[int] | None,
+        dropout: float,
+        scale: float | None,
     ) -> Tensor:
         batch, heads, length, width = q_BHTK.shape
         q, k, v = (x.reshape(batch * heads, length, width) for x in (q_BHTK, k_BHTK, v_BHTK))
         out = torch.empty_like(q)
         kept: list[Tensor] = []
-        for start, end in attention_blocks(length):
-            scores = torch.baddbmm(
-                _bias(q, mask, heads, start, end), q[:, start:end], k[:, :end].transpose(1, 2), alpha=width**-0.5
-            )
+        ctx.blocks, ctx.scale = list(_blocks(bounds, batch, heads, length)), width**-0.5 if scale is None else scale
+        for rows, keys, queries in ctx.blocks:
+            late = torch.full((queries.stop - queries.start, keys.stop - keys.start), -math.inf, dtype=q.dtype)
+            late.triu_(queries.start - keys.start + 1)
+            scores = torch.baddbmm(late, q[rows, queries], k[rows, keys].transpose(1, 2), alpha=ctx.scale)
             probabilities = torch.softmax(scores, -1)
             kept.append(probabilities)
             if dropout:
                 kept.append(keep_mask(probabilities.shape, dropout))
                 probabilities = keep_(probabilities.clone(), kept[-1])
-            torch.bmm(probabilities, v[:, :end], out=out[:, start:end])
+            torch.bmm(probabilities, v[rows, keys], out=out[rows, queries])
         ctx.save_for_backward(q, k, v, *kept)
         ctx.shape, ctx.dropout = q_BHTK.shape, dropout
         return out.mul_(1 / (1 - dropout)).view(q_BHTK.shape) if dropout else out.view(q_BHTK.shape)
@@ -79,36 +172,44 @@ class _Attention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         q, k, v, *kept = ctx.saved_tensors
-        length, scale = q.shape[1], q.shape[2] ** -0.5
         grad = grad.reshape(q.shape)
         if ctx.dropout:
             grad = grad * (1 / (1 - ctx.dropout))
         grad_q, grad_k, grad_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-        for start, end in reversed(attention_blocks(length)):
+        last = (-1, -1)  # rows and first key of the document that the block before belonged to
+        for rows, keys, queries in reversed(ctx.blocks):
             mask = kept.pop() if ctx.dropout else None
             probabilities = kept.pop()
-            grad_block = grad[:, start:end]
-            grad_probabilities = torch.bmm(grad_block, v[:, :end].transpose(1, 2))
+            grad_block = grad[rows, queries]
+            grad_probabilities = torch.bmm(grad_block, v[rows, keys].transpose(1, 2))
             dropped = probabilities
             if mask is not None:
                 keep_(grad_probabilities, mask)
                 dropped = keep_(probabilities.clone(), mask)
             grad_scores = torch.ops.aten._softmax_backward_data(grad_probabilities, probabilities, -1, q.dtype)
-            # The last block comes first and sees all keys: it overwrites (beta 0), the others add.
-            beta = 0 if end == length else 1
-            _add_product(grad_v[:, :end], dropped.transpose(1, 2), grad_block, beta, 1.0)
-            _add_product(grad_k[:, :end], grad_scores.transpose(1, 2), q[:, start:end], beta, scale)
-            _add_product(grad_q[:, start:end], grad_scores, k[:, :end], 0, scale)
-        return grad_q.view(ctx.shape), grad_k.view(ctx.shape), grad_v.view(ctx.shape), None, None
+            # A document's last block comes first and sees all its keys: it overwrites (beta 0), the others add.
+            beta = 0 if (rows.start, keys.start) != last else 1
+            last = (rows.start, keys.start)
+            _add_product(grad_v[rows, keys], dropped.transpose(1, 2), grad_block, beta, 1.0)
+            _add_product(grad_k[rows, keys], grad_scores.transpose(1, 2), q[rows, queries], beta, ctx.scale)
+            _add_product(grad_q[rows, queries], grad_scores, k[rows, keys], 0, ctx.scale)
+        return grad_q.view(ctx.shape), grad_k.view(ctx.shape), grad_v.view(ctx.shape), None, None, None
+
+
+def _blocks(bounds: list[int] | None, batch: int, heads: int, length: int) -> Iterator[tuple[slice, slice, slice]]:
+    """What is computed together: rows (of heads), the keys that are seen, the queries, which end with them.
+
+    The blocks of a document follow each other; all rows are taken at once where each is a document.
+    """
+    if bounds is None:
+        documents = [(slice(0, batch * heads), 0, length)]
+    else:
+        found = [(start // length, start % length, end - start) for start, end in pairwise(bounds) if end > start]
+        documents = [(slice(row * heads, (row + 1) * heads), start, count) for row, start, count in found]
+    for rows, first, count in documents:
+        for start, end in attention_blocks(count):
+            yield rows, slice(first, first + end), slice(first + start, first + end)
 
 
 def _add_product(into: Tensor, a: Tensor, b: Tensor, beta: int, alpha: float) -> None:
     torch.baddbmm(into, a, b, beta=beta, alpha=alpha, out=into)
-
-
-def _bias(q: Tensor, mask: Tensor | None, heads: int, start: int, end: int) -> Tensor:
-    """What is added to the scores of these queries: 0, or minus infinity where a key is hidden."""
-    if mask is None:
-        return torch.full((end - start, end), -math.inf, dtype=q.dtype).triu_(start + 1)
-    bias = added_mask(mask[:, :, start:end, :end], q.dtype)
-    return bias.expand(-1, heads, -1, -1).reshape(len(q), end - start, end)

@@ -89,6 +89,7 @@ def describe(config: QLoRAModel) -> BaseFacts:
         positions=getattr(text, "max_position_embeddings", None),
         hidden=text.hidden_size,
         layers=text.num_hidden_layers,
+        heads=text.num_attention_heads,
         kv_width=kv_heads * head_width,
         linears=linears,
         other_parameters=sum(p.numel() for p in model.parameters()) - sum(linear.weights for linear in linears),

@@ -25,7 +25,7 @@ from llmtrain.config.model_sections import GPTModel
 from llmtrain.data import IGNORE
 from llmtrain.errors import CheckpointError
 from llmtrain.manifest import FileInfo
-from llmtrain.models.attention import attention, shared_mask
+from llmtrain.models.attention import Documents, attention, kept_apart
 from llmtrain.models.dropout import dropout
 from llmtrain.models.loss import linear_cross_entropy, token_losses
 from llmtrain.models.projections import norm_linear, norm_mlp
@@ -62,15 +62,20 @@ class Attention(nn.Module):
         self.c_proj = nn.Linear(config.width, config.width)
 
     def forward(
-        self, x_BTD: Tensor, norm: nn.LayerNorm, mask: Tensor | None, cache: KVCache | None, layer: int
+        self,
+        x_BTD: Tensor,
+        norm: nn.LayerNorm,
+        apart: Documents | Tensor | None,
+        cache: KVCache | None,
+        layer: int,
     ) -> Tensor:
         batch, length, width = x_BTD.shape
         qkv = norm_linear(x_BTD, norm, self.c_attn).view(batch, length, 3, self.num_heads, width // self.num_heads)
         q_BHTK, k_BHTK, v_BHTK = qkv.permute(2, 0, 3, 1, 4)
         if cache is not None:
             k_BHTK, v_BHTK = cache.extend(layer, k_BHTK, v_BHTK)
-        causal = mask is None and length > 1  # one new position may look at all cached ones
-        out_BHTK = attention(q_BHTK, k_BHTK, v_BHTK, mask, causal, self.dropout if self.training else 0.0)
+        causal = apart is None and length > 1  # one new position may look at all cached ones
+        out_BHTK = attention(q_BHTK, k_BHTK, v_BHTK, apart, causal, self.dropout if self.training else 0.0)
         return self.c_proj(out_BHTK.transpose(1, 2).reshape(batch, length, width))
 
 
@@ -93,8 +98,8 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.dropout = config.dropout
 
-    def forward(self, x_BTD: Tensor, mask: Tensor | None, cache: KVCache | None, layer: int) -> Tensor:
-        x_BTD = x_BTD + dropout(self.attn(x_BTD, self.ln_1, mask, cache, layer), self.dropout, self.training)
+    def forward(self, x_BTD: Tensor, apart: Documents | Tensor | None, cache: KVCache | None, layer: int) -> Tensor:
+        x_BTD = x_BTD + dropout(self.attn(x_BTD, self.ln_1, apart, cache, layer), self.dropout, self.training)
         return x_BTD + dropout(self.mlp(x_BTD, self.ln_2), self.dropout, self.training)
 
 
@@ -173,45 +178,46 @@ class GPT(nn.Module):
         return model, eos_id
 
     def forward(
-        self, input_ids: Tensor, targets: Tensor, doc_ids: Tensor | None = None, positions: Tensor | None = None
+        self, input_ids: Tensor, targets: Tensor, doc_starts: Tensor | None = None, positions: Tensor | None = None
     ) -> Tensor:
         """Sum of the cross-entropies of all supervised positions, in nats (fp32 scalar)."""
-        hidden_BTD = self._hidden(input_ids, _document_mask(doc_ids), positions, None)
+        hidden_BTD = self._hidden(input_ids, doc_starts, positions, None)
         return linear_cross_entropy(hidden_BTD.flatten(0, 1), self.lm_head.weight, targets.flatten(), IGNORE)
 
     @torch.no_grad()
     def token_losses(
-        self, input_ids: Tensor, targets: Tensor, doc_ids: Tensor | None = None, positions: Tensor | None = None
+        self, input_ids: Tensor, targets: Tensor, doc_starts: Tensor | None = None, positions: Tensor | None = None
     ) -> Tensor:
         """(B, T) cross-entropies in nats, 0 where a position is not supervised; their sum is `forward`'s result."""
-        hidden_BTD = self._hidden(input_ids, _document_mask(doc_ids), positions, None)
+        hidden_BTD = self._hidden(input_ids, doc_starts, positions, None)
         return token_losses(hidden_BTD.flatten(0, 1), self.lm_head.weight, targets.flatten(), IGNORE).view_as(targets)
 
     def logits(
         self,
         input_ids: Tensor,
-        doc_ids: Tensor | None = None,
+        doc_starts: Tensor | None = None,
         positions: Tensor | None = None,
         cache: KVCache | None = None,
     ) -> Tensor:
         """(B, T, V). With a cache, `input_ids` continues what the cache has seen."""
-        return self.lm_head(self._hidden(input_ids, _document_mask(doc_ids), positions, cache))
+        return self.lm_head(self._hidden(input_ids, doc_starts, positions, cache))
 
     def _hidden(
-        self, input_ids: Tensor, visible: Tensor | None, positions: Tensor | None, cache: KVCache | None
+        self, input_ids: Tensor, doc_starts: Tensor | None, positions: Tensor | None, cache: KVCache | None
     ) -> Tensor:
         if positions is None:
             first = cache.length if cache is not None else 0
             positions = torch.arange(first, first + input_ids.shape[1], device=input_ids.device)
         parts: Any = self.transformer
         x_BTD = dropout(parts["wte"](input_ids) + parts["wpe"](positions), self.config.dropout, self.training)
-        mask = shared_mask(visible, x_BTD)
+        dropped = self.config.dropout if self.training else 0.0
+        apart = kept_apart(doc_starts, x_BTD, self.config.width // self.config.num_heads, dropped)
         recompute = self.activation_checkpointing and torch.is_grad_enabled()
         for layer, block in enumerate(parts["h"]):
             if recompute:  # restores dropout's random numbers: the same loss and gradients, bit for bit
-                x_BTD = checkpoint(block, x_BTD, mask, cache, layer, use_reentrant=False)
+                x_BTD = checkpoint(block, x_BTD, apart, cache, layer, use_reentrant=False)
             else:
-                x_BTD = block(x_BTD, mask, cache, layer)
+                x_BTD = block(x_BTD, apart, cache, layer)
         return parts["ln_f"](x_BTD)
 
     def text_generator(self) -> "TextGenerator":
@@ -308,11 +314,3 @@ class TextGenerator:
             input_ids = torch.tensor(self._seen)
         device = self._model.lm_head.weight.device
         return self._model.logits(input_ids.to(device).unsqueeze(0), cache=self._cache)[0, -1]
-
-
-def _document_mask(doc_ids: Tensor | None) -> Tensor | None:
-    """(B, 1, T, T): True where a query may see a key: not later, and in the same document."""
-    if doc_ids is None:
-        return None
-    same = doc_ids.unsqueeze(1) == doc_ids.unsqueeze(2)
-    return same.tril().unsqueeze(1)

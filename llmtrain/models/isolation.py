@@ -10,8 +10,8 @@ import contextlib
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from llmtrain.data import Batch
 from llmtrain.errors import ModelError
 from llmtrain.models.qlora import QLoRA
 
@@ -26,25 +26,28 @@ _DOCUMENTS, _POSITIONS = 6, 16
 
 
 @torch.no_grad()
-def difference(model: QLoRA, row: Tensor, doc_lens: list[int], positions: Tensor | None, autocast: bool) -> float:
+def difference(model: QLoRA, batch: Batch, doc_lens: list[int], autocast: bool, apart: bool = True) -> float:
     """How far packed logits are from those of each document alone, as a share of the logits' standard deviation.
 
     Looks at the beginnings of all documents but the first: that is where the ones before would show most.
 
     Args:
-        row: (T,) token ids; doc_lens: lengths of its documents, in order; positions: (T,) as training gives them.
+        batch: one row, as training gives it; doc_lens: lengths of its documents, in order.
+        apart: False leaves out all that would keep them apart.
     """
     model.eval()
     device = next(model.parameters()).device
-    inputs = row.to(device).unsqueeze(0)
-    places = None if positions is None else positions.to(device).unsqueeze(0)
+    batch = batch.to(device)
+    inputs = batch.input_ids
     context: Any = torch.autocast(device.type, torch.bfloat16) if autocast else contextlib.nullcontext()
     squares = variance = 0.0
     with context:
-        hidden_TD = model.hidden(inputs, places)[0]
+        hidden_TD = (
+            model.hidden(inputs, batch.doc_starts, batch.positions) if apart else model.hidden(inputs, None, None)
+        )[0]
         begin = 0
         for number, length in enumerate(doc_lens[:_DOCUMENTS]):
-            end = min(begin + length, len(row))
+            end = min(begin + length, inputs.shape[1])
             if end > begin and (number > 0 or len(doc_lens) == 1):
                 kept = min(end - begin, _POSITIONS)
                 packed = model.logits(hidden_TD[begin : begin + kept]).float()
@@ -56,12 +59,12 @@ def difference(model: QLoRA, row: Tensor, doc_lens: list[int], positions: Tensor
     return (squares / max(variance, 1e-30)) ** 0.5
 
 
-def check(model: QLoRA, row: Tensor, doc_lens: list[int], positions: Tensor | None, autocast: bool) -> float:
-    """Raises ModelError if packed documents see each other; returns the difference."""
-    found = difference(model, row, doc_lens, positions, autocast)
+def check(model: QLoRA, batch: Batch, doc_lens: list[int], autocast: bool) -> float:
+    """Raises ModelError if packed documents see each other; returns the difference. Arguments as of `difference`."""
+    found = difference(model, batch, doc_lens, autocast)
     allowed = _ALONE
     if len(doc_lens) > 1:
-        leak = difference(model, row, doc_lens, None, autocast)
+        leak = difference(model, batch, doc_lens, autocast, apart=False)
         allowed = max(ROUNDING[torch.bfloat16 if autocast else model.dtype], _OF_A_LEAK * leak)
     if not found <= allowed:  # a difference that is no number is found too
         raise ModelError(

@@ -4,8 +4,9 @@ Shapes: B rows, T positions, D hidden width, V vocabulary.
 
 The base runs as transformers built it, up to its last hidden state; the output layer and the loss are
 ours (`loss.py`), so that the logits of a 128k vocabulary never exist all at once, in fp32 or otherwise.
-Documents that share a row are kept apart by positions that restart at 0: transformers isolates them then,
-but only without an attention mask and without a cache. `isolation.check` proves it at the start of a run.
+Documents that share a row are computed one by one (`base_attention.py`) where the base lets us; else they are kept
+apart by positions that restart at 0: transformers isolates them then, but only without an attention mask and without a
+cache. `isolation.check` proves it at the start of a run.
 """
 
 import warnings
@@ -23,6 +24,7 @@ from llmtrain.data import IGNORE
 from llmtrain.errors import CheckpointError, ModelError
 from llmtrain.manifest import FileInfo
 from llmtrain.models import base as bases
+from llmtrain.models import base_attention
 from llmtrain.models.loss import linear_cross_entropy, token_losses
 
 ADAPTER = "adapter_model.safetensors"
@@ -53,6 +55,7 @@ class QLoRA(nn.Module):
         model = bases.load(config, self.dtype, device)
         if getattr(model.get_output_embeddings(), "bias", None) is not None:
             raise ModelError(f"model.base={config.base}: its output layer has a bias, which the loss does not know")
+        self._by_document = base_attention.use(model, config.context, self.dtype, device)
         if activation_checkpointing:  # restores dropout's random numbers: the same loss and gradients
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
@@ -81,13 +84,10 @@ class QLoRA(nn.Module):
         return self._base.get_output_embeddings().weight
 
     def forward(
-        self, input_ids: Tensor, targets: Tensor, doc_ids: Tensor | None = None, positions: Tensor | None = None
+        self, input_ids: Tensor, targets: Tensor, doc_starts: Tensor | None = None, positions: Tensor | None = None
     ) -> Tensor:
-        """Sum of the cross-entropies of all supervised positions, in nats (fp32 scalar).
-
-        `doc_ids` is not used: `positions` that restart at 0 say where documents begin.
-        """
-        hidden_ND = self.hidden(input_ids, positions).flatten(0, 1)
+        """Sum of the cross-entropies of all supervised positions, in nats (fp32 scalar)."""
+        hidden_ND = self.hidden(input_ids, doc_starts, positions).flatten(0, 1)
         targets_N = targets.flatten()
         if hidden_ND.device.type == "cpu":  # on a GPU, knowing how many there are would be a host sync
             supervised = targets_N != IGNORE
@@ -96,18 +96,22 @@ class QLoRA(nn.Module):
 
     @torch.no_grad()
     def token_losses(
-        self, input_ids: Tensor, targets: Tensor, doc_ids: Tensor | None = None, positions: Tensor | None = None
+        self, input_ids: Tensor, targets: Tensor, doc_starts: Tensor | None = None, positions: Tensor | None = None
     ) -> Tensor:
         """(B, T) cross-entropies in nats, 0 where a position is not supervised; their sum is `forward`'s result."""
-        hidden_ND, targets_N = self.hidden(input_ids, positions).flatten(0, 1), targets.flatten()
+        hidden_ND, targets_N = self.hidden(input_ids, doc_starts, positions).flatten(0, 1), targets.flatten()
         supervised = targets_N != IGNORE
         losses_N = torch.zeros(targets_N.shape, device=targets_N.device)
         losses_N[supervised] = token_losses(hidden_ND[supervised], self._head, targets_N[supervised], IGNORE)
         return losses_N.view_as(targets)
 
-    def hidden(self, input_ids: Tensor, positions: Tensor | None) -> Tensor:
+    def hidden(self, input_ids: Tensor, doc_starts: Tensor | None, positions: Tensor | None) -> Tensor:
         """(B, T, D), after the last norm."""
-        output = self._base.get_decoder()(input_ids=input_ids, position_ids=positions, use_cache=False)
+        documents: dict[str, Any] = {}
+        if doc_starts is not None and self._by_document:
+            documents = base_attention.told(doc_starts, input_ids.shape[1])
+        decoder = self._base.get_decoder()
+        output = decoder(input_ids=input_ids, position_ids=positions, use_cache=False, **documents)
         return output.last_hidden_state
 
     def logits(self, hidden_ND: Tensor) -> Tensor:

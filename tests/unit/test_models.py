@@ -113,7 +113,7 @@ def test_packed_documents_are_computed_as_if_alone():
     lens = np.array([5, 12, 6], np.int32)
     packed = make_batch(Rows(tokens, [lens], None), isolate_documents=True)
     with torch.no_grad():
-        together = model.logits(packed.input_ids, packed.doc_ids, packed.positions)
+        together = model.logits(packed.input_ids, packed.doc_starts, packed.positions)
         leaky = model.logits(packed.input_ids)
         start = 0
         for length in lens[:-1]:
@@ -131,7 +131,7 @@ def test_packed_loss_is_the_sum_of_the_documents_losses():
 
     def loss(batch):
         with torch.no_grad():
-            return model(batch.input_ids, batch.targets, batch.doc_ids, batch.positions).item()
+            return model(batch.input_ids, batch.targets, batch.doc_starts, batch.positions).item()
 
     alone, start = 0.0, 0
     for length in lens:
@@ -206,12 +206,12 @@ def test_the_compiled_model_is_one_graph_with_the_same_gradients(documents: bool
     """Whatever would make the compiler leave the graph is an error here. No kernels are built: that takes a minute."""
     model = GPT(SMALL, 100, seed=3)
     ids = torch.randint(0, 100, (2, 24), generator=torch.Generator().manual_seed(0))
-    doc_ids = torch.tensor([[0] * 9 + [1] * 15] * 2, dtype=torch.int32) if documents else None
+    doc_starts = torch.tensor([0, 9, 24, 33, 48, 48, 48, 48], dtype=torch.int32) if documents else None
     positions = torch.cat([torch.arange(9), torch.arange(15)]).expand(2, -1) if documents else None
     found: list[list[torch.Tensor]] = []
     for forward in (model, torch.compile(model, backend="aot_eager", fullgraph=True)):
         model.zero_grad()
-        loss = forward(ids, ids, doc_ids, positions)
+        loss = forward(ids, ids, doc_starts, positions)
         loss.backward()
         found.append([loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
     for mine, reference in zip(*found, strict=True):

@@ -69,7 +69,7 @@ LENGTHS = [23, 7, 41, 12]
 def loss_and_gradients(model: QLoRA, rows: Rows, isolate: bool) -> tuple[float, dict[str, Tensor]]:
     model.zero_grad()
     batch = make_batch(rows, isolate)
-    loss = model(batch.input_ids, batch.targets, batch.doc_ids, batch.positions) / batch.num_targets
+    loss = model(batch.input_ids, batch.targets, batch.doc_starts, batch.positions) / batch.num_targets
     loss.backward()
     return loss.item(), {name: p.grad.clone() for name, p in model.trainable().items() if p.grad is not None}
 
@@ -101,11 +101,10 @@ def test_a_wrong_mask_makes_the_start_up_check_fail(
     model = build(config)
     rows = samples(LENGTHS, 90, together=True)
     batch = make_batch(rows, isolate_documents=True)
-    assert batch.positions is not None
-    arguments: Any = (batch.input_ids[0], LENGTHS, batch.positions[0], precision == "bf16")
+    arguments: Any = (batch, LENGTHS, precision == "bf16")
     assert isolation.check(model, *arguments) < 0.01
 
-    def with_an_attention_mask(input_ids: Tensor, positions: Tensor | None) -> Tensor:
+    def with_an_attention_mask(input_ids: Tensor, _: Tensor | None, positions: Tensor | None) -> Tensor:
         ones = torch.ones_like(input_ids)  # the mask that most training scripts pass
         output = model._base.get_decoder()(
             input_ids=input_ids, position_ids=positions, attention_mask=ones, use_cache=False
@@ -120,12 +119,12 @@ def test_a_wrong_mask_makes_the_start_up_check_fail(
 def test_logits_that_are_scaled_behind_our_back_are_found(llama: Path):
     model = build(configure(llama))
     rows = samples([40], 90, together=True)
-    row = make_batch(rows, isolate_documents=True).input_ids[0]
-    assert isolation.check(model, row, [40], None, autocast=False) < 1e-4
+    batch = make_batch(rows, isolate_documents=False)
+    assert isolation.check(model, batch, [40], autocast=False) < 1e-4
     plain = model.logits
     model.logits = lambda hidden_ND: plain(hidden_ND) * 0.5  # type: ignore[method-assign]
     with pytest.raises(ModelError, match="changes its logits"):
-        isolation.check(model, row, [40], None, autocast=False)
+        isolation.check(model, batch, [40], autocast=False)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
@@ -192,7 +191,7 @@ def test_an_adapter_is_saved_and_loaded_here_and_by_peft(llama: Path, tmp_path: 
     ids = torch.randint(512, (2, 20), generator=torch.Generator().manual_seed(0))
     plain.eval()
     with torch.no_grad():
-        mine = plain.logits(plain.hidden(ids, None))
+        mine = plain.logits(plain.hidden(ids, None, None))
         # peft computes adapters in fp32, also those that are stored in bf16
         tolerance = 2e-2 if "model.lora.dtype=bf16" in settings else 1e-5
         assert torch.allclose(mine, theirs.eval()(input_ids=ids).logits, atol=tolerance)
@@ -237,7 +236,7 @@ def test_what_a_layer_keeps_is_what_autograd_keeps(
         folder = write_llama(tmp_path / str(layers), **shape)
         config = configure(
             folder, f"train.precision={precision}", f"model.lora.dropout={dropout}", "model.lora.r=2",
-            f"model.lora.target_modules={targets}", f"data.packing={packing}",
+            f"model.lora.target_modules={targets}", f"data.packing={packing}", f"model.context={length}",
         )  # fmt: skip
         model = build(config, stir=False)
         own = {p.untyped_storage().data_ptr() for p in model.parameters()}
@@ -246,16 +245,19 @@ def test_what_a_layer_keeps_is_what_autograd_keeps(
 
         def note(tensor: Tensor, own: set[int] = own, seen: dict[int, int] = seen, alive: list[Tensor] = alive):
             storage = tensor.untyped_storage()
-            if storage.data_ptr() not in own and tensor.shape[-1] != length:  # the mask is all layers' together
+            if storage.data_ptr() not in own:
                 seen[storage.data_ptr()] = storage.nbytes()
                 alive.append(tensor)
             return tensor
 
         ids = torch.zeros(rows, length, dtype=torch.int64)
-        positions = torch.arange(length // 2).repeat(2).expand(rows, -1) if packing == "bestfit" else None
+        positions = doc_starts = None
+        if packing == "bestfit":
+            positions = torch.arange(length).expand(rows, -1)
+            doc_starts = torch.arange(0, (rows + 1) * length, length, dtype=torch.int32)
         hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
         with hooks, torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-            assert model.hidden(ids, positions).requires_grad
+            assert model.hidden(ids, doc_starts, positions).requires_grad
         measured[layers] = sum(seen.values())
     assert config is not None
     assert config.model.kind == "qlora"
@@ -313,7 +315,7 @@ def test_a_base_that_lies_there_quantised_is_taken_as_it_is(llama: Path, tmp_pat
     write_tokenizer(tmp_path / "nf4")
     stored, fresh = build(configure(tmp_path / "nf4")), build(config)
     ids = torch.randint(512, (1, 20), generator=torch.Generator().manual_seed(0))
-    assert torch.allclose(stored.eval().hidden(ids, None), fresh.eval().hidden(ids, None), atol=1e-5)
+    assert torch.allclose(stored.eval().hidden(ids, None, None), fresh.eval().hidden(ids, None, None), atol=1e-5)
 
 
 def test_a_tokenizer_larger_than_the_embedding(llama: Path):

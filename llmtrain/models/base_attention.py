@@ -1,0 +1,83 @@
+"""Our attention in a base that transformers built.
+
+transformers tells packed documents by positions that restart, for which a GPU has to be waited for, and keeps them
+apart by a mask over all pairs of a row's tokens: a row of 16,384 costs its square. Told where documents begin,
+`attention.py` computes each alone. A base that is not known to hand that down, or whose attention sees less than all
+that came before, keeps transformers' own.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmtrain.models.attention import Documents, attention, has_flash
+
+_NAME = "llmtrain"
+KINDS = (
+    "apertus", "arcee", "cohere", "cohere2", "ernie4_5", "exaone4", "gemma", "gemma3_text", "glm", "glm4", "gpt2",
+    "gpt_neox", "granite", "helium", "llama", "mistral", "mixtral", "olmo", "olmo2", "olmoe", "opt", "phi", "phi3",
+    "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "seed_oss", "smollm3", "starcoder2",
+)  # fmt: skip
+"""Architectures (`model_type`) that are known to hand down where documents begin: tests/unit/test_base_attention.py
+looks at each."""
+_WHOLE = {"full_attention", "sliding_attention"}
+"""Kinds of layers that see all that came before, if their window is as wide as a row."""
+_DROPOUTS = ("attention_dropout", "attn_pdrop")
+
+
+def use(model: Any, context: int, dtype: torch.dtype, device: torch.device) -> bool:
+    """Have `model` compute attention here, if that is what it means by attention; whether it does from now on.
+
+    It then takes `told(doc_starts)` as further arguments of its forward pass. No row may be longer than `context`.
+    """
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    config = model.config
+    if config.model_type not in KINDS or config._attn_implementation != "sdpa":
+        return False
+    window = getattr(config, "sliding_window", None)
+    if (window and window < context) or set(getattr(config, "layer_types", None) or _WHOLE) - _WHOLE:
+        return False
+    if device.type != "cpu":
+        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        if not has_flash(device, dtype, width) or any(getattr(config, name, 0) for name in _DROPOUTS):
+            return False
+    # A name without a mask of its own: transformers then makes none, and does not look at the positions.
+    assert _NAME not in ALL_MASK_ATTENTION_FUNCTIONS
+    ALL_ATTENTION_FUNCTIONS.register(_NAME, _attention)
+    model.set_attn_implementation(_NAME)
+    return True
+
+
+def told(doc_starts: Tensor, length: int) -> dict[str, Any]:
+    """Where documents begin (`attention.Documents`), by the names under which transformers hands it down.
+
+    `length`: of a row; no document is longer.
+    """
+    names = ("cu_seq_lens_q", "cu_seq_lens_k")
+    return {**dict.fromkeys(names, doc_starts), "max_length_q": length, "max_length_k": length}
+
+
+def _attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """As transformers calls it: (B, H, T, K), of key and value perhaps fewer heads, to (B, T, H, K)."""
+    if cu_seq_lens_q is None:  # one document a row, or generation
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling)
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1 and query.device.type == "cpu":
+        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    out_BHTK = attention(query, key, value, Documents(cu_seq_lens_q), False, dropout, scaling)
+    return out_BHTK.transpose(1, 2).contiguous(), None
