@@ -6,6 +6,7 @@ import torch
 
 from llmtrain.config.model_sections import GPTModel, QLoRAModel
 from llmtrain.config.schema import RunConfig
+from llmtrain.models.attention import has_flash
 from llmtrain.models.gpt import GPT
 
 if TYPE_CHECKING:  # peft and bitsandbytes take seconds to import
@@ -25,7 +26,8 @@ def build_model(
     recompute = config.train.activation_checkpointing
     match config.model:
         case GPTModel():
-            return GPT(config.model, vocab_size, None if is_loaded_next else config.run.seed, recompute)
+            flash = has_flash(device, config.model.width // config.model.num_heads)
+            return GPT(config.model, vocab_size, None if is_loaded_next else config.run.seed, recompute, flash)
         case QLoRAModel():
             from llmtrain.models.qlora import QLoRA
 

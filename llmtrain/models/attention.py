@@ -22,9 +22,9 @@ from torch.autograd.function import once_differentiable
 from llmtrain.memory import attention_blocks, keeps_probabilities
 from llmtrain.models.dropout import keep_, keep_mask
 
-_FLASH_DTYPES = (torch.bfloat16, torch.float16)
-_FLASH_WIDTH = 256
-"""The widest head that FlashAttention takes; it has to be a multiple of 8."""
+FLASH_DTYPES = (torch.bfloat16, torch.float16)
+_WIDE = ((8, 0), (9, 0), (10, 0))
+"""GPUs (A100, H100 and H200, B200) on which FlashAttention has a backward pass for heads wider than 192."""
 
 
 class Documents(NamedTuple):
@@ -61,32 +61,34 @@ def attention(
     return F.scaled_dot_product_attention(q_BHTK, k_BHTK, v_BHTK, apart, dropout, is_causal=causal, scale=scale)
 
 
-def kept_apart(doc_starts: Tensor | None, x: Tensor, width: int, dropout: float) -> "Documents | Tensor | None":
+def kept_apart(doc_starts: Tensor | None, x: Tensor, flash: bool) -> "Documents | Tensor | None":
     """How the layers are to keep documents apart: made once for a batch, whose embeddings are `x` (B, T, ...).
 
     Args:
         doc_starts: as in `Documents`; None if each row is one.
-        width: of a head.
+        flash: `has_flash`, and no dropout.
 
     Returns:
-        `Documents` where they are computed one by one, else a mask that is added to the scores, (B, 1, T, T): with
-        dropout on a GPU, in fp32 there, and in what torch compiles for a CPU.
+        `Documents` where they are computed one by one, else a mask that is added to the scores, (B, 1, T, T): on GPUs
+        without the kernel, in fp32 there, and in what torch compiles for a CPU.
     """
     if doc_starts is None:
         return None
     dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
-    if x.device.type == "cpu":
-        alone = not torch.compiler.is_compiling()
-    else:
-        alone = dropout == 0 and has_flash(x.device, dtype, width)
+    on_cpu = x.device.type == "cpu" and not torch.compiler.is_compiling()
+    alone = on_cpu or (flash and dtype in FLASH_DTYPES)
     return Documents(doc_starts) if alone else added_mask(visible(doc_starts, *x.shape[:2]), dtype)
 
 
-def has_flash(device: torch.device, dtype: torch.dtype, width: int) -> bool:
-    """Whether FlashAttention's kernel for documents takes this; it has no dropout."""
-    if device.type != "cuda" or dtype not in _FLASH_DTYPES or width % 8 or width > _FLASH_WIDTH:
+def has_flash(device: torch.device, width: int) -> bool:
+    """Whether this is a GPU with FlashAttention's kernel for documents, with a backward pass for heads of this width.
+
+    The kernel takes FLASH_DTYPES, and has no dropout. Not to be asked in what torch compiles.
+    """
+    if device.type != "cuda" or torch.version.hip is not None:
         return False
-    return torch.cuda.get_device_capability(device) >= (8, 0)
+    capability = torch.cuda.get_device_capability(device)
+    return capability >= (8, 0) and width % 8 == 0 and width <= (256 if capability in _WIDE else 192)
 
 
 def visible(doc_starts: Tensor, num_rows: int, length: int) -> Tensor:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmtrain.models.attention import Documents, attention, has_flash
+from llmtrain.models.attention import FLASH_DTYPES, Documents, attention, has_flash
 
 _NAME = "llmtrain"
 KINDS = (
@@ -42,7 +42,8 @@ def use(model: Any, context: int, dtype: torch.dtype, device: torch.device) -> b
         return False
     if device.type != "cpu":
         width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        if not has_flash(device, dtype, width) or any(getattr(config, name, 0) for name in _DROPOUTS):
+        drops = any(getattr(config, name, 0) for name in _DROPOUTS)
+        if drops or dtype not in FLASH_DTYPES or not has_flash(device, width):
             return False
     # A name without a mask of its own: transformers then makes none, and does not look at the positions.
     assert _NAME not in ALL_MASK_ATTENTION_FUNCTIONS

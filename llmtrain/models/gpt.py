@@ -115,9 +115,20 @@ class _DrawNothing(TorchFunctionMode):
 class GPT(nn.Module):
     """`forward` returns the summed loss of a batch, `logits` what generation needs."""
 
-    def __init__(self, config: GPTModel, vocab_size: int, seed: int | None = 0, activation_checkpointing: bool = False):
-        """Without a seed no weight is drawn (6 s for a billion of them): they hold nothing until `load`."""
+    def __init__(
+        self,
+        config: GPTModel,
+        vocab_size: int,
+        seed: int | None = 0,
+        activation_checkpointing: bool = False,
+        flash: bool = False,
+    ):
+        """Without a seed no weight is drawn (6 s for a billion of them): they hold nothing until `load`.
+
+        `flash`: what `attention.has_flash` says of the device that it will be on.
+        """
         super().__init__()
+        self._flash = flash
         self.config, self.vocab_size = config, vocab_size
         self.activation_checkpointing = activation_checkpointing
         # GPT-2's initialisation draws every weight itself: torch's would be drawn before, and overwritten.
@@ -210,8 +221,8 @@ class GPT(nn.Module):
             positions = torch.arange(first, first + input_ids.shape[1], device=input_ids.device)
         parts: Any = self.transformer
         x_BTD = dropout(parts["wte"](input_ids) + parts["wpe"](positions), self.config.dropout, self.training)
-        dropped = self.config.dropout if self.training else 0.0
-        apart = kept_apart(doc_starts, x_BTD, self.config.width // self.config.num_heads, dropped)
+        drops = self.training and self.config.dropout > 0
+        apart = kept_apart(doc_starts, x_BTD, self._flash and not drops)
         recompute = self.activation_checkpointing and torch.is_grad_enabled()
         for layer, block in enumerate(parts["h"]):
             if recompute:  # restores dropout's random numbers: the same loss and gradients, bit for bit

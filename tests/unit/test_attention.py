@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from llmtrain.config.model_sections import GPTModel
 from llmtrain.models import GPT
 from llmtrain.models import attention as module
-from llmtrain.models.attention import Documents, added_mask, attention, visible
+from llmtrain.models.attention import Documents, added_mask, attention, kept_apart, visible
 from llmtrain.models.dropout import dropout, keep_, keep_mask
 
 
@@ -108,7 +108,7 @@ def test_torchs_kernel_takes_what_it_is_given(kv_heads: int):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_gpus_kernel_gives_what_a_mask_gives():
     device = torch.device("cuda")
-    if not module.has_flash(device, torch.bfloat16, 16):
+    if not module.has_flash(device, 16):
         pytest.skip("a GPU older than Ampere")
     apart = Documents(documents(300).starts.to(device))
     upstream = torch.randn(2, 4, 300, 16, device=device, dtype=torch.bfloat16)
@@ -223,8 +223,7 @@ def test_documents_have_the_losses_that_they_have_alone(device: str, monkeypatch
     ]
     made: list[Documents | Tensor] = []
 
-    def kept_apart(doc_starts: Tensor, x: Tensor, width: int, dropout: float) -> Documents | Tensor:
-        assert (width, dropout, x.shape) == (8, 0.0, (2, 24, 16))
+    def kept_apart(doc_starts: Tensor, x: Tensor, flash: bool) -> Documents | Tensor:
         made.append(Documents(doc_starts) if "with the" in device else added_mask(visible(doc_starts, 2, 24), x.dtype))
         return made[-1]
 
@@ -242,13 +241,36 @@ def test_documents_have_the_losses_that_they_have_alone(device: str, monkeypatch
     assert (leaky[1, 9:] - found[1, 9:]).abs().max() > 1e-3
 
 
-def test_documents_go_to_the_kernel_of_a_gpu_where_it_can_compute_them(monkeypatch: pytest.MonkeyPatch):
+def test_documents_go_to_the_kernel_of_a_gpu_that_has_it(monkeypatch: pytest.MonkeyPatch):
+    capability = (8, 0)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    capability, gpu, bf16 = (8, 0), torch.device("cuda"), torch.bfloat16
-    assert module.has_flash(gpu, bf16, 64)
-    assert not module.has_flash(gpu, torch.float32, 64)
-    assert not module.has_flash(gpu, bf16, 60)
-    assert not module.has_flash(gpu, bf16, 264)
-    assert not module.has_flash(torch.device("cpu"), bf16, 64)
+    gpu = torch.device("cuda")
+    assert module.has_flash(gpu, 64)
+    assert module.has_flash(gpu, 256)
+    assert not module.has_flash(gpu, 60)
+    assert not module.has_flash(gpu, 264)
+    assert not module.has_flash(torch.device("cpu"), 64)
+    capability = (8, 6)
+    assert module.has_flash(gpu, 192)
+    assert not module.has_flash(gpu, 256)
     capability = (7, 5)
-    assert not module.has_flash(gpu, bf16, 64)
+    assert not module.has_flash(gpu, 64)
+
+
+def test_with_dropout_and_in_fp32_a_gpu_is_given_a_mask(monkeypatch: pytest.MonkeyPatch):
+    starts, x = torch.tensor([0, 24, 48], dtype=torch.int32), torch.empty(2, 24, 16)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.compiler, "is_compiling", lambda: True)  # a CPU that has no path of its own
+        assert isinstance(kept_apart(starts, x.bfloat16(), flash=True), Documents)
+        in_fp32, without = kept_apart(starts, x, flash=True), kept_apart(starts, x.bfloat16(), flash=False)
+    assert isinstance(in_fp32, Tensor)
+    assert isinstance(without, Tensor)
+    assert in_fp32.shape == without.shape == (2, 1, 24, 24)
+    assert (in_fp32.dtype, without.dtype) == (torch.float32, torch.bfloat16)
+    seen: list[bool] = []
+    monkeypatch.setattr("llmtrain.models.gpt.kept_apart", lambda doc_starts, x, flash: seen.append(flash))
+    shape = GPTModel(num_layers=1, num_heads=2, width=16, context=24, dropout=0.1)
+    model, ids = GPT(shape, 50, flash=True), torch.zeros(1, 24, dtype=torch.int64)
+    model(ids, ids)
+    model.eval()(ids, ids)
+    assert seen == [False, True]

@@ -6,6 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
+from torch._dynamo.exc import BackendCompilerFailed
 from torch.nn.functional import cross_entropy
 
 from llmtrain.config.schema import GPTModel, SampleSection
@@ -13,6 +15,7 @@ from llmtrain.data import IGNORE, make_batch
 from llmtrain.errors import CheckpointError
 from llmtrain.evaluate import continue_text, sample_token
 from llmtrain.models import loss as loss_module
+from llmtrain.models.attention import Documents, _flash
 from llmtrain.models.gpt import GPT, TextGenerator
 from llmtrain.models.loss import linear_cross_entropy
 from llmtrain.shards import Rows
@@ -216,6 +219,28 @@ def test_the_compiled_model_is_one_graph_with_the_same_gradients(documents: bool
         found.append([loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
     for mine, reference in zip(*found, strict=True):
         torch.testing.assert_close(mine, reference)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_with_a_gpus_kernel_for_documents_the_model_is_one_graph(recompute: bool, monkeypatch: pytest.MonkeyPatch):
+    """As a GPU would have it, up to the graph: there is no kernel here to run."""
+
+    def as_on_a_gpu(q: Tensor, k: Tensor, v: Tensor, apart: Documents, causal: bool, dropout: float) -> Tensor:
+        return _flash(q, k, v, apart, None)
+
+    class Captured(Exception):
+        pass
+
+    def keep(graph: Any, inputs: Any) -> Any:
+        raise Captured(str(graph.graph))
+
+    monkeypatch.setattr("llmtrain.models.gpt.kept_apart", lambda doc_starts, x, flash: Documents(doc_starts))
+    monkeypatch.setattr("llmtrain.models.gpt.attention", as_on_a_gpu)
+    model = GPT(SMALL, 100, seed=3, activation_checkpointing=recompute)
+    ids, starts = torch.zeros(2, 24, dtype=torch.int64), torch.tensor([0, 9, 24, 48], dtype=torch.int32)
+    with pytest.raises(BackendCompilerFailed) as caught:
+        torch.compile(model, backend=keep, fullgraph=True)(ids, ids, starts)
+    assert isinstance(caught.value.inner_exception, Captured)
 
 
 def test_the_compiled_model_is_one_graph_with_dropout_in_bf16():
