@@ -6,6 +6,7 @@ import torch
 from llmtrain.config.schema import GPTModel, RunConfig
 from llmtrain.data import Batch
 from llmtrain.models import GPT
+from llmtrain.models.attention import has_flash
 from llmtrain.models.dropout import keep_mask
 from llmtrain.strategies import build_strategy, deepspeed_config
 from llmtrain.trainer import seed_step
@@ -67,13 +68,19 @@ def test_what_deepspeed_is_told_for_a_gpu():
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("documents", [False, True])
-def test_a_step_never_waits_for_the_gpu(documents: bool):
+@pytest.mark.parametrize("documents", ["none", "by a mask", "by the kernel"])
+def test_a_step_never_waits_for_the_gpu(documents: str):
     gpu = world(device="cuda")
     alone = World(0, 1, 0, gpu.device)
-    strategy = build_strategy(RunConfig(model=SMALL), GPT(SMALL, 100), alone, bf16=True)
+    by_kernel = documents == "by the kernel"
+    if by_kernel and not has_flash(gpu.device, SMALL.width // SMALL.num_heads):
+        pytest.skip("a GPU older than Ampere")
+    shape = SMALL.model_copy(update={"dropout": 0.0}) if by_kernel else SMALL
+    strategy = build_strategy(RunConfig(model=shape), GPT(shape, 100, flash=by_kernel), alone, bf16=True)
     ids = torch.zeros(2, SMALL.context, dtype=torch.int64)
-    batch = Batch(ids, ids, ids.int() if documents else None, ids if documents else None, ids.numel()).to(gpu.device)
+    starts = None if documents == "none" else torch.tensor([0, 9, 24, 48], dtype=torch.int32)
+    positions = None if documents == "none" else torch.arange(24).expand(2, -1).contiguous()
+    batch = Batch(ids, ids, starts, positions, ids.numel()).to(gpu.device)
 
     def step(number: int) -> torch.Tensor:
         seed_step(0, number, gpu)
