@@ -279,7 +279,11 @@ def split_batches(
     isolate_documents: bool,
     limit: int | None = None,
 ) -> Iterator[Batch]:
-    """This rank's rows of a whole split (or its first `limit` rows), in order, for evaluation."""
-    mine = np.arange(rank, min(shards.num_rows, limit or shards.num_rows), world_size)
+    """This rank's rows of a whole split, in order, for evaluation; with `limit` so many, evenly spread over it.
+
+    The first ones alone would be other rows: the longest documents (`bestfit`), or one source of several.
+    """
+    count = min(shards.num_rows, limit or shards.num_rows)
+    mine = np.arange(rank, count, world_size) * shards.num_rows // count
     for i in range(0, len(mine), batch_size):
         yield make_batch(shards.rows(mine[i : i + batch_size]), isolate_documents)

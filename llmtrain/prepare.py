@@ -127,6 +127,7 @@ def _hash(noted: dict[str, dict[str, Any]], name: str) -> str | None:
 
 def _resume_step(run: RunDir, config: RunConfig, origins: Origins, data: ShardFolder) -> int | None:
     if not run.checkpoint_steps():
+        _refuse_to_begin_again(run)
         return None
     _check_same_run(run, config, origins)
     step = checkpoint.newest_whole(run)
@@ -139,6 +140,26 @@ def _resume_step(run: RunDir, config: RunConfig, origins: Origins, data: ShardFo
                 "run another run.name, or bring the old text back and run 'llmtrain shard CONFIG --force'"
             )
     return step
+
+
+def _refuse_to_begin_again(run: RunDir) -> None:
+    """A run that has saved and has no checkpoint left would begin anew in its old ledgers, with its old scores.
+
+    Raises:
+        CheckpointError: its checkpoints are in quarantine, or gone.
+    """
+    if quarantined := run.quarantined_steps():
+        raise CheckpointError(
+            f"{run.checkpoints}: no checkpoint verifies; {run.quarantined(quarantined[-1]).name} is the newest of "
+            f"{len(quarantined)} in quarantine (the run's events say why). One that is whole after all (a disk that "
+            "was away) can be renamed back; or start anew with run.resume=never (the folder is moved aside, not deleted)"
+        )
+    if any(rundir.read_jsonl(ledger_file) for ledger_file in (run.saves, run.scores, run.uploads)):
+        raise CheckpointError(
+            f"{run.checkpoints}: this run has saved checkpoints, and none of them is there any more. Bring one back "
+            f"('llmtrain restore' takes it from the Hub, into another folder), give this run another run.name, or "
+            "start anew with run.resume=never (this folder is moved aside, not deleted)"
+        )
 
 
 def _check_same_run(run: RunDir, config: RunConfig, origins: Origins) -> None:

@@ -1,5 +1,6 @@
 """How often the model is right: answers to held-out prompts, generated and compared with the completions."""
 
+import math
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from llmtrain.shards import ShardSet
 from llmtrain.world import World
 
 _NUMBER = re.compile(r"[-+]?(?:\d[\d,]*)?\.?\d+")
+_GOLDEN = (math.sqrt(5) - 1) / 2  # its multiples spread evenly, however many there are
 _NUMERIC = re.compile(r"\s*[$€£]?\s*[-+]?(?:\d[\d,]*)?\.?\d+\s*[%$€£]?\s*")
 """A completion that is a number and nothing else."""
 
@@ -26,7 +28,7 @@ class Question:
 
 
 def questions(split: ShardSet, limit: int) -> list[Question]:
-    """Of the first `limit` documents of a split that have a prompt."""
+    """Of so many documents of a split that have a prompt."""
     found: list[Question] = []
     for ids, learned in _documents(split):
         places = np.flatnonzero(learned)
@@ -40,7 +42,8 @@ def questions(split: ShardSet, limit: int) -> list[Question]:
 
 
 def _documents(split: ShardSet) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    for row in range(split.num_rows):
+    # However few rows are read, they come from all over the split: `bestfit` begins with the longest documents.
+    for row in np.argsort(np.arange(split.num_rows) * _GOLDEN % 1, kind="stable"):
         rows = split.rows(np.array([row]))
         if rows.loss_mask is None:
             return
@@ -81,8 +84,9 @@ class Tally:
                 self.error += abs(wanted - given)
 
     def scores(self) -> dict[str, float]:
-        """exact_match; of numeric completions the mean absolute error of the numbers given, and how many gave one."""
-        scores = {"task_exact_match": self.exact / max(1, self.asked)}
+        """exact_match, if anything was asked; of numeric completions the mean absolute error of the numbers given, and
+        how many gave one."""
+        scores = {"task_exact_match": self.exact / self.asked} if self.asked else {}
         if self.numeric:
             scores["task_numbers_given"] = self.numbers / self.numeric
         if self.numbers:

@@ -108,7 +108,7 @@ class TaskSection(Section):
     """Answers to held-out prompts, generated and compared, at each save (format.kind other than text)."""
 
     samples: Annotated[int, Field(ge=0)] = 0
-    """Held-out prompts to answer, without randomness; 0 for none."""
+    """Held-out prompts to answer, from all over the split, without randomness; 0 for none."""
     max_tokens: Annotated[int, Field(ge=1)] = 64
     """Longest answer."""
 
@@ -119,8 +119,8 @@ class EvaluateSection(Section):
     also_at: list[Annotated[int, Field(ge=0)]] = [0]
     """Further steps to evaluate after; 0 is before the first one."""
     train_rows: Annotated[int, Field(ge=0)] = 64
-    """Score this many rows of the training split in the same way each time (no dropout), so that the gap
-    to the held-out loss compares like with like; 0 for none."""
+    """Score this many rows of the training split, evenly spread over it, in the same way each time (no dropout), so
+    that the gap to the held-out loss compares like with like; 0 for none."""
     batch_size: Annotated[int | None, Field(ge=1)] = None
     """Rows per forward pass on a rank; by default the training micro-batch. Does not change the result."""
     sample: SampleSection = SampleSection()
@@ -219,6 +219,11 @@ class RunConfig(Section):
                 raise ValueError("service.patience needs the checkpoint service: set service.start to auto or manual")
         if self.evaluate.task.samples and self.data.format.kind == "text":
             raise ValueError("evaluate.task.samples needs samples with completions: set data.format.kind")
+        if self.evaluate.task.samples and not getattr(self.data.format, "completion_only", True):
+            raise ValueError(
+                "evaluate.task.samples asks prompts and compares completions, which data.format.completion_only=false "
+                "does not tell apart; leave one of them out"
+            )
         return self
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -154,6 +155,25 @@ def test_a_longer_run_goes_on_and_another_configuration_is_refused(workplace: Wo
 def test_resume_must_find_something(workplace: Workplace):
     output = workplace.train("run.name=none", "run.resume=must", code=errors.CheckpointError.exit_code)
     assert 'run.resume="must" (command line)' in output
+
+
+def test_a_run_whose_checkpoints_are_gone_does_not_begin_again_in_its_old_ledgers(workplace: Workplace):
+    workplace.train("run.name=emptied", "train.steps=4")
+    run = RunDir(workplace.run_folder("emptied"))
+    (newest,) = run.checkpoint_steps()
+    run.checkpoint(newest).rename(run.quarantined(newest))
+    before = workplace.ledger("emptied"), sorted(run.tensorboard.iterdir())
+    for changed in ([], ["optim.lr=5e-4"]):
+        output = workplace.train("run.name=emptied", *changed, code=errors.CheckpointError.exit_code)
+        assert "step-00000004 is the newest of 1 in quarantine" in output
+    shutil.rmtree(run.quarantined(newest))
+    output = workplace.train("run.name=emptied", "optim.lr=5e-4", code=errors.CheckpointError.exit_code)
+    assert "has saved checkpoints, and none of them is there any more" in output
+    assert "run.resume=never" in output
+    assert (workplace.ledger("emptied"), sorted(run.tensorboard.iterdir())) == before
+    assert "lr: 0.003" in run.config.read_text()
+    workplace.train("run.name=emptied", "train.steps=2", "run.resume=never")
+    assert len(workplace.ledger("emptied")) == 2
 
 
 def test_a_corrupt_newest_checkpoint_is_named_and_the_one_before_used(workplace: Workplace, undisturbed: str):

@@ -207,6 +207,7 @@ def test_a_base_brings_its_own_defaults(tmp_path: Path):
         (["model.lora.rank=8"], "model.lora.rank=8 (command line): unknown key"),
         (["model.quantisation=nf8"], "did you mean 'nf4'?"),
         (["data.packing=contiguous"], "would cut samples"),
+        (["evaluate.task.samples=2", "data.format.completion_only=false"], "does not tell apart; leave one of them"),
     ],
 )
 def test_settings_of_a_base_that_cannot_be(settings: list[str], message: str):

@@ -154,6 +154,18 @@ def test_the_loader_gives_every_step_in_order_and_ends_when_it_is_left(tmp_path:
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_some_rows_are_spread_over_the_split_however_many_ranks_read_them(tmp_path: Path, world_size: int):
+    shards = make_set(tmp_path, [[5]] * 11, 5)
+    seen = [
+        int(first) // 100
+        for rank in range(world_size)
+        for batch in split_batches(shards, 3, rank, world_size, False, limit=4)
+        for first in batch.input_ids[:, 0]
+    ]
+    assert sorted(seen) == [0, 2, 5, 8]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_evaluation_sees_each_row_once(tmp_path: Path, world_size: int):
     shards = make_set(tmp_path, [[5]] * 11, 5)
     seen = [

@@ -37,6 +37,21 @@ def test_questions_end_where_the_last_completion_begins(tmp_path: Path):
     assert len(task.questions(split_of(tmp_path, Rows(tokens, lens, mask)), limit=1)) == 1
 
 
+def test_few_questions_come_from_all_over_the_split(tmp_path: Path):
+    rows = Rows(np.full((100, 4), 7, np.uint16), [np.array([4], np.int32)] * 100, np.zeros((100, 4), np.uint8))
+    rows.tokens[:, 0] = np.arange(100)
+    assert rows.loss_mask is not None
+    rows.loss_mask[:, 2:] = 1
+    split = split_of(tmp_path, rows)
+    asked = [question.prompt_ids[0] for question in task.questions(split, limit=10)]
+    assert all(1 <= sum(low <= row < low + 20 for row in asked) <= 3 for low in range(0, 100, 20))
+    assert sorted(question.prompt_ids[0] for question in task.questions(split, limit=100)) == list(range(100))
+
+
+def test_where_nothing_was_asked_there_is_no_score():
+    assert task.Tally().scores() == {}
+
+
 @pytest.mark.parametrize(
     ("text", "number"), [("34.00", 34.0), ("about $1,234.5 or 7", 1234.5), ("-3", -3.0), (".5", 0.5), ("none", None)]
 )
