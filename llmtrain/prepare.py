@@ -152,7 +152,7 @@ def _refuse_to_begin_again(run: RunDir) -> None:
         raise CheckpointError(
             f"{run.checkpoints}: no checkpoint verifies; {run.quarantined(quarantined[-1]).name} is the newest of "
             f"{len(quarantined)} in quarantine (the run's events say why). One that is whole after all (a disk that "
-            "was away) can be renamed back; or start anew with run.resume=never (the folder is moved aside, not deleted)"
+            "was away) can be renamed back; or start anew with run.resume=never (moves this folder aside)"
         )
     if any(rundir.read_jsonl(ledger_file) for ledger_file in (run.saves, run.scores, run.uploads)):
         raise CheckpointError(
