@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -27,6 +28,7 @@ IGNORE = -100
 """Target of a position that is not supervised."""
 
 _COLUMNS = 32  # few different shapes, little padding
+_FEW_STARTS, _FEW_LENGTHS = 32, 128
 _ROUNDS = 6
 _ORDER_BLOCK = 1024  # row numbers worked out at a time: a few cost as much as these
 _MOST_AHEAD = 8  # steps, unless they are large:
@@ -94,13 +96,22 @@ class SampleOrder:
         return (left << self._half_bits) | right
 
 
+class Documents(NamedTuple):
+    """Where documents begin in the rows of a batch, laid one behind the other; a row's begin is a document's."""
+
+    starts: Tensor
+    """(D + 1,) int32, ascending from 0; the last is B * T, and may be there several times."""
+    longest: int
+    """No document is longer: a bound, so that there are few of them (compiled code has one graph for each)."""
+
+
 @dataclass
 class Batch:
     """Rows as the model takes them."""
 
     input_ids: Tensor  # (B, T) int64; T is at most the context
     targets: Tensor  # (B, T) int64, IGNORE where not supervised
-    doc_starts: Tensor | None  # (D + 1,) int32, models/attention.py's `Documents`; None: each row is one
+    documents: Documents | None  # attention stays within each; None: each row is one
     positions: Tensor | None  # (B, T) int64, restarting at 0 with each document; None: 0 ... T - 1
     num_targets: int
 
@@ -118,7 +129,12 @@ class Batch:
         ids, targets = move(self.input_ids), move(self.targets)
         assert ids is not None
         assert targets is not None
-        return Batch(ids, targets, move(self.doc_starts), move(self.positions), self.num_targets)
+        documents = None
+        if self.documents is not None:
+            starts = move(self.documents.starts)
+            assert starts is not None
+            documents = Documents(starts, self.documents.longest)
+        return Batch(ids, targets, documents, move(self.positions), self.num_targets)
 
 
 def make_batch(rows: Rows, isolate_documents: bool) -> Batch:
@@ -142,20 +158,21 @@ def make_batch(rows: Rows, isolate_documents: bool) -> Batch:
         supervised &= rows.loss_mask[:, 1:width].astype(bool)
     targets = tokens[:, 1:].clone()
     targets.masked_fill_(torch.from_numpy(~supervised), IGNORE)
-    doc_starts = positions = None
+    documents = positions = None
     if isolate_documents:
         places = np.arange(width - 1) - starts[:, :-1]
-        doc_starts, positions = torch.from_numpy(_starts(places)), torch.from_numpy(places)
-    return Batch(tokens[:, :-1].contiguous(), targets, doc_starts, positions, int(supervised.sum()))
+        documents, positions = _bounds(places), torch.from_numpy(places)
+    return Batch(tokens[:, :-1].contiguous(), targets, documents, positions, int(supervised.sum()))
 
 
-def _starts(places: NDArray[np.int64]) -> NDArray[np.int32]:
-    """Where documents begin in (B, T) positions that restart with each, and their end: as often as it takes to a power
-    of two, so that the compiler and the allocator see few sizes."""
+def _bounds(places: NDArray[np.int64]) -> Documents:
+    """Of (B, T) positions that restart with each document; their number and the longest rounded up, so that compiler
+    and allocator see few sizes (a GPU's kernel takes memory for each start, and time for each length)."""
     starts = np.flatnonzero(places == 0)
-    padded = np.full(1 << len(starts).bit_length(), places.size, np.int32)
+    padded = np.full(-(-(len(starts) + 1) // _FEW_STARTS) * _FEW_STARTS, places.size, np.int32)
     padded[: len(starts)] = starts
-    return padded
+    longest = -(-(int(places.max()) + 1) // _FEW_LENGTHS) * _FEW_LENGTHS
+    return Documents(torch.from_numpy(padded), min(longest, places.shape[1]))
 
 
 def _documents(

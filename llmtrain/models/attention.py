@@ -12,33 +12,27 @@ Shapes: B rows, H heads, T positions, K width of a head, D documents.
 import math
 from collections.abc import Iterator
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from llmtrain.data import Documents
 from llmtrain.memory import attention_blocks, keeps_probabilities
 from llmtrain.models.dropout import keep_, keep_mask
 
 FLASH_DTYPES = (torch.bfloat16, torch.float16)
 _WIDE = ((8, 0), (9, 0), (10, 0))
-"""GPUs (A100, H100 and H200, B200) on which FlashAttention has a backward pass for heads wider than 192."""
-
-
-class Documents(NamedTuple):
-    """Where documents begin in the rows of a batch, laid one behind the other; a row's begin is a document's."""
-
-    starts: Tensor
-    """(D + 1,) int32, ascending from 0; the last is B * T, and may be there several times."""
+"""GPUs (A100, H100 and H200, B200) on which FlashAttention has a backward pass for heads of 200 to 224 too."""
 
 
 def attention(
     q_BHTK: Tensor,
     k_BHTK: Tensor,
     v_BHTK: Tensor,
-    apart: "Documents | Tensor | None",
+    apart: Documents | Tensor | None,
     causal: bool,
     dropout: float,
     scale: float | None = None,
@@ -61,23 +55,28 @@ def attention(
     return F.scaled_dot_product_attention(q_BHTK, k_BHTK, v_BHTK, apart, dropout, is_causal=causal, scale=scale)
 
 
-def kept_apart(doc_starts: Tensor | None, x: Tensor, flash: bool) -> "Documents | Tensor | None":
+def kept_apart(documents: Documents | None, x: Tensor, flash: bool) -> Documents | Tensor | None:
     """How the layers are to keep documents apart: made once for a batch, whose embeddings are `x` (B, T, ...).
 
     Args:
-        doc_starts: as in `Documents`; None if each row is one.
+        documents: None if each row is one.
         flash: `has_flash`, and no dropout.
 
     Returns:
-        `Documents` where they are computed one by one, else a mask that is added to the scores, (B, 1, T, T): on GPUs
+        `documents` where they are computed one by one, else a mask that is added to the scores, (B, 1, T, T): on GPUs
         without the kernel, in fp32 there, and in what torch compiles for a CPU.
     """
-    if doc_starts is None:
+    if documents is None:
         return None
-    dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+    dtype = _computed_in(x)
     on_cpu = x.device.type == "cpu" and not torch.compiler.is_compiling()
     alone = on_cpu or (flash and dtype in FLASH_DTYPES)
-    return Documents(doc_starts) if alone else added_mask(visible(doc_starts, *x.shape[:2]), dtype)
+    return documents if alone else added_mask(visible(documents, *x.shape[:2]), dtype)
+
+
+def _computed_in(x: Tensor) -> torch.dtype:
+    """What autocast makes of `x` in torch's attention."""
+    return torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
 
 
 def has_flash(device: torch.device, width: int) -> bool:
@@ -88,13 +87,14 @@ def has_flash(device: torch.device, width: int) -> bool:
     if device.type != "cuda" or torch.version.hip is not None:
         return False
     capability = torch.cuda.get_device_capability(device)
-    return capability >= (8, 0) and width % 8 == 0 and width <= (256 if capability in _WIDE else 192)
+    narrow = width <= 192 or (width <= 256 and (width > 224 or capability in _WIDE))
+    return capability >= (8, 0) and width % 8 == 0 and narrow
 
 
-def visible(doc_starts: Tensor, num_rows: int, length: int) -> Tensor:
+def visible(documents: Documents, num_rows: int, length: int) -> Tensor:
     """(B, 1, T, T): True where a query may see a key: not later, and in the same document."""
-    places = torch.arange(num_rows * length, device=doc_starts.device)
-    number = (places.unsqueeze(1) >= doc_starts).sum(1).view(num_rows, length)
+    places = torch.arange(num_rows * length, device=documents.starts.device)
+    number = (places.unsqueeze(1) >= documents.starts).sum(1).view(num_rows, length)
     return (number.unsqueeze(1) == number.unsqueeze(2)).tril().unsqueeze(1)
 
 
@@ -109,13 +109,15 @@ def trains_on_cpu(x: Tensor) -> bool:
 
 
 def _flash(q_BHTK: Tensor, k_BHTK: Tensor, v_BHTK: Tensor, documents: Documents, scale: float | None) -> Tensor:
-    """On a GPU; k and v may have fewer heads. Documents are taken to be as long as a row: shorter ones end early."""
+    """On a GPU; k and v may have fewer heads. `to` does what autocast does for torch's own attention, and not here."""
     from torch.nn.attention.varlen import varlen_attn
 
     batch, heads, length, width = q_BHTK.shape
-    q, k, v = (x.transpose(1, 2).reshape(batch * length, x.shape[1], width) for x in (q_BHTK, k_BHTK, v_BHTK))
+    dtype = _computed_in(q_BHTK)
+    given = (x.to(dtype).transpose(1, 2) for x in (q_BHTK, k_BHTK, v_BHTK))
+    q, k, v = (x.reshape(batch * length, x.shape[2], width) for x in given)
     out = varlen_attn(
-        q, k, v, documents.starts, documents.starts, length, length,
+        q, k, v, documents.starts, documents.starts, documents.longest, documents.longest,
         scale=scale, window_size=(-1, 0), enable_gqa=k.shape[1] != heads,
     )  # fmt: skip
     assert isinstance(out, Tensor)

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmtrain.models.attention import FLASH_DTYPES, Documents, attention, has_flash
+from llmtrain.data import Documents
+from llmtrain.models.attention import FLASH_DTYPES, attention, has_flash
 
 _NAME = "llmtrain"
 KINDS = (
@@ -29,7 +30,7 @@ _DROPOUTS = ("attention_dropout", "attn_pdrop")
 def use(model: Any, context: int, dtype: torch.dtype, device: torch.device) -> bool:
     """Have `model` compute attention here, if that is what it means by attention; whether it does from now on.
 
-    It then takes `told(doc_starts)` as further arguments of its forward pass. No row may be longer than `context`.
+    It then takes `told(documents)` as further arguments of its forward pass. No row may be longer than `context`.
     """
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -52,13 +53,12 @@ def use(model: Any, context: int, dtype: torch.dtype, device: torch.device) -> b
     return True
 
 
-def told(doc_starts: Tensor, length: int) -> dict[str, Any]:
-    """Where documents begin (`attention.Documents`), by the names under which transformers hands it down.
-
-    `length`: of a row; no document is longer.
-    """
-    names = ("cu_seq_lens_q", "cu_seq_lens_k")
-    return {**dict.fromkeys(names, doc_starts), "max_length_q": length, "max_length_k": length}
+def told(documents: Documents) -> dict[str, Any]:
+    """Where documents begin, by the names under which transformers hands it down."""
+    return {
+        "cu_seq_lens_q": documents.starts, "cu_seq_lens_k": documents.starts,
+        "max_length_q": documents.longest, "max_length_k": documents.longest,
+    }  # fmt: skip
 
 
 def _attention(
@@ -70,6 +70,7 @@ def _attention(
     dropout: float = 0.0,
     scaling: float | None = None,
     cu_seq_lens_q: Tensor | None = None,
+    max_length_q: int = 0,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """As transformers calls it: (B, H, T, K), of key and value perhaps fewer heads, to (B, T, H, K)."""
@@ -80,5 +81,5 @@ def _attention(
     groups = query.shape[1] // key.shape[1]
     if groups > 1 and query.device.type == "cpu":
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    out_BHTK = attention(query, key, value, Documents(cu_seq_lens_q), False, dropout, scaling)
+    out_BHTK = attention(query, key, value, Documents(cu_seq_lens_q, max_length_q), False, dropout, scaling)
     return out_BHTK.transpose(1, 2).contiguous(), None

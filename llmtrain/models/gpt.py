@@ -22,10 +22,10 @@ from torch.utils.checkpoint import checkpoint
 
 from llmtrain import tensorfile
 from llmtrain.config.model_sections import GPTModel
-from llmtrain.data import IGNORE
+from llmtrain.data import IGNORE, Documents
 from llmtrain.errors import CheckpointError
 from llmtrain.manifest import FileInfo
-from llmtrain.models.attention import Documents, attention, kept_apart
+from llmtrain.models.attention import attention, kept_apart
 from llmtrain.models.dropout import dropout
 from llmtrain.models.loss import linear_cross_entropy, token_losses
 from llmtrain.models.projections import norm_linear, norm_mlp
@@ -189,32 +189,32 @@ class GPT(nn.Module):
         return model, eos_id
 
     def forward(
-        self, input_ids: Tensor, targets: Tensor, doc_starts: Tensor | None = None, positions: Tensor | None = None
+        self, input_ids: Tensor, targets: Tensor, documents: Documents | None = None, positions: Tensor | None = None
     ) -> Tensor:
         """Sum of the cross-entropies of all supervised positions, in nats (fp32 scalar)."""
-        hidden_BTD = self._hidden(input_ids, doc_starts, positions, None)
+        hidden_BTD = self._hidden(input_ids, documents, positions, None)
         return linear_cross_entropy(hidden_BTD.flatten(0, 1), self.lm_head.weight, targets.flatten(), IGNORE)
 
     @torch.no_grad()
     def token_losses(
-        self, input_ids: Tensor, targets: Tensor, doc_starts: Tensor | None = None, positions: Tensor | None = None
+        self, input_ids: Tensor, targets: Tensor, documents: Documents | None = None, positions: Tensor | None = None
     ) -> Tensor:
         """(B, T) cross-entropies in nats, 0 where a position is not supervised; their sum is `forward`'s result."""
-        hidden_BTD = self._hidden(input_ids, doc_starts, positions, None)
+        hidden_BTD = self._hidden(input_ids, documents, positions, None)
         return token_losses(hidden_BTD.flatten(0, 1), self.lm_head.weight, targets.flatten(), IGNORE).view_as(targets)
 
     def logits(
         self,
         input_ids: Tensor,
-        doc_starts: Tensor | None = None,
+        documents: Documents | None = None,
         positions: Tensor | None = None,
         cache: KVCache | None = None,
     ) -> Tensor:
         """(B, T, V). With a cache, `input_ids` continues what the cache has seen."""
-        return self.lm_head(self._hidden(input_ids, doc_starts, positions, cache))
+        return self.lm_head(self._hidden(input_ids, documents, positions, cache))
 
     def _hidden(
-        self, input_ids: Tensor, doc_starts: Tensor | None, positions: Tensor | None, cache: KVCache | None
+        self, input_ids: Tensor, documents: Documents | None, positions: Tensor | None, cache: KVCache | None
     ) -> Tensor:
         if positions is None:
             first = cache.length if cache is not None else 0
@@ -222,7 +222,7 @@ class GPT(nn.Module):
         parts: Any = self.transformer
         x_BTD = dropout(parts["wte"](input_ids) + parts["wpe"](positions), self.config.dropout, self.training)
         drops = self.training and self.config.dropout > 0
-        apart = kept_apart(doc_starts, x_BTD, self._flash and not drops)
+        apart = kept_apart(documents, x_BTD, self._flash and not drops)
         recompute = self.activation_checkpointing and torch.is_grad_enabled()
         for layer, block in enumerate(parts["h"]):
             if recompute:  # restores dropout's random numbers: the same loss and gradients, bit for bit

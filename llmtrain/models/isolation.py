@@ -43,7 +43,7 @@ def difference(model: QLoRA, batch: Batch, doc_lens: list[int], autocast: bool, 
     squares = variance = 0.0
     with context:
         hidden_TD = (
-            model.hidden(inputs, batch.doc_starts, batch.positions) if apart else model.hidden(inputs, None, None)
+            model.hidden(inputs, batch.documents, batch.positions) if apart else model.hidden(inputs, None, None)
         )[0]
         begin = 0
         for number, length in enumerate(doc_lens[:_DOCUMENTS]):

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from llmtrain import tensorfile
 from llmtrain.config.model_sections import QLoRAModel
-from llmtrain.data import IGNORE
+from llmtrain.data import IGNORE, Documents
 from llmtrain.errors import CheckpointError, ModelError
 from llmtrain.manifest import FileInfo
 from llmtrain.models import base as bases
@@ -84,10 +84,10 @@ class QLoRA(nn.Module):
         return self._base.get_output_embeddings().weight
 
     def forward(
-        self, input_ids: Tensor, targets: Tensor, doc_starts: Tensor | None = None, positions: Tensor | None = None
+        self, input_ids: Tensor, targets: Tensor, documents: Documents | None = None, positions: Tensor | None = None
     ) -> Tensor:
         """Sum of the cross-entropies of all supervised positions, in nats (fp32 scalar)."""
-        hidden_ND = self.hidden(input_ids, doc_starts, positions).flatten(0, 1)
+        hidden_ND = self.hidden(input_ids, documents, positions).flatten(0, 1)
         targets_N = targets.flatten()
         if hidden_ND.device.type == "cpu":  # on a GPU, knowing how many there are would be a host sync
             supervised = targets_N != IGNORE
@@ -96,22 +96,19 @@ class QLoRA(nn.Module):
 
     @torch.no_grad()
     def token_losses(
-        self, input_ids: Tensor, targets: Tensor, doc_starts: Tensor | None = None, positions: Tensor | None = None
+        self, input_ids: Tensor, targets: Tensor, documents: Documents | None = None, positions: Tensor | None = None
     ) -> Tensor:
         """(B, T) cross-entropies in nats, 0 where a position is not supervised; their sum is `forward`'s result."""
-        hidden_ND, targets_N = self.hidden(input_ids, doc_starts, positions).flatten(0, 1), targets.flatten()
+        hidden_ND, targets_N = self.hidden(input_ids, documents, positions).flatten(0, 1), targets.flatten()
         supervised = targets_N != IGNORE
         losses_N = torch.zeros(targets_N.shape, device=targets_N.device)
         losses_N[supervised] = token_losses(hidden_ND[supervised], self._head, targets_N[supervised], IGNORE)
         return losses_N.view_as(targets)
 
-    def hidden(self, input_ids: Tensor, doc_starts: Tensor | None, positions: Tensor | None) -> Tensor:
+    def hidden(self, input_ids: Tensor, documents: Documents | None, positions: Tensor | None) -> Tensor:
         """(B, T, D), after the last norm."""
-        documents: dict[str, Any] = {}
-        if doc_starts is not None and self._by_document:
-            documents = base_attention.told(doc_starts, input_ids.shape[1])
-        decoder = self._base.get_decoder()
-        output = decoder(input_ids=input_ids, position_ids=positions, use_cache=False, **documents)
+        told = {} if documents is None or not self._by_document else base_attention.told(documents)
+        output = self._base.get_decoder()(input_ids=input_ids, position_ids=positions, use_cache=False, **told)
         return output.last_hidden_state
 
     def logits(self, hidden_ND: Tensor) -> Tensor:

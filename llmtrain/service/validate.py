@@ -84,7 +84,7 @@ def validate(
     def token_losses(batch: Batch) -> Tensor:
         moved = batch.to(device)
         with autocast(device, bf16):
-            return model.token_losses(moved.input_ids, moved.targets, moved.doc_starts, moved.positions)
+            return model.token_losses(moved.input_ids, moved.targets, moved.documents, moved.positions)
 
     for step in steps:
         began = time.perf_counter()

@@ -36,4 +36,4 @@ def evaluation_loss(module: nn.Module, batch: Batch, device: torch.device, bf16:
     module.eval()
     batch = batch.to(device)
     with autocast(device, bf16):
-        return module(batch.input_ids, batch.targets, batch.doc_starts, batch.positions)
+        return module(batch.input_ids, batch.targets, batch.documents, batch.positions)

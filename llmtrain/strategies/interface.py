@@ -5,7 +5,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from llmtrain.data import Batch
+from llmtrain.data import Batch, Documents
 from llmtrain.fragments import Fragment, FragmentReader
 from llmtrain.manifest import FileInfo
 
@@ -20,7 +20,7 @@ class Trainable(Protocol):
     """What a model offers: a summed loss, and its own file format. Implemented by `models/`."""
 
     def __call__(
-        self, input_ids: Tensor, targets: Tensor, doc_starts: Tensor | None, positions: Tensor | None
+        self, input_ids: Tensor, targets: Tensor, documents: Documents | None, positions: Tensor | None
     ) -> Tensor: ...
     def save(self, folder: Path, weights: dict[str, Tensor], eos_id: int) -> dict[str, FileInfo]: ...
     def load(self, folder: Path) -> None: ...

@@ -60,7 +60,7 @@ class ZeRO2Strategy:
         """Collective (default group, inside backward): each micro-batch's gradients are reduced to their owners."""
         training_mode(self._module)
         heartbeat.on_to("forward")
-        loss = self._engine(batch.input_ids, batch.targets, batch.doc_starts, batch.positions)
+        loss = self._engine(batch.input_ids, batch.targets, batch.documents, batch.positions)
         heartbeat.on_to("backward")
         self._engine.backward(loss * scale, scale_wrt_gas=False)
         return loss.detach()
@@ -136,9 +136,9 @@ def deepspeed_config(config: RunConfig, parameters: Iterable[Tensor], device: to
         "zero_optimization": {
             "stage": 2,
             "contiguous_gradients": True,
-            # Reduced to their owners, gradients travel in a copy of their bucket and are copied back; else as they lie,
-            # and every rank gets all of them, of which it keeps its own. DeepSpeed sends as much either way.
-            "reduce_scatter": device.type == "cuda",
+            # With it gradients travel in a copy of their bucket and are copied back, without as they lie: every rank
+            # gets all of them either way, and keeps its own.
+            "reduce_scatter": False,
             "overlap_comm": strategy.overlap,
             "reduce_bucket_size": bucket,
             "allgather_bucket_size": bucket,

@@ -1,6 +1,7 @@
 """Attention and dropout in training on a CPU, against torch's own."""
 
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -9,9 +10,10 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from llmtrain.config.model_sections import GPTModel
+from llmtrain.data import Documents
 from llmtrain.models import GPT
 from llmtrain.models import attention as module
-from llmtrain.models.attention import Documents, added_mask, attention, kept_apart, visible
+from llmtrain.models.attention import added_mask, attention, kept_apart, visible
 from llmtrain.models.dropout import dropout, keep_, keep_mask
 
 
@@ -24,19 +26,19 @@ def inputs(length: int, dtype: torch.dtype = torch.float32) -> Tensor:
 def documents(length: int) -> Documents:
     """Of two rows: the first is one document, the second has up to three; the end stands there more than once."""
     starts = {0, length, length + length // 3, length + length // 2}
-    return Documents(torch.tensor([*sorted(starts), 2 * length, 2 * length], dtype=torch.int32))
+    return Documents(torch.tensor([*sorted(starts), 2 * length, 2 * length], dtype=torch.int32), length)
 
 
 def reference(qkv: Tensor, apart: Documents | None, scale: float | None = None) -> Tensor:
     """torch's attention, with a mask."""
     if apart is None:
         return F.scaled_dot_product_attention(*qkv, is_causal=True, scale=scale)
-    mask = visible(apart.starts, qkv.shape[1], qkv.shape[3])
+    mask = visible(apart, qkv.shape[1], qkv.shape[3])
     return F.scaled_dot_product_attention(*qkv, mask, scale=scale)
 
 
 def test_a_mask_shows_what_came_before_in_the_document():
-    mask = visible(torch.tensor([0, 4, 5, 8, 8]), 2, 4)
+    mask = visible(Documents(torch.tensor([0, 4, 5, 8, 8]), 4), 2, 4)
     assert mask.int().tolist() == [
         [[[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1]]],
         [[[1, 0, 0, 0], [0, 1, 0, 0], [0, 1, 1, 0], [0, 1, 1, 1]]],
@@ -100,9 +102,24 @@ def test_torchs_kernel_takes_what_it_is_given(kv_heads: int):
     """Shapes alone, which torch checks without a GPU."""
     with FakeTensorMode():
         q, k, v = (torch.empty(2, h, 64, 32, device="cuda", dtype=torch.bfloat16) for h in (4, kv_heads, kv_heads))
-        out = module._flash(q, k, v, Documents(torch.empty(8, dtype=torch.int32, device="cuda")), None)
+        out = module._flash(q, k, v, Documents(torch.empty(8, dtype=torch.int32, device="cuda"), 64), None)
     assert out.shape == q.shape
     assert out.dtype == q.dtype
+
+
+def test_torchs_kernel_is_given_what_autocast_would_make(monkeypatch: pytest.MonkeyPatch):
+    """Base models compute queries in fp32 in places (layer norms on GPUs, DoRA), and the kernel takes none."""
+    given: list[torch.dtype] = []
+
+    def note(q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> Tensor:
+        given.extend((q.dtype, k.dtype, v.dtype))
+        return q
+
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", note)
+    q, k, v = inputs(12).detach()
+    with torch.autocast("cpu", torch.bfloat16):
+        module._flash(q, k, v.bfloat16(), documents(12), None)
+    assert given == [torch.bfloat16] * 3
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -110,7 +127,7 @@ def test_a_gpus_kernel_gives_what_a_mask_gives():
     device = torch.device("cuda")
     if not module.has_flash(device, 16):
         pytest.skip("a GPU older than Ampere")
-    apart = Documents(documents(300).starts.to(device))
+    apart = Documents(documents(300).starts.to(device), 300)
     upstream = torch.randn(2, 4, 300, 16, device=device, dtype=torch.bfloat16)
     found: list[tuple[Tensor, Tensor]] = []
     for kernel in (True, False):
@@ -204,7 +221,7 @@ def test_a_mask_writes_zeros_and_leaves_the_rest(dtype: torch.dtype):
 
 def test_a_mask_that_is_added_is_the_mask():
     """What a GPU is given where its kernel cannot be used."""
-    mask = visible(documents(32).starts, 2, 32)
+    mask = visible(documents(32), 2, 32)
     qkv = inputs(32).detach()
     expected = F.scaled_dot_product_attention(*qkv, mask)
     assert torch.equal(F.scaled_dot_product_attention(*qkv, added_mask(mask, torch.float32)), expected)
@@ -215,7 +232,7 @@ def test_documents_have_the_losses_that_they_have_alone(device: str, monkeypatch
     """The whole model: all layers take what is made once for the batch."""
     model = GPT(GPTModel(num_layers=2, num_heads=2, width=16, context=24), 50).eval()
     ids = torch.randint(0, 50, (2, 24), generator=torch.Generator().manual_seed(0))
-    starts = torch.tensor([0, 24, 33, 48], dtype=torch.int32)
+    given = Documents(torch.tensor([0, 24, 33, 48], dtype=torch.int32), 24)
     positions = torch.stack([torch.arange(24), torch.cat([torch.arange(9), torch.arange(15)])])
     alone = [
         model.token_losses(ids[row : row + 1, start:end], ids[row : row + 1, start:end])
@@ -223,17 +240,17 @@ def test_documents_have_the_losses_that_they_have_alone(device: str, monkeypatch
     ]
     made: list[Documents | Tensor] = []
 
-    def kept_apart(doc_starts: Tensor, x: Tensor, flash: bool) -> Documents | Tensor:
-        made.append(Documents(doc_starts) if "with the" in device else added_mask(visible(doc_starts, 2, 24), x.dtype))
+    def kept_apart(documents: Documents, x: Tensor, flash: bool) -> Documents | Tensor:
+        made.append(documents if "with the" in device else added_mask(visible(documents, 2, 24), x.dtype))
         return made[-1]
 
     if device != "cpu":
         monkeypatch.setattr("llmtrain.models.gpt.kept_apart", kept_apart)
         monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", kernel)
         monkeypatch.setattr(module, "_one_by_one", lambda q, k, v, bounds, dropout, scale: module._flash(
-            q, k, v, Documents(torch.tensor(bounds, dtype=torch.int32)), scale
+            q, k, v, Documents(torch.tensor(bounds, dtype=torch.int32), 24), scale
         ))  # fmt: skip
-    found = model.token_losses(ids, ids, starts, positions)
+    found = model.token_losses(ids, ids, given, positions)
     assert torch.allclose(found.flatten(), torch.cat([losses.flatten() for losses in alone]), atol=1e-5)
     assert len(made) == (device != "cpu")
     monkeypatch.undo()
@@ -252,23 +269,24 @@ def test_documents_go_to_the_kernel_of_a_gpu_that_has_it(monkeypatch: pytest.Mon
     assert not module.has_flash(torch.device("cpu"), 64)
     capability = (8, 6)
     assert module.has_flash(gpu, 192)
-    assert not module.has_flash(gpu, 256)
+    assert not module.has_flash(gpu, 224)
+    assert module.has_flash(gpu, 256)
     capability = (7, 5)
     assert not module.has_flash(gpu, 64)
 
 
 def test_with_dropout_and_in_fp32_a_gpu_is_given_a_mask(monkeypatch: pytest.MonkeyPatch):
-    starts, x = torch.tensor([0, 24, 48], dtype=torch.int32), torch.empty(2, 24, 16)
+    given, x = Documents(torch.tensor([0, 24, 48], dtype=torch.int32), 24), torch.empty(2, 24, 16)
     with monkeypatch.context() as patch:
         patch.setattr(torch.compiler, "is_compiling", lambda: True)  # a CPU that has no path of its own
-        assert isinstance(kept_apart(starts, x.bfloat16(), flash=True), Documents)
-        in_fp32, without = kept_apart(starts, x, flash=True), kept_apart(starts, x.bfloat16(), flash=False)
+        assert isinstance(kept_apart(given, x.bfloat16(), flash=True), Documents)
+        in_fp32, without = kept_apart(given, x, flash=True), kept_apart(given, x.bfloat16(), flash=False)
     assert isinstance(in_fp32, Tensor)
     assert isinstance(without, Tensor)
     assert in_fp32.shape == without.shape == (2, 1, 24, 24)
     assert (in_fp32.dtype, without.dtype) == (torch.float32, torch.bfloat16)
     seen: list[bool] = []
-    monkeypatch.setattr("llmtrain.models.gpt.kept_apart", lambda doc_starts, x, flash: seen.append(flash))
+    monkeypatch.setattr("llmtrain.models.gpt.kept_apart", lambda documents, x, flash: seen.append(flash))
     shape = GPTModel(num_layers=1, num_heads=2, width=16, context=24, dropout=0.1)
     model, ids = GPT(shape, 50, flash=True), torch.zeros(1, 24, dtype=torch.int64)
     model(ids, ids)

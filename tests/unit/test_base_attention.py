@@ -50,14 +50,14 @@ def hidden(model: Any, input_ids: Tensor, **more: Any) -> Tensor:
 @torch.no_grad()
 def test_packed_documents_are_computed_as_alone(kind: str):
     model, batch = build(kind), packed()
-    assert batch.doc_starts is not None
+    assert batch.documents is not None
     alone: list[Tensor] = []
     begin = 0
     for length in LENGTHS:
         alone.append(hidden(model, batch.input_ids[:, begin : begin + length]))
         begin += length
     assert base_attention.use(model, 128, torch.float32, CPU)
-    told = base_attention.told(batch.doc_starts, batch.input_ids.shape[1])
+    told = base_attention.told(batch.documents)
     found = hidden(model, batch.input_ids, position_ids=batch.positions, **told)[:begin]
     expected = torch.cat(alone)
     assert (found - expected).norm() < 1e-5 * expected.norm()
@@ -68,11 +68,11 @@ def test_packed_documents_are_computed_as_alone(kind: str):
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "granite"])
 def test_gradients_are_those_that_transformers_mask_gives(kind: str):
     batch = packed()
-    assert batch.doc_starts is not None
+    assert batch.documents is not None
     found: list[list[Tensor]] = []
     for ours in (False, True):
         model = build(kind)
-        told = base_attention.told(batch.doc_starts, batch.input_ids.shape[1]) if ours else {}
+        told = base_attention.told(batch.documents) if ours else {}
         assert not ours or base_attention.use(model, 128, torch.float32, CPU)
         hidden(model, batch.input_ids, position_ids=batch.positions, **told).square().mean().backward()
         found.append([p.grad for p in model.parameters() if p.grad is not None])

@@ -81,9 +81,10 @@ def test_targets_stay_within_documents_and_out_of_padding():
     assert batch.input_ids.tolist() == [[0, 1, 2, 3, 4, 5, 6, 7]]
     assert batch.targets.tolist() == [[1, 2, IGNORE, 4, 5, 6, IGNORE, IGNORE]]
     assert batch.num_targets == 5
-    assert batch.doc_starts is not None
+    assert batch.documents is not None
     assert batch.positions is not None
-    assert batch.doc_starts.tolist() == [0, 3, 7, 8]
+    assert batch.documents.starts.tolist() == [0, 3, 7] + [8] * 29
+    assert batch.documents.longest == 8  # at most a row
     assert batch.positions.tolist() == [[0, 1, 2, 0, 1, 2, 3, 0]]
 
 
@@ -104,7 +105,7 @@ def test_the_loss_mask_chooses_targets():
     mask = np.array([[1, 0, 1, 1, 0, 1]], np.uint8)
     batch = make_batch(Rows(tokens, [np.array([6], np.int32)], mask), isolate_documents=False)
     assert batch.targets.tolist() == [[IGNORE, 2, 3, IGNORE, 5]]
-    assert batch.doc_starts is None
+    assert batch.documents is None
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 6])

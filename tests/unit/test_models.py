@@ -11,11 +11,11 @@ from torch._dynamo.exc import BackendCompilerFailed
 from torch.nn.functional import cross_entropy
 
 from llmtrain.config.schema import GPTModel, SampleSection
-from llmtrain.data import IGNORE, make_batch
+from llmtrain.data import IGNORE, Documents, make_batch
 from llmtrain.errors import CheckpointError
 from llmtrain.evaluate import continue_text, sample_token
 from llmtrain.models import loss as loss_module
-from llmtrain.models.attention import Documents, _flash
+from llmtrain.models.attention import _flash
 from llmtrain.models.gpt import GPT, TextGenerator
 from llmtrain.models.loss import linear_cross_entropy
 from llmtrain.shards import Rows
@@ -116,7 +116,7 @@ def test_packed_documents_are_computed_as_if_alone():
     lens = np.array([5, 12, 6], np.int32)
     packed = make_batch(Rows(tokens, [lens], None), isolate_documents=True)
     with torch.no_grad():
-        together = model.logits(packed.input_ids, packed.doc_starts, packed.positions)
+        together = model.logits(packed.input_ids, packed.documents, packed.positions)
         leaky = model.logits(packed.input_ids)
         start = 0
         for length in lens[:-1]:
@@ -134,7 +134,7 @@ def test_packed_loss_is_the_sum_of_the_documents_losses():
 
     def loss(batch):
         with torch.no_grad():
-            return model(batch.input_ids, batch.targets, batch.doc_starts, batch.positions).item()
+            return model(batch.input_ids, batch.targets, batch.documents, batch.positions).item()
 
     alone, start = 0.0, 0
     for length in lens:
@@ -209,12 +209,13 @@ def test_the_compiled_model_is_one_graph_with_the_same_gradients(documents: bool
     """Whatever would make the compiler leave the graph is an error here. No kernels are built: that takes a minute."""
     model = GPT(SMALL, 100, seed=3)
     ids = torch.randint(0, 100, (2, 24), generator=torch.Generator().manual_seed(0))
-    doc_starts = torch.tensor([0, 9, 24, 33, 48, 48, 48, 48], dtype=torch.int32) if documents else None
+    starts = torch.tensor([0, 9, 24, 33, 48, 48, 48, 48], dtype=torch.int32)
+    given = Documents(starts, 24) if documents else None
     positions = torch.cat([torch.arange(9), torch.arange(15)]).expand(2, -1) if documents else None
     found: list[list[torch.Tensor]] = []
     for forward in (model, torch.compile(model, backend="aot_eager", fullgraph=True)):
         model.zero_grad()
-        loss = forward(ids, ids, doc_starts, positions)
+        loss = forward(ids, ids, given, positions)
         loss.backward()
         found.append([loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
     for mine, reference in zip(*found, strict=True):
@@ -234,12 +235,12 @@ def test_with_a_gpus_kernel_for_documents_the_model_is_one_graph(recompute: bool
     def keep(graph: Any, inputs: Any) -> Any:
         raise Captured(str(graph.graph))
 
-    monkeypatch.setattr("llmtrain.models.gpt.kept_apart", lambda doc_starts, x, flash: Documents(doc_starts))
+    monkeypatch.setattr("llmtrain.models.gpt.kept_apart", lambda documents, x, flash: documents)
     monkeypatch.setattr("llmtrain.models.gpt.attention", as_on_a_gpu)
     model = GPT(SMALL, 100, seed=3, activation_checkpointing=recompute)
     ids, starts = torch.zeros(2, 24, dtype=torch.int64), torch.tensor([0, 9, 24, 48], dtype=torch.int32)
     with pytest.raises(BackendCompilerFailed) as caught:
-        torch.compile(model, backend=keep, fullgraph=True)(ids, ids, starts)
+        torch.compile(model, backend=keep, fullgraph=True)(ids, ids, Documents(starts, 24))
     assert isinstance(caught.value.inner_exception, Captured)
 
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from llmtrain.config.schema import RunConfig
-from llmtrain.data import IGNORE, make_batch
+from llmtrain.data import IGNORE, Documents, make_batch
 from llmtrain.errors import ModelError
 from llmtrain.memory_lora import layer_activations, lora_parameters
 from llmtrain.models import base as bases
@@ -69,7 +69,7 @@ LENGTHS = [23, 7, 41, 12]
 def loss_and_gradients(model: QLoRA, rows: Rows, isolate: bool) -> tuple[float, dict[str, Tensor]]:
     model.zero_grad()
     batch = make_batch(rows, isolate)
-    loss = model(batch.input_ids, batch.targets, batch.doc_starts, batch.positions) / batch.num_targets
+    loss = model(batch.input_ids, batch.targets, batch.documents, batch.positions) / batch.num_targets
     loss.backward()
     return loss.item(), {name: p.grad.clone() for name, p in model.trainable().items() if p.grad is not None}
 
@@ -251,13 +251,13 @@ def test_what_a_layer_keeps_is_what_autograd_keeps(
             return tensor
 
         ids = torch.zeros(rows, length, dtype=torch.int64)
-        positions = doc_starts = None
+        positions = documents = None
         if packing == "bestfit":
             positions = torch.arange(length).expand(rows, -1)
-            doc_starts = torch.arange(0, (rows + 1) * length, length, dtype=torch.int32)
+            documents = Documents(torch.arange(0, (rows + 1) * length, length, dtype=torch.int32), length)
         hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
         with hooks, torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-            assert model.hidden(ids, doc_starts, positions).requires_grad
+            assert model.hidden(ids, documents, positions).requires_grad
         measured[layers] = sum(seen.values())
     assert config is not None
     assert config.model.kind == "qlora"

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from llmtrain.config.schema import GPTModel, RunConfig
-from llmtrain.data import Batch
+from llmtrain.data import Batch, Documents
 from llmtrain.models import GPT
 from llmtrain.models.attention import has_flash
 from llmtrain.models.dropout import keep_mask
@@ -78,9 +78,9 @@ def test_a_step_never_waits_for_the_gpu(documents: str):
     shape = SMALL.model_copy(update={"dropout": 0.0}) if by_kernel else SMALL
     strategy = build_strategy(RunConfig(model=shape), GPT(shape, 100, flash=by_kernel), alone, bf16=True)
     ids = torch.zeros(2, SMALL.context, dtype=torch.int64)
-    starts = None if documents == "none" else torch.tensor([0, 9, 24, 48], dtype=torch.int32)
+    given = None if documents == "none" else Documents(torch.tensor([0, 9, 24, 48], dtype=torch.int32), 24)
     positions = None if documents == "none" else torch.arange(24).expand(2, -1).contiguous()
-    batch = Batch(ids, ids, starts, positions, ids.numel()).to(gpu.device)
+    batch = Batch(ids, ids, given, positions, ids.numel()).to(gpu.device)
 
     def step(number: int) -> torch.Tensor:
         seed_step(0, number, gpu)
