@@ -1,5 +1,6 @@
 """How figures and words are shown to people: tables that fit the terminal, sizes, times, text of unknown origin."""
 
+import math
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -80,7 +81,7 @@ def one_line(text: str) -> str:
 
 
 def figure(value: float | None, digits: int = 4) -> str:
-    return "" if value is None else f"{value:,.{digits}f}"
+    return "" if value is None or math.isnan(value) else f"{value:,.{digits}f}"
 
 
 def size(size_bytes: float) -> str:

@@ -2,7 +2,8 @@
 
 DIR/.jobs/NAME/             for the run DIR/NAME
     jobs.jsonl              one line per job, in the order of submission
-    submitted-TIME/         its configuration as it was then, its script, each node's output (JOB_NODE_log.out)
+    submitted-TIME/         its configuration as it was then, its script, each node's output (JOB_NODE_log.out);
+                            the first node's also holds what the script itself and SLURM say
     JOB                     a link to that
     start-JOB-R/            of its R-th start: where its nodes meet, what each rank said
     progress.json           how far it was at the last start
@@ -106,9 +107,10 @@ class JobDir:
         """Of one start of a job: SLURM counts the restarts."""
         return self.path / f"start-{job_id}-{restart}"
 
-    def starts(self) -> list[Path]:
-        """Of all jobs."""
-        return list(self.path.glob("start-*"))
+    def starts(self, job_id: str = "*") -> list[Path]:
+        """Of one job, the last one last; by default of all jobs."""
+        found = self.path.glob(f"start-{job_id}-*")
+        return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
 
 
 def job_dirs(folder: Path) -> list[JobDir]:

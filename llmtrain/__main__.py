@@ -68,8 +68,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
             signal.signal(number, signal.SIG_IGN)
         leave_code(code)
         leave_after_other_nodes(rank)
-        # `llmtrain run` knows from the code that it was left; torchrun would report a failure.
-        sys.exit(0 if code == EXIT_REQUEUE and EXIT_CODES in os.environ and "WORLD_SIZE" in os.environ else code)
+        sys.exit(code_for_keeper(code))
+
+
+def code_for_keeper(code: int) -> int:
+    """`llmtrain run` reads from the file that the run was left; torchrun, between the two, would report a failure.
+
+    WORLD_SIZE is no sign of torchrun: containers and Kubernetes set it too, also for one process.
+    """
+    is_below_torchrun = EXIT_CODES in os.environ and "TORCHELASTIC_RUN_ID" in os.environ
+    return 0 if code == EXIT_REQUEUE and is_below_torchrun else code
 
 
 @contextlib.contextmanager

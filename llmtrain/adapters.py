@@ -1,6 +1,7 @@
-"""Adapters outside a run: which base they belong to, and loading both for generating and merging."""
+"""Adapters outside a run: which base and tokenizer they belong to, and loading these for generating and merging."""
 
 import json
+import shutil
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,11 +9,23 @@ from typing import Any
 
 import torch
 
-from llmtrain.config import RunConfig, load_config
+from llmtrain import prompts, trained
 from llmtrain.config.model_sections import QLoRAModel
-from llmtrain.errors import CheckpointError, ConfigError
+from llmtrain.errors import CheckpointError
+from llmtrain.trained import Training
 
 ADAPTER_CONFIG = "adapter_config.json"
+
+
+@dataclass(frozen=True)
+class TokenizerPlace:
+    """The tokenizer that an adapter was trained with."""
+
+    name: str
+    """A folder, or a name on the Hub."""
+    revision: str | None = None
+    eos_id: int | None = None
+    """What ended the texts, where `name` is the run's own copy; else the tokenizer itself says it."""
 
 
 @dataclass(frozen=True)
@@ -22,8 +35,7 @@ class Adapter:
     folder: Path
     base: QLoRAModel
     """With the quantisation that it was trained with, where its run is known; else with none."""
-    tokenizer: str
-    """Folder or name of the tokenizer."""
+    tokenizer: TokenizerPlace
 
 
 def is_adapter(folder: Path) -> bool:
@@ -31,34 +43,53 @@ def is_adapter(folder: Path) -> bool:
 
 
 def find(folder: Path) -> Adapter:
-    """What an adapter's own file and, if it lies in a run, the run's configuration say.
+    """What an adapter's own file and the configuration of its run, if that is known, say.
 
     Raises:
-        CheckpointError: the adapter's configuration cannot be read.
+        CheckpointError: the adapter's configuration cannot be read, or the tokenizer of its run is gone.
     """
     try:
         described = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
         base, revision = described["base_model_name_or_path"], described.get("revision")
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"{folder / ADAPTER_CONFIG}: cannot be read as an adapter's: {error}") from error
-    config = run_config(folder)
-    if config is None or config.model.kind != "qlora":
-        return Adapter(folder, QLoRAModel(kind="qlora", base=base, revision=revision, quantisation="none"), base)
-    tokenizer = config.data.tokenizer
-    named = tokenizer.path if tokenizer.kind == "folder" else base
+    training = trained.find(folder)
+    if training is None or training.config.model.kind != "qlora":
+        model = QLoRAModel(kind="qlora", base=base, revision=revision, quantisation="none")
+        return Adapter(folder, model, TokenizerPlace(base, revision))
     # Where the adapter says the base is: a relative path in the run's configuration may lead nowhere from here.
-    return Adapter(folder, config.model.model_copy(update={"base": base}), named if Path(named).is_dir() else base)
+    model = training.config.model.model_copy(update={"base": base})
+    return Adapter(folder, model, find_tokenizer(training, training.config.model.base, base))
 
 
-def run_config(folder: Path) -> RunConfig | None:
-    """The configuration of the run that RUN/checkpoints/STEP/model lies in, if it does."""
-    resolved = folder.resolve()
-    if len(resolved.parents) < 3 or resolved.parents[1].name != "checkpoints":
-        return None
-    try:
-        return load_config(resolved.parents[2] / "config.yaml")[0]
-    except ConfigError:
-        return None
+def find_tokenizer(training: Training, base: str, base_here: str) -> TokenizerPlace:
+    """The copy in the run's shards; without them, what the configuration names.
+
+    Args:
+        base, base_here: the base in the run's configuration, and where it is.
+
+    Raises:
+        CheckpointError: it is nowhere.
+    """
+    data = trained.shards_of(training)
+    if data is not None:
+        return TokenizerPlace(str(data.tokenizer), eos_id=data.manifest.tokenizer.eos_id)
+    lost = f"{trained.shard_folder(training)}: the data of this adapter's run is not there (any more)"
+    chosen = training.config.data.tokenizer
+    match chosen.kind:
+        case "train":
+            raise CheckpointError(f"{lost}, and with it the tokenizer that was trained on it")
+        case "hub":
+            return TokenizerPlace(base_here if chosen.name == base else chosen.name, chosen.revision)
+        case "folder":
+            named = base_here if chosen.path == base else chosen.path
+            path = training.start / Path(named).expanduser()
+            if not path.is_dir():
+                raise CheckpointError(
+                    f"data.tokenizer.path={named} ({training.file}): no such folder ({path}). {lost}, so the tokenizer "
+                    "that the adapter was trained with cannot be had; bring back one of them"
+                )
+            return TokenizerPlace(str(path))
 
 
 def attach(adapter: Adapter, model: Any) -> Any:
@@ -70,18 +101,39 @@ def attach(adapter: Adapter, model: Any) -> Any:
         return PeftModel.from_pretrained(model, str(adapter.folder)).eval()
 
 
-def load_tokenizer(adapter: Adapter) -> Any:
-    """transformers' tokenizer of the base (or the one that the run used).
+def write_tokenizer(adapter: Adapter, to: Path) -> int:
+    """Write the tokenizer's files into a folder, with the chat template beside the adapter; returns the id that ends
+    a text.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: it cannot be loaded, or ends no text.
     """
+    place = adapter.tokenizer
+    eos_id = place.eos_id
+    if eos_id is None:
+        eos_id = _save_loaded(place, to, adapter.base.trust_remote_code)
+    else:
+        for file in prompts.files_of(Path(place.name)):
+            shutil.copyfile(file, to / file.name)
+    copy = adapter.folder / prompts.TEMPLATE
+    template = copy.read_text(encoding="utf-8") if copy.is_file() else None
+    prompts.write_settings(to, eos_id, template)
+    return eos_id
+
+
+def _save_loaded(place: TokenizerPlace, to: Path, trust_remote_code: bool) -> int:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(adapter.tokenizer, trust_remote_code=adapter.base.trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(
+            place.name, revision=place.revision, trust_remote_code=trust_remote_code
+        )
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{adapter.tokenizer}: no tokenizer can be loaded: {error}") from error
+        raise CheckpointError(f"{place.name}: no tokenizer can be loaded: {error}") from error
+    tokenizer.save_pretrained(str(to))
+    if not (to / "tokenizer.json").is_file() or tokenizer.eos_token_id is None:
+        raise CheckpointError(f"{place.name}: a tokenizer without tokenizer.json or without an end-of-text token")
+    return tokenizer.eos_token_id
 
 
 def good_dtype(device: torch.device) -> torch.dtype:

@@ -12,9 +12,10 @@ from typing import IO, Any
 import numpy as np
 import torch
 
-from llmtrain import checkpoint, choose, files, heartbeat, log, manifest, origin, recipe, shards
+from llmtrain import checkpoint, choose, files, heartbeat, log, manifest, origin, prompts, recipe, shards
 from llmtrain.batches import ANY_ROWS, BatchPlan, plan_batches
 from llmtrain.config import RunConfig, load_config, resolved_yaml
+from llmtrain.config.data_sections import Format
 from llmtrain.config.load import Origins, auto_is_fp32, with_precision
 from llmtrain.data import Loader, make_batch
 from llmtrain.errors import EXIT_REQUEUE, ConfigError, NotFinite, disk_errors
@@ -209,6 +210,7 @@ def build(
         flops_per_token=model.flops_per_token(),
     )
     isolate = config.data.packing == "bestfit"
+    writer = make_model_writer(data, model, config.data.format if world.is_main else None)
     parts = Parts(
         config=config,
         plan=plan,
@@ -221,7 +223,7 @@ def build(
         fingerprint=prepared["fingerprint"],
         evaluate=make_evaluate(config, data, plan, strategy, world, make_task(config, data, model, world, meter)),
         write_sample=make_sampler(config, data, model, world, meter),
-        saver=Saver(run_dir, world, strategy, make_model_writer(data, model), config.checkpoint, companion.after_save),
+        saver=Saver(run_dir, world, strategy, writer, config.checkpoint, companion.after_save),
     )
     if world.is_main and config.service.start == "auto":
         companion.say_hub()
@@ -303,14 +305,24 @@ def flat_settings(config: RunConfig) -> dict[str, float | int | str | bool]:
     return result
 
 
-def make_model_writer(data: ShardFolder, model: Trainable) -> checkpoint.ModelWriter:
-    """Writes `model/`: weights, configuration and tokenizer, as transformers loads them. Of an adapter no tokenizer."""
+def make_model_writer(data: ShardFolder, model: Trainable, format: Format | None) -> checkpoint.ModelWriter:
+    """Writes `model/`: weights, configuration and tokenizer, as transformers loads them. Of an adapter no tokenizer.
+
+    The template of chats is read now: its file may be gone when the first checkpoint is written. Ranks that write no
+    model, on machines that may not have that file, give no format.
+    """
+    template = prompts.shipped_template(format, data.tokenizer) if format and format.kind == "chat" else None
+    eos_id = data.manifest.tokenizer.eos_id
 
     def write_model(folder: Path, weights: dict[str, Any]) -> dict[str, FileInfo]:
         if isinstance(model, GPT):
-            for file in sorted(data.tokenizer.iterdir()):
+            for file in prompts.files_of(data.tokenizer):
                 shutil.copyfile(file, folder / file.name)
-        return model.save(folder, weights, data.manifest.tokenizer.eos_id)
+            if template is not None:
+                prompts.write_settings(folder, eos_id, template)
+        elif template is not None:
+            (folder / prompts.TEMPLATE).write_text(template, encoding="utf-8")
+        return model.save(folder, weights, eos_id)
 
     return write_model
 

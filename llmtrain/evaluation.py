@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from tokenizers import Tokenizer
 
-from llmtrain import log, task
+from llmtrain import log, prompts, task
 from llmtrain.batches import BatchPlan
 from llmtrain.config import RunConfig
 from llmtrain.data import split_batches
@@ -77,7 +77,7 @@ def make_sampler(
     bf16 = config.train.precision == "bf16"
     sampling, eos_id = config.evaluate.sample, data.manifest.tokenizer.eos_id
     tokenizer = Tokenizer.from_file(str(data.tokenizer / "tokenizer.json"))
-    prompt_ids = tokenizer.encode(sampling.prompt, add_special_tokens=False).ids or [eos_id]
+    prompt_ids = prompts.prompt_ids(tokenizer, sampling.prompt, has_prefix=False) or [eos_id]
 
     def write_sample(state: TrainState) -> None:
         with autocast(world.device, bf16):  # around all tokens: each weight is cast once, and read in half the bytes

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmtrain import adapters, manifest
+from llmtrain import adapters, manifest, prompts, trained
 from llmtrain.adapters import Adapter
 from llmtrain.errors import CheckpointError, ConfigError, disk_errors, exit_with_code
 from llmtrain.generate import find_model
@@ -40,6 +40,7 @@ def export(checkpoint: Path, to: Path, merge: bool, base: str, dtype: torch.dtyp
     Raises:
         CheckpointError: there is no model, it is altered, or what was written does not give the same logits.
         ConfigError: `to` exists.
+        TokenizerError: the chat template that it was trained with is gone.
     """
     folder = find_model(checkpoint)
     if to.exists():
@@ -49,6 +50,7 @@ def export(checkpoint: Path, to: Path, merge: bool, base: str, dtype: torch.dtyp
     is_adapter = adapters.is_adapter(folder)
     if merge and not is_adapter:
         raise ConfigError([f"--merge: {folder} is a whole model, not an adapter; leave --merge out"])
+    format = trained.format_of(folder) if merge or not is_adapter else None  # an adapter goes without a tokenizer
     aside = to.with_name(f".writing-{to.name}")
     shutil.rmtree(aside, ignore_errors=True)
     try:
@@ -57,6 +59,8 @@ def export(checkpoint: Path, to: Path, merge: bool, base: str, dtype: torch.dtyp
                 write_merged(adapters.find(folder), aside, base, dtype)
             else:
                 shutil.copytree(folder, aside)
+            if format and format.kind == "chat":
+                prompts.write_settings(aside, None, prompts.shipped_template(format, aside))
         if not is_adapter:
             check_whole(folder, aside)
         aside.rename(to)
@@ -86,12 +90,12 @@ def write_merged(adapter: Adapter, to: Path, base: str, dtype: torch.dtype) -> N
     quantised = adapter.base.quantisation != "none"
     stored = bases.stored_quantisation(adapter.base)
     ids = texts(bases.read_config(adapter.base.base, adapter.base.revision, adapter.base.trust_remote_code))
-    trained: Tensor | None = None
+    as_trained: Tensor | None = None
     model: Any = None
     if quantised:
         say(f"loading    {adapter.base.base} in {adapter.base.quantisation}, as it was trained")
         peft = adapters.attach(adapter, bases.load(adapter.base, adapters.good_dtype(device), device))
-        trained = logits(peft, ids)
+        as_trained = logits(peft, ids)
         model = peft.unload()
     if stored is not None:
         model = bases.load(adapter.base, dtype, device).dequantize(dtype)
@@ -104,17 +108,26 @@ def write_merged(adapter: Adapter, to: Path, base: str, dtype: torch.dtype) -> N
     peft = adapters.attach(adapter, model)
     before = logits(peft, ids)
     merged = peft.merge_and_unload(safe_merge=True)
+    to.mkdir()
+    ends_with(merged, adapters.write_tokenizer(adapter, to))
     merged.save_pretrained(str(to))
-    adapters.load_tokenizer(adapter).save_pretrained(str(to))
     del model, peft, merged
     gc.collect()
     trust = adapter.base.trust_remote_code
     again = AutoModelForCausalLM.from_pretrained(str(to), dtype=dtype, device_map={"": device}, trust_remote_code=trust)
     after = logits(again.eval(), ids)
     compare("merging", before, after, TOLERANCE[dtype])
-    if trained is not None:
-        found = distance(trained, after)
+    if as_trained is not None:
+        found = distance(as_trained, after)
         say(f"           from the quantised base with the adapter, as it was trained, they differ by {found:.2e}")
+
+
+def ends_with(model: Any, eos_id: int) -> None:
+    """Let transformers' generation stop also at what ended the texts of training, where the base does not."""
+    known = model.generation_config.eos_token_id
+    known = known if isinstance(known, list) else [] if known is None else [known]
+    if eos_id not in known:
+        model.generation_config.eos_token_id = [*known, eos_id] if known else eos_id
 
 
 def check_whole(folder: Path, written: Path) -> None:

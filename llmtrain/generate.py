@@ -3,13 +3,14 @@ terminal."""
 
 import argparse
 import sys
+import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer
 
-from llmtrain import adapters, prompts, summary
+from llmtrain import adapters, prompts, summary, trained
 from llmtrain.config.data_sections import Format, TextFormat
 from llmtrain.config.schema import SampleSection
 from llmtrain.errors import CheckpointError, ConfigError, exit_with_code
@@ -88,8 +89,7 @@ def generate(options: argparse.Namespace) -> None:
         raise ConfigError(["--prompt is empty; give the model something to continue"])
     from llmtrain.world import find_world
 
-    config = adapters.run_config(folder)
-    format = TextFormat() if options.raw or config is None else config.data.format
+    format = TextFormat() if options.raw else trained.format_of(folder)
     load = load_adapter if adapters.is_adapter(folder) else load_gpt
     model, tokenizer, prompt_ids, eos_id = load(folder, options.prompt, format, find_world(options.device).device)
     ids = continue_text(model, prompt_ids, sampling, options.seed, eos_id)
@@ -107,10 +107,9 @@ def load_gpt(
     """Model, tokenizer, the ids of the prompt as samples of this format have it, and the id that ends a text."""
     from llmtrain.models.gpt import GPT, TextGenerator
 
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     model, eos_id = GPT.from_folder(folder)
-    asked, _ = prompts.question(format, prompt, None, {"eos_token": tokenizer.id_to_token(eos_id) or ""})
-    return TextGenerator(model.to(device)), tokenizer, tokenizer.encode(asked, add_special_tokens=False).ids, eos_id
+    tokenizer, prompt_ids = ask(folder, eos_id, format, prompt)
+    return TextGenerator(model.to(device)), tokenizer, prompt_ids, eos_id
 
 
 def load_adapter(
@@ -121,13 +120,21 @@ def load_adapter(
     from llmtrain.models.qlora import CachedGenerator
 
     adapter = adapters.find(folder)
-    tokenizer = adapters.load_tokenizer(adapter)
+    with tempfile.TemporaryDirectory() as scratch:
+        eos_id = adapters.write_tokenizer(adapter, Path(scratch))
+        tokenizer, prompt_ids = ask(Path(scratch), eos_id, format, prompt)
     model = adapters.attach(adapter, base.load(adapter.base, adapters.good_dtype(device), device))
-    generator = CachedGenerator(model, adapter.base.context)
-    own = tokenizer.get_chat_template() if tokenizer.chat_template else None
-    asked, has_prefix = prompts.question(format, prompt, own, tokenizer.special_tokens_map)
-    ids = tokenizer(asked, add_special_tokens=not has_prefix)["input_ids"]
-    return generator, tokenizer.backend_tokenizer, ids, tokenizer.eos_token_id
+    return CachedGenerator(model, adapter.base.context), tokenizer, prompt_ids, eos_id
+
+
+def ask(folder: Path, eos_id: int, format: Format, prompt: str) -> tuple[Tokenizer, list[int]]:
+    """The tokenizer of a folder, and the prompt's ids as samples of this format have them."""
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    own, tokens = prompts.read_own(folder)
+    asked, has_prefix = prompts.question(
+        format, prompt, own, {**tokens, "eos_token": tokenizer.id_to_token(eos_id) or ""}
+    )
+    return tokenizer, prompts.prompt_ids(tokenizer, asked, has_prefix)
 
 
 if __name__ == "__main__":

@@ -49,6 +49,7 @@ class Score(_Record):
     """Nats per supervised token."""
     perplexity: float
     bits_per_byte: float
+    """NaN where it is not known: the training ranks noted none at this step."""
     targets: int
     """Supervised tokens of the split."""
     epoch: float

@@ -17,6 +17,7 @@ from llmtrain import files
 from llmtrain.errors import CheckpointError
 
 NAME = "manifest.json"
+_FOLDERS = ("model", "state")
 
 
 class _Record(pydantic.BaseModel):
@@ -52,6 +53,17 @@ class Manifest(_Record):
     heldout_loss: float | None
     """Nats per token at this step, as the training ranks computed it."""
     files: dict[str, FileInfo]
+    """By path: below model/ or state/."""
+
+    @pydantic.field_validator("files")
+    @classmethod
+    def _stay_inside(cls, listed: dict[str, FileInfo]) -> dict[str, FileInfo]:
+        """Readers join these paths to folders and move what is there; a manifest from the Hub may be a stranger's."""
+        for path in listed:
+            first, *rest = path.split("/")
+            if first not in _FOLDERS or not rest or {"", ".", ".."} & set(rest) or "\0" in path:
+                raise ValueError(f"{path!r} is not a path below model/ or state/")
+        return listed
 
 
 def write(folder: Path, manifest: Manifest) -> None:
@@ -81,6 +93,9 @@ def read(folder: Path) -> Manifest:
         fields: dict[str, Any] = json.loads(content)
         fields.pop("sha256")
         manifest = Manifest.model_validate(fields)
+    except pydantic.ValidationError as error:
+        wrong = error.errors()[0]
+        raise CheckpointError(f"{path}: altered ({'.'.join(map(str, wrong['loc']))}: {wrong['msg']})") from error
     except (ValueError, KeyError) as error:
         raise CheckpointError(f"{path}: altered ({str(error).splitlines()[0]})") from error
     if _render(manifest) != content:

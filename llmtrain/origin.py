@@ -37,9 +37,15 @@ def read(run: RunDir) -> Origin:
     return Origin.model_validate(json.loads(run.origin.read_text()))
 
 
-def enter(run: RunDir) -> None:
-    """Change to the folder that training was started in, if it is there: on another machine it may not be."""
+def start_of(run: RunDir) -> Path:
+    """The folder that training was started in, if it is there: on another machine it may not be. Else this one."""
     if run.origin.exists():
         folder = read(run).folder
         if folder.is_dir():
-            os.chdir(folder)
+            return folder
+    return Path.cwd()
+
+
+def enter(run: RunDir) -> None:
+    """Change to the folder that the configuration's relative paths start in."""
+    os.chdir(start_of(run))

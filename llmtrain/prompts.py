@@ -1,16 +1,26 @@
-"""What a model is asked with: the templates of instructions and chats, for making samples and for generating.
+"""What a model is asked with: the templates of instructions and chats, and what a tokenizer puts before a text; for
+making samples, for generating, and for those who load a model elsewhere.
 
 Needs no torch; transformers' renderer is imported where a chat is rendered.
 """
 
 import functools
+import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llmtrain.config.data_sections import ChatFormat, Format
 from llmtrain.errors import TokenizerError
+
+if TYPE_CHECKING:  # half of those who need a template need no tokenizer
+    from tokenizers import Tokenizer
+
+TEMPLATE = "chat_template.jinja"
+"""A tokenizer's chat template, as transformers reads it beside the tokenizer."""
+_SETTINGS = "tokenizer_config.json"
 
 PLAIN_TEMPLATE = (
     "{% for message in messages %}### {{ message['role'] | capitalize }}:\n{{ message['content'] }}"
@@ -18,6 +28,8 @@ PLAIN_TEMPLATE = (
     "{% if add_generation_prompt %}### Assistant:{{ '\n' }}{% endif %}"
 )
 """For tokenizers that have no chat template."""
+_SHIPPED_PLAIN = re.compile(r'(?:\{\{ "(?:[^"\\]|\\.)*" \}\})?' + re.escape(PLAIN_TEMPLATE))
+"""As `shipped_template` writes it."""
 
 
 def fill(template: str, instruction: str, given: str) -> str:
@@ -66,6 +78,8 @@ def chat_template(format: ChatFormat, own: str | None, tokens: Mapping[str, str]
         TokenizerError: the configured one is neither a template nor a file.
     """
     configured = None if format.template is None else read_template(format.template)
+    if own is not None and _SHIPPED_PLAIN.fullmatch(own):
+        own = PLAIN_TEMPLATE
     return ChatTemplate(configured or own or PLAIN_TEMPLATE, tokens)
 
 
@@ -91,6 +105,90 @@ def read_template(setting: str) -> str:
     if "{" not in setting and not is_file:
         raise TokenizerError(f"data.format.template={setting}: neither a file nor a template ({{% for ... %}})")
     return path.read_text(encoding="utf-8") if is_file else setting
+
+
+def prefix_ids(tokenizer: "Tokenizer") -> list[int]:
+    """What the tokenizer itself puts before a text (<s>, of Llama's), as every document of the shards begins. What it
+    would put after one is left out: a prompt is to go on."""
+    plain = tokenizer.encode("a", add_special_tokens=False).ids
+    whole = tokenizer.encode("a", add_special_tokens=True).ids
+    return whole[: whole.index(plain[0])] if plain and plain[0] in whole else []
+
+
+def prompt_ids(tokenizer: "Tokenizer", text: str, has_prefix: bool) -> list[int]:
+    """A prompt's ids, beginning as the documents that were trained on.
+
+    Args:
+        has_prefix: the text says itself what it begins with.
+    """
+    prefix = [] if has_prefix else prefix_ids(tokenizer)
+    return [*prefix, *tokenizer.encode(text, add_special_tokens=False).ids]
+
+
+def files_of(folder: Path) -> list[Path]:
+    """The files of a tokenizer's folder. Of several chat templates only the default lies among them; with the others,
+    in a folder of their own, no sample was made."""
+    return sorted(path for path in folder.iterdir() if path.is_file())
+
+
+def read_own(folder: Path) -> tuple[str | None, dict[str, str]]:
+    """Of a tokenizer's folder: its chat template, if it has one, and the special tokens that a template may write."""
+    settings, file = _read_settings(folder), folder / TEMPLATE
+    tokens = {name: _text(settings.get(name)) for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
+    found: Any = settings.get("chat_template")
+    if file.is_file():
+        found = file.read_text(encoding="utf-8")
+    elif isinstance(found, list):  # several with names, as older tokenizers have them
+        found = next((template.get("template") for template in found if template.get("name") == "default"), None)
+    return found, tokens
+
+
+def shipped_template(format: ChatFormat, folder: Path) -> str:
+    """The template that samples were made with, to stand beside the model, given the tokenizer's folder.
+
+    transformers puts nothing before what a template has written, so the plain one says here what a text begins with.
+
+    Raises:
+        TokenizerError: the configured one is neither a template nor a file.
+    """
+    from tokenizers import Tokenizer
+
+    own, tokens = read_own(folder)
+    template = chat_template(format, own, tokens)
+    if template.writes_prefix:
+        return template.text
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    prefix = "".join(tokenizer.id_to_token(number) or "" for number in prefix_ids(tokenizer))
+    quoted = json.dumps(prefix, ensure_ascii=False)
+    return f"{{{{ {quoted} }}}}{template.text}" if prefix else template.text
+
+
+def write_settings(folder: Path, eos_id: int | None, template: str | None) -> None:
+    """Let a tokenizer's folder say what ended the texts of training, where it names nothing, and this chat template.
+
+    transformers reads a template's file before what stands in the settings; programs that read the settings alone
+    find no other there.
+    """
+    from tokenizers import Tokenizer
+
+    settings = _read_settings(folder)
+    changed = dict(settings)
+    if eos_id is not None and not _text(settings.get("eos_token")):
+        changed["eos_token"] = Tokenizer.from_file(str(folder / "tokenizer.json")).id_to_token(eos_id)
+    if template is not None and template != read_own(folder)[0]:
+        (folder / TEMPLATE).write_text(template, encoding="utf-8")
+        changed.pop("chat_template", None)
+    if changed != settings:
+        (folder / _SETTINGS).write_text(json.dumps(changed, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _read_settings(folder: Path) -> dict[str, Any]:
+    file = folder / _SETTINGS
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+
+def _text(token: Any) -> str:
+    return token.get("content", "") if isinstance(token, dict) else token or ""
 
 
 @functools.cache

@@ -4,6 +4,7 @@ import glob
 import hashlib
 import itertools
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -62,10 +63,34 @@ def source_files(pattern: str) -> Iterator[Path]:
     """The files that one of a source's `paths` means: a folder's text files, what a glob matches, or the file."""
     path = Path(pattern).expanduser()
     if path.is_dir():
-        return (file for file in path.rglob("*") if file.suffix in TEXT_SUFFIXES and file.is_file())
+        return _text_files(path)
     if glob.has_magic(pattern):
         return (Path(file) for file in glob.iglob(str(path), recursive=True) if Path(file).is_file())
     return iter([path] if path.exists() else [])
+
+
+def _text_files(root: Path) -> Iterator[Path]:
+    """The text files below a folder, and below the folders that links there lead to: each real folder once.
+
+    What no link is needed for comes first, so that a link never changes the path under which a file is found.
+    """
+    seen: set[Path] = set()
+    starts = [root]
+    while starts:
+        links: list[Path] = []
+        for start in starts:
+            real_start = start.resolve()
+            for name, subfolders, names in os.walk(start):
+                folder = Path(name)
+                real = real_start / folder.relative_to(start)  # below `start` the walk follows no link
+                if real in seen:
+                    subfolders.clear()  # walked before, with all that is below
+                    continue
+                seen.add(real)
+                links += [folder / link for link in subfolders if (folder / link).is_symlink()]
+                found = (folder / file for file in names)
+                yield from (file for file in found if file.suffix in TEXT_SUFFIXES and file.is_file())
+        starts = sorted(links)
 
 
 def newer_source(config: RunConfig, manifest: Path) -> Path | None:

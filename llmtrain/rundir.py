@@ -28,7 +28,9 @@ DIR/NAME/
 """
 
 import contextlib
+import errno
 import fcntl
+import functools
 import json
 import os
 import secrets
@@ -37,14 +39,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
-from llmtrain import files
+from llmtrain import files, log
 from llmtrain.errors import RunFolderError
 
 _STEP = "step-"
 _QUARANTINED = "quarantined-"
 DOOMED = ".deleting-"
 """Prefix of a checkpoint that is being deleted."""
+RESTARTED = "LLMTRAIN_RESTARTED"
+"""Variable that a supervisor sets where it starts training again."""
+_DYING_S = 90.0
+"""For a former start of the run: what was killed gives its GPUs back first."""
 _LOOKS = 20
+_HELD = (errno.EAGAIN, errno.EACCES)  # else there are no locks: Lustre without flock, NFS without lockd
+_SKEW_S = 60.0
 _BLOCK = 1 << 16
 
 
@@ -197,12 +205,15 @@ class RunDir:
             RunFolderError: another process on this machine is training here.
         """
         self.path.mkdir(parents=True, exist_ok=True)
-        handle = hold(self.path / "lock")
-        if handle is None:
+        began = time.monotonic()
+        while (handle := hold(self.path / "lock")) is None:
             owner = (self.path / "lock").read_text().strip() or "another process"
-            raise RunFolderError(
-                f"{self.path}: {owner} is training in this run folder; stop it, or give this run another run.name"
-            )
+            if RESTARTED not in os.environ or time.monotonic() - began > _DYING_S:
+                raise RunFolderError(
+                    f"{self.path}: {owner} is training in this run folder; stop it, or give this run another run.name"
+                )
+            _say_once(f"waiting    up to {_DYING_S:.0f} s for {owner}, which still holds {self.path}")
+            time.sleep(0.5)
         return handle
 
     def is_training(self) -> bool:
@@ -226,15 +237,18 @@ class RunDir:
 
 
 def hold(path: Path) -> IO[str] | None:
-    """Lock a file for this process, and write into it who holds it; None where another process does."""
+    """Lock a file for this process, and write into it who holds it; None where another process does. Where the file
+    system has no locks that is said, and nothing keeps another process from it."""
     handle = path.open("a+")
     for attempt in range(_LOOKS):
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            if attempt + 1 < _LOOKS:  # it may have been `is_held` looking, for an instant
-                time.sleep(0.01)
-            continue
+        except OSError as error:
+            if error.errno in _HELD:
+                if attempt + 1 < _LOOKS:  # it may have been `is_held` looking, for an instant
+                    time.sleep(0.01)
+                continue
+            _say_once(f"{path.parent}: no locks here ({error.strerror}): be sure that no other process trains in it")
         handle.truncate(0)
         handle.write(f"process {os.getpid()} on {os.uname().nodename}")
         handle.flush()
@@ -250,9 +264,25 @@ def is_held(path: Path) -> bool:
     with path.open() as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except OSError:
-            return True
+        except OSError as error:
+            return error.errno in _HELD or _is_at_work(handle)
     return False
+
+
+def _is_at_work(lock: IO[str]) -> bool:
+    """Without locks: whether the process that wrote the file runs here, and did before (numbers are used again)."""
+    import psutil
+
+    number, _, host = lock.read().removeprefix("process ").partition(" on ")
+    with contextlib.suppress(psutil.Error, ValueError):
+        began = psutil.Process(int(number)).create_time()
+        return host == os.uname().nodename and began <= os.fstat(lock.fileno()).st_mtime + _SKEW_S
+    return False
+
+
+@functools.cache
+def _say_once(line: str) -> None:
+    log.warning(line)
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:

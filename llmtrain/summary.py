@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from llmtrain import choose, files, rundir
+from llmtrain.choose import Ranking
 from llmtrain.rundir import RunDir
 
 _RISE = 1.01
-"""Held-out loss this much above its lowest, at the end, is called overfitting."""
+"""Held-out loss this much above its lowest, at the end, is called overfitting where no checkpoint was scored."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,8 @@ class Summary:
     best_checkpoint: str | None
     best_checkpoint_heldout: float | None
     overfits: bool
-    """Held-out loss turned at `lowest_step` and ended at least 1% above it."""
+    overfitting: str
+    """What became of the held-out loss after its lowest point, for people."""
     best_reason: str
     """Why that checkpoint: how it was scored, and what it cannot be told from."""
     last_train_loss: float
@@ -38,7 +40,10 @@ def summarise(run: RunDir) -> Summary | None:
         return None
     lowest = min(evaluations, key=lambda e: e["loss"])
     last = evaluations[-1]
-    best, best_loss, reason = _choose(run, evaluations)
+    ranked = choose.ranking(run)
+    best, best_loss, reason = _choose(run, ranked, evaluations)
+    last_train_loss = last.get("train_loss", metrics[-1]["loss"])
+    overfits, overfitting = _overfitting(ranked, lowest, last, last_train_loss)
     return Summary(
         steps=metrics[-1]["step"],
         epochs=metrics[-1]["epoch"],
@@ -50,15 +55,32 @@ def summarise(run: RunDir) -> Summary | None:
         best_checkpoint=None if best is None else str(run.checkpoint(best)),
         best_checkpoint_heldout=best_loss,
         best_reason=reason,
-        overfits=last["loss"] > lowest["loss"] * _RISE and last["step"] > lowest["step"],
-        last_train_loss=last.get("train_loss", metrics[-1]["loss"]),
+        overfits=overfits,
+        overfitting=overfitting,
+        last_train_loss=last_train_loss,
     )
 
 
-def _choose(run: RunDir, evaluations: list[dict[str, Any]]) -> tuple[int | None, float | None, str]:
+def _overfitting(
+    ranked: Ranking | None, lowest: dict[str, Any], last: dict[str, Any], last_train_loss: float
+) -> tuple[bool, str]:
+    """Whether, and in words: of the scored checkpoints, as everywhere else; without any, of training's evaluations."""
+    if ranked is not None:
+        verdict = choose.overfitting(ranked)
+        return verdict.began, verdict.describe()
+    if last["step"] > lowest["step"] and last["loss"] > lowest["loss"] * _RISE:
+        return True, (
+            f"began at step {lowest['step']} (epoch {lowest['epoch']:.2f}): since then the held-out loss rose by "
+            f"{last['loss'] / lowest['loss'] - 1:.1%} while the training loss went to {last_train_loss:.4f}"
+        )
+    return False, "none seen: the held-out loss ended at (or within 1% of) its lowest"
+
+
+def _choose(
+    run: RunDir, ranked: Ranking | None, evaluations: list[dict[str, Any]]
+) -> tuple[int | None, float | None, str]:
     """(step, held-out loss, why) of the checkpoint to use: by the service's ranking, else by training's own figures."""
     there = set(run.checkpoint_steps())
-    ranked = choose.ranking(run)
     if ranked is not None and (proposed := ranked.proposed).step in there:
         how = "scored from disk" if proposed.score.origin == "disk" else "scored at the save"
         return proposed.step, proposed.score.loss, f"{how}: {ranked.reason()}"
@@ -75,15 +97,8 @@ def describe(run: RunDir, summary: Summary) -> str:
         f"{summary.steps} steps, {summary.epochs:.2f} epochs",
         f"held-out loss   {summary.first_heldout:.4f} at the start -> {summary.last_heldout:.4f} at the end, "
         f"lowest {summary.lowest_heldout:.4f} at step {summary.lowest_step} (epoch {summary.lowest_epoch:.2f})",
+        f"overfitting     {summary.overfitting}",
     ]
-    if summary.overfits:
-        rise = summary.last_heldout / summary.lowest_heldout - 1
-        lines.append(
-            f"overfitting     began at step {summary.lowest_step} (epoch {summary.lowest_epoch:.2f}): since then the "
-            f"held-out loss rose by {rise:.1%} while the training loss went to {summary.last_train_loss:.4f}"
-        )
-    else:
-        lines.append("overfitting     none seen: the held-out loss ended at (or within 1% of) its lowest")
     if summary.best_checkpoint is not None:
         lines += [
             f"best checkpoint {summary.best_checkpoint} (held-out loss {summary.best_checkpoint_heldout:.4f}, "

@@ -30,13 +30,15 @@ class TensorBoard:
     """One writer into one folder, in increasing steps."""
 
     def __init__(self, folder: Path, first_step: int):
-        """With `first_step` above 0, points of an earlier life of the run from that step on are hidden."""
+        """Points of an earlier life of the run from `first_step` on are hidden."""
         folder.mkdir(parents=True, exist_ok=True)
         # TensorBoard reads a folder's files in the order of their names.
-        name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}.{next(_files)}"
+        name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}.{next(_files):04}"
         self._file = (folder / name).open("wb")
         self._add(Event(wall_time=time.time(), file_version="brain.Event:2"))
-        if first_step > 0:
+        # TensorBoard's loader in Python takes the first start that it meets in a folder for the beginning of the run
+        # and hides nothing; whether files that lie here already begin with one is not known.
+        for _ in range(2):
             start = SessionLog(status=SessionLog.START)
             self._add(Event(wall_time=time.time(), step=first_step, session_log=start))
         self.flush()

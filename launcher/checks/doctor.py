@@ -17,6 +17,7 @@ from launcher.slurm.draft import draft_profile
 from launcher.slurm.partitions import partitions
 from llmtrain import cpu
 from llmtrain.errors import ConfigError, SlurmError
+from llmtrain.gpus import driver_problem
 
 _SCARCE_BYTES = 10e9
 _BUILDS = 'docs/dependencies.md, "Another build of torch"'
@@ -84,7 +85,7 @@ def _examine_python(driver: tuple[int, int] | None) -> list[Finding]:
 
 
 def _driver_cuda() -> tuple[int, int] | None:
-    """The newest CUDA that the NVIDIA driver here can run; None without a driver."""
+    """The newest CUDA that the NVIDIA driver here can run; None without one that works."""
     import pynvml
 
     try:
@@ -96,20 +97,36 @@ def _driver_cuda() -> tuple[int, int] | None:
 
 
 def _examine_gpus(driver: tuple[int, int] | None) -> list[Finding]:
+    if (problem := driver_problem()) is not None:
+        return [wrong("GPUs", f"{problem}: runs would find none; mend the driver (often a reboot)")]
     if driver is None:
         return [fine("GPUs", "none of NVIDIA's here: runs take the CPU (or Apple's MPS)")]
     import pynvml
 
     kinds: dict[str, int] = {}
+    failed: list[Finding] = []
     for number in range(pynvml.nvmlDeviceGetCount()):
-        handle = pynvml.nvmlDeviceGetHandleByIndex(number)
-        major, _ = pynvml.nvmlDeviceGetCudaComputeCapability(handle)
-        memory = display.size(float(pynvml.nvmlDeviceGetMemoryInfo(handle).total))
-        bf16 = "fast bf16" if major >= 8 else "no fast bf16"
-        kind = f"{pynvml.nvmlDeviceGetName(handle)} with {memory}, {bf16}"
-        kinds[kind] = kinds.get(kind, 0) + 1
+        try:
+            kind = _describe_gpu(number)
+        except pynvml.NVMLError as error:  # such as one that has fallen off the bus
+            failed.append(wrong("GPUs", f"GPU {number} does not answer ({error})"))
+        else:
+            kinds[kind] = kinds.get(kind, 0) + 1
     listed = "; ".join(f"{count} x {kind}" for kind, count in kinds.items()) or "a driver, and no GPU"
-    return [fine("GPUs", f"{listed}; driver {pynvml.nvmlSystemGetDriverVersion()} up to CUDA {driver[0]}.{driver[1]}")]
+    version = f"driver {pynvml.nvmlSystemGetDriverVersion()} up to CUDA {driver[0]}.{driver[1]}"
+    return failed if failed and not kinds else [fine("GPUs", f"{listed}; {version}"), *failed]
+
+
+def _describe_gpu(number: int) -> str:
+    import pynvml
+
+    handle = pynvml.nvmlDeviceGetHandleByIndex(number)
+    major, _ = pynvml.nvmlDeviceGetCudaComputeCapability(handle)
+    try:
+        memory = display.size(float(pynvml.nvmlDeviceGetMemoryInfo(handle).total))
+    except pynvml.NVMLError:  # where it shares the machine's, as on Grace-Blackwell desktops
+        memory = "memory that it does not tell"
+    return f"{pynvml.nvmlDeviceGetName(handle)} with {memory}, {'fast bf16' if major >= 8 else 'no fast bf16'}"
 
 
 def _examine_cpu() -> Finding:

@@ -5,6 +5,7 @@ nothing is queued and nothing is changed, with one exception: where `hub.repo` i
 not there, which is how the right to write is found out.
 """
 
+import fcntl
 import json
 import math
 import os
@@ -172,6 +173,9 @@ def _check_folder(config: RunConfig, origins: Origins, run: RunDir, spec: JobSpe
     found = [check_place("run folder", run.path, spec.profile.shared_folders(), spec.nodes)]
     if not can_write(run.path):
         found.append(wrong("run folder", f"you may not write to {nearest_existing(run.path)}"))
+    elif (why := _why_no_locks(nearest_existing(run.path))) is not None:
+        told = f"the file system of {run.path} has no locks ({why}; Lustre has them where it is mounted with -o flock)"
+        found.append(doubtful("run folder", f"{told}: nothing keeps a second process from training in there"))
     if config.run.resume == "never":
         return found
     if not run.checkpoint_steps():
@@ -190,6 +194,16 @@ def _check_folder(config: RunConfig, origins: Origins, run: RunDir, spec: JobSpe
         message = f"{run.path} holds checkpoints of another configuration:\n{lines}\ngive this run a name of its own"
         return [*found, wrong("run folder", f"{message} (run.name=...)")]
     return [*found, fine("resume", f"from step {max(run.checkpoint_steps()):,}, if that checkpoint verifies")]
+
+
+def _why_no_locks(folder: Path) -> str | None:
+    """Tried on a file without a name; None where it can be locked."""
+    with tempfile.TemporaryFile(dir=folder) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            return error.strerror
+    return None
 
 
 def _check_disk(config: RunConfig, run: RunDir, plan: BatchPlan | None, built: ShardManifest | None) -> list[Finding]:

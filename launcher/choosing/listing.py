@@ -1,6 +1,7 @@
 """All checkpoints of a run with what is known of each, from its folder and its ledgers; and the one to use."""
 
 import contextlib
+import math
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
@@ -187,10 +188,14 @@ def missing_intervals(run: RunDir, ranked: Ranking | None) -> list[str]:
     if reference.shape[1] < choose.MIN_UNITS:
         return [f"no intervals: the held-out split has {reference.shape[1]} stretches; {choose.MIN_UNITS} are needed"]
     by_training = [e.step for e in missing if e.score.origin == "training"]
-    others = [e.step for e in missing if e.score.origin != "training"]
     notes = [f"no interval for {name_steps(by_training)}: training computed the loss as a whole"] if by_training else []
-    if others:
-        notes.append(f"no interval for {name_steps(others)}: no losses by stretch, or of another held-out text")
+    wanted = choose.precision(best)
+    scored = [(e.step, choose.precision(e.score)) for e in missing if e.score.origin != "training"]
+    for other in sorted({precision for _, precision in scored} - {wanted}):
+        steps = name_steps(step for step, precision in scored if precision == other)
+        notes.append(f"no interval for {steps}: {choose.why_apart(other, 'the best one', wanted)}")
+    if others := [step for step, precision in scored if precision == wanted]:
+        notes.append(f"no interval for {name_steps(others)}: no finite losses by stretch, or of another held-out text")
     return notes
 
 
@@ -244,9 +249,14 @@ def as_json(listing: Listing) -> dict[str, Any]:
     }
 
 
+def _without_nan(values: dict[str, Any]) -> dict[str, Any]:
+    """JSON has no such number: null where bits per byte are not known."""
+    return {name: None if isinstance(value, float) and math.isnan(value) else value for name, value in values.items()}
+
+
 def _row_as_json(listing: Listing, row: Row) -> dict[str, Any]:
     entry, upload = row.entry, row.upload
-    score = None if entry is None else entry.score.model_dump(mode="json")
+    score = None if entry is None else _without_nan(entry.score.model_dump(mode="json"))
     return {
         "step": row.step,
         "epoch": row.epoch,

@@ -6,6 +6,7 @@ does the same in a folder of its own.
 
 import contextlib
 import json
+import math
 import os
 import socket
 import time
@@ -17,6 +18,14 @@ from launcher.keeper.torchrun import Place
 from llmtrain import files
 
 _POLL_S = 0.1
+_SETTLES_S = 3.0
+"""Over a network one file may be seen later than another that was written after it."""
+_TRIES = 5
+_TRY_EVERY_S = 1.0
+
+
+class FirstNodeGone(Exception):
+    """The first node has ended without the word that the others wait for: its supervisor failed, or was interrupted."""
 
 
 @dataclass(frozen=True)
@@ -36,8 +45,15 @@ class Meeting:
         return Place(chosen["host"], chosen["port"], own)
 
     def tell(self, what: str, attempt: int, value: Any) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        files.write_atomic(self._file(what, attempt, self.node), json.dumps(value))
+        for tries_left in reversed(range(_TRIES)):
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                files.write_atomic(self._file(what, attempt, self.node), json.dumps(value))
+                break
+            except OSError:  # a file server that fails over says so for a moment; the other nodes wait for this word
+                if not tries_left:
+                    raise
+                time.sleep(_TRY_EVERY_S)
 
     def told(self, what: str, attempt: int) -> dict[int, Any]:
         """By node; of those that have said it."""
@@ -55,10 +71,27 @@ class Meeting:
         return found
 
     def wait_for_first(self, what: str, attempt: int) -> Any:
-        """What the first node says, however long it takes: a node that is gone ends the job."""
+        """What the first node says, however long it takes: a node that is gone ends the job.
+
+        Raises:
+            FirstNodeGone: it has ended, and not said that.
+        """
+        settled_at = math.inf
         while 0 not in (found := self.told(what, attempt)):
+            if time.monotonic() > settled_at:
+                raise FirstNodeGone(f"the first node has ended without a word on '{what}': its output says why")
+            if settled_at == math.inf and self.is_over():
+                settled_at = time.monotonic() + _SETTLES_S
             time.sleep(_POLL_S)
         return found[0]
+
+    def is_over(self) -> bool:
+        """Whether the first node has ended: it says so last, however it ends."""
+        return 0 in self.told("over", 0)
+
+    def end(self) -> None:
+        """The first node's last word."""
+        self.tell("over", 0, True)
 
     def _file(self, what: str, attempt: int, node: int) -> Path:
         return self.folder / f"{what}-{attempt}-{node}.json"

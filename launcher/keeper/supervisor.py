@@ -8,7 +8,6 @@ come no further since the last time.
 
 import contextlib
 import math
-import os
 import signal
 import subprocess
 import sys
@@ -27,7 +26,7 @@ from launcher.keeper.meeting import Meeting
 from launcher.keeper.processes import ignores, is_for_a_person, kill_tree, ranks_of, read_codes, told, verdict
 from launcher.keeper.ranks import Ranks
 from launcher.keeper.torchrun import Start
-from llmtrain import heartbeat, ledger, log
+from llmtrain import heartbeat, ledger, log, rundir
 from llmtrain.errors import EXIT_CODES, EXIT_REQUEUE
 from llmtrain.rundir import RunDir
 
@@ -45,6 +44,8 @@ _OTHERS_S = 10.0
 """The same for the ranks of other nodes."""
 _SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 _LAST_SAVES = 5
+_AROUND_SAVE_S = 30.0
+"""To agree on a step, and to leave."""
 _WAY_BACK_S = 45.0
 """Before the time limit: for the nodes to agree, and to queue the job again. Ranks that have not left are killed."""
 _SLURM_IS_EARLY_S = 60.0
@@ -60,7 +61,8 @@ class Rules:
     hang_s: float = 600.0
     """A rank that does not get ahead for so long hangs; 0: nobody looks."""
     grace_s: float = 600.0
-    """For ranks that were asked to stop, until they are killed: they save first. Less before the time limit."""
+    """For ranks that were asked to stop, until they are killed: they save first. More where saves take longer, less
+    before the time limit."""
     ends_at: float | None = None
     """When the job is killed, in seconds since 1970."""
     lead_s: float = 120.0
@@ -88,7 +90,7 @@ class Supervisor:
         self._told: set[int] = set()
         """Process ids of ranks that know that they are to stop."""
         self._failures = 0
-        self._began_at = time.time()
+        self._began_at = self._ordered_at = time.time()
         self._gave_up = False
         """On ranks that were asked to stop."""
         self.stopped_by: str | None = None
@@ -96,15 +98,16 @@ class Supervisor:
         self.met_limit = False
         """That was because of the time limit, which SLURM's signal announces too."""
 
-    def supervise(self, goes_on: bool = False) -> int:
-        """Until the run ends; returns its exit code. `goes_on`: an earlier start of this job has been there."""
+    def supervise(self, since: float | None = None) -> int:
+        """Until the run ends; returns its exit code. `since`: when the first start of this job was, if this is none."""
         for number in (*_SIGNALS, signal.SIGINT):
             # Under nohup the end of the terminal is to end nothing; its ranks inherit that.
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
                 signal.signal(number, self._on_signal)
         attempt, newest = 0, self._newest_step()
+        self._ordered_at = self._began_at if since is None else since
         while True:
-            outcome = self._attempt(attempt, again=goes_on or attempt > 0)
+            outcome = self._attempt(attempt, restarted=since is not None or attempt > 0)
             if self._interrupts > 1:
                 return 130
             self._meeting.tell("ended", attempt, outcome)
@@ -139,8 +142,9 @@ class Supervisor:
             say(f"{why}, {self._failures} times in a row without a new checkpoint: not started again")
             return Decision(again=False, code=code if code > 0 else 1)
         say(f"{why}; starting again from step {reached:,}")
-        if self._run.config.exists():
-            ledger.append(self._run.events, ledger.Event(kind="restarted", message=why, step=reached))
+        with contextlib.suppress(OSError):  # a line for reports: the other nodes wait for the decision
+            if self._run.config.exists():
+                ledger.append(self._run.events, ledger.Event(kind="restarted", message=why, step=reached))
         self._rest(min(30.0, 2.0 ** (self._failures - 1)) if self._failures > 1 else 0.0)
         stopped = self.stopped_by is not None
         return Decision(again=not stopped, code=EXIT_REQUEUE if stopped else code)
@@ -156,8 +160,9 @@ class Supervisor:
 
     # One attempt
 
-    def _attempt(self, attempt: int, again: bool) -> dict[str, Any]:
+    def _attempt(self, attempt: int, restarted: bool) -> dict[str, Any]:
         """Start this node's ranks and stay with them; returns how they ended."""
+        again = restarted and has_begun(self._run, self._ordered_at)
         place = self._meeting.place(attempt) if self._start.num_nodes > 1 else None
         if not self._is_alone:
             self._logs.mkdir(parents=True, exist_ok=True)
@@ -169,7 +174,7 @@ class Supervisor:
             # A session of its own: Ctrl-C comes here alone, and is passed on once.
             process = self._process = subprocess.Popen(
                 torchrun.command(self._start, place, again),
-                env={**os.environ, **torchrun.ENVIRONMENT, **told_to_ranks},
+                env=torchrun.environment(self._start, restarted, told_to_ranks),
                 start_new_session=True,
                 preexec_fn=torchrun.ignore_stops,  # noqa: PLW1509  there are no threads here
             )
@@ -220,6 +225,8 @@ class Supervisor:
     def _others_failed(self, attempt: int) -> bool:
         if self._start.num_nodes == 1:
             return False
+        if self._meeting.is_over() and 0 not in self._meeting.told("decision", attempt):
+            return True  # its supervisor has failed, and nobody decides any more
         return any(outcome["agent"] for outcome in self._meeting.told("ended", attempt).values())
 
     def _write_down(self, named: list[hangs.Seen], beats: Path, stacks: Path) -> str:
@@ -236,13 +243,18 @@ class Supervisor:
         waited_s, left_s = time.monotonic() - self._asked_at, (self._rules.ends_at or math.inf) - time.time()
         # At the limit itself SLURM would end this process too, and not queue the job again.
         is_last_moment = left_s < _WAY_BACK_S and left_s < self._lead_s() / 2
-        if waited_s <= self._rules.grace_s and not is_last_moment:
+        if not is_last_moment and (waited_s <= self._rules.grace_s or waited_s <= self._patience_s()):
             return
         if not self._gave_up:
             self._gave_up = True
             why = f", {left_s:.0f} s before the time limit" if is_last_moment else ""
             say(f"still there after {waited_s:.0f} s{why}: killed")
         kill_tree(process.pid)
+
+    def _patience_s(self) -> float:
+        """For a save that is known to take long; 0 before the first."""
+        slowest_s = slowest_save(self._run)
+        return max(self._lead_s(), _AROUND_SAVE_S + 2.0 * slowest_s if slowest_s else 0.0)
 
     # Reasons to stop
 
@@ -263,7 +275,7 @@ class Supervisor:
         """Before the time limit; longer where the saves of this run have taken longer."""
         if self._rules.ends_at is None:
             return 0.0
-        lead_s = max(self._rules.lead_s, 30.0 + 2.0 * slowest_save(self._run))
+        lead_s = max(self._rules.lead_s, _AROUND_SAVE_S + 2.0 * slowest_save(self._run))
         return min(lead_s, (self._rules.ends_at - self._began_at) / 2)
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
@@ -309,6 +321,17 @@ class Supervisor:
             self._told.add(rank.pid)
             with contextlib.suppress(ProcessLookupError, psutil.NoSuchProcess):
                 rank.send_signal(asked)
+
+
+def has_begun(run: RunDir, since: float) -> bool:
+    """Whether training has begun since then. Until it has, run.resume=never has left the old run where it was, and
+    going on from what is there would go on with that one.
+    """
+    try:
+        events = rundir.read_jsonl(run.events)
+    except (OSError, ValueError):  # not readable now; there is one, and what it was begun with is not to be moved aside
+        return True
+    return any(event["kind"] in ("started", "resumed") and event["time"] >= since for event in events)
 
 
 def slowest_save(run: RunDir) -> float:

@@ -6,17 +6,24 @@ decided in supervisor.py. Nodes meet at a port that their first one has chosen (
 depend on which node came first.
 """
 
+import os
 import signal
 import sys
 from dataclasses import dataclass
 
 from llmtrain.errors import ConfigError
-from llmtrain.gpus import num_gpus
+from llmtrain.gpus import driver_problem, num_gpus
+from llmtrain.rundir import RESTARTED
 
 ENVIRONMENT = {
     # Without it a killed rank left 5 of 14 restarts hanging in rendezvous (pytorch#135712).
     "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
 }
+_PLACE = {
+    "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_NAME", "ROLE_RANK",
+    "ROLE_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT",
+}  # fmt: skip
+_PLACES = ("TORCHELASTIC_", "PET_")
 STOPS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 _SHUTDOWN_S = 5
 """For ranks, when torchrun itself is told to end. A stop goes to the ranks themselves, and after one has failed
@@ -66,6 +73,16 @@ def command(start: Start, place: Place | None = None, again: bool = False) -> li
     ]  # fmt: skip
 
 
+def environment(start: Start, restarted: bool, further: dict[str, str]) -> dict[str, str]:
+    """For that process. A rank alone has no place among others, whatever a container or Kubernetes says: torchrun
+    would write its own over that.
+    """
+    kept = {name: value for name, value in os.environ.items() if name != RESTARTED}
+    if start.ranks * start.num_nodes == 1:
+        kept = {name: value for name, value in kept.items() if name not in _PLACE and not name.startswith(_PLACES)}
+    return {**kept, **ENVIRONMENT, **({RESTARTED: "1"} if restarted else {}), **further}
+
+
 def ignore_stops() -> None:
     """In the new process, before it becomes torchrun: SLURM signals every process of a job, and torchrun would end the
     ranks while they save. They listen themselves.
@@ -76,6 +93,9 @@ def ignore_stops() -> None:
 
 def check(gpus: int | None, ranks: int | None) -> tuple[int, str | None]:
     """(ranks, device) from the command line; raises ConfigError where they do not fit this machine."""
+    problem = driver_problem() if gpus or (gpus is None and ranks is None) else None
+    if problem is not None:  # else a machine full of GPUs would train on its CPU in silence
+        raise ConfigError([f"{problem}; mend the driver (often a reboot), or take the CPU: --gpus 0"])
     there = num_gpus()
     if gpus is None and ranks is None:
         return (there, "cuda") if there else (1, None)

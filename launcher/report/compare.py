@@ -51,10 +51,13 @@ class Comparison:
     contenders: list[Contender]
     """The best one first."""
     measure: Measure
-    differences: list[tuple[float, float] | None]
-    """95% intervals of each best checkpoint's loss minus the very best one's, where the same text was scored."""
+    differences: list[choose.Interval | None]
+    """Simultaneous 95% intervals of each best checkpoint's loss minus the very best one's, where the same text was
+    scored in the same precision."""
     doubts: list[str]
     """Why losses cannot be compared."""
+    caveats: list[str]
+    """Why a difference to the first has no interval though losses can be compared."""
     settings: dict[str, list[str]]
     """Those that differ, each with the values of all contenders."""
 
@@ -90,8 +93,12 @@ def compare_runs(runs: Sequence[RunDir]) -> Comparison:
     doubts = find_doubts(contenders)
     measure: Measure = "bits_per_byte" if doubts else "loss"
     contenders.sort(key=lambda c: (c.value(measure), c.label))
-    differences = [None if doubts else _difference(contenders[0], other) for other in contenders]
-    return Comparison(contenders, measure, differences, doubts, differing_settings(contenders))
+    differences: list[choose.Interval | None] = [None] * len(contenders)
+    caveats: list[str] = []
+    if not doubts:
+        differences[1:] = _differences(contenders[0], contenders[1:])
+        caveats = _caveats(contenders[0], contenders[1:])
+    return Comparison(contenders, measure, differences, doubts, caveats, differing_settings(contenders))
 
 
 def labels(runs: Sequence[RunDir]) -> list[str]:
@@ -134,17 +141,31 @@ def find_doubts(contenders: Sequence[Contender]) -> list[str]:
     return doubts
 
 
-def _difference(best: Contender, other: Contender) -> tuple[float, float] | None:
-    """By the paired bootstrap that ranks the checkpoints of one run; None where the stretches are not the same."""
-    if best is other or best.best is None or other.best is None:
-        return None
-    mine = choose.read_losses(best.facts.run, best.best.score)
-    theirs = choose.read_losses(other.facts.run, other.best.score)
-    if mine is None or theirs is None or mine.shape != theirs.shape or not np.array_equal(mine[1], theirs[1]):
-        return None
-    if mine.shape[1] < choose.MIN_UNITS:
-        return None
-    return choose.bootstrap((theirs[0] - mine[0])[None], mine[1])[0]
+def _differences(first: Contender, others: Sequence[Contender]) -> list[choose.Interval | None]:
+    """By the comparison that ranks the checkpoints of one run (llmtrain.choose), precisions included."""
+    if first.best is None:
+        return [None] * len(others)
+    wanted = choose.precision(first.best.score)
+    reference = choose.read_losses(first.facts.run, first.best.score)
+    same = (
+        choose.read_losses(other.facts.run, other.best.score)
+        if other.best is not None and choose.precision(other.best.score) == wanted
+        else None
+        for other in others
+    )
+    return choose.compare(reference, same, len(others))
+
+
+def _caveats(first: Contender, others: Sequence[Contender]) -> list[str]:
+    """Training's own losses do not say their precision, and have no interval anyway."""
+    if first.best is None or not (wanted := choose.precision(first.best.score)):
+        return []
+    scored = [(c.label, choose.precision(c.best.score)) for c in others if c.best is not None]
+    return [
+        f"no interval for {label}: {choose.why_apart(precision, first.label, wanted)}"
+        for label, precision in scored
+        if precision not in ("", wanted)
+    ]
 
 
 def differing_settings(contenders: Sequence[Contender]) -> dict[str, list[str]]:
@@ -191,6 +212,8 @@ def show(comparison: Comparison, console: Console) -> None:
     console.print(table)
     if left_out:
         console.print(Text(f"left out, too narrow here: {', '.join(left_out)}", style="dim"))
+    for caveat in comparison.caveats:
+        console.print(Text(one_line(caveat), style="yellow"))
     names = short_names(list(comparison.settings))
     console.print()
     if not comparison.settings:

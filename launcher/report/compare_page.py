@@ -13,7 +13,7 @@ from launcher.report.headline import STATE_TONES
 from launcher.report.markup import Child, Html, element, table, visible
 from launcher.report.page import bar, footer, write_page
 from launcher.report.plots import label_axis, legend_above, picture, thin
-from launcher.report.sections import lead, section
+from launcher.report.sections import lead, notice, section
 from launcher.report.theme import LIGHT, RUN_COLOURS
 
 _FEW = 4
@@ -70,9 +70,11 @@ def _ranking(comparison: Comparison) -> Html:
     if any(bounds is not None for bounds in comparison.differences):
         told += (
             " Where the 95% interval of the difference to the first contains 0 it is a tie: another held-out text "
-            "might turn them round."
+            "might turn them round. The intervals allow for the first being the best of all of them by luck too."
         )
-    return section("ranking", "Ranking", lead(told), _forest(comparison), table(heads, rows, numeric, classes))
+    shown = table(heads, rows, numeric, classes)
+    notes = [notice(f"{visible(caveat[:1].upper() + caveat[1:])}.") for caveat in comparison.caveats]
+    return section("ranking", "Ranking", lead(told), _forest(comparison), shown, notes)
 
 
 def _row(comparison: Comparison, place: int, settings: list[str]) -> list[Child]:

@@ -177,7 +177,8 @@ def _how_scored(facts: Facts) -> str:
     where = f"Loaded from their files and scored on held-out text{how}" if disk else "As the training ranks scored them"
     return (
         f"{where}. Two checkpoints are compared on the same stretches of text, drawn again with replacement. Where the "
-        "95% interval of the difference to the best contains 0 it is a tie, and the one saved first is proposed."
+        "95% interval of the difference to the best contains 0 it is a tie, and the one saved first is proposed. The "
+        "intervals hold for all of them together, since the best of many is the best by luck too."
     )
 
 

@@ -7,7 +7,6 @@ of `build_part` on several machines at once, then `build`, which does what is mi
 """
 
 import contextlib
-import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,7 +20,16 @@ from launcher.sharding.prepare import Prepared, prepare, read_prepared
 from launcher.sharding.processes import RunAll, processes
 from launcher.sharding.progress import ShardProgress
 from launcher.sharding.sources import default_workers
-from launcher.sharding.work import Plan, check_unchanged, locked, make_plan, open_work
+from launcher.sharding.work import (
+    Plan,
+    check_folder,
+    check_unchanged,
+    locked,
+    make_plan,
+    open_work,
+    remove_work,
+    take_manifest,
+)
 from llmtrain import recipe, shards
 from llmtrain.config.schema import RunConfig
 from llmtrain.errors import EncodingError, SourceError, disk_errors
@@ -69,6 +77,7 @@ def build(config: RunConfig, workers: int | None = None, force: bool = False) ->
     """Build the shards of `config`, or what other jobs have left to do, or find them finished.
 
     Raises:
+        ConfigError: the tokenizer's copy would replace files that no build has written.
         SourceError, EncodingError, TokenizerError, TooLittleData: the input cannot be used.
         DataMismatch: a finished folder of another recipe stands there (and not `force`), or a source has changed
             while it was being read.
@@ -77,8 +86,9 @@ def build(config: RunConfig, workers: int | None = None, force: bool = False) ->
     folder = recipe.shard_folder(config)
     with disk_errors("sharding", folder), locked(folder):
         if not force and (found := _find_finished(config)):
-            shutil.rmtree(folder / ".work", ignore_errors=True)  # of a build killed just after its manifest
+            remove_work(folder)  # of a build killed just after its manifest
             return found
+        check_folder(config)
         started = time.perf_counter()
         plan = make_plan(config)
         open_work(plan, anew=force)
@@ -101,12 +111,14 @@ def prepare_build(config: RunConfig, workers: int | None = None, force: bool = F
     with disk_errors("sharding", folder), locked(folder):
         if not force and (found := _find_finished(config)):
             return found
+        check_folder(config)
         plan = make_plan(config)
         open_work(plan, anew=force)
         with ShardProgress() as progress, processes(workers or default_workers()) as run_all:
             prepare(plan, run_all, progress)
         # With `force`: what stood there is finished no more, or parts would find nothing to do.
-        (folder / shards.MANIFEST).unlink(missing_ok=True)
+        if shards.exists(folder):
+            take_manifest(plan)
         return PreparedBuild(plan, len(plan.missing()))
 
 

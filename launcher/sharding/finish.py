@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from launcher.sharding import pack, tasks, tokenize
 from launcher.sharding.processes import RunAll
 from launcher.sharding.progress import ShardProgress
-from launcher.sharding.work import Plan
+from launcher.sharding.work import Plan, remove_work, take_manifest
 from llmtrain import files, recipe, shards
 from llmtrain.config.schema import RunConfig
 from llmtrain.errors import TooLittleData
@@ -154,9 +154,13 @@ def _describe(
 
 
 def publish(plan: Plan, manifest: ShardManifest) -> None:
-    """Move the new shards into place, the manifest last; an older build is gone before."""
+    """Move the new shards into place, the manifest last; an older build is gone before.
+
+    Raises:
+        ConfigError: a tokenizer that no build has written stands in its way.
+    """
     folder, work = plan.folder, plan.work
-    (folder / shards.MANIFEST).unlink(missing_ok=True)
+    take_manifest(plan)
     for split in tasks.SPLITS:
         for old in folder.glob(f"{split}-[0-9][0-9][0-9][0-9][0-9].arrow"):
             old.unlink()
@@ -167,4 +171,4 @@ def publish(plan: Plan, manifest: ShardManifest) -> None:
         new.rename(folder / new.name)
     files.sync(folder)
     files.write_atomic(folder / shards.MANIFEST, manifest.to_bytes())
-    shutil.rmtree(work)
+    remove_work(folder)

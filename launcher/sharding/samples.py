@@ -6,6 +6,7 @@ ids that were trained on; else the segments are tokenised one by one.
 """
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,9 +39,21 @@ class Sample:
     ids: NDArray[np.uint32]
     learned: NDArray[np.uint8]
     learned_bytes: int
-    """UTF-8 bytes of the learned text."""
+    """UTF-8 bytes of the learned text; a special token stands for none, whatever its name."""
     cut: bool
     """Whether the prompt's beginning is missing."""
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """What became of a segment."""
+
+    segment: Segment
+    ids: NDArray[np.uint32]
+    text: str
+    """What was tokenised at once: this segment, and perhaps earlier ones before it."""
+    ids_before: int
+    """Ids of the earlier ones."""
 
 
 class SampleMaker:
@@ -59,43 +72,71 @@ class SampleMaker:
             segments = self._chat.segments(document)
         else:
             segments = [*_prompt_and_completion(self._format, document)]
-        special = self._chat is not None
-        prefix = [] if self._chat is not None and self._chat.template.writes_prefix else self._encoder.prefix_ids
-        pieces = self._encode(segments, special)
-        ids = np.concatenate([np.array(prefix, np.uint32), *pieces])
-        flags = [
-            np.full(len(piece), segment.learned, np.uint8) for piece, segment in zip(pieces, segments, strict=True)
-        ]
-        learned = np.concatenate([np.zeros(len(prefix), np.uint8), *flags])
-        if not self._format.completion_only:
-            learned[len(prefix) :] = 1
-        learned_bytes = sum(len(s.text.encode()) for s in segments if s.learned or not self._format.completion_only)
+        own = self._encoder.prefix_ids
+        added = [] if self._chat is not None and self._chat.template.writes_prefix else own
+        pieces = self._encode(segments)
+        ids = np.concatenate([np.array(added, np.uint32), *(piece.ids for piece in pieces)])
+        # A template may have written what the tokenizer puts before a text: then it stays as well, and is not learned.
+        prefix = len(own) if ids[: len(own)].tolist() == own else len(added)
         too_many = len(ids) - self._limit
         if too_many > 0:
             if self._format.overlong == "skip":
                 raise NotUsable("longer than model.context")
-            if len(prefix) + too_many >= len(ids) - len(pieces[-1]):
+            if prefix + too_many >= len(ids) - len(pieces[-1].ids):
                 raise NotUsable("completion longer than model.context")
-            rest = np.r_[0 : len(prefix), len(prefix) + too_many : len(ids)]
+        gone = prefix - len(added) + too_many if too_many > 0 else 0
+        flags, learned_bytes = self._choose_learned(pieces, gone, self._format.completion_only)
+        learned = np.concatenate([np.zeros(len(added), np.uint8), *flags])
+        learned[:prefix] = 0
+        if too_many > 0:
+            rest = np.r_[0:prefix, prefix + too_many : len(ids)]
             ids, learned = ids[rest], learned[rest]
         return Sample(ids, learned, learned_bytes, cut=too_many > 0)
 
-    def _encode(self, segments: list[Segment], special: bool) -> list[NDArray[np.uint32]]:
-        encode = self._encoder.encode_special if special else self._encoder.encode
+    def _encode(self, segments: list[Segment]) -> list[_Piece]:
+        encode = self._encoder.encode if self._chat is None else self._encoder.encode_special
         text, ids = "", np.zeros(0, np.uint32)
-        pieces: list[NDArray[np.uint32]] = []
+        pieces: list[_Piece] = []
         for segment in segments:
             joint = encode(text + segment.text)
             if np.array_equal(joint[: len(ids)], ids):
-                text, new, ids = text + segment.text, joint[len(ids) :], joint
+                text, before, ids = text + segment.text, len(ids), joint
             else:
-                new = encode(segment.text)
-                text, ids = segment.text, new
+                text, before, ids = segment.text, 0, encode(segment.text)
+            new = ids[before:]
             if segment.ends:
                 new = np.append(new, np.uint32(self._encoder.eos_id))
+            pieces.append(_Piece(segment, new, text, before))
+            if segment.ends:
                 text, ids = "", np.zeros(0, np.uint32)
-            pieces.append(new)
         return pieces
+
+    def _choose_learned(
+        self, pieces: list[_Piece], gone: int, completion_only: bool
+    ) -> tuple[list[NDArray[np.uint8]], int]:
+        """A flag for each id, and the bytes of what is learned, where the first `gone` ids will be cut off."""
+        flags: list[NDArray[np.uint8]] = []
+        learned_bytes, start = 0, 0
+        for piece in pieces:
+            stop = start + len(piece.ids)
+            learned = piece.segment.learned or not completion_only
+            if piece.segment.learned and gone > 0 and start <= gone < stop:
+                learned = False  # nothing of its question is left, and of the answer perhaps only the end
+            flags.append(np.full(len(piece.ids), learned, np.uint8))
+            if learned and gone < stop:
+                learned_bytes += self._count_bytes(piece, max(0, gone - start))
+            start = stop
+        return flags, learned_bytes
+
+    def _count_bytes(self, piece: _Piece, gone: int) -> int:
+        """UTF-8 bytes of a segment's text without its first `gone` ids."""
+        text = piece.segment.text
+        if gone:
+            end = self._encoder.text_end(piece.text, piece.ids_before + gone, special=self._chat is not None)
+            text = piece.text[max(end, len(piece.text) - len(text)) :]
+        if self._chat is not None:  # elsewhere text that looks like a special token is text
+            text = self._chat.special_text.sub("", text)
+        return len(text.encode())
 
 
 def _prompt_and_completion(format: schema.Format, document: Document) -> Iterator[Segment]:
@@ -143,6 +184,8 @@ class Chat:
         own = _template_of(tokenizer, settings)
         self.template = prompts.chat_template(format, own, {**tokens, "eos_token": self._eos})
         self._special = encoder.special_tokens
+        longest_first = sorted(self._special, key=len, reverse=True)  # as a tokenizer finds them
+        self.special_text = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
 
     def segments(self, document: Document) -> list[Segment]:
         """What the others say is not learned; what the assistant says is, with its end-of-text token."""

@@ -125,7 +125,6 @@ class Encoder:
         self._tokenizer.encode_special_tokens = True
         self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
         self.eos_id = self._find_eos(folder)
-        self._with_special: Any = None
         self._folder = folder
         self._fast = tiktoken_encoding(self._spec) if fast else None
 
@@ -141,13 +140,24 @@ class Encoder:
 
     def encode_special(self, text: str) -> NDArray[np.uint32]:
         """Ids of a text in which special tokens count as such (what a chat template wrote)."""
-        if self._with_special is None:
-            from tokenizers import Tokenizer
+        return np.array(self._special_tokenizer.encode(text, add_special_tokens=False).ids, np.uint32)
 
-            self._with_special = Tokenizer.from_file(str(self._folder / "tokenizer.json"))
-            self._with_special.no_truncation()
-            self._with_special.no_padding()
-        return np.array(self._with_special.encode(text, add_special_tokens=False).ids, np.uint32)
+    @functools.cached_property
+    def _special_tokenizer(self) -> Any:
+        from tokenizers import Tokenizer
+
+        tokenizer = Tokenizer.from_file(str(self._folder / "tokenizer.json"))
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        return tokenizer
+
+    def text_end(self, text: str, count: int, special: bool) -> int:
+        """How many characters of a text its first `count` ids stand for; `special`: those of `encode_special`."""
+        if count == 0:
+            return 0
+        tokenizer = self._special_tokenizer if special else self._tokenizer
+        # Where the next token begins would not do: GPT-2's tokenizer reports it without the space before a word.
+        return tokenizer.encode(text, add_special_tokens=False).offsets[count - 1][1]
 
     @functools.cached_property
     def prefix_ids(self) -> list[int]:

@@ -6,6 +6,9 @@
     tokens-000000.npz ...     finished tasks
     out/                      shards, before they are moved into place
 
+Beside it stands FOLDER/.unpublished from when an older build's manifest is taken away, or the new shards begin to move
+in, until the new manifest: what has no manifest then is a build's all the same, and the next try replaces it.
+
 Jobs on several machines find the same tasks, in the same order, because each lists the same sources.
 """
 
@@ -16,6 +19,7 @@ import functools
 import hashlib
 import itertools
 import json
+import os
 import shutil
 import sys
 from collections.abc import Iterator
@@ -28,7 +32,9 @@ from launcher.sharding.records import Unit
 from launcher.sharding.sources import group_units, list_units, stamp_of
 from llmtrain import files, recipe, shards
 from llmtrain.config.schema import RunConfig
-from llmtrain.errors import DataMismatch, SourceError, UserError
+from llmtrain.errors import ConfigError, DataMismatch, SourceError, UserError
+
+_UNPUBLISHED = ".unpublished"
 
 
 @dataclass(frozen=True)
@@ -125,6 +131,48 @@ def open_work(plan: Plan, anew: bool) -> None:
         files.write_atomic(marker, plan.key)
     for left in plan.work.glob(f"*{tasks.ASIDE}"):
         left.unlink()
+
+
+def check_folder(config: RunConfig) -> None:
+    """See that publishing, which replaces FOLDER/tokenizer, would not delete what no build has written.
+
+    Raises:
+        ConfigError: it would.
+    """
+    folder, chosen = recipe.shard_folder(config), config.data.tokenizer
+    ours = folder / shards.TOKENIZER
+    setting = f"the shards' folder, {folder}" if config.data.dir is None else f"data.dir={folder}"
+    elsewhere = f"set data.dir to another folder, such as {folder / 'shards'}"
+    if chosen.kind == "folder" and Path(chosen.path).expanduser().resolve().is_relative_to(ours.resolve()):
+        problem = (
+            f"data.tokenizer.path={chosen.path}: a build replaces {ours} ({setting}) by the shards' own copy of the "
+            f"tokenizer; {elsewhere}, or move the tokenizer and set data.tokenizer.path to where it is then"
+        )
+    elif os.path.lexists(ours) and not shards.exists(folder) and not (folder / _UNPUBLISHED).exists():
+        problem = (
+            f"{setting}: a build would replace {ours}, and no build has written it, as far as can be told (there is no "
+            f"{shards.MANIFEST}); {elsewhere}, or move {ours} away (or delete it, if shards that are gone left it)"
+        )
+    else:
+        return
+    raise ConfigError([problem])
+
+
+def take_manifest(plan: Plan) -> None:
+    """From now on the folder does not count as finished, and what stands there may be replaced.
+
+    Raises:
+        ConfigError: it is not a build's; a tokenizer may have come there while this one was at work.
+    """
+    check_folder(plan.config)
+    files.write_atomic(plan.folder / _UNPUBLISHED, "")
+    (plan.folder / shards.MANIFEST).unlink(missing_ok=True)
+
+
+def remove_work(folder: Path) -> None:
+    """Delete what a build needs until its manifest is written."""
+    (folder / _UNPUBLISHED).unlink(missing_ok=True)
+    shutil.rmtree(folder / ".work", ignore_errors=True)
 
 
 def check_work(plan: Plan) -> None:

@@ -43,10 +43,13 @@ class JobSpec:
 
 
 def parameters(spec: JobSpec) -> dict[str, Any]:
-    """For submitit's executor."""
+    """For submitit's executor.
+
+    The script's own output is left to submitit, which joins it to that of the first node (JOB_0_log.out): modules that
+    cannot be loaded, srun's errors, SLURM's notes on a time limit then stand where `llmtrain status` and `logs` look.
+    """
     profile, side = spec.profile, spec.side
     further: dict[str, Any] = {"requeue" if profile.requeue else "no-requeue": True, **profile.extra}
-    further["output"] = "%x-%j.out"  # of the script itself; srun's is the nodes'
     cpus, gpus = _cpus(spec), side.gpus if side is not None else spec.gpus_per_node
     least = profile.nodes_at_least if side is None else None
     elastic = least is not None and least < spec.nodes
@@ -101,6 +104,7 @@ def render(spec: JobSpec, plain: bool = False, count: int = 1) -> str:
     python, further = _python(spec.profile), parameters(spec)
     make: Any = vars(slurm)["_make_sbatch_string"]  # it has no public name; a test fails where it moves
     if plain:
+        further["additional_parameters"]["output"] = "%x-%j.out"  # beside where a person calls sbatch
         srun = shlex.join(["srun", "--unbuffered", *further.pop("srun_args")])
         # What the script is given becomes settings: sbatch SCRIPT train.steps=100
         payload = f'{srun} {python} -u -m launcher {shlex.join(spec.words)} "$@"'

@@ -21,6 +21,8 @@ _UNITS_S = (1, 60, 3600)
 _OVER = (
     "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "OUT_OF_MEMORY", "DEADLINE", "BOOT_FAIL",
 )  # fmt: skip
+NEVER_STARTS = "DependencyNeverSatisfied"
+"""Reason of a job that was submitted to start after another one, which can no longer end as it was to."""
 _MOST_ALIVE = ("RUNNING", "COMPLETING", "CONFIGURING", "PENDING")
 """What an array counts as, while some of its tasks are."""
 _HABITS = ("SQUEUE_", "SACCT_", "SCONTROL_", "SINFO_")
@@ -147,7 +149,7 @@ def _told_by_squeue(wanted: Iterable[str]) -> dict[str, Queued]:
             float(starts) if state == "PENDING" and starts.isdigit() else None,
         )  # fmt: skip
     for job_id, told in found.items():
-        if told.is_over:  # squeue's reason is what it waited for
+        if told.is_over and told.reason != NEVER_STARTS:  # squeue's other reasons are what it waited for
             code = describe(job_id).get("ExitCode", "") if told.state == "FAILED" else ""
             found[job_id] = replace(told, reason=_exit(code))
     return found

@@ -32,8 +32,11 @@ class TrainJob:
     def __call__(self) -> None:
         submitits: Any = signal.getsignal(signal.SIGUSR2)  # before the supervisor takes the signals
 
-        def requeue(_job_id: str) -> None:
+        def requeue(job_id: str) -> None:
             """submitit's own way: pickles `checkpoint()`, calls scontrol, leaves with SystemExit."""
+            if not callable(submitits):  # SUBMITIT_PREEMPT_SIGNAL names another signal; the pickle is as it was
+                node.requeue_with_scontrol(job_id)
+                return
             try:
                 submitits(signal.SIGUSR2, None)
             except SystemExit:

@@ -12,9 +12,10 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from launcher.jobs import JobDir
-from launcher.keeper.meeting import Meeting
+from launcher.keeper.meeting import FirstNodeGone, Meeting
 from launcher.keeper.processes import is_for_a_person
 from launcher.keeper.supervisor import Rules, Supervisor, say
 from launcher.keeper.torchrun import Start
@@ -75,9 +76,12 @@ def keep_going(words: list[str], ranks: int, device: str | None, rules: Rules, r
     try:
         start = Start(words, ranks, device, node.number, used)
         return _train(start, rules, requeue, again, node, run, jobs, meeting)
+    except FirstNodeGone as error:  # what went wrong stands in that node's output
+        say(str(error))
+        return 1
     finally:
         if node.number == 0:
-            meeting.tell("over", 0, True)
+            meeting.end()
 
 
 def _sit_out(meeting: Meeting, node: Node) -> int:
@@ -96,14 +100,15 @@ def _train(
     start: Start, rules: Rules, requeue: Requeue, again: bool, node: Node, run: RunDir, jobs: JobDir, meeting: Meeting
 ) -> int:
     rules = Rules(rules.max_restarts, rules.hang_s, rules.grace_s, _ends_at(node), rules.lead_s)
-    if not _may_go_on(jobs, run, node, meeting, rules.max_restarts):
+    since = _begin(jobs, run, node, meeting, rules.max_restarts)
+    if since is None:
         return 1
     supervisor = Supervisor(start, run, rules, meeting, meeting.folder / "ranks", jobs.stop)
-    code = supervisor.supervise(goes_on=node.restart > 0)
+    code = supervisor.supervise(since if node.restart else None)
     stopped = supervisor.stopped_by is not None or code == EXIT_REQUEUE  # the time limit is the first node's to know
-    # At its limit a job has had all its time: what `_may_go_on` wrote stands, and counts without a new checkpoint.
+    # At its limit a job has had all its time: what `_begin` wrote stands, and counts without a new checkpoint.
     if node.number == 0 and (code == 0 or not supervisor.met_limit):
-        _note(jobs, run, clean=stopped or code == 0)
+        _note(jobs, run, node, since, clean=stopped or code == 0)
     if not stopped or code == 0 or is_for_a_person(code):
         return code
     if supervisor.stopped_by == "llmtrain stop" or jobs.stop.exists() or not again:
@@ -179,25 +184,39 @@ def _ends_at(node: Node) -> float | None:
         return None
 
 
-def _may_go_on(jobs: JobDir, run: RunDir, node: Node, meeting: Meeting, limit: int) -> bool:
-    """The first node counts starts without a new checkpoint that end without word (a node that crashes), or at the
-    time limit."""
+def _begin(jobs: JobDir, run: RunDir, node: Node, meeting: Meeting, limit: int) -> float | None:
+    """When the first start of this job was; None where it is not to start again.
+
+    The first node counts starts without a new checkpoint that end without word (a node that crashes), or at the
+    time limit.
+    """
     if node.number == 0:
         before = json.loads(jobs.progress.read_text()) if jobs.progress.exists() and node.restart else None
         reached = _newest(run)
         failures = 0
         if before is not None and not before["clean"] and reached <= before["step"]:
             failures = before["failures"] + 1
+        since = _first_start(jobs, node, before)
         jobs.path.mkdir(parents=True, exist_ok=True)
-        files.write_atomic(jobs.progress, json.dumps({"step": reached, "failures": failures, "clean": False}))
+        _note(jobs, run, node, since, clean=False, failures=failures)
         if failures > limit:
             say(f"ended {failures} times in a row without a new checkpoint: not started again")
-        meeting.tell("begin", 0, failures <= limit)
-    return bool(meeting.wait_for_first("begin", 0))
+        meeting.tell("begin", 0, since if failures <= limit else None)
+    return meeting.wait_for_first("begin", 0)
 
 
-def _note(jobs: JobDir, run: RunDir, clean: bool) -> None:
-    files.write_atomic(jobs.progress, json.dumps({"step": _newest(run), "failures": 0, "clean": clean}))
+def _first_start(jobs: JobDir, node: Node, before: dict[str, Any] | None) -> float:
+    if before is not None and before.get("job") == node.job_id:
+        return float(before["since"])
+    if before is not None and "job" not in before:  # written by an earlier version: it began before this start
+        return 0.0
+    submitted = [record.time for record in jobs.records() if record.job_id == node.job_id]
+    return submitted[-1] if submitted and node.restart else time.time()  # a first start may end before it says so
+
+
+def _note(jobs: JobDir, run: RunDir, node: Node, since: float, clean: bool, failures: int = 0) -> None:
+    noted = {"step": _newest(run), "failures": failures, "clean": clean, "job": node.job_id, "since": since}
+    files.write_atomic(jobs.progress, json.dumps(noted))
 
 
 def _newest(run: RunDir) -> int:

@@ -268,6 +268,7 @@ def forget_overrides(parameters: dict[str, Any]) -> None:
     told = [variable for name, variable in _VARIABLES.items() if parameters[name] is not None]
     for variable in (*told, "REQUEUE", "NO_REQUEUE", "SIGNAL"):
         os.environ.pop(f"SBATCH_{variable}", None)
+    os.environ.pop("SUBMITIT_PREEMPT_SIGNAL", None)  # jobs inherit it, and listen to the signal that the script names
 
 
 def refuse_if_queued(run: RunDir) -> None:

@@ -73,7 +73,8 @@ def find(run: RunDir, wanted: Wanted) -> Path:
         return _of_node(run, wanted.node)
     if run.log.exists():
         return run.log
-    outputs = _outputs(run)  # it did not come as far as its log, or has not started
+    # It did not come as far as its log, or has not started: a job's file is there before anything is said.
+    outputs = [path for path in _outputs(run) if path.stat().st_size]
     if outputs:
         return outputs[-1]
     raise RunFolderError(f"{run.path}: nothing was said yet{_waiting(run)}")

@@ -1,15 +1,17 @@
 """The jobs of runs, as they were submitted and as SLURM sees them now; for `llmtrain status` and what else asks."""
 
 import functools
+import re
 import time
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from launcher.display import duration, one_line, when
 from launcher.jobs import JobDir, JobRecord, Kind, job_dirs, kept_going
+from launcher.keeper.meeting import Meeting
 from launcher.slurm import client
-from launcher.slurm.client import Queued
+from launcher.slurm.client import NEVER_STARTS, Queued
 from llmtrain.errors import EXIT_REQUEUE, SlurmError
 from llmtrain.rundir import RunDir
 
@@ -19,7 +21,7 @@ _KEPT_S = 10.0
 _REASONS = {
     "BeginTime": "was requeued, and may start again soon",
     "Dependency": "waits for another job to end well",
-    "DependencyNeverSatisfied": "the job that it waits for has failed: it will never start",
+    NEVER_STARTS: "the job that it waits for has failed: it will never start",
     "JobArrayTaskLimit": "waits for other tasks of its array",
     "JobHeldAdmin": "held by an administrator",
     "JobHeldUser": "held: scontrol release lets it go",
@@ -40,7 +42,8 @@ class Job:
     after: str
     """The dependency, as sbatch was given it."""
     state: str | None
-    """As SLURM calls it; None where SLURM has forgotten the job, or does not answer."""
+    """As SLURM calls it; None where SLURM has forgotten the job, or does not answer. FAILED also where SLURM has
+    forgotten it, and the job's own files hold its exit code."""
     is_over: bool
     reason: str
     """Why it waits, or how it ended."""
@@ -49,6 +52,13 @@ class Job:
     """Until the time limit, if it is running."""
     starts: float | None
     """When SLURM expects to start it; seconds since 1970."""
+    blocked_by: str = ""
+    """How the job ended that it waited for in vain; empty where it did not, or where that is not known."""
+
+    @property
+    def may_be_blocked(self) -> bool:
+        """Accounts (sacct) hold no reason: there it looks as if a person had cancelled it."""
+        return self.reason == NEVER_STARTS or (self.state == "CANCELLED" and self.after != "")
 
     @property
     def was_stopped(self) -> bool:
@@ -84,12 +94,79 @@ def was_submitted(run: RunDir) -> bool:
 
 
 def read_queue(runs: Iterable[RunDir]) -> Queue:
-    """Asks SLURM once for all; not at all where no job was submitted for any of them."""
+    """Asks SLURM once for all; not at all where no job was submitted for any of them. A second time where jobs can
+    never start: about those that they waited for."""
     records = {run.path.absolute(): _last_ones(JobDir.of(run)) for run in runs}
-    ids = tuple(sorted({record.job_id for found in records.values() for record in found}))
-    told, problem = _ask(ids, int(time.monotonic() // _KEPT_S)) if ids else ({}, None)
-    jobs = {path: [_job(record, told.get(record.job_id)) for record in found] for path, found in records.items()}
-    return Queue(jobs, problem)
+    told, problem = _ask_about(record.job_id for found in records.values() for record in found)
+    jobs: dict[Path, list[Job]] = {}
+    for path, found in records.items():
+        jobs[path] = [_job(record, told.get(record.job_id)) for record in found]
+        if problem is None:
+            jobs[path] = [_remembered(RunDir(path), job) if job.state is None else job for job in jobs[path]]
+    return Queue(_with_blockers(jobs), problem)
+
+
+def _remembered(run: RunDir, job: Job) -> Job:
+    """A job that SLURM has forgotten, with its failure where its own files hold one. A stop they do not tell from a
+    return to the queue."""
+    starts = JobDir.of(run).starts(job.job_id) if job.kind == "train" else []
+    if not starts:
+        return job
+    ended = starts[-1].stat().st_mtime
+    if ended < job.submitted or (run.metrics.exists() and run.metrics.stat().st_mtime > ended):
+        return job  # of an older job of that number: a cluster that is set up again counts anew; or trained since
+    code = _final_code(Meeting(starts[-1]))
+    if code in (None, 0, EXIT_REQUEUE):
+        return job
+    return replace(job, state="FAILED", is_over=True, reason=f"exit code {code}")
+
+
+def _final_code(meeting: Meeting) -> int | None:
+    """What the first node decided last; None where it did not come so far."""
+    if meeting.told("begin", 0).get(0, 0.0) is None:
+        return 1  # it had ended too often without a new checkpoint
+    attempt, decision = 0, None
+    while told := meeting.told("decision", attempt):
+        attempt, decision = attempt + 1, told[0]
+    return None if decision is None or decision["again"] else decision["code"]
+
+
+def _with_blockers(jobs: dict[Path, list[Job]]) -> dict[Path, list[Job]]:
+    chains = {
+        (path, job.job_id): _waited_for(JobDir.of(RunDir(path)).records(), job.after)
+        for path, found in jobs.items()
+        for job in found
+        if job.may_be_blocked
+    }
+    told, _ = _ask_about(job_id for chain in chains.values() for job_id in chain)
+    blockers = {key: _blocker(RunDir(key[0]), chain, told) for key, chain in chains.items()}
+    return {
+        path: [replace(job, blocked_by=blockers.get((path, job.job_id), "")) for job in found]
+        for path, found in jobs.items()
+    }
+
+
+def _waited_for(records: Sequence[JobRecord], after: str) -> list[str]:
+    """Jobs that had to end well, and those before them in turn where they were submitted for the same run; the first
+    of all first."""
+    found: list[str] = []
+    for part in re.split("[,?]", after):
+        if not part.startswith(("afterok:", "aftercorr:")):
+            continue
+        for wanted in re.findall(r":(\d+(?:_\d+)?)", part):
+            tasks = [n for n, record in enumerate(records) if f"{record.job_id}_".startswith(f"{wanted}_")]
+            if tasks:
+                found += _waited_for(records[: tasks[0]], records[tasks[0]].after)
+            found += [records[number].job_id for number in tasks] or [wanted]
+    return found
+
+
+def _blocker(run: RunDir, chain: Sequence[str], told: Mapping[str, Queued]) -> str:
+    """How the first one of them ended that failed, or else that was cancelled."""
+    over = [found for job_id in chain if (found := told.get(job_id)) is not None and found.is_over]
+    failed = [found for found in over if found.state not in ("COMPLETED", "CANCELLED")]
+    cancelled = [found for found in over if found.state == "CANCELLED"]
+    return next((_ending(run, each.job_id, each.state, each.reason) for each in (*failed, *cancelled)), "")
 
 
 def _last_ones(jobs: JobDir) -> list[JobRecord]:
@@ -99,7 +176,12 @@ def _last_ones(jobs: JobDir) -> list[JobRecord]:
     return [found[kind] for kind in _KINDS if kind in found]
 
 
-@functools.lru_cache(maxsize=1)
+def _ask_about(job_ids: Iterable[str]) -> tuple[Mapping[str, Queued], str | None]:
+    ids = tuple(sorted(set(job_ids)))
+    return _ask(ids, int(time.monotonic() // _KEPT_S)) if ids else ({}, None)
+
+
+@functools.lru_cache(maxsize=2)
 def _ask(ids: tuple[str, ...], moment: int) -> tuple[dict[str, Queued], str | None]:
     """Kept for a while: the moment is one of `_KEPT_S`."""
     del moment
@@ -144,14 +226,15 @@ def describe(job: Job, problem: str | None) -> tuple[str, str]:
     parts = [job.state.lower() + (f" on {one_line(job.nodes)}" if job.nodes else "")]
     if job.reason:
         parts.append(_REASONS.get(job.reason, one_line(job.reason)))
-    if job.after and job.state == "PENDING":
+    if job.after and (job.state == "PENDING" or job.reason == NEVER_STARTS):
         parts.append(f"submitted to start {one_line(job.after)}")
     if job.starts is not None:
         parts.append(f"expected to start {when(job.starts)}")
     if job.left_s is not None:
         parts.append(f"{duration(job.left_s)} until its time limit")
     colours = {"RUNNING": "green", "PENDING": "yellow", "COMPLETED": "dim", "CANCELLED": "dim"}
-    return name + ", ".join(parts), colours.get(job.state, "red" if job.is_over else "yellow")
+    colour = "red" if job.reason == NEVER_STARTS else colours.get(job.state, "red" if job.is_over else "yellow")
+    return name + ", ".join(parts), colour
 
 
 def word(jobs: Sequence[Job], problem: str | None, now: float) -> str:
@@ -169,10 +252,21 @@ def word(jobs: Sequence[Job], problem: str | None, now: float) -> str:
 
 
 def failure(run: RunDir, jobs: Sequence[Job]) -> str | None:
-    """What a person should look at: training's last job ended badly."""
-    job = next((job for job in jobs if job.kind == "train"), None)
-    if job is None or job.state in (None, "COMPLETED", "CANCELLED") or not job.is_over or job.was_stopped:
-        return None
-    written = outputs(run, job.job_id)
+    """What a person should look at: the last job of training or of sharding ended badly, or can never start."""
+    for job in jobs:
+        if job.kind == "service":
+            continue
+        if job.reason == NEVER_STARTS or job.blocked_by:
+            after = job.after or "after another one"
+            why = job.blocked_by or "that can no longer be"
+            return f"job {job.job_id} never starts: it was submitted to start {after}, and {why}"
+        if job.state not in (None, "COMPLETED", "CANCELLED") and job.is_over and not job.was_stopped:
+            return _ending(run, job.job_id, job.state or "", job.reason)
+    return None
+
+
+def _ending(run: RunDir, job_id: str, state: str, reason: str) -> str:
+    written = [path for path in outputs(run, job_id) if path.stat().st_size]
     seen = f"; its output: {written[-1]}" if written else ""
-    return f"job {job.job_id} ended: {(job.state or '').lower()}{', ' + job.reason if job.reason else ''}{seen}"
+    why = f", {_REASONS.get(reason, reason)}" if reason else ""
+    return f"job {job_id} ended: {state.lower()}{why}{seen}"

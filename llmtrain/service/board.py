@@ -1,5 +1,7 @@
 """TensorBoard's `validation` sub-run: a view of the ledger, written by one process in increasing steps."""
 
+import math
+
 from llmtrain import ledger
 from llmtrain.ledger import Score, Status
 from llmtrain.rundir import RunDir
@@ -42,12 +44,13 @@ class Board:
         values = {
             "heldout/loss": score.loss,
             "heldout/perplexity": score.perplexity,
-            "heldout/bits_per_byte": score.bits_per_byte,
             "service/seconds_to_score": score.seconds,
             "service/waiting_to_score": len(status.to_score),
             "service/waiting_to_upload": len(status.to_upload),
             "service/uploaded": len(ledger.uploads(self._run)),
         }
+        if not math.isnan(score.bits_per_byte):
+            values["heldout/bits_per_byte"] = score.bits_per_byte
         self._writer.scalars(score.step, values, wall_time=score.time)
 
     def _start_anew(self) -> None:

@@ -1,8 +1,10 @@
 """The model card: what a visitor of the repository sees, and metadata that the Hub reads."""
 
+import math
+
 from huggingface_hub import EvalResult, ModelCardData
 
-from llmtrain import choose, ledger, manifest, summary
+from llmtrain import choose, ledger, manifest, rundir, summary
 from llmtrain.choose import Entry, Ranking
 from llmtrain.config import RunConfig, resolved_yaml
 from llmtrain.config.model_sections import QLoRAModel
@@ -52,6 +54,7 @@ def metadata(config: RunConfig, run: RunDir, shown: Upload) -> ModelCardData:
             ("perplexity", "perplexity", score.perplexity),
             ("bits_per_byte", "bits per byte", score.bits_per_byte),
         )
+        if not math.isnan(value)
     ]
     return ModelCardData(
         model_name=run.path.name,
@@ -117,9 +120,9 @@ def _row(entry: Entry, ranked: Ranking) -> str:
         )
         if holds
     ]
+    bits = "" if math.isnan(s.bits_per_byte) else f"{s.bits_per_byte:.4f}"
     return (
-        f"| {s.step} | {s.epoch:.2f} | {s.loss:.4f} | {s.perplexity:.2f} | {s.bits_per_byte:.4f} | {interval} "
-        f"| {', '.join(notes)} |"
+        f"| {s.step} | {s.epoch:.2f} | {s.loss:.4f} | {s.perplexity:.2f} | {bits} | {interval} | {', '.join(notes)} |"
     )
 
 
@@ -128,9 +131,29 @@ def _data(run: RunDir, config: RunConfig) -> str:
     held = config.data.split
     told = f" Their fingerprint is `{fingerprint}`." if fingerprint else ""
     return (
-        f"## Data\n\nHeld-out data ({held.heldout:.0%}, by {held.by}) chose the checkpoint and was never trained on; "
-        f"test data ({held.test:.0%}) was not used for choosing.{told}"
+        f"## Data\n\nHeld-out data ({held.heldout:.0%}, by {held.by}) chose the checkpoint and was never trained on"
+        f"{_test_data(run, config)}.{told}"
     )
+
+
+def _test_data(run: RunDir, config: RunConfig) -> str:
+    """The end of a sentence: what the test split was used for, as far as is recorded."""
+    share = config.data.split.test
+    if not share:
+        return "; there is no test data"
+    scored = {(r["step"], r["checkpoint"]) for r in rundir.read_jsonl(run.scores) if r.get("split") == "test"}
+    steps = sorted(step for step, _ in scored)
+    match steps:
+        case []:
+            use = "was not used for choosing: no checkpoint was scored on it"
+        case [step]:
+            use = f"was not used for choosing: step {step} alone was scored on it"
+        case _:
+            use = (
+                f"takes no part in the ranking, but {len(steps)} checkpoints were scored on it "
+                f"({choose.name_steps(steps)}), so a choice may have followed it"
+            )
+    return f"; test data ({share:.0%}) {use}"
 
 
 def _fingerprint(run: RunDir) -> str | None:

@@ -38,6 +38,7 @@ from llmtrain.service.remote import (
     brings_checkpoint,
     local_files,
     marker,
+    own_files,
     own_path,
     patient,
     refuse_others,
@@ -178,7 +179,7 @@ def upload(repo: Repo, config: RunConfig, run: RunDir, step: int, token: str) ->
     identity = manifest.identity(described)
     wanted = local_files(run, step, described, config.hub.optimizer_state)
     if repo.find(identity) is None:
-        refuse_secrets([run.config, *(file.path for file in wanted.values())], token)
+        refuse_secrets([*own_files(run), *(file.path for file in wanted.values())], token)
     description = f"{marker(identity)}\n{run_marker(origin.read(run).id)}"
     commit = patient(lambda: repo.find(identity) or commit_files(repo, run, wanted, f"step {step}", description))
     crash.point("after-commit")
@@ -209,12 +210,13 @@ def commit_files(repo: Repo, run: RunDir, wanted: dict[str, LocalFile], title: s
         file = wanted[addition.path_in_repo]
         if addition.upload_info.sha256.hex() != file.sha256:  # reads the file
             raise Altered(f"{file.path}: altered: its SHA-256 is not the manifest's")
-    additions.append(CommitOperationAdd(own_path("config.yaml"), str(run.config)))
+    beside = {own_path(path.name): path for path in own_files(run)}
+    additions += [CommitOperationAdd(path, str(file)) for path, file in beside.items()]
     patient(lambda: repo.api.preupload_lfs_files(repo.name, additions, revision=BRANCH))
     crash.point("after-bytes")
     head = repo.refs()[0][BRANCH]
     refuse_others(repo, run)
-    kept = {*wanted, own_path("config.yaml"), ".gitattributes"}
+    kept = {*wanted, *beside, ".gitattributes"}
     deletions = [CommitOperationDelete(path) for path in repo.tree(head) if path not in kept]
     return repo.api.create_commit(
         repo.name,

@@ -12,7 +12,7 @@ from typing import TypeVar
 import httpx2
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, RevisionNotFoundError
-from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.hf_api import GitCommitInfo, RepoFile
 
 from llmtrain import files, manifest, origin
 from llmtrain.rundir import RunDir
@@ -73,6 +73,11 @@ def local_files(run: RunDir, step: int, described: manifest.Manifest, with_state
 
 def own_path(name: str) -> str:
     return f"{_OWN}/{name}"
+
+
+def own_files(run: RunDir) -> list[Path]:
+    """What goes with every checkpoint: the configuration, and of an adapter what its base was."""
+    return [path for path in (run.config, run.base) if path.exists()]
 
 
 def secrets_in(paths: list[Path], token: str) -> list[Path]:
@@ -136,13 +141,16 @@ class Repo:
         entries = patient(lambda: list(self.api.list_repo_tree(self.name, recursive=True, revision=revision)))
         return {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
 
-    def commits(self) -> list[tuple[str, str]]:
-        """(commit, message) of the checkpoints' branch, newest first."""
+    def history(self) -> list[GitCommitInfo]:
+        """The commits of the checkpoints' branch, newest first."""
         try:
-            commits = patient(lambda: self.api.list_repo_commits(self.name, revision=BRANCH))
+            return patient(lambda: self.api.list_repo_commits(self.name, revision=BRANCH))
         except RevisionNotFoundError:
             return []
-        return [(commit.commit_id, f"{commit.title}\n{commit.message}") for commit in commits]
+
+    def commits(self) -> list[tuple[str, str]]:
+        """(commit, message) of the checkpoints' branch, newest first."""
+        return [(commit.commit_id, f"{commit.title}\n{commit.message}") for commit in self.history()]
 
     def find(self, identity: str) -> str | None:
         """The commit of a checkpoint, by the marker in its description."""

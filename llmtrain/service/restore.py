@@ -1,7 +1,9 @@
 """`llmtrain restore`: a run folder from what the run's repository on the Hub holds, to go on with training.
 
 Only what was uploaded comes back: a checkpoint with its optimizer state (hub.optimizer_state=true), the
-configuration, and the identity that binds the repository to the run. Ledgers and TensorBoard begin anew.
+configuration, the identity that binds the repository to the run, and what the service knew of the other checkpoints:
+their scores and uploads, without which `main` would show the restored one as the best there is. The ledgers of training
+and TensorBoard begin anew.
 """
 
 import argparse
@@ -12,16 +14,18 @@ from pathlib import Path
 
 import httpx2
 from huggingface_hub import HfApi, get_token, set_client_factory
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-from llmtrain import files, log, manifest
+from llmtrain import files, ledger, log, manifest, rundir
 from llmtrain.config import load_config, resolved_yaml
 from llmtrain.config.schema import RunSection
 from llmtrain.errors import CheckpointError, ConfigError, HubError, RunFolderError, disk_errors, exit_with_code
+from llmtrain.ledger import Score, Upload
+from llmtrain.manifest import Manifest
 from llmtrain.origin import Origin
 from llmtrain.rundir import RunDir
 from llmtrain.service.hub import client, explain
-from llmtrain.service.remote import Repo, run_marker
+from llmtrain.service.remote import MAIN, Repo, marker, own_path, owner, run_marker
 
 _STALL_S = 300.0
 _TAG = re.compile(r"step-(\d+)")
@@ -58,58 +62,136 @@ def restore(repo: Repo, run: RunDir, step: int | None) -> None:
         try:
             tag, commit, run_id = find(repo, step)
             log.info(f"{repo.name}: {tag} ({commit[:10]})")
-            received = aside.path / "received"
+            received, main_branch = aside.path / "received", aside.path / "main"
+            described = look(repo, commit, received)
             repo.api.snapshot_download(repo.name, revision=commit, local_dir=received)
+            recall(repo, run_id, main_branch, aside)
         except HfHubHTTPError as error:
             raise HubError(explain(error, repo.name)["message"]) from None
-        except (httpx2.HTTPError, HFValidationError) as error:
+        except (httpx2.HTTPError, HFValidationError, LocalEntryNotFoundError) as error:
             raise HubError(f"{repo.name}: {type(error).__name__}: {error}; try again") from None
-        arrange(received, aside, run, run_id)
+        _configure(received, aside, run, repo.name)
+        arrange(received, described, aside)
+        files.write_atomic(aside.origin, Origin(id=run_id, folder=Path.cwd()).model_dump_json() + "\n")
+        for downloaded in (received, main_branch):
+            shutil.rmtree(downloaded, ignore_errors=True)
         aside.path.rename(run.path)
     log.info(f"{run.path}: step {tag.removeprefix('step-')} verified; go on: python -m llmtrain {run.config}")
 
 
 def find(repo: Repo, step: int | None) -> tuple[str, str, str]:
     """Tag, commit, and the identity of the run whose checkpoint it is: of this step, or of the newest."""
-    tags = {int(found[1]): commit for tag, commit in repo.refs()[1].items() if (found := _TAG.fullmatch(tag))}
+    tags = _tags(repo)
     if not tags:
         raise CheckpointError(f"{repo.name} holds no checkpoint of a run (no tag step-N)")
     wanted = max(tags) if step is None else step
     if wanted not in tags:
         there = ", ".join(str(number) for number in sorted(tags))
         raise CheckpointError(f"{repo.name} holds no step {wanted}; there are: {there}")
-    message = dict(repo.commits()).get(tags[wanted], "")
-    marked = [line for line in message.splitlines() if line.startswith(run_marker(""))]
-    if not marked:
+    run_id = _marked(dict(repo.commits()).get(tags[wanted], ""), run_marker(""))
+    if run_id is None:
         raise CheckpointError(f"{repo.name}: the commit of step-{wanted} is not one of a run of ours")
-    return f"step-{wanted}", tags[wanted], marked[0].removeprefix(run_marker(""))
+    return f"step-{wanted}", tags[wanted], run_id
 
 
-def arrange(received: Path, aside: RunDir, run: RunDir, run_id: str) -> None:
-    """Make a run folder of the files as the Hub has them: the model at the root, what is ours below llmtrain/."""
-    described = manifest.read(received / "llmtrain")
-    step = described.train_state.step
-    if any(name.startswith("state/") for name in described.files) and not (received / "state").is_dir():
+def _tags(repo: Repo) -> dict[int, str]:
+    """The commit of each step that has a tag."""
+    return {int(found[1]): commit for tag, commit in repo.refs()[1].items() if (found := _TAG.fullmatch(tag))}
+
+
+def _marked(message: str, mark: str) -> str | None:
+    """What follows a mark in a commit's message."""
+    return next((line.removeprefix(mark) for line in message.splitlines() if line.startswith(mark)), None)
+
+
+def look(repo: Repo, commit: str, received: Path) -> Manifest:
+    """The manifest, before gigabytes are downloaded for nothing.
+
+    Raises:
+        CheckpointError: it is missing, altered or names files elsewhere, or the optimizer state was not uploaded.
+    """
+    there = repo.tree(commit)
+    if own_path(manifest.NAME) not in there:
+        raise CheckpointError(f"{repo.name}: there is no {own_path(manifest.NAME)} in {commit[:10]}")
+    repo.api.hf_hub_download(repo.name, own_path(manifest.NAME), revision=commit, local_dir=received)
+    described = manifest.read(received / own_path(""))
+    state = [name for name in described.files if name.startswith("state/")]
+    if state and not any(name in there for name in state):
         raise CheckpointError(
-            f"step {step} has no optimizer state on the Hub (hub.optimizer_state=false), so training cannot go on "
-            "with it; the model alone loads with from_pretrained(REPO, revision=...)"
+            f"step {described.train_state.step} has no optimizer state on the Hub (hub.optimizer_state=false), so "
+            "training cannot go on with it; the model alone loads with from_pretrained(REPO, revision=...)"
         )
-    config, _ = load_config(received / "llmtrain" / "config.yaml")
-    shutil.rmtree(aside.checkpoints, ignore_errors=True)  # of an attempt that was killed here
-    folder = aside.checkpoint(step)
+    return described
+
+
+def recall(repo: Repo, run_id: str, folder: Path, run: RunDir) -> None:
+    """The service's ledgers, as far as the Hub knows what stood in them: scores as `main` shows them, and uploads.
+
+    Args:
+        folder: for what is downloaded.
+    """
+    shutil.rmtree(run.service, ignore_errors=True)  # of an attempt that was killed here
+    run.service.mkdir(parents=True)
+    for upload in uploads(repo, run_id):
+        ledger.append(run.uploads, upload)
+    head = repo.refs()[0].get(MAIN)
+    name = own_path(run.scores.name)
+    if head is None or owner(repo.commits()) != run_id or name not in repo.tree(head):
+        return  # `main` was never renewed, or it is another run's
+    path = Path(repo.api.hf_hub_download(repo.name, name, revision=head, local_dir=folder))
+    try:
+        for record in rundir.read_jsonl(path):
+            Score.model_validate(record)
+    except ValueError:
+        log.warning(f"{repo.name}: {name} on {MAIN} cannot be read: the checkpoints' scores do not come back")
+    else:
+        path.rename(run.scores)
+
+
+def uploads(repo: Repo, run_id: str) -> list[Upload]:
+    """The run's tagged checkpoints, oldest first, as they were recorded; without sizes, which take a request each.
+
+    Those whose tags were removed are left out: nothing that is on no disk asks for them.
+    """
+    made = {commit.commit_id: commit for commit in repo.history()}
+    found: list[Upload] = []
+    for step, commit in sorted(_tags(repo).items()):
+        if commit not in made or _marked(made[commit].message, run_marker("")) != run_id:
+            continue
+        identity = _marked(made[commit].message, marker(""))
+        if identity is not None:
+            time = made[commit].created_at.timestamp()
+            found.append(
+                Upload(step=step, checkpoint=identity, repo=repo.name, commit=commit, tag=f"step-{step}", time=time)
+            )
+    return found
+
+
+def arrange(received: Path, described: Manifest, run: RunDir) -> None:
+    """Make a checkpoint of the files as the Hub has them: the model at the root, what is ours below llmtrain/."""
+    shutil.rmtree(run.checkpoints, ignore_errors=True)  # of an attempt that was killed here
+    folder = run.checkpoint(described.train_state.step)
     for name in [*described.files, manifest.NAME]:
         place = folder / name
         place.parent.mkdir(parents=True, exist_ok=True)
         (received / _on_the_hub(name)).rename(place)
     manifest.verify(folder)
+
+
+def _configure(received: Path, aside: RunDir, run: RunDir, repo: str) -> None:
+    """The configuration, under the run's new name and with the repository that it came from: that may have got another
+    name since, or stood on a command line alone."""
+    config, _ = load_config(received / own_path(aside.config.name))
     named = config.run.model_copy(update={"dir": str(run.path.parent), "name": run.path.name})
-    files.write_atomic(aside.config, resolved_yaml(config.model_copy(update={"run": named})))
-    files.write_atomic(aside.origin, Origin(id=run_id, folder=Path.cwd()).model_dump_json() + "\n")
-    shutil.rmtree(received)
+    hub = config.hub.model_copy(update={"repo": repo})
+    files.write_atomic(aside.config, resolved_yaml(config.model_copy(update={"run": named, "hub": hub})))
+    base = received / own_path(aside.base.name)
+    if base.exists():
+        base.rename(aside.base)
 
 
 def _on_the_hub(name: str) -> str:
-    return f"llmtrain/{name}" if name == manifest.NAME else name.removeprefix("model/")
+    return own_path(name) if name == manifest.NAME else name.removeprefix("model/")
 
 
 if __name__ == "__main__":

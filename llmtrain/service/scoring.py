@@ -1,5 +1,6 @@
 """The scoring lane: one child at a time, which scores the checkpoints that wait, or the training ranks' own figures."""
 
+import math
 import os
 from collections import Counter
 
@@ -15,6 +16,8 @@ from llmtrain.service.queue import Work
 
 _MODULE = "llmtrain.service.validate"
 _GIVE_UP = 5
+_HIGHEST_LOSS = 700.0
+"""Whose perplexity a float still holds."""
 
 
 def place(run: RunDir, config: RunConfig) -> str:
@@ -123,8 +126,8 @@ class Scoring:
                 step=step,
                 checkpoint=found.identity,
                 loss=loss,
-                perplexity=measured.get("perplexity", 0.0),
-                bits_per_byte=measured.get("bits_per_byte", 0.0),
+                perplexity=math.exp(min(loss, _HIGHEST_LOSS)),
+                bits_per_byte=measured.get("bits_per_byte", math.nan),  # the text's size stands in no checkpoint
                 targets=0,
                 epoch=found.epoch,
                 origin="training",

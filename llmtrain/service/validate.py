@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from llmtrain import files, ledger, manifest, origin, recipe, shards
+from llmtrain import choose, files, ledger, manifest, origin, recipe, rundir, shards
 from llmtrain.choose import Losses
 from llmtrain.config import RunConfig, load_config
 from llmtrain.data import IGNORE, Batch, make_batch
@@ -33,7 +33,8 @@ from llmtrain.strategies.forward import autocast
 _FEW_ROWS = 256
 """With fewer rows than this, each is cut into several stretches."""
 _SHORTEST = 16
-_MOST_STRETCHES = 1 << 16
+_MANY_STRETCHES = 1 << 16
+"""The most that were recorded of a split before a comparison's own limit was one here too."""
 
 TokenLosses = Callable[[Batch], Tensor]
 
@@ -64,6 +65,15 @@ def computes_in_bf16(config: RunConfig, device: torch.device) -> bool:
     return config.train.precision == "bf16" and (config.model.kind == "qlora" or is_bf16_fast(device))
 
 
+def recorded_precision(run: RunDir) -> str | None:
+    """Of the run's first score; the others follow it on whatever device.
+
+    A loss in bf16 and one in fp32 differ by rounding, and ranking, `keep_best` and `main` compare all of a run.
+    """
+    scores = (ledger.Score.model_validate(record) for record in rundir.read_jsonl(run.scores))
+    return next((found for score in scores if (found := choose.precision(score)) in ("fp32", "bf16")), None)
+
+
 def validate(
     run: RunDir, config: RunConfig, steps: list[int], split: ledger.Split, device: torch.device
 ) -> Iterator[ledger.Score]:
@@ -77,7 +87,9 @@ def validate(
     if split not in data.manifest.splits or not data.manifest.splits[split].rows:
         raise ConfigError([f"data.split.{split}=0: there is no {split} split to score; set it and train anew"])
     rows = data.split(split)
-    bf16 = computes_in_bf16(config, device)
+    recorded = recorded_precision(run)
+    bf16 = computes_in_bf16(config, device) if recorded is None else recorded == "bf16"
+    most = most_stretches(run, split)
     model = build_model(config, data.manifest.tokenizer.vocab_size, device, is_loaded_next=True)
     batch_size = config.service.batch_size or config.evaluate.batch_size or config.train.micro_batch_size or 8
 
@@ -94,7 +106,7 @@ def validate(
             raise CheckpointError(f"{folder} was trained on other data than the shards in {data.path}")
         model.load(folder / "model")
         model.to(device).eval()
-        losses = by_stretch(token_losses, rows, batch_size, config)
+        losses = merged(by_stretch(token_losses, rows, batch_size, config), most)
         checkpoint = manifest.identity(described)
         write_losses(run.losses(step, checkpoint, split), losses)
         result = Score(losses[0].sum() / max(1.0, losses[1].sum()), int(losses[1].sum()))
@@ -134,9 +146,24 @@ def by_stretch(token_losses: TokenLosses, split: ShardSet, batch_size: int, conf
             bounds = stretch_starts(rows, number, losses_T.shape[0], width, isolate)
             found.append(np.stack([np.add.reduceat(v, bounds) for v in (losses_T, supervised_BT[number])]))
     joined = np.concatenate(found, axis=1)
-    joined = joined[:, joined[1] > 0]
-    size = -(-joined.shape[1] // _MOST_STRETCHES)
-    return np.add.reduceat(joined, np.arange(0, joined.shape[1], size), axis=1) if size > 1 else joined
+    return joined[:, joined[1] > 0]
+
+
+def merged(losses: Losses, most: int) -> Losses:
+    """Neighbouring stretches added up, so that there are at most so many."""
+    size = -(-losses.shape[1] // most)
+    return np.add.reduceat(losses, np.arange(0, losses.shape[1], size), axis=1) if size > 1 else losses
+
+
+def most_stretches(run: RunDir, split: ledger.Split) -> int:
+    """As many as a comparison tells apart; where more are recorded of this run, what they were cut by.
+
+    Only checkpoints with the same stretches are compared.
+    """
+    recorded = next(run.losses(0, "", split).parent.glob(f"*-{split}.npy"), None)
+    if recorded is None or np.load(recorded, mmap_mode="r").shape[1] <= choose.MAX_UNITS:
+        return choose.MAX_UNITS
+    return _MANY_STRETCHES
 
 
 def stretch_starts(rows: Rows, number: int, length: int, width: int, by_document: bool) -> NDArray[np.int64]:

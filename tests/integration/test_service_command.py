@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import NoReturn
 
 import pytest
+import torch
 from tensorboard.backend.event_processing.event_accumulator import SCALARS, EventAccumulator
 
 from llmtrain import choose, ledger, log, rundir
 from llmtrain.rundir import RunDir
-from llmtrain.service import plan
+from llmtrain.service import plan, validate
 from llmtrain.service.beside import Companion, waiting
 from tests.support import checkpoint_runs
 from tests.support.checkpoint_runs import config_of, make_run, save, stretches, upload
@@ -80,7 +81,7 @@ def check_scores(run: RunDir) -> None:
         assert score.bits_per_byte == pytest.approx(measured[step]["bits_per_byte"], abs=1e-6)
         losses = choose.read_losses(run, score)
         assert losses is not None
-        assert losses.shape[1] >= choose.MIN_UNITS
+        assert losses.shape[1] >= 8
         assert losses[1].sum() == score.targets
         assert losses[0].sum() / losses[1].sum() == pytest.approx(score.loss, rel=1e-12)
     assert len({score.loss for score in scores.values()}) == len(scores)
@@ -100,6 +101,24 @@ def points(run: RunDir, tag: str = "heldout/loss") -> dict[int, float]:
 def test_scores_from_disk_are_those_of_training_also_from_another_folder(scored: RunDir):
     assert "dir: shards\n" in scored.config.read_text()  # as seen from the folder that training was started in
     check_scores(scored)
+
+
+@pytest.mark.usefixtures("scored")
+def test_all_scores_of_a_run_are_in_one_precision(workplace: Workplace, many: str, monkeypatch: pytest.MonkeyPatch):
+    """As if the first checkpoint had been scored on a GPU, and the next one on the CPU that training left."""
+    run = copy_run(workplace, many, "in-bf16", [1])
+    first = ledger.scores(run)[1].model_copy(update={"how": "cuda:1 bf16"})
+    run.scores.unlink()
+    ledger.append(run.scores, first)
+    shutil.copytree(RunDir(workplace.run_folder(many)).checkpoint(2), run.checkpoint(2))
+    shutil.rmtree(run.service / "losses")
+    monkeypatch.chdir(workplace.folder)
+    monkeypatch.setattr(choose, "MAX_UNITS", 50)
+    (score,) = validate.validate(run, config_of(run), [2], "heldout", torch.device("cpu"))
+    assert score.how == "cpu bf16"
+    losses = choose.read_losses(run, score)
+    assert losses is not None
+    assert losses.shape[1] <= choose.MAX_UNITS
 
 
 def test_training_ends_with_all_checkpoints_scored_and_ranked(served: RunDir):

@@ -112,10 +112,9 @@ def test_a_changed_source_is_not_mixed_with_work_on_the_old_one(tmp_path: Path):
     words = ["data.dir=s", "data.sources=[{kind: text, paths: [a.txt]}]", "data.tokenizer.vocab_size=300",
              "model.context=32", "data.split.by=tail"]  # fmt: skip
     shard(tmp_path, *words)
-    (tmp_path / "s/.work").mkdir()
-    (tmp_path / "s/.work/key").write_text("of the old text")
+    shard(tmp_path, *words, "--only", "prepare", "--force")
     (tmp_path / "s/.work/tokens-000000.npz").write_bytes(b"of the old text")
-    (tmp_path / "s/manifest.json").unlink()
+    assert not (tmp_path / "s/manifest.json").exists()
     text.write_text("new words " * 3000)
     shard(tmp_path, *words)
     assert not (tmp_path / "s/.work").exists()

@@ -122,6 +122,25 @@ def test_a_real_controller_that_stops_for_a_while(cluster: Cluster):
     assert cluster.describe(number)["Restarts"] == "1"
 
 
+@pytest.mark.usefixtures("own_signals")
+@pytest.mark.parametrize("handler", [signal.SIG_DFL, signal.SIG_IGN])
+def test_without_submitits_handler_it_comes_back_too(handler: signal.Handlers, monkeypatch: pytest.MonkeyPatch):
+    """SUBMITIT_PREEMPT_SIGNAL in a user's shell has submitit listen to another signal."""
+    asked: list[str] = []
+    monkeypatch.setattr(node, "requeue_with_scontrol", asked.append)
+
+    def keep_going(*arguments: object) -> int:
+        requeue = next(each for each in arguments if isinstance(each, types.FunctionType))
+        requeue("7")
+        return EXIT_REQUEUE
+
+    monkeypatch.setattr(node, "keep_going", keep_going)
+    signal.signal(signal.SIGUSR2, handler)
+    with pytest.raises(SystemExit) as left:
+        job.TrainJob([], 1, None, Rules(), True)()
+    assert (left.value.code, asked) == (EXIT_REQUEUE, ["7"])
+
+
 # Starts in vain
 
 
@@ -136,8 +155,17 @@ PREEMPTED, LIMITED = Start("SIGTERM"), Start("time limit", met_limit=True)
 
 
 @pytest.fixture
-def starts(tmp_path: Path, controller: Controller, monkeypatch: pytest.MonkeyPatch) -> Callable[[list[Start]], int]:
+def sinces() -> list[float | None]:
+    """What each start was told of the first one."""
+    return []
+
+
+@pytest.fixture
+def starts(
+    tmp_path: Path, controller: Controller, sinces: list[float | None], monkeypatch: pytest.MonkeyPatch
+) -> Callable[[list[Start]], int]:
     """Starts a job again and again, as SLURM does; returns the last exit code."""
+    monkeypatch.setattr(node.time, "time", lambda: 1000.0 + len(sinces))
     workplace = make_workplace(tmp_path)
     run = RunDir(workplace.run_folder("again"))
     run.create()
@@ -149,7 +177,8 @@ def starts(tmp_path: Path, controller: Controller, monkeypatch: pytest.MonkeyPat
         for restart, each in enumerate(planned):
             assert code == EXIT_REQUEUE, f"start {restart} did not come back"
 
-            def supervise(now: Start = each, **_: object) -> int:
+            def supervise(since: float | None, now: Start = each) -> int:
+                sinces.append(since)
                 if now.saves:
                     run.checkpoint(now.saves).mkdir(parents=True)
                 return EXIT_REQUEUE
@@ -180,6 +209,14 @@ def test_time_limits_with_one_are_not(starts: Callable[[list[Start]], int]):
     saving = [Start("time limit", saves, met_limit=True) for saves in (10, 20)]
     planned = [LIMITED, LIMITED, saving[0], LIMITED, LIMITED, saving[1], LIMITED, LIMITED]
     assert starts(planned) == EXIT_REQUEUE
+
+
+def test_each_start_knows_when_the_first_one_was(starts: Callable[[list[Start]], int], sinces: list[float | None]):
+    """What was trained before that is another order's, which run.resume=never leaves alone."""
+    assert starts([PREEMPTED, LIMITED, Start("SIGTERM", saves=10), PREEMPTED]) == EXIT_REQUEUE
+    assert sinces == [None, 1000.0, 1000.0, 1000.0]
+    assert starts([PREEMPTED, PREEMPTED]) == EXIT_REQUEUE  # submitted anew, to a controller that counts anew
+    assert sinces[4:] == [None, 1004.0]
 
 
 def test_preemption_is_not_counted(starts: Callable[[list[Start]], int]):

@@ -103,6 +103,17 @@ def test_the_results_are_those_of_the_very_checkpoint(run: RunDir):
     assert not card.metadata(config_of(run), run, of_another).eval_results
 
 
+def test_the_card_says_what_the_test_split_was_used_for(run: RunDir):
+    assert "test data (1%) was not used for choosing: no checkpoint was scored on it." in rendered(run)
+    score(run, 300, stretches(0.0), split="test")
+    score(run, 300, stretches(0.0), split="test")
+    assert "test data (1%) was not used for choosing: step 300 alone was scored on it." in rendered(run)
+    score(run, 400, stretches(0.0), split="test")
+    said = "takes no part in the ranking, but 2 checkpoints were scored on it (steps 300 and 400)"
+    assert said in rendered(run)
+    assert "not used for choosing" not in rendered(run)
+
+
 class Children:
     """In place of the upload lane's processes: each has done its task by the time that anybody looks."""
 

@@ -101,7 +101,7 @@ def test_why_there_are_no_intervals_is_said(tmp_path: Path):
         score(lost, step, stretches(step / 1000))
     shutil.rmtree(lost.service / "losses")
     assert "training computed its loss as a whole" in listing.gather(by_training).notes[0]
-    assert "has 5 stretches; 8 are needed" in listing.gather(few).notes[0]
+    assert "has 5 stretches; 16 are needed" in listing.gather(few).notes[0]
     assert "heldout.npy is not in service/losses" in listing.gather(lost).notes[0]
     save(few, 300)
     score(few, 300, 3.05)

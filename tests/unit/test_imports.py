@@ -30,7 +30,8 @@ ASSEMBLY = ["fragments", "strategies", "checkpoint", "saver", "prepare"]
 
 
 TOP = [
-    "assemble", "evaluation", "__main__", "generate", "export", "adapters", "inspect_base", "allocator", "finish",
+    "assemble", "evaluation", "__main__", "generate", "export", "adapters", "trained", "inspect_base", "allocator",
+    "finish",
 ]  # fmt: skip
 # The service, a process of its own: contracts, and TensorBoard's writer. What scores is a process of its own again,
 # which alone may import models; `hub` and what it uses are the only ones that import huggingface_hub.
@@ -91,6 +92,7 @@ def test_core_modules_import_only_what_their_layer_may(name: str):
         "generate",
         "export",
         "adapters",
+        "trained",
         "inspect_base",
         "allocator",
         "finish",

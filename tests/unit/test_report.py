@@ -318,8 +318,7 @@ def test_runs_are_ranked_with_intervals_between_them(tmp_path: Path):
     assert found.measure == "loss"
     assert not found.doubts
     assert found.is_tie(1)
-    low, high = found.differences[2] or (0.0, 0.0)
-    assert 0.09 < low < 0.1 < high < 0.11
+    assert found.differences[2] == pytest.approx((0.1, 0.1), abs=0.01)
     assert list(found.settings) == ["optim.lr"]
     assert sorted(found.settings["optim.lr"]) == ["0.001", "0.002", "0.003"]
 

@@ -1,4 +1,4 @@
-"""slurm/*.sbatch are what `llmtrain submit --dry-run` prints, but for the line that starts Python."""
+"""slurm/*.sbatch are what `llmtrain submit --dry-run` prints, but for the output and the line that starts Python."""
 
 import re
 import shlex
@@ -32,7 +32,12 @@ def test_scripts_are_what_submit_renders(name: str):
     plain = preview(words)
     assert [line.replace(sys.executable, "python") for line in plain] == script
     through_submitit = preview([word for word in words if word != "--plain"])
-    assert through_submitit[:-1] == script[:-1]
+    assert [line for line in through_submitit[:-1] if "--output=" not in line] == [
+        line for line in script[:-1] if "--output=" not in line
+    ]
+    [output] = [line for line in through_submitit if line.startswith("#SBATCH --output=")]
+    assert "/.jobs/" in output
+    assert output.endswith("/%j_0_log.out")  # the first node's: found by `llmtrain status` and `logs`
     assert through_submitit[-1].startswith("srun ")
     assert "submitit.core._submit" in through_submitit[-1]
 

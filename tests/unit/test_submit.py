@@ -1,5 +1,6 @@
 """What is written down of jobs where something fails in between; without SLURM (tests/slurm/test_submit.py has one)."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from rich.console import Console
 
 from launcher.checks import preflight
 from launcher.jobs import JobDir, JobRecord
-from launcher.slurm import submit
+from launcher.slurm import batch, submit
 from launcher.slurm.batch import JobSpec
 from launcher.slurm.command import Wishes, order_of
 from llmtrain.errors import ConfigError, SlurmError
@@ -46,6 +47,14 @@ def test_a_service_that_cannot_be_queued_leaves_no_training_job_unknown(
     runs = sorted((tmp_path / "runs/sweep/.jobs").glob("*/jobs.jsonl"))
     found = [[(record.job_id, record.kind) for record in JobDir(ledger.parent).records()] for ledger in runs]
     assert found == [[("7_0", "train"), ("8", "service")], [("7_1", "train")], [("7_2", "train")]]
+
+
+def test_a_signal_of_the_users_own_does_not_reach_the_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """SLURM hands the shell's variables on to the job, where submitit would wait for another signal than it is sent."""
+    monkeypatch.setenv("SUBMITIT_PREEMPT_SIGNAL", "USR1")
+    spec = JobSpec("gpt", tmp_path, order_of(wishes(tmp_path)).profile, ())
+    submit.forget_overrides(batch.parameters(spec))
+    assert "SUBMITIT_PREEMPT_SIGNAL" not in os.environ
 
 
 def test_job_numbers_may_begin_anew(tmp_path: Path):

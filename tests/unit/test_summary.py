@@ -1,16 +1,19 @@
 """What a run is said to have come to, and what TensorBoard is given."""
 
 import json
+import struct
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from llmtrain import rundir, summary
+from llmtrain import choose, rundir, summary, tensorboard
 from llmtrain.hardware import HardwareMeter
 from llmtrain.rundir import RunDir
-from llmtrain.tensorboard import TensorBoard
+from llmtrain.tensorboard import Event, TensorBoard
+from tests.support import checkpoint_runs
+from tests.support.checkpoint_runs import save, score, stretches
 
 
 def make_run(tmp_path: Path, heldout: list[float]) -> RunDir:
@@ -46,6 +49,22 @@ def test_no_overfitting_where_there_is_none(tmp_path: Path):
     assert "none seen" in summary.describe(run, found)
 
 
+@pytest.mark.parametrize(("rise", "noise", "began"), [(0.025, 0.005, True), (0.1, 2.0, False)])
+def test_overfitting_is_what_the_ranking_says(tmp_path: Path, rise: float, noise: float, began: bool):
+    """A rise of 0.8% that chance does not explain, and one of 3% that it does: training's evaluations with their 1%
+    say the opposite of both."""
+    run = checkpoint_runs.make_run(tmp_path / "run")
+    checkpoint_runs.train(run, 300)
+    for step, shift in ((100, 0.3), (200, 0.0), (300, rise)):
+        save(run, step, 3.0 + shift)
+        score(run, step, stretches(shift, noise=noise, seed=step))
+    found, ranked = summary.summarise(run), choose.ranking(run)
+    assert found is not None
+    assert ranked is not None
+    assert found.overfits is began
+    assert f"\noverfitting     {choose.overfitting(ranked).describe()}\n" in summary.describe(run, found)
+
+
 def test_the_best_checkpoint_is_one_that_still_exists(tmp_path: Path):
     run = make_run(tmp_path, [9.0, 6.0, 7.0, 8.0])
     run.checkpoint(10).rmdir()
@@ -65,19 +84,58 @@ def test_ledgers_survive_a_cut_line_and_rewind(tmp_path: Path):
     assert ledger.read_text() == '{"step": 0}\n{"step": 1}\n{"step": 2}\n'
 
 
-def test_tensorboard_reads_back_what_was_written(tmp_path: Path):
+def lives(folder: Path) -> None:
+    """A run that was started and resumed twice: values are 10 x the start, plus the step."""
+    for start, (first, end) in enumerate(((0, 5), (3, 7), (5, 8))):
+        board = TensorBoard(folder, first_step=first)
+        if not first:
+            board.text(0, "configuration", "    <script>alert(1)</script>")
+            board.hparams({"optim.lr": 0.1, "model.kind": "gpt", "model.tie_weights": True}, ["heldout/loss"])
+        for step in range(first, end):
+            board.scalars(step, {"train/loss": 10.0 * start + step})
+        board.close()
+
+
+ONCE_EACH = [(0, 0.0), (1, 1.0), (2, 2.0), (3, 13.0), (4, 14.0), (5, 25.0), (6, 26.0), (7, 27.0)]
+
+
+def scalars(folder: Path, loader: str) -> list[tuple[int, float]]:
+    """As TensorBoard shows them: with its loader in Python, or as programs read them."""
+    module = pytest.importorskip(f"tensorboard.backend.event_processing.{loader}")
+    sizes = {"scalars": 0, "tensors": 0}
+    events = module.EventAccumulator(str(folder), sizes).Reload()
+    if loader == "event_accumulator":
+        return [(e.step, e.value) for e in events.Scalars("train/loss")]
+    return [(e.step, e.tensor_proto.float_val[0]) for e in events.Tensors("train/loss")]
+
+
+@pytest.mark.parametrize("loader", ["event_accumulator", "plugin_event_accumulator"])
+def test_tensorboard_shows_steps_that_were_computed_again_once(tmp_path: Path, loader: str):
+    lives(tmp_path)
+    assert scalars(tmp_path, loader) == ONCE_EACH
+
+
+@pytest.mark.parametrize("loader", ["event_accumulator", "plugin_event_accumulator"])
+def test_a_run_whose_first_file_names_no_start_is_shown_once_too(tmp_path: Path, loader: str):
+    lives(tmp_path)
+    first = min(tmp_path.iterdir())
+    loading = pytest.importorskip("tensorboard.backend.event_processing.event_file_loader")
+    records = list(loading.RawEventFileLoader(str(first)).Load())
+    kept = [record for record in records if not Event.FromString(record).HasField("session_log")]
+    assert len(kept) < len(records)
+    first.write_bytes(b"".join(framed(record) for record in kept))
+    assert scalars(tmp_path, loader) == ONCE_EACH
+
+
+def framed(data: bytes) -> bytes:
+    length = struct.pack("<Q", len(data))
+    return b"".join((length, tensorboard._masked_crc(length), data, tensorboard._masked_crc(data)))
+
+
+def test_tensorboard_reads_back_text_and_settings(tmp_path: Path):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    board = TensorBoard(tmp_path, first_step=0)
-    board.text(0, "configuration", "    <script>alert(1)</script>")
-    board.hparams({"optim.lr": 0.1, "model.kind": "gpt", "model.tie_weights": True}, ["heldout/loss"])
-    for step in range(5):
-        board.scalars(step, {"train/loss": 5.0 - step})
-    board.close()
-    resumed = TensorBoard(tmp_path, first_step=3)  # steps 3 and 4 are computed again
-    resumed.scalars(3, {"train/loss": 1.5})
-    resumed.close()
-    events = accumulator.EventAccumulator(str(tmp_path), {"scalars": 0, "tensors": 0}).Reload()
-    assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(0, 5.0), (1, 4.0), (2, 3.0), (3, 1.5)]
+    lives(tmp_path)
+    events = accumulator.EventAccumulator(str(tmp_path)).Reload()
     assert "configuration/text_summary" in events.Tags()["tensors"]
     assert "_hparams_/session_start_info" in events.summary_metadata
 

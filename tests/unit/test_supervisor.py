@@ -1,5 +1,6 @@
 """What a supervisor decides: again or not, when to stop, and with which code; its ranks are small scripts here."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -40,7 +41,7 @@ class Attempts:
         self.run.create()
         self.run.config.touch()
 
-    def supervise(self, rules: Rules, *scripts: str) -> tuple[int, Supervisor]:
+    def supervise(self, rules: Rules, *scripts: str, since: float | None = None) -> tuple[int, Supervisor]:
         """The last script is started again and again."""
 
         def command(_: Start, __: object, again: bool) -> list[str]:
@@ -50,11 +51,16 @@ class Attempts:
         self._monkeypatch.setattr(torchrun, "command", command)
         stop = self.folder / "stop"
         own = Supervisor(Start([], 1), self.run, rules, Meeting(self.folder / "meeting"), self.folder / "logs", stop)
-        return own.supervise(), own
+        return own.supervise(since), own
+
+    def beginning(self, kind: str = "started") -> str:
+        """What a script says as training does when it begins."""
+        event = f"json.dumps(dict(kind={kind!r}, message='', step=0, time=time.time()))"
+        return f"import json, time; open({str(self.run.events)!r}, 'a').write({event} + chr(10)); "
 
     def saving(self, step: int) -> str:
-        """A script that leaves a checkpoint and crashes."""
-        return f"import os; os.mkdir({str(self.run.checkpoint(step))!r}); {CRASH}"
+        """A script that begins, leaves a checkpoint, and crashes."""
+        return f"{self.beginning()}import os; os.mkdir({str(self.run.checkpoint(step))!r}); {CRASH}"
 
 
 @pytest.fixture
@@ -76,7 +82,7 @@ def test_crashes_count_in_a_row_without_a_new_checkpoint(attempts: Attempts):
     code, _ = attempts.supervise(Rules(max_restarts=1), *map(attempts.saving, (10, 20, 30, 40)), "")
     assert code == 0
     assert attempts.started == [False, True, True, True, True]
-    events = ledger.events(attempts.run)
+    events = [event for event in ledger.events(attempts.run) if event.kind != "started"]
     assert [(event.kind, event.step, event.message) for event in events] == [
         ("restarted", step, "ended with SIGABRT") for step in (10, 20, 30, 40)
     ]
@@ -93,6 +99,54 @@ def test_without_a_new_checkpoint_it_is_given_up(attempts: Attempts, capfd: pyte
 def test_what_a_person_has_to_mend_is_not_repeated(attempts: Attempts, code: int):
     assert attempts.supervise(Rules(), f"import sys; sys.exit({code})")[0] == code
     assert len(attempts.started) == 1
+
+
+@pytest.mark.usefixtures("no_pause")
+def test_a_start_that_has_not_begun_leaves_run_resume_as_it_is(attempts: Attempts):
+    """With run.resume=never the old run still lies there: going on would go on with that one."""
+    old = ledger.Event(kind="started", message="of the old run", step=0, time=time.time() - 60)
+    ledger.append(attempts.run.events, old)
+    code, _ = attempts.supervise(Rules(), CRASH, CRASH, attempts.beginning("resumed") + CRASH, "")
+    assert (code, attempts.started) == (0, [False, False, False, True])
+
+
+@pytest.mark.usefixtures("no_pause")
+def test_a_job_that_comes_back_goes_on_where_an_earlier_start_has_begun(attempts: Attempts):
+    began = ledger.Event(kind="started", message="from the beginning", step=0, time=1000.0)
+    ledger.append(attempts.run.events, began)
+    assert attempts.supervise(Rules(), "", since=999.0)[0] == 0
+    assert attempts.supervise(Rules(), "", since=1001.0)[0] == 0
+    assert attempts.started == [True, False]
+
+
+@pytest.mark.usefixtures("no_pause")
+def test_a_file_server_that_fails_for_a_moment_ends_nothing(attempts: Attempts, monkeypatch: pytest.MonkeyPatch):
+    def append(*_: object) -> None:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    monkeypatch.setattr(ledger, "append", append)
+    assert attempts.supervise(Rules(), CRASH, "")[0] == 0
+
+
+PLACE = {
+    "RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "elsewhere", "TORCHELASTIC_RUN_ID": "x",
+}  # fmt: skip
+
+
+def test_a_rank_alone_is_told_no_place_among_others(attempts: Attempts, monkeypatch: pytest.MonkeyPatch):
+    """enroot's PyTorch hook and Kubernetes set such variables, also for one process."""
+    for name, value in PLACE.items():
+        monkeypatch.setenv(name, value)
+    assert attempts.supervise(Rules(), f"import os, sys; sys.exit(bool({set(PLACE)!r} & set(os.environ)))")[0] == 0
+    assert PLACE.items() <= torchrun.environment(Start([], 2), False, {}).items()
+
+
+@pytest.mark.usefixtures("no_pause")
+def test_ranks_know_that_they_were_started_again(attempts: Attempts, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv(rundir.RESTARTED, "1")  # of a run around this one
+    says = f"import os, sys; was = {rundir.RESTARTED!r} in os.environ; "
+    assert attempts.supervise(Rules(), f"{says}sys.exit(2) if was else os.abort()", f"{says}sys.exit(not was)")[0] == 0
+    assert len(attempts.started) == 2
 
 
 def later(seconds: float, act: Callable[[], object]) -> None:
@@ -178,6 +232,15 @@ def test_ranks_that_do_not_stop_are_killed_in_the_end(attempts: Attempts, capfd:
     assert "SIGTERM: the run saves and stops" in said
     assert "still there after 1 s: killed" in said
     assert "ended without saving: the same command goes on from step 0" in said
+
+
+def test_a_save_that_is_known_to_take_long_is_waited_for(attempts: Attempts):
+    later(0.5, lambda: interrupt(signal.SIGTERM))
+    rundir.append_jsonl(attempts.run.saves, [{"step": 1, "wrote_s": 900.0}])
+    slow = "import signal, sys, time; signal.signal(15, lambda *_: (time.sleep(3), sys.exit(75))); time.sleep(600)"
+    began = time.monotonic()
+    assert attempts.supervise(Rules(grace_s=1), slow)[0] == 75
+    assert time.monotonic() - began > 3
 
 
 def test_a_stop_before_the_ranks_listen_is_not_lost(attempts: Attempts):

@@ -1,0 +1,343 @@
+"""A trained model is asked as it was trained: the tokenizer, what it puts before a text, and the template of chats."""
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch
+from tokenizers import Tokenizer, processors
+from torch import Tensor
+
+from launcher.sharding import tasks
+from launcher.sharding.build import build
+from launcher.sharding.show import documents
+from llmtrain import adapters, export, files, generate, manifest, origin, prompts, shards, trained
+from llmtrain.assemble import make_model_writer
+from llmtrain.config import RunConfig, load_config, resolved_yaml
+from llmtrain.errors import CheckpointError, TokenizerError
+from llmtrain.evaluation import make_sampler
+from llmtrain.manifest import Manifest, TrainState
+from llmtrain.models import build_model
+from llmtrain.rundir import RunDir
+from llmtrain.shards import ShardFolder
+from llmtrain.world import World
+from tests.support.bases import write_llama, write_tokenizer
+
+CPU = torch.device("cpu")
+OWN = (
+    "{{ bos_token }}{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}"
+    "{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+OTHER = OWN.replace("<|", "[").replace("|>", "]")
+CHAT = {"messages": [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hi there"}]}
+RECORDS: dict[str, dict[str, Any]] = {
+    "text": {"text": "hello world"},
+    "instruction": {"instruction": "hello", "output": "hi"},
+    "chat": CHAT,
+}
+
+
+@pytest.fixture(autouse=True)
+def fresh_encoders(monkeypatch: pytest.MonkeyPatch):
+    """Sharding keeps the tokenizers of the folders that it has seen; tests put others in the same places."""
+    monkeypatch.setattr(tasks, "_encoders", {})
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_llama(tmp_path_factory.mktemp("llama"))
+
+
+def tuned_tokenizer(folder: Path, template: str | None) -> Path:
+    """One with <s> before each text and </s> after it, which ends an answer with <|end|>."""
+    write_tokenizer(folder, 400)
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.add_special_tokens(["<s>", "</s>", "<|user|>", "<|assistant|>", "<|end|>"])
+    special = [(token, tokenizer.token_to_id(token)) for token in ("<s>", "</s>")]
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=special)  # type: ignore
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "bos_token": "<s>", "eos_token": "<|end|>"}))
+    if template is not None:
+        (folder / prompts.TEMPLATE).write_text(template)
+    return folder
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A run's last checkpoint, of which training saw `shards`."""
+
+    model: Path
+    config: RunConfig
+    data: ShardFolder
+
+    @property
+    def ids(self) -> list[int]:
+        """Of a document of the training split."""
+        return next(iter(documents(self.data, "train", 1))).ids.tolist()
+
+    @property
+    def run(self) -> RunDir:
+        return RunDir(self.model.parents[2])
+
+
+def train(work: Path, kind: str, *settings: str) -> Trained:
+    """What a run leaves that was started in the folder `work`, which is the present one."""
+    (work / "data.json").write_text(json.dumps([RECORDS[kind]] * 40))
+    given = [
+        "run.name=a", "data.sources=[{kind: json, paths: [data.json]}]", f"data.format={{kind: {kind}}}",
+        "data.tokenizer={kind: folder, path: tuned}", "data.split={by: tail, heldout: 0.2, test: 0.0}",
+        "data.packing=none", "model.context=128", "train.precision=fp32",
+    ]  # fmt: skip
+    config = load_config(None, [*given, *settings])[0]
+    data = build(config, workers=1).folder
+    run = RunDir(work / "runs/a")
+    run.create()
+    run.config.write_text(resolved_yaml(config))
+    origin.note(run, "cpu", 1)
+    folder = run.checkpoint(1) / "model"
+    folder.mkdir(parents=True)
+    model: Any = build_model(config, data.manifest.tokenizer.vocab_size, CPU)
+    weights = dict(model.trainable() if config.model.kind == "qlora" else model.named_parameters())
+    make_model_writer(data, model, config.data.format)(folder, {name: w.detach() for name, w in weights.items()})
+    described = Manifest(
+        train_state=TrainState(step=1), seed=0, num_rows=1, global_batch_size=1, fingerprint=data.fingerprint,
+        world_size=1, strategy="ddp", heldout_loss=None,
+        files=manifest.describe_files(run.checkpoint(1), sorted(folder.iterdir())),
+    )  # fmt: skip
+    manifest.write(run.checkpoint(1), described)
+    return Trained(folder, config, replace(data, path=data.path.resolve()))
+
+
+GPT = ["model.kind=gpt", "model.num_layers=1", "model.num_heads=2", "model.width=16"]
+
+
+def lora(base: Path) -> list[str]:
+    return ["model.kind=qlora", f"model.base={base}", "model.quantisation=none", "model.lora.r=2"]
+
+
+@pytest.fixture
+def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path / "work"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    return folder
+
+
+@pytest.fixture
+def leave(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Go on in another folder than the one that training was started in."""
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    return lambda: monkeypatch.chdir(elsewhere)
+
+
+def asked(made: Trained, prompt: str) -> tuple[list[int], int | None]:
+    load = generate.load_adapter if adapters.is_adapter(made.model) else generate.load_gpt
+    _, _, ids, eos_id = load(made.model, prompt, trained.format_of(made.model), CPU)
+    return ids, eos_id
+
+
+def rendered(folder: Path) -> list[int]:
+    """The ids of a chat's question, as programs that know transformers alone make them."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(str(folder))
+    return tokenizer.apply_chat_template(CHAT["messages"][:1], add_generation_prompt=True, return_dict=False)
+
+
+KINDS = {
+    "text": ("text", OWN, []),
+    "instruction": ("instruction", OWN, []),
+    "chat, the tokenizer's template": ("chat", OWN, []),
+    "chat, the plain template": ("chat", None, []),
+    "chat, a template of a file": ("chat", OWN, ["data.format.template=other.jinja"]),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("model", ["gpt", "qlora"])
+def test_a_prompt_is_what_training_had_before_the_answer(
+    work: Path, leave: Callable[[], None], base: Path, model: str, kind: str
+):
+    format, template, settings = KINDS[kind]
+    tuned_tokenizer(work / "tuned", template)
+    (work / "other.jinja").write_text(OTHER)
+    made = train(work, format, *(GPT if model == "gpt" else lora(base)), *settings)
+    leave()
+    ids, eos_id = asked(made, "hello")
+    assert ids == made.ids[: len(ids)]
+    tokenizer = Tokenizer.from_file(str(made.data.tokenizer / "tokenizer.json"))
+    assert tokenizer.id_to_token(ids[0]) == "<s>"
+    assert eos_id == tokenizer.token_to_id("<|end|>")
+    rest = tokenizer.decode(made.ids[len(ids) :], skip_special_tokens=False)
+    assert rest == {"text": " world<|end|>", "instruction": "hi<|end|>", "chat": "hi there<|end|>"}[format]
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind.startswith("chat")])
+@pytest.mark.parametrize("model", ["gpt", "qlora"])
+def test_an_exported_tokenizer_asks_as_samples_were_made(
+    work: Path, leave: Callable[[], None], base: Path, model: str, kind: str
+):
+    from transformers import AutoModelForCausalLM
+
+    _, template, settings = KINDS[kind]
+    tuned_tokenizer(work / "tuned", template)
+    (work / "other.jinja").write_text(OTHER)
+    made = train(work, "chat", *(GPT if model == "gpt" else lora(base)), *settings)
+    if model == "gpt":
+        assert made.ids[: len(rendered(made.model))] == rendered(made.model)
+    leave()
+    to = work / "exported"
+    export.export(made.model, to, merge=model == "qlora", base="original", dtype=torch.float32)
+    assert rendered(to) == asked(made, "hello")[0]
+    assert files.sha256(to / "tokenizer.json") == made.data.manifest.tokenizer.sha256
+    ends: Any = AutoModelForCausalLM.from_pretrained(str(to)).generation_config.eos_token_id
+    assert made.data.manifest.tokenizer.eos_id in (ends if isinstance(ends, list) else [ends])
+
+
+def test_a_checkpoint_from_before_templates_lay_beside_models(work: Path, base: Path):
+    tuned_tokenizer(work / "tuned", None)
+    made = train(work, "chat", *GPT)
+    (made.model / prompts.TEMPLATE).unlink()
+    (made.model.parent / manifest.NAME).unlink()
+    ids = asked(made, "hello")[0]
+    assert ids == made.ids[: len(ids)]
+    export.export(made.model, work / "exported", merge=False, base="original", dtype=torch.float32)
+    assert rendered(work / "exported") == ids
+
+
+def test_a_templates_file_that_is_gone(work: Path, base: Path):
+    tuned_tokenizer(work / "tuned", OWN)
+    (work / "other.jinja").write_text(OTHER)
+    made = train(work, "chat", *lora(base), "data.format.template=other.jinja", f"data.dir={work}/shards")
+    (work / "other.jinja").unlink()
+    ids = asked(made, "hello")[0]
+    assert ids == made.ids[: len(ids)]
+    (made.model / prompts.TEMPLATE).unlink()
+    with pytest.raises(TokenizerError, match=r"data\.format\.template=other\.jinja"):
+        trained.format_of(made.model)
+
+
+def test_templates_that_a_tokenizer_names_in_its_settings(work: Path):
+    folder = tuned_tokenizer(work / "tuned", None)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    named = [{"name": "tool_use", "template": "no"}, {"name": "default", "template": OWN}]
+    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": named}))
+    made = train(work, "chat", *GPT)
+    ids = asked(made, "hello")[0]
+    assert ids == made.ids[: len(ids)]
+    assert not (made.model / prompts.TEMPLATE).exists()  # it stands in the settings
+    prompts.write_settings(folder, None, OTHER)
+    assert prompts.read_own(folder)[0] == OTHER
+    assert "chat_template" not in json.loads((folder / "tokenizer_config.json").read_text())
+
+
+@pytest.mark.parametrize("kind", ["text", "chat"])
+def test_samples_while_training_begin_as_documents(work: Path, kind: str):
+    tuned_tokenizer(work / "tuned", None)
+    made = train(work, kind, *GPT, "evaluate.sample={prompt: hello, tokens: 1}")
+    seen: list[list[int]] = []
+
+    class Model:
+        def text_generator(self) -> "Model":
+            return self
+
+        def next_logits(self, ids: Tensor) -> Tensor:
+            seen.append(ids.tolist())
+            return torch.zeros(512)
+
+    class Meter:
+        def sample(self, *_: Any) -> None:
+            pass
+
+    world = World(rank=0, size=1, local_rank=0, device=CPU)
+    make_sampler(made.config, made.data, cast(Any, Model()), world, cast(Any, Meter()))(TrainState())
+    tokenizer = Tokenizer.from_file(str(made.data.tokenizer / "tokenizer.json"))
+    assert seen[0] == [tokenizer.token_to_id("<s>"), *tokenizer.encode("hello", add_special_tokens=False).ids]
+
+
+def test_an_adapters_tokenizer_without_the_runs_data(work: Path, leave: Callable[[], None], base: Path):
+    tuned = tuned_tokenizer(work / "tuned", OWN)
+    made = train(work, "chat", *lora(base))
+    leave()
+    assert adapters.find(made.model).tokenizer.name == str(made.data.tokenizer)
+
+    text = (made.data.path / shards.MANIFEST).read_text()
+    (made.data.path / shards.MANIFEST).write_text(text.replace('"cut": 0', '"cut": 1'))  # of other data
+    assert adapters.find(made.model).tokenizer.name == str(tuned)
+    shutil.rmtree(made.data.path)
+    assert (
+        asked(made, "hello")[0]
+        == Tokenizer.from_file(str(tuned / "tokenizer.json"))
+        .encode("<s><|user|>hello<|assistant|>", add_special_tokens=False)
+        .ids
+    )
+
+    shutil.rmtree(tuned)
+    with pytest.raises(CheckpointError, match=r"data\.tokenizer\.path=tuned .*no such folder"):
+        adapters.find(made.model)
+    made.run.config.write_text(resolved_yaml(load_config(str(made.run.config), ["data.tokenizer={kind: train}"])[0]))
+    with pytest.raises(CheckpointError, match="the tokenizer that was trained on it"):
+        adapters.find(made.model)
+
+
+def test_the_revision_of_a_tokenizer_on_the_hub(work: Path, base: Path, monkeypatch: pytest.MonkeyPatch):
+    from transformers import AutoTokenizer
+
+    tuned_tokenizer(work / "tuned", OWN)
+    made = train(work, "chat", *lora(base))
+    shutil.rmtree(made.data.path)
+    called: list[tuple[str, str | None]] = []
+    load = AutoTokenizer.from_pretrained
+
+    def from_pretrained(name: str, revision: str | None = None, **_: Any) -> Any:
+        called.append((name, revision))
+        return load(str(base))
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", from_pretrained)
+    hub = "data.tokenizer={kind: hub, name: some/Instruct, revision: abc}"
+    made.run.config.write_text(resolved_yaml(load_config(str(made.run.config), [hub])[0]))
+    (work / "to").mkdir()
+    adapters.write_tokenizer(adapters.find(made.model), work / "to")
+    alone = work / "alone"
+    shutil.copytree(made.model, alone)
+    described = json.loads((alone / adapters.ADAPTER_CONFIG).read_text())
+    described |= {"base_model_name_or_path": "some/Base", "revision": "def"}
+    (alone / adapters.ADAPTER_CONFIG).write_text(json.dumps(described))
+    adapters.write_tokenizer(adapters.find(alone), work / "to")
+    assert called == [("some/Instruct", "abc"), ("some/Base", "def")]
+
+
+def test_an_adapter_from_the_hub_is_asked_as_its_configuration_says(work: Path, base: Path):
+    tuned = tuned_tokenizer(work / "tuned", OWN)
+    made = train(work, "chat", *lora(base))
+    received = work / "received"
+    shutil.copytree(made.model, received)
+    assert trained.format_of(received).kind == "text"
+    assert adapters.find(received).tokenizer.name == str(base)
+    (received / "llmtrain").mkdir()
+    shutil.copy(made.run.config, received / "llmtrain")
+    assert trained.format_of(received).kind == "chat"
+    assert adapters.find(received).tokenizer.name == str(tuned)
+    shutil.copy(made.model.parent / manifest.NAME, received / "llmtrain")
+    assert adapters.find(received).tokenizer.name == str(made.data.tokenizer)
+
+
+def test_the_plain_template_beside_a_model_is_the_plain_template():
+    format = load_config(None, [*GPT, "data.sources=[{kind: json, paths: [x]}]", "data.format.kind=chat"])[
+        0
+    ].data.format
+    assert format.kind == "chat"
+    for own, writes_prefix in {
+        '{{ "<s>" }}' + prompts.PLAIN_TEMPLATE: False,
+        '{{ "\\"<s>" }}' + prompts.PLAIN_TEMPLATE: False,
+        "{{ bos_token }}" + prompts.PLAIN_TEMPLATE: True,
+        '{{ "a" }}{{ "b" }}' + prompts.PLAIN_TEMPLATE: True,
+    }.items():
+        assert prompts.chat_template(format, own, {}).writes_prefix == writes_prefix, own

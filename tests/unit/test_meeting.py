@@ -1,0 +1,108 @@
+"""What the nodes of a job say to each other, and what becomes of the others where the first one has gone."""
+
+import concurrent.futures
+import errno
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launcher.keeper import meeting
+from launcher.keeper.meeting import FirstNodeGone, Meeting
+from launcher.keeper.supervisor import Rules, Supervisor
+from launcher.keeper.torchrun import Start
+from launcher.slurm import node
+from llmtrain import files
+from llmtrain.rundir import RunDir
+from tests.support.runs import make_workplace
+
+
+@pytest.fixture(autouse=True)
+def soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(meeting, "_SETTLES_S", 0.2)
+    monkeypatch.setattr(meeting, "_TRY_EVERY_S", 0.01)
+
+
+def waits(second: Meeting) -> "concurrent.futures.Future[Any]":
+    """In a thread: what never ends is to fail here."""
+    pool = concurrent.futures.ThreadPoolExecutor(1)
+    found = pool.submit(second.wait_for_first, "decision", 0)
+    pool.shutdown(wait=False)
+    return found
+
+
+def test_the_others_leave_where_the_first_one_has_gone(tmp_path: Path):
+    first, second = Meeting(tmp_path, 0, 2), Meeting(tmp_path, 1, 2)
+    waiting = waits(second)
+    with pytest.raises(concurrent.futures.TimeoutError):
+        waiting.result(timeout=0.5)  # it may take as long as it likes
+    first.end()
+    with pytest.raises(FirstNodeGone, match="the first node has ended without a word on 'decision'"):
+        waiting.result(timeout=10)
+
+
+def test_what_it_said_before_it_left_counts(tmp_path: Path):
+    first = Meeting(tmp_path, 0, 2)
+    first.end()
+    waiting = waits(Meeting(tmp_path, 1, 2))
+    first.tell("decision", 0, {"again": False, "code": 0})  # seen later, over a network
+    assert waiting.result(timeout=10) == {"again": False, "code": 0}
+
+
+def test_ranks_are_not_kept_for_a_first_node_that_has_gone(tmp_path: Path):
+    first, second = Meeting(tmp_path, 0, 2), Meeting(tmp_path, 1, 2)
+    own = Supervisor(Start([], 1, node=1, num_nodes=2), RunDir(tmp_path), Rules(), second, tmp_path, tmp_path / "stop")
+    assert not own._others_failed(0)
+    first.end()
+    assert own._others_failed(0)
+    first.tell("decision", 0, {"again": False, "code": 0})  # it ended well, and these are on their way
+    assert not own._others_failed(0)
+
+
+def test_a_word_is_said_again_where_the_file_server_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    write, failures = files.write_atomic, [2]
+
+    def fails(path: Path, text: str) -> None:
+        failures[0] -= 1
+        if failures[0] >= 0:
+            raise OSError(errno.ESTALE, "Stale file handle")
+        write(path, text)
+
+    monkeypatch.setattr(files, "write_atomic", fails)
+    own = Meeting(tmp_path)
+    own.tell("decision", 0, 7)
+    assert own.wait_for_first("decision", 0) == 7
+    failures[0] = 100
+    with pytest.raises(OSError, match="Stale"):
+        own.tell("decision", 1, 7)
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_an_error_of_the_first_node_ends_every_nodes_task(
+    tmp_path: Path, number: int, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+):
+    """Else the others would wait until the time limit, and nobody would queue the job again."""
+    workplace = make_workplace(tmp_path)
+    for name, value in {"SLURM_JOB_ID": "7", "SLURM_NODEID": str(number), "SLURM_JOB_NUM_NODES": "2"}.items():
+        monkeypatch.setenv(name, value)
+
+    def begin(*arguments: object) -> float:
+        if number == 0:
+            raise OSError(errno.ESTALE, "Stale file handle")
+        met = next(each for each in arguments if isinstance(each, Meeting))
+        Meeting(met.folder, 0, 2).end()
+        return met.wait_for_first("begin", 0)
+
+    monkeypatch.setattr(node, "_begin", begin)
+    words = [str(workplace.config), f"run.dir={tmp_path / 'runs'}", "run.name=two", "train.global_batch_size=8"]
+
+    def keep_going() -> int:
+        return node.keep_going(words, 1, "cpu", Rules(), node.requeue_with_scontrol, again=True)
+
+    if number == 0:
+        with pytest.raises(OSError, match="Stale"):
+            keep_going()
+        assert list((tmp_path / "runs").rglob("over-0-0.json"))
+    else:
+        assert keep_going() == 1
+        assert "the first node has ended without a word on 'begin': its output says why" in capfd.readouterr().err

@@ -1,0 +1,162 @@
+"""`llmtrain restore` in this process: what comes back beside the weights, and whom it may not harm."""
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from huggingface_hub import HfApi
+
+from llmtrain import ledger, manifest, origin
+from llmtrain.config import resolved_yaml
+from llmtrain.errors import CheckpointError
+from llmtrain.rundir import RunDir
+from llmtrain.service import hub as conversation
+from llmtrain.service import plan, publish, restore
+from llmtrain.service.remote import BRANCH, Repo
+from tests.support import hub_client
+from tests.support.checkpoint_runs import config_of, make_run, save, score
+from tests.support.hub_client import REPO, add, commit
+from tests.support.hub_server import TOKEN, Hub
+from tests.support.service_runs import shown_on_main
+
+hub, waits, api = hub_client.hub, hub_client.waits, hub_client.api
+LOSSES = {100: 3.0, 200: 3.4, 300: 3.9}
+BASE = '{"model.safetensors": {"size_bytes": 1, "modified_ns": 2, "sha256": "abc"}}\n'
+
+
+def make_lost(folder: Path, with_state: bool = True) -> RunDir:
+    """Not yet lost: a run with three scored checkpoints, of which the first is the best."""
+    run = make_run(folder, f"hub.optimizer_state={with_state}".lower())
+    origin.note(run, "cpu", 1)
+    for step, loss in LOSSES.items():
+        save(run, step, loss)
+        score(run, step, loss)
+    return run
+
+
+def send(api: HfApi, run: RunDir) -> None:
+    """All that the service would send, with the repository's name on its command line alone (`push --repo`)."""
+    repo, config = Repo(api, REPO), config_of(run)
+    assert config.hub.repo is None
+    conversation.check(repo, config, run)
+    for step in run.checkpoint_steps():
+        answer = conversation.upload(repo, config, run, step, TOKEN)
+        ledger.append(run.uploads, ledger.Upload(step=step, repo=REPO, **answer["upload"]))
+    publish.publish(repo, config, run)
+
+
+@pytest.fixture
+def lost(tmp_path: Path, api: HfApi) -> RunDir:
+    run = make_lost(tmp_path / "lost")
+    run.base.write_text(BASE)
+    send(api, run)
+    return run
+
+
+def brought_back(api: HfApi, folder: Path, step: int | None = None) -> RunDir:
+    run = RunDir(folder)
+    restore.restore(Repo(api, REPO), run, step)
+    return run
+
+
+def test_main_goes_on_showing_the_best_checkpoint(hub: Hub, api: HfApi, lost: RunDir, tmp_path: Path):
+    scores, uploads = ledger.scores(lost), ledger.uploads(lost)
+    assert shown_on_main(hub) == 100
+    shutil.rmtree(lost.path)
+    run = brought_back(api, tmp_path / "back")
+    assert run.checkpoint_steps() == [300]
+    assert ledger.scores(run) == scores
+    fields = {"step", "checkpoint", "repo", "commit", "tag", "removed"}
+    assert {s: u.model_dump(include=fields) for s, u in ledger.uploads(run).items()} == {
+        s: u.model_dump(include=fields) for s, u in uploads.items()
+    }
+    shown = plan.to_show(run, REPO)
+    assert shown is not None
+    assert shown.title() == "best so far: step 100"
+    assert conversation.upload(Repo(api, REPO), config_of(run), run, 300, TOKEN)["upload"]["commit"]  # still its own
+    publish.publish(Repo(api, REPO), config_of(run), run)
+    assert shown_on_main(hub) == 100
+    assert hub.read(REPO, "llmtrain/scores.jsonl") == run.scores.read_bytes()
+    assert "| 200 | " in hub.read(REPO, "README.md").decode()
+    assert sorted(path.name for path in run.path.iterdir()) == [
+        "base.json",
+        "checkpoints",
+        "config.yaml",
+        "origin.json",
+        "service",
+    ]
+
+
+def test_scores_that_cannot_be_read_are_left_out(api: HfApi, lost: RunDir, tmp_path: Path):
+    commit(api, add("llmtrain/scores.jsonl", b'{"step": "many"}\n'))
+    run = brought_back(api, tmp_path / "back", 200)
+    assert not run.scores.exists()
+    assert sorted(ledger.uploads(run)) == [100, 200, 300]
+    assert lost.path.name != run.path.name
+
+
+@pytest.mark.usefixtures("lost")
+def test_it_uploads_to_the_repository_that_it_came_from(api: HfApi, tmp_path: Path):
+    config = config_of(brought_back(api, tmp_path / "back"))
+    assert (config.hub.repo, config.run.name, config.hub.optimizer_state) == (REPO, "back", True)
+
+
+@pytest.mark.usefixtures("lost")
+def test_what_its_base_was_is_not_forgotten(hub: Hub, api: HfApi, tmp_path: Path):
+    assert hub.read(REPO, "llmtrain/base.json", "step-300").decode() == BASE
+    assert brought_back(api, tmp_path / "back").base.read_text() == BASE
+
+
+def test_without_the_optimizers_state_nothing_is_downloaded(hub: Hub, api: HfApi, tmp_path: Path):
+    send(api, make_lost(tmp_path / "half", with_state=False))
+    requests = len(hub.log)
+    with pytest.raises(CheckpointError, match="step 300 has no optimizer state on the Hub"):
+        brought_back(api, tmp_path / "back")
+    assert not [entry for entry in hub.log[requests:] if "model.safetensors" in entry.path]
+
+
+def altered_to(fields: dict[str, Any]) -> bytes:
+    """A manifest that is whole by its own hash."""
+    digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+    return (json.dumps({**fields, "sha256": digest}, indent=1) + "\n").encode()
+
+
+NAMES = ["/{victim}", "model//{victim}", "model/../../{victim}", "state/..", "../{victim}", "model", "model/./a", "a/b"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_manifest_names_files_below_its_own_folder_alone(tmp_path: Path, name: str):
+    run = make_run(tmp_path / "run")
+    save(run, 100)
+    described = manifest.read(run.checkpoint(100))
+    described.files[name] = described.files["model/model.safetensors"]
+    (run.checkpoint(100) / manifest.NAME).write_bytes(altered_to(described.model_dump(mode="json")))
+    with pytest.raises(CheckpointError, match="is not a path below model/ or state/"):
+        manifest.read(run.checkpoint(100))
+
+
+@pytest.mark.parametrize("name", ["../../{victim}", "{victim}", "model/../../{victim}"])
+def test_a_stranger_s_repository_cannot_take_a_file_away(api: HfApi, tmp_path: Path, name: str):
+    run = make_lost(tmp_path / "foreign")
+    victim = tmp_path / "thesis.txt"
+    victim.write_text("years of work")
+    described = manifest.read(run.checkpoint(100))
+    listed = described.model_dump(mode="json")
+    place = str(victim) if name == "{victim}" else name.format(victim=victim.name)
+    listed["files"] = {place: {"size_bytes": 13, "sha256": hashlib.sha256(b"years of work").hexdigest()}}
+    api.create_branch(REPO, branch=BRANCH)
+    oid = commit(
+        api,
+        add("llmtrain/manifest.json", altered_to(listed)),
+        add("llmtrain/config.yaml", resolved_yaml(config_of(run)).encode()),
+        commit_description="checkpoint: abc\nrun: somebody",
+        revision=BRANCH,
+    )
+    api.create_tag(REPO, tag="step-100", revision=oid)
+    with pytest.raises(CheckpointError, match="is not a path below model/ or state/"):
+        brought_back(api, tmp_path / "back")
+    assert victim.read_text() == "years of work"
+    assert not (tmp_path / "back").exists()
