@@ -5,7 +5,6 @@ the ids of its beginning are a beginning of them, so that prompting with the beg
 ids that were trained on; else the segments are tokenised one by one.
 """
 
-import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -177,11 +176,8 @@ class Chat:
 
     def __init__(self, format: schema.ChatFormat, tokenizer: Path, encoder: Encoder):
         self._format = format
-        config = tokenizer / "tokenizer_config.json"
-        settings: dict[str, Any] = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
         self._eos = encoder.token(encoder.eos_id)
-        tokens = {name: _token(settings.get(name)) for name in ("bos_token", "pad_token", "unk_token")}
-        own = _template_of(tokenizer, settings)
+        own, tokens = prompts.read_own(tokenizer)
         self.template = prompts.chat_template(format, own, {**tokens, "eos_token": self._eos})
         self._special = encoder.special_tokens
         longest_first = sorted(self._special, key=len, reverse=True)  # as a tokenizer finds them
@@ -233,17 +229,3 @@ class Chat:
             if any(token in message["content"] for token in self._special):
                 raise NotUsable("a special token stands in the text")
         return messages
-
-
-def _template_of(folder: Path, settings: dict[str, Any]) -> str | None:
-    file = folder / "chat_template.jinja"
-    if file.is_file():
-        return file.read_text(encoding="utf-8")
-    found: Any = settings.get("chat_template")
-    if isinstance(found, list):  # several with names, as older tokenizers have them
-        found = next((t.get("template") for t in found if t.get("name") == "default"), None)
-    return found
-
-
-def _token(value: Any) -> str:
-    return value.get("content", "") if isinstance(value, dict) else value or ""

@@ -17,6 +17,7 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from llmtrain import prompts
 from llmtrain.config import data_sections as schema
 from llmtrain.errors import TokenizerError
 
@@ -162,9 +163,7 @@ class Encoder:
     @functools.cached_property
     def prefix_ids(self) -> list[int]:
         """What the tokenizer itself puts before a text: [the id of <s>] for Llama's, nothing for GPT-2's."""
-        plain = self._tokenizer.encode("a", add_special_tokens=False).ids
-        whole = self._tokenizer.encode("a", add_special_tokens=True).ids
-        return whole[: whole.index(plain[0])] if plain and plain[0] in whole else []
+        return prompts.prefix_ids(self._tokenizer)
 
     @functools.cached_property
     def special_tokens(self) -> list[str]:
