@@ -134,7 +134,10 @@ def find_world(device_setting: str) -> World:
     """
     rank, size = rank_from_environment(), int(os.environ.get("WORLD_SIZE", "1"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    return World(rank, size, local_rank, _find_device(device_setting, local_rank))
+    device = _find_device(device_setting, local_rank)
+    # DeepSpeed takes a GPU wherever there is one, as soon as anything imports it (peft does).
+    os.environ["DS_ACCELERATOR"] = "cuda" if device.type == "cuda" else "cpu"
+    return World(rank, size, local_rank, device)
 
 
 def _find_device(setting: str, local_rank: int) -> torch.device:

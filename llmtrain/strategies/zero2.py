@@ -11,7 +11,6 @@ CPUs, are switched off.
 """
 
 import logging
-import os
 import warnings
 from collections.abc import Iterable
 from typing import Any
@@ -182,7 +181,6 @@ def _import_deepspeed(world: World) -> Any:
     Raises:
         ConfigError: it is not installed.
     """
-    os.environ.setdefault("DS_ACCELERATOR", "cuda" if world.device.type == "cuda" else "cpu")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

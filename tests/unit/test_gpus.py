@@ -1,14 +1,18 @@
 """GPUs that are counted, and a driver that does not work: that is no machine without GPUs."""
 
+import os
 import types
 
 import pynvml
 import pytest
+import torch
 
 from launcher.checks import doctor
 from launcher.keeper.torchrun import check
 from llmtrain.errors import ConfigError
 from llmtrain.gpus import driver_problem, num_gpus
+from llmtrain.models.base import be_quiet
+from llmtrain.world import find_world
 
 
 @pytest.fixture
@@ -75,3 +79,11 @@ def test_the_doctor_survives_a_gpu_that_does_not_tell_all(driver: types.SimpleNa
     well, lost = doctor._examine_gpus(doctor._driver_cuda())
     assert well.message.startswith("1 x H100")
     assert (lost.severity, lost.message[:21]) == ("error", "GPU 1 does not answer")
+
+
+def test_a_run_on_the_cpu_keeps_deepspeed_off_the_gpu(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    find_world("cpu")
+    be_quiet()  # before peft, which imports DeepSpeed
+    assert os.environ["DS_ACCELERATOR"] == "cpu"
