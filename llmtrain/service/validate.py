@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from llmtrain import choose, files, ledger, manifest, origin, recipe, rundir, shards
+from llmtrain import choose, files, jsonl, ledger, manifest, origin, recipe, shards
 from llmtrain.choose import Losses
 from llmtrain.config import RunConfig, load_config
 from llmtrain.data import IGNORE, Batch, make_batch
@@ -34,7 +34,7 @@ _FEW_ROWS = 256
 """With fewer rows than this, each is cut into several stretches."""
 _SHORTEST = 16
 _MANY_STRETCHES = 1 << 16
-"""The most that were recorded of a split before a comparison's own limit was one here too."""
+"""Limit in runs recorded before MAX_UNITS applied to recording too; they keep it: their losses stay comparable."""
 
 TokenLosses = Callable[[Batch], Tensor]
 
@@ -70,7 +70,7 @@ def recorded_precision(run: RunDir) -> str | None:
 
     A loss in bf16 and one in fp32 differ by rounding, and ranking, `keep_best` and `main` compare all of a run.
     """
-    scores = (ledger.Score.model_validate(record) for record in rundir.read_jsonl(run.scores))
+    scores = (ledger.Score.model_validate(record) for record in jsonl.read(run.scores))
     return next((found for score in scores if (found := choose.precision(score)) in ("fp32", "bf16")), None)
 
 
@@ -106,7 +106,7 @@ def validate(
             raise CheckpointError(f"{folder} was trained on other data than the shards in {data.path}")
         model.load(folder / "model")
         model.to(device).eval()
-        losses = merged(by_stretch(token_losses, rows, batch_size, config), most)
+        losses = choose.merged(by_stretch(token_losses, rows, batch_size, config), most)
         checkpoint = manifest.identity(described)
         write_losses(run.losses(step, checkpoint, split), losses)
         result = Score(losses[0].sum() / max(1.0, losses[1].sum()), int(losses[1].sum()))
@@ -147,12 +147,6 @@ def by_stretch(token_losses: TokenLosses, split: ShardSet, batch_size: int, conf
             found.append(np.stack([np.add.reduceat(v, bounds) for v in (losses_T, supervised_BT[number])]))
     joined = np.concatenate(found, axis=1)
     return joined[:, joined[1] > 0]
-
-
-def merged(losses: Losses, most: int) -> Losses:
-    """Neighbouring stretches added up, so that there are at most so many."""
-    size = -(-losses.shape[1] // most)
-    return np.add.reduceat(losses, np.arange(0, losses.shape[1], size), axis=1) if size > 1 else losses
 
 
 def most_stretches(run: RunDir, split: ledger.Split) -> int:

@@ -24,7 +24,7 @@ def test_no_more_stretches_are_recorded_than_are_compared(run: RunDir):
     all_of_it = stretches(0.0, count=3 * choose.MAX_UNITS + 5), stretches(0.1, 3 * choose.MAX_UNITS + 5, noise=0.03)
     found: list[tuple[float, float]] = []
     for most in (1 << 16, choose.MAX_UNITS):
-        best, other = (validate.merged(losses, most) for losses in all_of_it)
+        best, other = (choose.merged(losses, most) for losses in all_of_it)
         assert best.shape[1] <= most
         (interval,) = choose.differences(run, score(run, 100, best), [score(run, 200, other)])
         assert interval is not None
@@ -39,7 +39,7 @@ def test_a_run_with_more_of_them_goes_on_as_it_began(run: RunDir):
     assert validate.most_stretches(run, "test") == choose.MAX_UNITS
     old = choose.read_losses(run, ledger.scores(run)[100])
     assert old is not None
-    assert np.array_equal(validate.merged(old, most), old)
+    assert np.array_equal(choose.merged(old, most), old)
 
 
 def test_the_first_score_says_in_which_precision_the_others_are_computed(run: RunDir):
