@@ -23,9 +23,9 @@ app = typer.Typer(
     Training itself is a module:
 
     - `python -m llmtrain` trains a small GPT on Python's own sources (one process)
-    - `llmtrain run CONFIG --gpus 8` trains on 8 GPUs, and starts again after a crash or a hang
+    - `llmtrain run CONFIG --gpus 8` trains on 8 GPUs, and restarts after a crash or a hang
     - `llmtrain submit CONFIG --cluster FILE` does so on SLURM
-    - `torchrun --nproc_per_node 8 -m llmtrain CONFIG` is the same without anybody who starts it again
+    - `torchrun --nproc_per_node 8 -m llmtrain CONFIG` is the same, without automatic restarts
 
     Any setting can be given on the command line as `section.key=value`.""",
 )
@@ -47,7 +47,7 @@ def shard(
     cluster: Annotated[Path | None, typer.Option(help="With --submit: the cluster's profile.")] = None,
     parts: Annotated[int | None, typer.Option(min=1, help="With --submit: jobs side by side; by default 8.")] = None,
 ) -> None:
-    """Turn raw text into token shards. A killed build goes on where it stopped.
+    """Turn raw text into token shards. A killed build resumes where it stopped.
 
     Training does this by itself where the shards are missing; do it beforehand for large data. Several machines that
     share a file system do it together, and get the same bytes: `--only prepare` on one of them, then `--part 0/3`,
@@ -57,7 +57,8 @@ def shard(
         from launcher.sharding.build import Built, build, build_part, prepare_build
         from launcher.sharding.parts import choose_job
         from launcher.sharding.show import describe, show_samples
-        from llmtrain.config import load_config
+        from llmtrain.base_facts import check_place
+        from llmtrain.config import load_to_start
         from llmtrain.config.load import split_settings
 
         if submit:
@@ -67,7 +68,8 @@ def shard(
             return
         job = choose_job(only, part, force, show)
         file, overrides = split_settings(settings or [])
-        config, _ = load_config(file, overrides)
+        config, origins = load_to_start(file, overrides)
+        check_place(config, origins)
         try:
             if job is None:
                 built = build(config, workers, force)
@@ -114,7 +116,7 @@ def generate(
     top_k: Annotated[int | None, typer.Option(min=1, help="Choose among the k likeliest tokens.")] = None,
     top_p: Annotated[float | None, typer.Option(min=0, max=1, help="Choose among the likeliest p of all.")] = None,
     seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
-    device: Annotated[str, typer.Option(help="auto, cuda, mps or cpu.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")] = "auto",
     raw: Annotated[bool, typer.Option("--raw", help="The prompt as it stands, without the run's template.")] = False,
 ) -> None:
     """Continue a prompt with a trained model, token by token.
@@ -144,12 +146,13 @@ def export(
         str, typer.Option(help="original: merge into the base's own weights. dequantised: into what training saw.")
     ] = "original",
     dtype: Annotated[str, typer.Option(help="bf16 or fp32, for --merge.")] = "bf16",
+    device: Annotated[str, typer.Option(help="Where to merge: auto, cpu, cuda or cuda:1.")] = "auto",
 ) -> None:
     """Write a checkpoint's model (or adapter) as a folder for transformers (or peft), and check it.
 
     A merged model is read back and its logits are compared with those before; the difference is printed.
     """
-    given = ["--base", base, "--dtype", dtype, *(["--merge"] if merge else [])]
+    given = ["--base", base, "--dtype", dtype, "--device", device, *(["--merge"] if merge else [])]
     become("llmtrain.export", *given, "--", str(checkpoint), str(to))
 
 
@@ -198,7 +201,7 @@ def restore(
     run: Annotated[Path, typer.Argument(help="The run folder to make; must not exist.")],
     step: Annotated[int | None, typer.Option(min=0, help="By default the newest that is there.")] = None,
 ) -> None:
-    """Bring a run back from the Hub, to go on with training where its folder is lost, or on another machine.
+    """Restore a run from the Hub, to resume training where its folder is lost, or on another machine.
 
     It has to have been uploaded with `hub.optimizer_state=true`, and the shards have to be those that it began with.
     """
@@ -211,7 +214,7 @@ def status(
     runs: Annotated[
         list[Path] | None, typer.Argument(help="Runs, or folders of runs; by default all runs in ./runs.")
     ] = None,
-    watch: Annotated[bool, typer.Option("--watch", help="Show it anew every 2 seconds, until Ctrl-C.")] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Refresh every 2 seconds, until Ctrl-C.")] = False,
     json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
 ) -> None:
     """Say what runs are doing: their jobs in SLURM's queue, training, checkpoints, the checkpoint service, the Hub.
@@ -250,12 +253,12 @@ def logs(
         show_logs(run, Wanted(rank, node), follow, lines)
 
 
-@app.command(epilog="Example: `llmtrain stop runs/stdlib-gpt`; it goes on with the command that started it")
+@app.command(epilog="Example: `llmtrain stop runs/stdlib-gpt`; the command that started it resumes it")
 def stop(
     runs: Annotated[list[Path], typer.Argument(help="Run folders, also those that their jobs have not made yet.")],
     now: Annotated[bool, typer.Option("--now", help="At once, without a save; a job is cancelled.")] = False,
 ) -> None:
-    """Have training save, end, and not come back; wait for that, and say what its last checkpoint is.
+    """Have training save, end, and not requeue; wait for that, and say what its last checkpoint is.
 
     Works for jobs on SLURM, which are not requeued then (one that still waits is cancelled), and for runs on this
     machine. The checkpoint service finishes what it has to do.
@@ -279,3 +282,7 @@ def become(module: str, *arguments: str) -> None:
     """Go on as a module of the core: this package does not import torch."""
     sys.stdout.flush()
     os.execv(sys.executable, [sys.executable, "-m", module, *arguments])
+
+
+if __name__ == "__main__":  # `python -m launcher` is the usual way; this one did nothing, in silence
+    app()

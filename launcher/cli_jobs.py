@@ -20,11 +20,11 @@ def run(
         float, typer.Option(min=0, help="Seconds without progress after which a rank counts as hanging; 0: never.")
     ] = 600.0,
 ) -> None:
-    """Train on this machine: one process, or torchrun with one for each GPU. After a crash it starts again.
+    """Train on this machine: one process, or torchrun with one for each GPU. After a crash it restarts.
 
-    A rank that stands still is found, named, and started again with the others; the Python stacks of all are kept.
+    A rank that hangs is found, named, and restarted with the others; the Python stacks of all are kept.
 
-    Ctrl-C saves and stops (exit code 75, the same command goes on); a second one leaves at once.
+    Ctrl-C saves and stops (exit code 75, the same command resumes); a second one exits at once.
     """
     with exit_with_code():
         from launcher.keeper.one_machine import train_here
@@ -47,7 +47,7 @@ def submit(
     ranks_per_node: Annotated[
         int | None, typer.Option(min=1, help="Processes on each node, where it has no GPUs.")
     ] = None,
-    time: Annotated[str, typer.Option(help="Limit, e.g. 24:00:00; by default the profile's. The run comes back.")] = "",
+    time: Annotated[str, typer.Option(help="Limit, e.g. 24:00:00; by default the profile's. The run requeues.")] = "",
     after: Annotated[str, typer.Option(help="Begin when this job has ended well; or a dependency: afterany:123.")] = "",
     sweep: Annotated[
         list[str] | None, typer.Option(help="section.key=value,value: one run for each; several: all combinations.")
@@ -64,9 +64,9 @@ def submit(
         float, typer.Option(min=0, help="Seconds without progress after which a rank counts as hanging; 0: never.")
     ] = 600.0,
 ) -> None:
-    """Train on SLURM. What can be known to fail is checked first; a job that is preempted comes back by itself.
+    """Train on SLURM. What can be known to fail is checked first; a job that is preempted requeues itself.
 
-    Before preemption and before the time limit the run saves, is queued again, and goes on from there; `llmtrain
+    Before preemption and before the time limit the run saves, is requeued, and resumes from there; `llmtrain
     status`, `logs` and `stop` know it by its run folder. The configuration is kept as it is now.
     """
     with exit_with_code():

@@ -52,10 +52,12 @@ def plan(
 
         from launcher.planning.plan import Told, show
         from launcher.planning.plan_job import Wishes, find_job, machine_for, script_for, train_seconds
-        from llmtrain.config import load_config
+        from llmtrain.base_facts import check_place
+        from llmtrain.config import load_to_start
         from llmtrain.config.load import split_settings
 
-        config, origins = load_config(*split_settings(settings or []))
+        config, origins = load_to_start(*split_settings(settings or []))
+        check_place(config, origins)
         wishes = Wishes(gpus, nodes, gpus_per_node, ranks_per_node, cluster, time)
         job = find_job(wishes)
         machine = machine_for(wishes, job, gpu_memory, "cpu" if config.train.device == "cpu" else device)

@@ -15,7 +15,7 @@ def report(
     """Write a page about a run, RUN/report/index.html: is it done, which checkpoint to use, does it overfit.
 
     One file that stands alone, for any browser, with its figures as PNG beside it. Training writes it at its end;
-    write it again at any time, also while a run goes on.
+    write it again at any time, also during a run.
     """
     with exit_with_code():
         from launcher.report.page import write_report

@@ -13,10 +13,10 @@ from typing import Annotated, Any, Self
 from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 
 from launcher.slurm import client
+from llmtrain import access_tokens
 from llmtrain.config.load import Origins, load_section
-from llmtrain.config.section import Section
+from llmtrain.config.section import MEMORY, WORD, Section
 
-_SECRET = re.compile(r"\b(hf_\w{20}|ghp_\w{20}|glpat-[\w-]{16}|sk-[\w-]{20}|AKIA[A-Z0-9]{12})")
 _SECRET_NAME = re.compile(r"(TOKEN|SECRET|KEY|PASSWORD)(?![A-Z])", re.IGNORECASE)
 """HF_TOKEN, but not TOKENIZERS_PARALLELISM."""
 _LOGIN = "log in to the Hub instead ('hf auth login', once): jobs find that login, and no file or script shows it"
@@ -39,7 +39,7 @@ def _is_limit(text: str) -> str:
 
 
 def _holds_no_secret(text: str) -> str:
-    if _SECRET.search(text):
+    if access_tokens.stand_in(text):
         raise ValueError(f"looks like an access token; {_LOGIN}")
     return text
 
@@ -67,12 +67,12 @@ def _is_option(name: str) -> str:
     return name
 
 
-Word = Annotated[str, Field(pattern=r"^\S+$")]
+Word = Annotated[str, Field(pattern=WORD)]
 Line = Annotated[str, Field(pattern=r"^[^\n]+$"), AfterValidator(_holds_no_secret)]
 Location = Annotated[Line, AfterValidator(_expanded)]
 Value = Annotated[str, BeforeValidator(_number_as_text), Field(pattern=r"^[^\n]*$"), AfterValidator(_holds_no_secret)]
 Limit = Annotated[str, BeforeValidator(_number_as_text), AfterValidator(_is_limit)]
-Memory = Annotated[str, BeforeValidator(_number_as_text), Field(pattern=r"^\d+[KMGTkmgt]?$")]
+Memory = Annotated[str, BeforeValidator(_number_as_text), Field(pattern=MEMORY)]
 Variable = Annotated[str, AfterValidator(_is_variable)]
 Option = Annotated[str, AfterValidator(_is_option)]
 
@@ -106,7 +106,7 @@ class Profile(Section):
     constraint: Word | None = None
     """Features that nodes must have, as sbatch takes them, e.g. "a100&nvlink"."""
     time: Limit = "24:00:00"
-    """Time limit of a job ("24:00:00", "2-12:00:00", or minutes). Longer runs save before it and queue again."""
+    """Time limit of a job ("24:00:00", "2-12:00:00", or minutes). Longer runs save before it and requeue."""
     gpus_per_node: Annotated[int, Field(ge=0)]
     """How many GPUs a node has; 0 for a cluster of CPUs."""
     gpu_memory_gb: Annotated[float | None, Field(gt=0)] = None
@@ -124,7 +124,7 @@ class Profile(Section):
     signal_s: Annotated[int, Field(ge=30)] = 120
     """At the latest so long before the time limit a job saves and queues again. SLURM is up to a minute late."""
     requeue: bool = True
-    """Queue again after a preemption, a time limit or a node's failure, and go on."""
+    """Requeue after a preemption, a time limit or a node's failure, and resume."""
     mail_user: Word | None = None
     """Address for SLURM's mails; null for none."""
     mail_type: Word = "END,FAIL"

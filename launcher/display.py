@@ -11,6 +11,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+STRATEGIES = {"ddp": "DDP", "zero2": "ZeRO-2"}
+"""What `strategy.kind` is called."""
 _GAP = 2
 """Blanks between two columns."""
 _NAME = 12

@@ -19,7 +19,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from llmtrain import rundir
+from llmtrain import jsonl, locks
 from llmtrain.rundir import RunDir
 
 JOBS = ".jobs"
@@ -77,11 +77,11 @@ class JobDir:
 
     def is_kept_going(self) -> bool:
         """Whether `llmtrain run` keeps the run going; whether a rank trains, the run's own lock tells."""
-        return rundir.is_held(self.local_lock)
+        return locks.is_held(self.local_lock)
 
     def records(self) -> list[JobRecord]:
         """In the order of submission; empty where nothing was submitted."""
-        return [JobRecord.model_validate(line) for line in rundir.read_jsonl(self.ledger)]
+        return [JobRecord.model_validate(line) for line in jsonl.read(self.ledger)]
 
     def last(self, kind: Kind) -> JobRecord | None:
         return next((record for record in reversed(self.records()) if record.kind == kind), None)
@@ -89,7 +89,7 @@ class JobDir:
     def add(self, record: JobRecord, folder: Path | None = None) -> None:
         """Write down a job. `folder` is where its script and its output lie, if that has another name."""
         self.path.mkdir(parents=True, exist_ok=True)
-        rundir.append_jsonl(self.ledger, [record.model_dump()])  # first: a job that is queued must be known
+        jsonl.append(self.ledger, [record.model_dump()])  # first: a job that is queued must be known
         if folder is not None:
             link = self.path / record.job_id
             link.unlink(missing_ok=True)  # of an earlier job: numbers begin anew on a cluster that was set up again
@@ -124,5 +124,5 @@ def job_dirs(folder: Path) -> list[JobDir]:
 
 def kept_going(folder: Path) -> list[JobDir]:
     """Those that `llmtrain run` keeps going now, in the same places; they may have no run folder yet."""
-    locks = [*folder.glob(f"{JOBS}/*/local/lock"), *folder.glob(f"*/{JOBS}/*/local/lock")]
-    return [JobDir(lock.parent.parent) for lock in sorted(locks) if rundir.is_held(lock)]
+    found = [*folder.glob(f"{JOBS}/*/local/lock"), *folder.glob(f"*/{JOBS}/*/local/lock")]
+    return [JobDir(lock.parent.parent) for lock in sorted(found) if locks.is_held(lock)]

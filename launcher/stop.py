@@ -17,7 +17,7 @@ import psutil
 
 from launcher.display import duration
 from launcher.jobs import JobDir
-from launcher.keeper.processes import kill_tree
+from launcher.keeper.processes import is_alive, kill_tree
 from launcher.slurm import client
 from launcher.slurm.client import Queued
 from launcher.watching.logs import open_submitted
@@ -277,12 +277,6 @@ def _command(process: psutil.Process) -> list[str]:
     with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
         return process.cmdline()
     return []
-
-
-def is_alive(process: psutil.Process) -> bool:
-    with contextlib.suppress(psutil.NoSuchProcess):
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    return False
 
 
 def wait(asked: list[Stopping]) -> None:

@@ -14,9 +14,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from llmtrain import allocator, heartbeat
+from llmtrain import allocator, heartbeat, log
 from llmtrain.errors import EXIT_CODES, EXIT_REQUEUE, UserError, exit_with_code, leave_code, own_code
-from llmtrain.stop import STOPS
+from llmtrain.stop import STOPS, stops
 
 RANK_LOGS = "LLMTRAIN_RANK_LOGS"
 """Variable that names a folder for the ranks' output."""
@@ -32,7 +32,7 @@ Train a language model. Without a configuration: a small GPT on Python's own sou
   python -m llmtrain optim.lr=3e-4 train.steps=500          settings on the command line
   torchrun --nproc_per_node 8 -m llmtrain CONFIG            the same run on 8 GPUs
 
-Started again, a run goes on from its newest whole checkpoint (run.resume=never starts anew).
+The same command again resumes from the newest intact checkpoint (run.resume=never starts from scratch).
 Ctrl-C saves and stops; a second one stops at once. All settings: docs/settings.md.
 'llmtrain run CONFIG --gpus 8' starts it again by itself after a crash or a hang.
 """
@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         try:
             from llmtrain.config.load import split_settings
 
-            gc.disable()  # imports make many objects and no garbage; looking for it takes a fifth of the start
+            gc.disable()  # imports create many objects and no garbage: collecting would take a fifth of the start-up
             with rank_0_speaks_first(rank):
                 file, overrides = split_settings(words)
                 from llmtrain.assemble import run  # imports torch: not before --help and argument errors
@@ -64,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 code = run(file, overrides)
         except KeyboardInterrupt:  # before the handlers were there, or for the second time
             sys.exit(130)
-        for number in STOPS:  # a second one must not kill what has saved and is leaving
+        for number in (*stops(), signal.SIGINT):  # a second one must not kill what has saved and is leaving
             signal.signal(number, signal.SIG_IGN)
         leave_code(code)
         leave_after_other_nodes(rank)
@@ -72,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def code_for_keeper(code: int) -> int:
-    """`llmtrain run` reads from the file that the run was left; torchrun, between the two, would report a failure.
+    """0 in place of EXIT_REQUEUE below torchrun, which would report a failure: `llmtrain run` reads codes from files.
 
     WORLD_SIZE is no sign of torchrun: containers and Kubernetes set it too, also for one process.
     """
@@ -97,10 +97,11 @@ def rank_0_speaks_first(rank: int) -> Iterator[None]:
 
 
 def leave_after_other_nodes(rank: int) -> None:
-    """Of a start on several nodes, rank 0's agent holds the store where the agents wait for each other at the end.
+    """On several nodes: rank 0 exits a little later than the others.
 
-    Where it leaves between another's word and the answer, that one logs a traceback after a good end. A run that has
-    finished gives the others that time anyway: rank 0 sums it up.
+    Its torchrun holds the store in which the nodes' torchruns wait for each other at the end. If that store goes while
+    another one is asking it, that one logs a traceback although the run ended well. (A run that has finished needs no
+    delay: rank 0 still writes the summary.)
     """
     if rank == 0 and int(os.environ.get("WORLD_SIZE", "1")) > int(os.environ.get("LOCAL_WORLD_SIZE", "1")):
         time.sleep(_LEAVES_LAST_S)
@@ -110,7 +111,7 @@ def write_to_own_file(rank: int) -> None:
     """Where several ranks would write to one terminal: every rank but the first gets a file."""
     if (folder := os.environ.get(RANK_LOGS)) is None or rank == 0:
         return
-    sys.stdout.flush()
+    log.flush()
     file = os.open(Path(folder) / f"rank-{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     for descriptor in (1, 2):
         os.dup2(file, descriptor)
@@ -138,10 +139,10 @@ def leave(code: object) -> NoReturn:
     two busy cores) and a whole run counts as crashed.
     """
     if isinstance(code, str):
-        print(code, file=sys.stderr)  # noqa: T201
+        with contextlib.suppress(OSError):
+            print(code, file=sys.stderr)  # noqa: T201
     atexit._run_exitfuncs()  # pyright: ignore[reportPrivateUsage]  as multiprocessing ends its own children
-    sys.stdout.flush()
-    sys.stderr.flush()
+    log.flush()
     os._exit(code if isinstance(code, int) else int(code is not None))
 
 
@@ -152,5 +153,6 @@ if __name__ == "__main__":
     except SystemExit as leaving:
         leave(leaving.code)
     except BaseException:  # noqa: BLE001  a bug: it is said at once, and the process groups are left as they are
-        traceback.print_exc()
+        with contextlib.suppress(OSError):
+            traceback.print_exc()
         leave(1)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from llmtrain import prompts, trained
+from llmtrain.base_facts import is_path
 from llmtrain.config.model_sections import QLoRAModel
 from llmtrain.errors import CheckpointError
 from llmtrain.trained import Training
@@ -46,13 +47,18 @@ def find(folder: Path) -> Adapter:
     """What an adapter's own file and the configuration of its run, if that is known, say.
 
     Raises:
-        CheckpointError: the adapter's configuration cannot be read, or the tokenizer of its run is gone.
+        CheckpointError: the adapter's configuration cannot be read, or its base or the tokenizer of its run is gone.
     """
     try:
         described = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
         base, revision = described["base_model_name_or_path"], described.get("revision")
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"{folder / ADAPTER_CONFIG}: cannot be read as an adapter's: {error}") from error
+    if is_path(base) and not Path(base).expanduser().is_dir():
+        raise CheckpointError(
+            f"{folder / ADAPTER_CONFIG}: the adapter's base is {base}, and no such folder is here (any more). Bring it "
+            "back, or write into base_model_name_or_path where it is now"
+        )
     training = trained.find(folder)
     if training is None or training.config.model.kind != "qlora":
         model = QLoRAModel(kind="qlora", base=base, revision=revision, quantisation="none")

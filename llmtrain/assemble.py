@@ -3,28 +3,29 @@
 import contextlib
 import gc
 import json
-import os
 import shutil
-import sys
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 import torch
 
-from llmtrain import checkpoint, choose, files, heartbeat, log, manifest, origin, prompts, recipe, shards
+from llmtrain import checkpoint, choose, devices, files, heartbeat, log, manifest, origin, prompts, recipe, shards
+from llmtrain.base_facts import check_place
 from llmtrain.batches import ANY_ROWS, BatchPlan, plan_batches
-from llmtrain.config import RunConfig, load_config, resolved_yaml
+from llmtrain.config import RunConfig, load_config, load_to_start, resolved_yaml
 from llmtrain.config.data_sections import Format
 from llmtrain.config.load import Origins, auto_is_fp32, with_precision
 from llmtrain.data import Loader, make_batch
 from llmtrain.errors import EXIT_REQUEUE, ConfigError, NotFinite, disk_errors
 from llmtrain.evaluation import make_evaluate, make_sampler, make_task
+from llmtrain.finish import become_finish
 from llmtrain.hardware import is_bf16_fast
 from llmtrain.manifest import FileInfo, TrainState
 from llmtrain.metrics import Meter
 from llmtrain.models import GPT, build_model
-from llmtrain.prepare import check_same_base, prepare_run, prepare_shards
+from llmtrain.out_of_memory import explained
+from llmtrain.prepare import check_resumable, check_same_base, failures_noted, prepare_run, prepare_shards
 from llmtrain.progress import Progress
 from llmtrain.rundir import RunDir
 from llmtrain.saver import Saver
@@ -46,37 +47,50 @@ def run(file: str | None, overrides: list[str]) -> int:
     rank = rank_from_environment()
     log.set_up(rank)
     heartbeat.at("preparing", watched=False)
-    config, origins = load_config(file, overrides)
-    world = find_world(config.train.device)
+    config, origins = load_to_start(file, overrides)
+    world = find_world(config.train.device, origins.of(("train", "device")))
     run_dir = RunDir(Path(config.run.dir) / config.run.name)
     locks: list[IO[str]] = []  # held until the process ends
     companion = Companion(run_dir, config)
     prepared = world.rank0_first("prepare", lambda: prepare(config, origins, world, run_dir, locks, companion))
     config = with_precision(config, prepared["precision"])
-    asks = world.is_main and config.service.patience is not None
-    stop = StopFlag((lambda: enough(run_dir, config) is not None) if asks else None)
+    with failures_noted(run_dir) if world.is_main else contextlib.nullcontext():
+        return go_on(config, origins, world, run_dir, prepared, companion)
+
+
+def go_on(
+    config: RunConfig, origins: Origins, world: World, run_dir: RunDir, prepared: dict[str, Any], companion: Companion
+) -> int:
+    """Collective. Train what rank 0 has prepared."""
+    looks = world.is_main and config.service.patience is not None
+    stop = StopFlag((lambda: early_stop(run_dir, config) is not None) if looks else None)
     stop.listen()
     world.start_groups(config.strategy.timeout_s, even_alone=config.strategy.kind == "zero2")
-    parts, state = build(config, origins, world, run_dir, stop, prepared, companion)
+    with explained(config, origins, world):
+        parts, state = build(config, origins, world, run_dir, stop, prepared, companion)
     gc.freeze()  # what is there now stays: no search for garbage has to go through it
     gc.enable()  # __main__ has switched it off
     with disk_errors("run folder", run_dir.path):
         try:
-            if prepared["enough"] is None:
-                state = train(parts, state)
-        except NotFinite:
+            if prepared["early_stop"] is None:
+                with explained(config, origins, world, lambda: parts.meter.has_observed):
+                    state = train(parts, state)
+        except NotFinite as error:
             parts.saver.wait()  # what is being written is of an earlier, finite step
-            raise
+            saved = run_dir.checkpoint_steps()
+            what = f"the checkpoints up to step {saved[-1]:,} are finite" if saved else "no checkpoint was saved before"
+            raise NotFinite(f"{error}; {what}") from None
         finally:
             parts.loader.close()
             parts.meter.close()
-    finished = state.step >= parts.plan.total_steps or stop.ended_early or prepared["enough"] is not None
+    finished = state.step >= parts.plan.total_steps or stop.early_stop or prepared["early_stop"] is not None
     if world.is_main and not finished:
         say_stopped(parts, state)
     heartbeat.at("ending", watched=False)
     world.sum_counts(0)  # collective: rank 0 may hold the store, so it leaves after the others have used it
     world.close()
     if world.is_main and finished:
+        heartbeat.stop(world.rank)
         become_finish(run_dir)
     return 0 if finished else EXIT_REQUEUE
 
@@ -84,7 +98,7 @@ def run(file: str | None, overrides: list[str]) -> int:
 def settle_precision(config: RunConfig, run_dir: RunDir, device: torch.device) -> RunConfig:
     """Replace `auto`: by what the run began in where it resumes, else by what this machine is fast at.
 
-    A job may come back on a node with another processor; and the run folder should say what was computed.
+    A requeued job may get a node with another processor; and the run folder should say what was computed.
     """
     if config.train.precision != "auto":
         return config
@@ -105,34 +119,41 @@ def prepare(
 ) -> dict[str, Any]:
     """On rank 0, before any process group: shards, lock, run folder, checkpoint. Returns plain data."""
     config = settle_precision(config, run_dir, world.device)
-    check_base(config, None)  # before hours of sharding
+    check_resumable(run_dir, config, origins)  # this and the next before hours of sharding
+    check_device(config, origins, world.device)
+    check_place(config, origins)
+    check_base(config, None)
     plan_batches(config, origins, world.size, ANY_ROWS)
-    check_device(config, world.device)
     data = prepare_shards(config)
     check_base(config, data.manifest.tokenizer.vocab_size)
     base_folder = fetch_base(config)
-    plan_batches(config, origins, world.size, data.manifest.splits["train"].rows)  # fail before touching the run
-    locks.append(run_dir.lock())
-    if config.run.resume == "never" and run_dir.config.exists():
-        log.info(f"run.resume=never: the old run is now in {run_dir.move_aside()}")
-        locks.append(run_dir.lock())  # the first one went with the old folder
-    step = prepare_run(run_dir, config, origins, data)
-    if base_folder is not None:
-        check_same_base(run_dir, base_folder, resuming=step is not None)
-    log.also_to_file(run_dir.log)
-    origin.note(run_dir, world.device.type, world.local_size)
+    plan = plan_batches(config, origins, world.size, data.manifest.splits["train"].rows)  # before touching the run
+    with disk_errors("run folder", run_dir.path):
+        locks.append(run_dir.lock())
+        if config.run.resume == "never" and run_dir.config.exists():
+            log.info(f"run.resume=never: the old run is now in {run_dir.move_aside()}")
+            locks.append(run_dir.lock())  # the first one went with the old folder
+        step = prepare_run(run_dir, config, origins, data, plan.total_steps)
+        log.also_to_file(run_dir.log)
+        with failures_noted(run_dir):
+            if base_folder is not None:
+                check_same_base(run_dir, base_folder, resuming=step is not None)
+            origin.note(run_dir, world.device.type, world.local_size)
     if config.service.start == "auto":
         companion.start()
     return {
         "resume_step": step,
         "fingerprint": data.fingerprint,
-        "enough": enough(run_dir, config),
+        "early_stop": early_stop(run_dir, config),
         "precision": config.train.precision,
     }
 
 
-def check_device(config: RunConfig, device: torch.device) -> None:
-    """Raises ConfigError for what torch computes wrongly there, in silence."""
+def check_device(config: RunConfig, origins: Origins, device: torch.device) -> None:
+    """Raises ConfigError for what torch computes wrongly there, in silence; and where the service, which starts on
+    this machine, is to score on a device that is not there."""
+    if config.service.start == "auto" and config.service.score not in ("auto", "training"):
+        devices.find(config.service.score, origins.describe(config, "service.score"))
     dropout = config.model.dropout if config.model.kind == "gpt" else config.model.lora.dropout
     if device.type == "mps" and dropout and config.train.activation_checkpointing:
         raise ConfigError(
@@ -143,9 +164,9 @@ def check_device(config: RunConfig, device: torch.device) -> None:
         )
 
 
-def enough(run_dir: RunDir, config: RunConfig) -> str | None:
+def early_stop(run_dir: RunDir, config: RunConfig) -> str | None:
     """Why the service has ended this run, if `service.patience` still says so."""
-    asked = choose.stop_request(run_dir)
+    asked = choose.early_stop(run_dir)
     if asked is None:
         return None
     if config.service.patience is None or asked.saves < config.service.patience:
@@ -157,9 +178,9 @@ def enough(run_dir: RunDir, config: RunConfig) -> str | None:
 def check_base(config: RunConfig, tokenizer_size: int | None) -> None:
     """Raises ModelError for all that can be known of a base before its weights are loaded."""
     if config.model.kind == "qlora":
-        from llmtrain.models import base
+        from llmtrain.models import base, base_checks
 
-        base.check(config.model, base.describe(config.model), tokenizer_size)
+        base_checks.check(config.model, base.describe(config.model), tokenizer_size)
 
 
 def fetch_base(config: RunConfig) -> Path | None:
@@ -197,7 +218,8 @@ def build(
     if world.is_main:
         if config.strategy.kind == "zero2":
             told = deepspeed_config(config, strategy.weights().values(), world.device)
-            files.write_atomic(run_dir.deepspeed, json.dumps(told, indent=2) + "\n")
+            with disk_errors("run folder", run_dir.path):
+                files.write_atomic(run_dir.deepspeed, json.dumps(told, indent=2) + "\n")
         announce(config, world, data, plan, model, state)
     meter = Meter(
         run_dir,
@@ -276,17 +298,19 @@ def announce(
     if state.step:
         log.info(f"resuming   from step {state.step:,}")
     if state.step >= plan.total_steps:
-        log.info("finished   nothing left to do: set a larger train.steps, train.epochs or train.tokens to go on")
+        past = f", past the {plan.total_steps:,} asked for" if state.step > plan.total_steps else ""
+        log.info(f"finished   nothing left to do{past}; a larger train.steps, train.epochs or train.tokens goes on")
 
 
 def open_tensorboard(config: RunConfig, world: World, run_dir: RunDir, state: TrainState) -> TensorBoard | None:
     """The event writer, on rank 0, with the configuration as text and hparams."""
     if not (world.is_main and config.log.tensorboard):
         return None
-    board = TensorBoard(run_dir.tensorboard, first_step=state.step + 1 if state.step else 0)
-    if not state.step:
-        board.text(0, "configuration", "\n".join("    " + line for line in resolved_yaml(config).splitlines()))
-        board.hparams(flat_settings(config), ["heldout/loss", "heldout/bits_per_byte", "train/loss"])
+    with disk_errors("run folder", run_dir.path):
+        board = TensorBoard(run_dir.tensorboard, first_step=state.step + 1 if state.step else 0)
+        if not state.step:
+            board.text(0, "configuration", "\n".join("    " + line for line in resolved_yaml(config).splitlines()))
+            board.hparams(flat_settings(config), ["heldout/loss", "heldout/bits_per_byte", "train/loss"])
     return board
 
 
@@ -331,11 +355,3 @@ def say_stopped(parts: Parts, state: TrainState) -> None:
     """On rank 0, where the run is not at its end."""
     reason = parts.stop.signal_name or "another rank's signal"
     log.info(f"stopped by {reason} at step {state.step:,}, saved; the same command goes on from there")
-
-
-def become_finish(run_dir: RunDir) -> None:
-    """Replace this process, on rank 0, by one that needs no GPU: it waits for the service and sums up."""
-    heartbeat.stop(rank_from_environment())
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os.execv(sys.executable, [sys.executable, "-m", "llmtrain.finish", str(run_dir.path)])

@@ -2,6 +2,35 @@
 
 import json
 from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from llmtrain import log
+from llmtrain.config.load import Origins
+from llmtrain.config.schema import RunConfig
+from llmtrain.errors import ModelError
+
+OTHER_FORMATS = ("consolidated*", "original/*")
+"""Files that hold a base's weights a second time, in its makers' own format: transformers does not read them."""
+
+
+def check_place(config: RunConfig, origins: Origins) -> None:
+    """Say at once, before the Hub is asked for it again and again, that a base without "/" in its name is no folder.
+
+    Raises:
+        ModelError: the base can only be a folder, and is none.
+    """
+    if config.model.kind != "qlora" or Path(base := config.model.base).expanduser().is_dir():
+        return
+    told = f"{origins.describe(config, 'model.base')}: no folder {base} here"
+    if is_path(base):
+        raise ModelError(f"{told}; give a folder with the base's config.json, or a name on the Hub")
+    if "/" not in base:
+        log.warning(f"{told} (looked from {Path.cwd()}/); taken as a name on the Hub")
+
+
+def is_path(base: str) -> bool:
+    """Whether it can be no name on the Hub."""
+    return base.startswith(("/", ".", "~"))
 
 
 @dataclass(frozen=True)
@@ -36,7 +65,11 @@ class BaseFacts:
     linears: tuple[Linear, ...]
     """The linear layers but the output layer: those that are quantised, and that LoRA can be added to."""
     other_parameters: int
-    """Embedding, output layer (once if tied), norms, biases: never quantised."""
+    """Embedding, output layer (once if tied), norms, biases, experts: never quantised."""
+    expert_parameters: int = 0
+    """Of these, a mixture's experts: bitsandbytes quantises linear layers alone, and LoRA is added to these alone."""
+    head_has_bias: bool = False
+    """Whether the output layer has a bias."""
 
     @property
     def linear_parameters(self) -> int:

@@ -65,8 +65,8 @@ def plan_batches(config: RunConfig, origins: Origins, world_size: int, num_rows:
 def nodes_that_train(global_batch_size: int, ranks: int, num_nodes: int) -> int:
     """The most of `num_nodes` nodes, with `ranks` each, that the batch divides among; all where none does.
 
-    After a crash a job may come back with any number of nodes from `nodes_at_least` on, and no step may see other
-    samples for it.
+    After a crash a job may be requeued on any number of nodes from `nodes_at_least` on; every step must see the same
+    samples all the same.
     """
     fitting = [number for number in range(1, num_nodes + 1) if global_batch_size % (number * ranks) == 0]
     return max(fitting, default=num_nodes)

@@ -1,4 +1,4 @@
-"""Checkpoints: written aside, hashed, synced, renamed; found again, verified, pruned.
+"""Checkpoints: written aside, hashed, synced, renamed; found again, verified.
 
     step-00000100/model/       weights and tokenizer, as transformers loads them
     step-00000100/state/       optimizer-RANK-of-RANKS.safetensors, each rank's share (fragments.py)

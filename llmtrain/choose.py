@@ -213,9 +213,11 @@ def compare(reference: Losses | None, others: Iterable[Losses | None], count: in
     if _degrees_of_freedom(targets) < _MIN_FREEDOM:
         return result
     found: dict[int, Losses] = {}
-    for number, other in enumerate(others):
-        other = None if other is None else merged(other, MAX_UNITS)
-        if other is not None and np.array_equal(other[1], reference[1]) and np.isfinite(other[0]).all():
+    for number, recorded in enumerate(others):
+        if recorded is None:
+            continue
+        other = merged(recorded, MAX_UNITS)
+        if np.array_equal(other[1], reference[1]) and np.isfinite(other[0]).all():
             found[number] = merged((other[0] - reference[0])[None], MAX_BLOCKS)[0]
     if found:
         together = intervals(np.stack(list(found.values())), targets)
@@ -227,8 +229,8 @@ def compare(reference: Losses | None, others: Iterable[Losses | None], count: in
 def intervals(deltas: Losses, targets: Losses, seed: int = 0) -> list[Interval]:
     """Simultaneous 95% intervals of sum(delta) / sum(targets), the stretches drawn anew with replacement.
 
-    The standard errors are the jackknife's, each stretch left out once (Efron & Tibshirani, chapter 11): the bootstrap's
-    are too small where a few long stretches hold most of the tokens. The critical value is the bootstrap's.
+    The standard errors are the jackknife's, each stretch left out once (Efron & Tibshirani, chapter 11): the
+    bootstrap's are too small where a few long stretches hold most of the tokens. The critical value is the bootstrap's.
 
     Args:
         deltas: (C, S) differences of loss sums to those of the best; targets: (S,) supervised tokens.
@@ -324,18 +326,18 @@ class Overfitting:
         return f"began after step {best.step} (epoch {best.score.epoch:.2f}): {how_far}{interval}{gap}"
 
 
-_RISE, _SURE_RISE = 1.01, 1.002
+RISE, _SURE_RISE = 1.01, 1.002
 """A held-out loss this much above its lowest counts as overfitting: without an interval, and beyond chance."""
 
 
 def overfitting(ranked: Ranking) -> Overfitting:
     best, last = ranked.best, ranked.entries[-1]
     rise = last.score.loss / best.score.loss if best.score.loss > 0 else 1.0
-    began = rise > _RISE if last.difference is None else last.difference[0] > 0 and rise > _SURE_RISE
+    began = rise > RISE if last.difference is None else last.difference[0] > 0 and rise > _SURE_RISE
     return Overfitting(best, last, began and last is not best)
 
 
-class StopRequest(pydantic.BaseModel):
+class EarlyStop(pydantic.BaseModel):
     """What service/stop.json says to training."""
 
     message: str
@@ -343,9 +345,11 @@ class StopRequest(pydantic.BaseModel):
     """That have not improved."""
 
 
-def stop_request(run: RunDir) -> StopRequest | None:
-    """Whether the service asks training to end."""
-    return StopRequest.model_validate_json(run.early_stop.read_text()) if run.early_stop.exists() else None
+def early_stop(run: RunDir) -> EarlyStop | None:
+    """Whether the service asks training to end; where its file is damaged it does not."""
+    with contextlib.suppress(FileNotFoundError, ValueError):
+        return EarlyStop.model_validate_json(run.early_stop.read_bytes())
+    return None
 
 
 def saves_without_improvement(scored: dict[int, Score]) -> int:

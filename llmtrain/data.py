@@ -27,12 +27,15 @@ from llmtrain.shards import Rows, ShardSet
 IGNORE = -100
 """Target of a position that is not supervised."""
 
-_COLUMNS = 32  # few different shapes, little padding
-_FEW_STARTS, _FEW_LENGTHS = 32, 128
+_COLUMN_MULTIPLE = 32
+"""Row lengths are rounded up to this: few shapes, little padding."""
+_STARTS_MULTIPLE, _LONGEST_MULTIPLE = 32, 128
+"""`Documents`: its number of starts and its longest are rounded up to these."""
 _ROUNDS = 6
-_ORDER_BLOCK = 1024  # row numbers worked out at a time: a few cost as much as these
-_MOST_AHEAD = 8  # steps, unless they are large:
-_TOKENS_AHEAD = 2**20  # of one rank
+_ORDER_BLOCK = 1024
+"""Positions of the order that are computed at a time: for so many, numpy takes hardly longer than for one."""
+_STEPS_AHEAD, _TOKENS_AHEAD = 8, 2**20
+"""The loader prefetches at most so many steps and so many of its rank's tokens, but always two steps."""
 _DIGEST_BITS = 40  # small enough that the sum over a batch of millions fits into 63 bits
 _U64 = np.uint64
 
@@ -97,12 +100,12 @@ class SampleOrder:
 
 
 class Documents(NamedTuple):
-    """Where documents begin in the rows of a batch, laid one behind the other; a row's begin is a document's."""
+    """Where documents begin in a batch that is flattened row by row; each row begins a document."""
 
     starts: Tensor
-    """(D + 1,) int32, ascending from 0; the last is B * T, and may be there several times."""
+    """(D + 1,) int32 offsets into the flattened batch (cu_seqlens), 0 ... B*T; padded at the end by repeating B*T."""
     longest: int
-    """No document is longer: a bound, so that there are few of them (compiled code has one graph for each)."""
+    """Upper bound on a document's length (max_seqlen), rounded up so that torch.compile sees few values."""
 
 
 @dataclass
@@ -143,11 +146,11 @@ def make_batch(rows: Rows, isolate_documents: bool) -> Batch:
     A target is supervised if it lies in the same document as its input, is no padding, and its loss
     mask (where there is one) is 1. With `isolate_documents` attention and positions restart with
     each document; padding counts as one more document. Columns that are padding in every row are left
-    out, up to a multiple of _COLUMNS.
+    out, up to a multiple of _COLUMN_MULTIPLE.
     """
     one_each = all(len(lens) == 1 for lens in rows.doc_lens)
     filled = np.concatenate(rows.doc_lens if one_each else [lens.sum(keepdims=True) for lens in rows.doc_lens])
-    width = min(rows.tokens.shape[1], -(-(int(filled.max()) - 1) // _COLUMNS) * _COLUMNS + 1)
+    width = min(rows.tokens.shape[1], -(-(int(filled.max()) - 1) // _COLUMN_MULTIPLE) * _COLUMN_MULTIPLE + 1)
     num_rows, tokens = len(filled), torch.from_numpy(rows.tokens[:, :width].astype(np.int64))
     whole = one_each and bool((filled == width).all())
     if whole and rows.loss_mask is None and not isolate_documents:  # packed from end to end: nothing to leave out
@@ -169,9 +172,9 @@ def _bounds(places: NDArray[np.int64]) -> Documents:
     """Of (B, T) positions that restart with each document; their number and the longest rounded up, so that compiler
     and allocator see few sizes (a GPU's kernel takes memory for each start, and time for each length)."""
     starts = np.flatnonzero(places == 0)
-    padded = np.full(-(-(len(starts) + 1) // _FEW_STARTS) * _FEW_STARTS, places.size, np.int32)
+    padded = np.full(-(-(len(starts) + 1) // _STARTS_MULTIPLE) * _STARTS_MULTIPLE, places.size, np.int32)
     padded[: len(starts)] = starts
-    longest = -(-(int(places.max()) + 1) // _FEW_LENGTHS) * _FEW_LENGTHS
+    longest = -(-(int(places.max()) + 1) // _LONGEST_MULTIPLE) * _LONGEST_MULTIPLE
     return Documents(torch.from_numpy(padded), min(longest, places.shape[1]))
 
 
@@ -254,7 +257,7 @@ class Loader:
         ready: queue.SimpleQueue[StepData | BaseException] = queue.SimpleQueue()
         closed, low = self._closed, self._low = threading.Event(), threading.Event()
         rows = self._plan.global_batch_size // self._world_size
-        most = max(2, min(_MOST_AHEAD, _TOKENS_AHEAD // (rows * self._shards.context)))
+        most = max(2, min(_STEPS_AHEAD, _TOKENS_AHEAD // (rows * self._shards.context)))
 
         def read_ahead() -> None:
             try:

@@ -12,6 +12,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from llmtrain import log
+
 EXIT_REQUEUE = 75
 """Stopped on request after saving: start the same command again to go on (sysexits' EX_TEMPFAIL)."""
 
@@ -117,12 +119,47 @@ class SlurmError(UserError):
     exit_code = 23
 
 
+class OutOfMemory(UserError):
+    """The GPU's memory does not suffice for a step of this run."""
+
+    exit_code = 24
+
+
+_KINDS: dict[int, type[UserError]] = {
+    kind.exit_code: kind
+    for kind in (
+        SourceError, EncodingError, TokenizerError, ShardError, VocabularyError, TooLittleData, DataMismatch,
+        RunFolderError, CheckpointError, DiskFull, NotFinite, ModelError, HubError, SlurmError, OutOfMemory,
+    )
+}  # fmt: skip
+FOR_A_PERSON = frozenset({UserError.exit_code, *_KINDS})
+"""The exit codes after which a person has to mend something; a crash, and a checkpoint that cannot be read now: 1."""
+
+
+def is_for_a_person(code: int) -> bool:
+    """Whether starting again would meet the same error."""
+    return code in FOR_A_PERSON
+
+
+def of_another_rank(message: str, exit_code: int) -> Exception:
+    """What a rank raises for another one: the same kind of error, or a crash."""
+    kind = _KINDS.get(exit_code)
+    return RuntimeError(message) if kind is None else kind(message)
+
+
 @contextlib.contextmanager
 def disk_errors(what: str, folder: Path) -> Iterator[None]:
-    """Turn "no space left" (and a full quota, or a file-size limit) into a `DiskFull` that names the folder."""
+    """Turn "no space left" (and a full quota, or a file-size limit) into a `DiskFull` that names the folder, and what
+    may not be written into a `RunFolderError`."""
     try:
         yield
     except OSError as error:
+        if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+            where = "" if error.filename in (None, str(folder)) else f"{error.filename}: "
+            raise RunFolderError(
+                f"{what}: {folder}: {where}{error.strerror}. See to it that this process may read and write there "
+                "('mount', 'ls -l' and 'dmesg' say more), then run the same command again: it goes on where it stopped."
+            ) from error
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         raise DiskFull(
@@ -135,10 +172,12 @@ def disk_errors(what: str, folder: Path) -> Iterator[None]:
 @contextlib.contextmanager
 def exit_with_code() -> Iterator[None]:
     """For entry points: print a `UserError` without a traceback and leave with its exit code."""
+    log.stand_in()
     try:
         yield
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)  # noqa: T201
+        with contextlib.suppress(OSError):  # nobody can read it any more; the code says it too
+            print(f"error: {error}", file=sys.stderr, flush=True)  # noqa: T201
         leave_code(error.exit_code)
         sys.exit(error.exit_code)
     except SystemExit as leaving:
@@ -147,7 +186,10 @@ def exit_with_code() -> Iterator[None]:
     except Exception as error:
         leave_code(1, f"{type(error).__name__}: {error}")
         raise
-    leave_code(0)
+    else:
+        leave_code(0)
+    finally:
+        log.flush()
 
 
 EXIT_CODES = "LLMTRAIN_EXIT_CODES"
@@ -163,8 +205,11 @@ def own_code() -> None:
 def leave_code(code: int, why: str = "") -> None:
     """Leave a rank's exit code where `llmtrain run` looks; a process that was killed leaves none.
 
-    The first one counts: what follows is how it leaves.
+    The first one counts: what follows is how it leaves. The code is part of the file's name, for which a full disk
+    mostly has room yet.
     """
-    if (folder := os.environ.get(EXIT_CODES)) and os.environ.get(_OWNER) == str(os.getpid()):
-        with contextlib.suppress(FileExistsError), (Path(folder) / str(os.getpid())).open("x") as file:
-            file.write(f"{code} {why}")
+    own = str(os.getpid())
+    if (folder := os.environ.get(EXIT_CODES)) and os.environ.get(_OWNER) == own:
+        with contextlib.suppress(OSError):
+            if not any(Path(folder).glob(f"{own}.*")):
+                (Path(folder) / f"{own}.{code}").write_text(why)

@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from llmtrain import heartbeat
+from llmtrain import heartbeat, ledger
 from llmtrain.config.schema import SampleSection
 from llmtrain.data import Batch
 from llmtrain.shards import SplitInfo
@@ -25,7 +25,7 @@ class Score:
 
     @property
     def perplexity(self) -> float:
-        return math.exp(min(self.loss, 700.0))
+        return ledger.perplexity(self.loss)
 
     def bits_per_byte(self, split: SplitInfo) -> float:
         """Comparable between tokenizers: nats per token x tokens per byte of text / ln 2."""

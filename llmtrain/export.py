@@ -1,25 +1,33 @@
 """`llmtrain export`: a checkpoint as a folder that loads elsewhere, whole and checked."""
 
 import argparse
+import contextlib
 import gc
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from llmtrain import adapters, manifest, prompts, trained
+from llmtrain import adapters, devices, log, manifest, prompts, trained
 from llmtrain.adapters import Adapter
-from llmtrain.errors import CheckpointError, ConfigError, disk_errors, exit_with_code
+from llmtrain.config.data_sections import Format
+from llmtrain.errors import CheckpointError, ConfigError, ModelError, TokenizerError, disk_errors, exit_with_code
 from llmtrain.generate import find_model
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
 """Root mean square of the logits' differences that rounding explains, as a share of their standard deviation."""
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _TEXTS, _LENGTH = 4, 64
+_CPU = torch.device("cpu")
+_SAMPLING = {
+    "temperature": 1.0, "top_p": 1.0, "top_k": 50, "typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0,
+    "min_p": None, "top_h": None,
+}  # fmt: skip
+"""Settings that mean something in sampling alone, and the values that change nothing."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -29,18 +37,31 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--merge", action="store_true")
     parser.add_argument("--base", choices=["original", "dequantised"], default="original")
     parser.add_argument("--dtype", choices=list(_DTYPES), default="bf16")
+    parser.add_argument("--device", default="auto")
     options = parser.parse_args(arguments)
     with exit_with_code():
-        export(options.checkpoint, options.to, options.merge, options.base, _DTYPES[options.dtype])
+        given = {name: getattr(options, name) for name in ("base", "dtype", "device")}
+        unused = [] if options.merge else [name for name in given if given[name] != parser.get_default(name)]
+        if unused:
+            raise ConfigError([f"--{name} {given[name]} is about merging; add --merge" for name in unused])
+        dtype, device = _DTYPES[options.dtype], find_device(options.device)
+        export(options.checkpoint, options.to, options.merge, options.base, dtype, device)
 
 
-def export(checkpoint: Path, to: Path, merge: bool, base: str, dtype: torch.dtype) -> None:
-    """Write the model of `checkpoint` to the new folder `to`.
+def find_device(setting: str) -> torch.device:
+    """auto: a GPU, else the CPU. Raises ConfigError where the one that was asked for is not there."""
+    name = "cuda" if torch.cuda.is_available() else "cpu"
+    return devices.take(name if setting == "auto" else setting, f"--device={setting}")
+
+
+def export(checkpoint: Path, to: Path, merge: bool, base: str, dtype: torch.dtype, device: torch.device = _CPU) -> None:
+    """Write the model of `checkpoint` to the new folder `to`; an adapter is merged on `device`.
 
     Raises:
         CheckpointError: there is no model, it is altered, or what was written does not give the same logits.
         ConfigError: `to` exists.
-        TokenizerError: the chat template that it was trained with is gone.
+        ModelError: the base cannot be had, or takes more memory than there is.
+        TokenizerError: the chat template that an adapter was trained with is gone.
     """
     folder = find_model(checkpoint)
     if to.exists():
@@ -50,13 +71,14 @@ def export(checkpoint: Path, to: Path, merge: bool, base: str, dtype: torch.dtyp
     is_adapter = adapters.is_adapter(folder)
     if merge and not is_adapter:
         raise ConfigError([f"--merge: {folder} is a whole model, not an adapter; leave --merge out"])
-    format = trained.format_of(folder) if merge or not is_adapter else None  # an adapter goes without a tokenizer
+    format = find_format(folder, merge) if merge or not is_adapter else None  # an adapter goes without a tokenizer
     aside = to.with_name(f".writing-{to.name}")
     shutil.rmtree(aside, ignore_errors=True)
     try:
         with disk_errors("export", to.parent):
             if merge:
-                write_merged(adapters.find(folder), aside, base, dtype)
+                with memory_errors(device):
+                    write_merged(adapters.find(folder), aside, base, dtype, device)
             else:
                 shutil.copytree(folder, aside)
             if format and format.kind == "chat":
@@ -71,21 +93,52 @@ def export(checkpoint: Path, to: Path, merge: bool, base: str, dtype: torch.dtyp
     say(f"exported   {kind} in {to}: {loader}.from_pretrained({str(to)!r})")
 
 
+@contextlib.contextmanager
+def memory_errors(device: torch.device) -> Iterator[None]:
+    """Turn "out of memory", also under what loading makes of it, into a `ModelError` that says what can be done."""
+    try:
+        yield
+    except (RuntimeError, ModelError) as error:
+        cause = error.__cause__ or error
+        if not isinstance(cause, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(cause):
+            raise
+        instead = "use --device=cpu" if device.type == "cuda" else "take a machine with more"
+        raise ModelError(
+            f"--merge: out of memory on {device}: the base is loaded without quantisation, once at a time; {instead} "
+            "(with --dtype=bf16 it takes half of what fp32 takes)"
+        ) from error
+
+
+def find_format(folder: Path, merge: bool) -> Format | None:
+    """What the run's samples were; None where the template of chats is gone and was never beside the model.
+
+    Raises:
+        TokenizerError: it is gone, and a tokenizer is to be put together for a merged adapter.
+    """
+    try:
+        return trained.format_of(folder)
+    except TokenizerError as error:
+        if merge:
+            raise TokenizerError(f"--merge: {error}") from None
+        log.warning(f"exported without the chat template that it was trained with: {error}")
+        return None
+
+
 def say(line: str) -> None:
     sys.stdout.write(line + "\n")
     sys.stdout.flush()
 
 
-def write_merged(adapter: Adapter, to: Path, base: str, dtype: torch.dtype) -> None:
+def write_merged(adapter: Adapter, to: Path, base: str, dtype: torch.dtype, device: torch.device) -> None:
     """Merge the adapter into unquantised weights, write them, read them back and compare.
 
-    Never into the 4-bit weights: rounding to 4 bits again would change as much as the adapter does.
+    Never into the 4-bit weights: rounding to 4 bits again would change as much as the adapter does. Holds one
+    unquantised model at a time.
     """
     from transformers import AutoModelForCausalLM
 
     from llmtrain.models import base as bases
 
-    device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
     bases.be_quiet()
     quantised = adapter.base.quantisation != "none"
     stored = bases.stored_quantisation(adapter.base)
@@ -97,6 +150,10 @@ def write_merged(adapter: Adapter, to: Path, base: str, dtype: torch.dtype) -> N
         peft = adapters.attach(adapter, bases.load(adapter.base, adapters.good_dtype(device), device))
         as_trained = logits(peft, ids)
         model = peft.unload()
+        del peft
+    if stored is not None or base == "original":
+        model = None
+        free(device)
     if stored is not None:
         model = bases.load(adapter.base, dtype, device).dequantize(dtype)
     else:
@@ -104,7 +161,7 @@ def write_merged(adapter: Adapter, to: Path, base: str, dtype: torch.dtype) -> N
         original = bases.load(adapter.base, dtype, device, quantisation="none")
         if quantised and base == "dequantised":
             bases.dequantise(model, into=original)
-        model = original
+        model, original = original, None
     peft = adapters.attach(adapter, model)
     before = logits(peft, ids)
     merged = peft.merge_and_unload(safe_merge=True)
@@ -112,7 +169,7 @@ def write_merged(adapter: Adapter, to: Path, base: str, dtype: torch.dtype) -> N
     ends_with(merged, adapters.write_tokenizer(adapter, to))
     merged.save_pretrained(str(to))
     del model, peft, merged
-    gc.collect()
+    free(device)
     trust = adapter.base.trust_remote_code
     again = AutoModelForCausalLM.from_pretrained(str(to), dtype=dtype, device_map={"": device}, trust_remote_code=trust)
     after = logits(again.eval(), ids)
@@ -122,8 +179,17 @@ def write_merged(adapter: Adapter, to: Path, base: str, dtype: torch.dtype) -> N
         say(f"           from the quantised base with the adapter, as it was trained, they differ by {found:.2e}")
 
 
+def free(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
 def ends_with(model: Any, eos_id: int) -> None:
     """Let transformers' generation stop also at what ended the texts of training, where the base does not."""
+    settings = model.generation_config
+    if any(getattr(settings, name, None) not in (None, neutral) for name, neutral in _SAMPLING.items()):
+        settings.do_sample = True  # which these settings mean; some bases leave it out, and could not be saved again
     known = model.generation_config.eos_token_id
     known = known if isinstance(known, list) else [] if known is None else [known]
     if eos_id not in known:

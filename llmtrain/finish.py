@@ -4,12 +4,15 @@ Rank 0 becomes this process when training has ended: its GPU and its memory are 
 """
 
 import argparse
+import contextlib
+import os
+import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from llmtrain import choose, log, summary
+from llmtrain import choose, log, origin, summary
 from llmtrain.config import load_config
 from llmtrain.errors import disk_errors, exit_with_code
 from llmtrain.rundir import RunDir
@@ -20,6 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m llmtrain.finish", description=__doc__)
     parser.add_argument("run", type=Path)
     run = RunDir(parser.parse_args(arguments).run)
+    hold_ctrl_c()
     with exit_with_code():
         log.set_up()
         log.also_to_file(run.log)
@@ -29,11 +33,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def finish(run: RunDir) -> None:
     """Say how the run ended, once the service is done with its checkpoints."""
     config, _ = load_config(run.config)
-    if (asked := choose.stop_request(run)) is not None:
-        log.info(f"ended      early: {asked.message}; started with a larger service.patience it goes on")
+    with disk_errors("run folder", run.path):
+        origin.note_finished(run)
+    if (early_stop := choose.early_stop(run)) is not None:
+        log.info(f"ended      early: {early_stop.message}; started with a larger service.patience it goes on")
     if config.service.start == "auto":
         try:
-            Companion(run, config).wait()
+            with _ctrl_c_heard():
+                Companion(run, config).wait()
         except KeyboardInterrupt:
             log.info(f"service    goes on by itself; to wait for it: {drain_command(run.path)}")
     with disk_errors("summary", run.path):
@@ -43,7 +50,30 @@ def finish(run: RunDir) -> None:
     if config.log.report:
         # A process border instead of an import: the core does not depend on the launcher.
         subprocess.run([sys.executable, "-m", "launcher", "report", str(run.path), "--quiet"], check=False)
-    print("\n" + summary.describe(run, result), flush=True)  # noqa: T201  the run's result
+    with contextlib.suppress(OSError):  # nobody reads it any more: it is in the run folder too
+        print("\n" + summary.describe(run, result), flush=True)  # noqa: T201  the run's result
+
+
+def become_finish(run: RunDir) -> None:
+    """Replace this process, rank 0's, by one that needs no GPU."""
+    hold_ctrl_c()
+    log.flush()
+    os.execv(sys.executable, [sys.executable, "-m", "llmtrain.finish", str(run.path)])
+
+
+def hold_ctrl_c() -> None:
+    """From now on, also in what this process becomes. The run is finished: there is nothing to stop but the wait for
+    the service, and a traceback in the seconds around it would read as if something had been lost."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+
+
+@contextlib.contextmanager
+def _ctrl_c_heard() -> Iterator[None]:
+    try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # one that came before is heard at once
+        yield
+    finally:
+        hold_ctrl_c()
 
 
 if __name__ == "__main__":

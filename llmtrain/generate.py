@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer
 
-from llmtrain import adapters, prompts, summary, trained
+from llmtrain import adapters, devices, prompts, summary, trained
 from llmtrain.config.data_sections import Format, TextFormat
 from llmtrain.config.schema import SampleSection
 from llmtrain.errors import CheckpointError, ConfigError, exit_with_code
@@ -84,14 +84,13 @@ def generate(options: argparse.Namespace) -> None:
     except ValidationError as error:
         problems = [f"--{str(e['loc'][0]).replace('_', '-')}={e['input']}: {e['msg']}" for e in error.errors()]
         raise ConfigError(problems) from None
+    device = devices.take(options.device, f"--device={options.device}")
     folder = find_model(options.checkpoint)
     if not options.prompt:
         raise ConfigError(["--prompt is empty; give the model something to continue"])
-    from llmtrain.world import find_world
-
     format = TextFormat() if options.raw else trained.format_of(folder)
     load = load_adapter if adapters.is_adapter(folder) else load_gpt
-    model, tokenizer, prompt_ids, eos_id = load(folder, options.prompt, format, find_world(options.device).device)
+    model, tokenizer, prompt_ids, eos_id = load(folder, options.prompt, format, device)
     ids = continue_text(model, prompt_ids, sampling, options.seed, eos_id)
     if format.kind not in ("instruction", "chat"):
         sys.stdout.write(options.prompt)

@@ -1,13 +1,13 @@
 """The GPUs of this machine, counted without torch."""
 
+import itertools
 import os
 
 
 def num_gpus() -> int:
     """NVIDIA GPUs that this process may use; 0 also where their driver is broken (`driver_problem`)."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        return len([name for name in visible.split(",") if name.strip()])
+    if (named := _num_named()) is not None:
+        return named
     import pynvml
 
     try:
@@ -17,9 +17,22 @@ def num_gpus() -> int:
         return 0
 
 
+def _num_named() -> int | None:
+    """GPUs that CUDA_VISIBLE_DEVICES names, up to the first word that names none (-1, NoDevFiles), as CUDA reads it;
+    None where it is not set."""
+    names = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if names is None:
+        return None
+    return len(list(itertools.takewhile(_names_a_gpu, (name.strip() for name in names.split(",")))))
+
+
+def _names_a_gpu(name: str) -> bool:
+    return name.isdecimal() or name.startswith(("GPU-", "MIG-"))
+
+
 def driver_problem() -> str | None:
     """What is wrong with the NVIDIA driver of this machine; None where it works, and where there is none."""
-    if not os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip():  # they are hidden on purpose
+    if _num_named() == 0:  # they are hidden on purpose
         return None
     import pynvml
 

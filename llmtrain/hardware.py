@@ -1,21 +1,25 @@
 """What the machine is doing: memory, and on NVIDIA GPUs utilisation, power and peak arithmetic."""
 
 import contextlib
+import re
 
 import psutil
 import torch
 
 from llmtrain import cpu
 
-_PEAK_BF16_TFLOPS = {  # dense, from NVIDIA's data sheets
+_PEAK_BF16_TFLOPS = {  # dense, from NVIDIA's data sheets; of several that fit a name the first
     "B200": 2250.0,
+    "H200 NVL": 835.0,
     "H200": 989.0,
+    "H100 NVL": 835.0,
     "H100 PCIe": 756.0,
     "H100": 989.0,
     "A100": 312.0,
     "L40S": 362.0,
     "RTX 4090": 165.0,
     "A10": 125.0,
+    "A10G": 70.0,
     "V100": 125.0,
     "T4": 65.0,
 }
@@ -26,7 +30,8 @@ def peak_flops(device: torch.device) -> float | None:
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    known = [tflops for part, tflops in _PEAK_BF16_TFLOPS.items() if part in name]
+    # Whole words: an RTX A1000 is no A100, an A10G no A10.
+    known = [tflops for words, tflops in _PEAK_BF16_TFLOPS.items() if re.search(rf"\b{words}\b", name)]
     return known[0] * 1e12 if known else None
 
 

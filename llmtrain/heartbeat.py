@@ -35,7 +35,7 @@ class Beat:
     """One of PHASES, or a word for what comes before and after training."""
     step: int
     since: float
-    """When this phase began, or last got ahead."""
+    """When this phase began, or last made progress."""
     watched: bool
     """Whether standing still in this phase means a hang; else only a process that does not run at all does."""
     alive: float
@@ -55,31 +55,33 @@ _ended = threading.Event()
 
 
 def at(phase: str, step: int | None = None, watched: bool = True) -> None:
-    """Say what comes now. Also to be called again within long work, whenever it has got ahead."""
+    """Note the phase that begins now. During long work call it again whenever there is progress."""
     _heart.phase, _heart.since, _heart.watched = phase, time.monotonic(), watched
     if step is not None:
         _heart.step = step
 
 
 def on_to(phase: str) -> None:
-    """Say that the work in hand has come to this part of it; nothing where it is not watched."""
+    """Note that the phase at hand has reached this part of it; does nothing in a phase that is not watched."""
     if _heart.watched:
         at(phase)
 
 
 def start(rank: int) -> None:
-    """Begin to beat, if somebody looks; also makes STACKS_SIGNAL write stacks there. Once in a process."""
+    """Start the thread, if a supervisor watches; also make STACKS_SIGNAL write stacks there. Once in a process."""
     if (name := os.environ.get(FOLDER)) is None:
         return
     folder = Path(name)
     faulthandler.enable()  # a segmentation fault says where
-    faulthandler.register(STACKS_SIGNAL, file=stacks_file(folder, rank).open("w"), all_threads=True)
-    at("starting", watched=False)
-    threading.Thread(target=_beat, args=(folder, rank), name="heartbeat", daemon=True).start()
+    with contextlib.suppress(OSError):  # no room at all: then nobody can look
+        faulthandler.register(STACKS_SIGNAL, file=stacks_file(folder, rank).open("w"), all_threads=True)
+        descriptor = os.open(_file(folder, rank), os.O_WRONLY | os.O_CREAT, 0o644)
+        at("starting", watched=False)
+        threading.Thread(target=_beat, args=(descriptor, rank), name="heartbeat", daemon=True).start()
 
 
 def stop(rank: int) -> None:
-    """This rank is done: nobody has to look any more."""
+    """This rank is done: remove its file, so that the supervisor stops watching it."""
     _ended.set()
     if (name := os.environ.get(FOLDER)) is not None:
         _file(Path(name), rank).unlink(missing_ok=True)
@@ -102,10 +104,13 @@ def _file(folder: Path, rank: int) -> Path:
     return folder / f"beat-{rank}"
 
 
-def _beat(folder: Path, rank: int) -> None:
-    descriptor = os.open(_file(folder, rank), os.O_WRONLY | os.O_CREAT, 0o644)
+def _beat(descriptor: int, rank: int) -> None:
     while True:
         now = Beat(rank, os.getpid(), _heart.phase, _heart.step, _heart.since, _heart.watched, time.monotonic())
-        os.pwrite(descriptor, json.dumps(asdict(now)).ljust(_WIDTH).encode(), 0)
+        try:
+            os.pwrite(descriptor, json.dumps(asdict(now)).ljust(_WIDTH).encode(), 0)
+        except OSError:  # a full disk: what stood there would read as a rank that does not run any more
+            with contextlib.suppress(OSError):
+                os.ftruncate(descriptor, 0)
         if _ended.wait(_BEAT_S):
             return

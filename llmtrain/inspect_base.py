@@ -15,11 +15,11 @@ def main() -> None:
         config, _ = load_config(*split_settings(sys.argv[1:]))
         if config.model.kind != "qlora":
             raise ConfigError(["model.kind is not qlora: there is no base"])
-        from llmtrain.models import base
+        from llmtrain.models import base, base_checks
 
         base.be_quiet()
         facts = base.describe(config.model)
-        base.check(config.model, facts, None)
+        base_checks.check(config.model, facts, None)
         sys.stdout.write(facts.to_json() + "\n")
 
 

@@ -1,24 +1,28 @@
 """The checkpoint service's records: what was scored, what was uploaded, what went wrong.
 
-JSON lines, appended by the service alone; of several records of one step the last one counts. They are
-the truth: rankings, TensorBoard's `validation` sub-run, reports and the queue itself are derived from them
-and from what lies in the run folder.
+JSON lines, which the service's processes append (training has an events.jsonl of its own); of several records of one
+step the last one counts. They are the truth: rankings, TensorBoard's `validation` sub-run, reports and the queue itself
+are derived from them and from what lies in the run folder. `Status` and `HubState` are no such lines: each is a single
+record, replaced as a whole.
 """
 
-import json
+import contextlib
+import math
 import time
 from pathlib import Path
 from typing import Any, Literal
 
 import pydantic
 
-from llmtrain import files, rundir
+from llmtrain import files, jsonl, manifest
+from llmtrain.errors import CheckpointError
 from llmtrain.rundir import RunDir
 
 Split = Literal["heldout", "test"]
 EventKind = Literal[
     "started",
     "resumed",
+    "failed",
     "rejected",
     "quarantined",
     "unreadable",
@@ -30,7 +34,6 @@ EventKind = Literal[
     "early-stop",
     "restarted",
     "service-started",
-    "service-ended",
 ]
 
 
@@ -93,7 +96,7 @@ class Status(_Record):
     pid: int
     host: str
     time: float = pydantic.Field(default_factory=time.time)
-    """When it looked: what was saved after that is not in here."""
+    """When the run folder was last scanned; later saves are not reflected."""
     idle: bool = False
     """Nothing waits and nothing is being done."""
     doing: list[str] = []
@@ -119,38 +122,47 @@ class HubState(_Record):
     time: float = pydantic.Field(default_factory=time.time)
 
 
+def perplexity(loss: float) -> float:
+    """Of a loss in nats per token; that of a loss above 700 would not fit into a float."""
+    return math.exp(min(loss, 700.0))
+
+
 def scores(run: RunDir, split: Split = "heldout") -> dict[int, Score]:
     """The last score of each step."""
-    found = (Score.model_validate(record) for record in rundir.read_jsonl(run.scores))
+    found = (Score.model_validate(record) for record in jsonl.read(run.scores))
     return {score.step: score for score in found if score.split == split}
 
 
 def uploads(run: RunDir) -> dict[int, Upload]:
     """The last confirmed upload of each step, removed ones included."""
-    found = (Upload.model_validate(record) for record in rundir.read_jsonl(run.uploads))
+    found = (Upload.model_validate(record) for record in jsonl.read(run.uploads))
     return {upload.step: upload for upload in found}
 
 
 def events(run: RunDir) -> list[Event]:
     """Training's and the service's together, oldest first."""
-    records = [*rundir.read_jsonl(run.events), *rundir.read_jsonl(run.service_events)]
+    records = [*jsonl.read(run.events), *jsonl.read(run.service_events)]
     return sorted((Event.model_validate(record) for record in records), key=lambda event: event.time)
 
 
 def append(path: Path, record: Score | Upload | Event) -> None:
     """Add a record at the end, synced to disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    rundir.append_jsonl(path, [record.model_dump(mode="json")])
+    jsonl.append(path, [record.model_dump(mode="json")])
     files.sync(path)
 
 
 def status(run: RunDir) -> Status | None:
-    """What the service said last; None where none ever worked here."""
-    return Status.model_validate(json.loads(run.service_status.read_text())) if run.service_status.exists() else None
+    """What the service said last; None where none ever worked here, or its file is damaged."""
+    with contextlib.suppress(FileNotFoundError, ValueError):
+        return Status.model_validate_json(run.service_status.read_bytes())
+    return None
 
 
 def hub_state(run: RunDir) -> HubState | None:
-    return HubState.model_validate(json.loads(run.hub_state.read_text())) if run.hub_state.exists() else None
+    with contextlib.suppress(FileNotFoundError, ValueError):
+        return HubState.model_validate_json(run.hub_state.read_bytes())
+    return None
 
 
 def write(path: Path, record: Status | HubState) -> None:
@@ -161,4 +173,15 @@ def write(path: Path, record: Status | HubState) -> None:
 
 def heldout_at_saves(run: RunDir) -> dict[int, dict[str, Any]]:
     """What the training ranks measured, by step: loss, train_loss, task_... (the last record of a step)."""
-    return {record["step"]: record for record in rundir.read_jsonl(run.heldout)}
+    return {record["step"]: record for record in jsonl.read(run.heldout)}
+
+
+def heldout_losses(run: RunDir) -> dict[int, float]:
+    """Held-out loss by step, as the training ranks measured it; without a record, as the checkpoint's manifest says."""
+    losses: dict[int, float] = {record["step"]: record["loss"] for record in jsonl.read(run.heldout)}
+    for step in run.checkpoint_steps():
+        if step not in losses:
+            with contextlib.suppress(CheckpointError, OSError):  # damaged, or just gone
+                if (loss := manifest.read(run.checkpoint(step)).heldout_loss) is not None:
+                    losses[step] = loss
+    return losses

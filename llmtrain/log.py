@@ -5,6 +5,7 @@ The terminal may be closed while a run is at work: then the lines go into the ru
 
 import contextlib
 import errno
+import functools
 import logging
 import os
 import stat
@@ -13,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 _logger = logging.getLogger("llmtrain")
+_OUTPUTS = {"stdout": 1, "stderr": 2}
 
 
 class _CurrentStderr(logging.Handler):
@@ -21,6 +23,13 @@ class _CurrentStderr(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         with terminal_may_go():
             print(self.format(record), file=sys.stderr, flush=True)  # noqa: T201
+
+
+class _RunLog(logging.FileHandler):
+    """What a full disk keeps out of the run folder's log is said on standard error all the same: no traceback there."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802  logging's name
+        del record
 
 
 def set_up(rank: int = 0) -> None:
@@ -37,7 +46,7 @@ def also_to_file(path: Path, alone: bool = False) -> None:
     """Append every further line to `path` too, with the date; `alone`: and nowhere else."""
     if alone:
         _logger.handlers.clear()
-    handler = logging.FileHandler(path, encoding="utf-8")
+    handler = _RunLog(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     _logger.addHandler(handler)
 
@@ -65,9 +74,44 @@ def _write_nowhere() -> None:
     os.close(nowhere)
 
 
+def stand_in() -> None:
+    """For an output that whoever started this has closed (`>&-`): Python has none then, and writing to it fails."""
+    for name in _OUTPUTS:
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115  for the rest of the process
+
+
+def flush() -> None:
+    """Write out what Python holds of both outputs, at the very end: what cannot be written is let go, or Python would
+    fail on it after a good end, with an exit code of its own."""
+    stand_in()
+    for name, descriptor in _OUTPUTS.items():
+        try:
+            getattr(sys, name).flush()
+        except OSError:
+            with contextlib.suppress(OSError):
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, descriptor)
+                os.close(nowhere)
+                getattr(sys, name).flush()
+
+
 def info(message: str) -> None:
     _logger.info(message)
 
 
+def to_file_alone(message: str) -> None:
+    """A line for the run folder's log: where standard error gets the same in another way."""
+    record = _logger.makeRecord(_logger.name, logging.ERROR, "", 0, message, (), None)
+    for handler in _logger.handlers:
+        if isinstance(handler, _RunLog):
+            handler.handle(record)
+
+
 def warning(message: str) -> None:
     _logger.warning(message)
+
+
+@functools.cache
+def warn_once(message: str) -> None:
+    warning(message)

@@ -31,7 +31,7 @@ does not."""
 _DEEPSPEED_MB = 145
 """What DeepSpeed and what it imports add on the CPU."""
 FRAGMENTATION = 0.05
-"""Of all else: memory that an allocator holds and cannot use."""
+"""Share of all other parts that an allocator holds but cannot hand out."""
 
 Device = Literal["cpu", "cuda", "mps"]
 
@@ -159,7 +159,7 @@ def layer_activations(model: GPTModel, positions: int, bf16: bool, device: Devic
     """What one transformer layer keeps for its backward pass."""
     width, length, dropout = model.width, model.context, model.dropout > 0
     kept = (36 if bf16 else 64) * width
-    if bf16 and device == "cpu":  # models/projections.py makes layer norms and GELU anew
+    if bf16 and device == "cpu":  # models/projections.py recomputes layer norms and GELU
         kept -= 12 * width
     if dropout:
         kept += 4 * width  # two masks of 2 bytes

@@ -1,8 +1,10 @@
 """How much memory a rank needs to train LoRA on a quantised base, counted before anything is started. No torch.
 
 What a layer keeps for its backward pass was counted with `torch.autograd.graph.saved_tensors_hooks` on Llama's
-architecture (tests/unit/test_memory.py counts again); others differ in their feed-forward part. D hidden
-width, I width inside the feed-forward part, N positions of a micro-batch.
+architecture (tests/unit/test_qlora.py counts again). Others keep more or less, measured in bf16 as a share of what is
+counted here: llama, mistral, qwen2, gemma and granite 1.02; qwen3 and olmo2 1.13 (they normalise queries and keys too);
+phi3 1.14; gpt2 1.15; gemma3_text 1.31; starcoder2 0.61. What a mixture's experts keep is not counted. D hidden width, I
+width inside the feed-forward part, N positions of a micro-batch.
 """
 
 from dataclasses import dataclass
@@ -56,18 +58,27 @@ def layer_activations(config: RunConfig, model: QLoRAModel, facts: BaseFacts, bf
     packed = config.data.packing == "bestfit"  # on CPUs keys and values are then repeated for all heads
     kv = facts.hidden if packed and device != "cuda" else facts.kv_width
     kept = 2 * 4 * facts.hidden + size * (2 * facts.hidden + 2 * kv) + size * 3 * facts.inner
+    int8 = model.quantisation == "int8"
     targets = facts.targets(model.lora.target_modules)
     inputs = [linear.inputs for linear in targets for _ in range(max(1, linear.count // facts.layers))]
     if model.lora.dropout:  # each adapter has an input of its own, and a mask
         kept += sum(inputs) * (size + (size if device == "cpu" else 1))
-    else:
-        kept += size * (2 * facts.hidden * (facts.hidden in inputs) + facts.inner * (facts.inner in inputs))
+        kept += size * (2 * facts.hidden + facts.inner) * int8
+    else:  # adapters and int8 layers of the same input share it
+        kept += size * 2 * facts.hidden * (int8 or facts.hidden in inputs)
+        kept += size * facts.inner * (int8 or facts.inner in inputs)
     if packed and device == "cpu":
         if keeps_probabilities(model.context, bf16, 0.0):  # as if a document filled each row
             kept += attention_keys(model.context) * facts.heads * size
         else:
             kept += size * facts.hidden  # each document's result, and all of them joined
     return float(kept)
+
+
+def int8_inputs(model: QLoRAModel, facts: BaseFacts, size: int) -> int:
+    """Bytes of a layer's inputs to its linear layers, for each position: int8 layers keep them beside what autograd
+    keeps, out of reach of activation checkpointing (bitsandbytes 0.50, `ctx.tensors` and `ctx.A`)."""
+    return size * (3 * facts.hidden + facts.inner) if model.quantisation == "int8" else 0
 
 
 @dataclass(frozen=True)
@@ -117,11 +128,15 @@ class LoraSizes:
         weights, moments = self._adapter_bytes(config)
         how = f"{facts.linear_parameters / 1e9:.2f} G weights of {per_weight:.2f} bytes"
         trained = self.trainable
+        others = facts.other_parameters - facts.expert_parameters
         parts = [
             Part("base", facts.linear_parameters * per_weight, f"{how} ({model.quantisation})"),
-            Part("embeddings", facts.other_parameters * size, "and output layer, norms; not quantised"),
+            Part("embeddings", others * size, "and output layer, norms; not quantised"),
             Part("LoRA", trained * weights, f"{trained / 1e6:.1f} M weights, whole on each rank"),
         ]
+        if facts.expert_parameters:
+            experts = f"{facts.expert_parameters / 1e9:.2f} G weights; not quantised, and without LoRA"
+            parts.insert(1, Part("experts", facts.expert_parameters * size, experts))
         if kind == "zero2":
             buckets = min(config.strategy.bucket_mb * 1e6, 4 * trained) * (2 if config.strategy.overlap else 1)
             parts.append(Part("gradients", 4 * trained / ranks + buckets, f"1/{ranks}, and buckets"))
@@ -132,7 +147,9 @@ class LoraSizes:
         layer = layer_activations(config, model, facts, bf16, device) * positions
         if config.train.activation_checkpointing:
             kept = facts.layers * (size + 1) * facts.hidden * positions + layer
-            parts.append(Part("activations", kept, "each layer's input, one layer whole"))
+            beside = facts.layers * int8_inputs(model, facts, size) * positions
+            note = "each layer's input, one layer whole" + (", and what int8 layers keep" if beside else "")
+            parts.append(Part("activations", kept + beside, note))
         else:
             parts.append(Part("activations", facts.layers * layer, f"{facts.layers} layers, whole"))
         parts.append(loss_part(positions, facts.vocab_size, 0, bf16, device))

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmtrain import log, rundir
+from llmtrain import jsonl, log
 from llmtrain.batches import BatchPlan
 from llmtrain.errors import NotFinite
 from llmtrain.hardware import HardwareMeter, peak_flops
@@ -70,6 +70,8 @@ class Meter:
         self._hardware = HardwareMeter(world.device)
         peak = peak_flops(world.device)
         self._peak_flops = None if peak is None else peak * world.size
+        self.has_observed = False
+        """Whether this process has done a step."""
         self._pending: list[_Step] = []
         self._unwritten: list[_Flushed] = []
         self._last_write = time.monotonic()
@@ -85,6 +87,7 @@ class Meter:
         self, state: TrainState, targets: int, digest: int, lr: float, loss_sum: Tensor, grad_norm: Tensor
     ) -> None:
         """Remember a step. Reads nothing from the device."""
+        self.has_observed = True
         self._pending.append(_Step(state, targets, digest, lr, loss_sum, grad_norm))
 
     def flush(self, data_wait_s: float, at_once: bool) -> None:
@@ -128,8 +131,7 @@ class Meter:
                 self.write()
                 raise NotFinite(
                     f"step {record['step']}: loss {record['loss']}, gradient norm {record['grad_norm']}; stopped. "
-                    "The checkpoints saved so far are finite. A lower optim.lr, a longer "
-                    "optim.schedule.warmup_steps or optim.clip_norm=1.0 usually helps"
+                    "A lower optim.lr, a longer optim.schedule.warmup_steps or optim.clip_norm=1.0 usually helps"
                 )
 
     def write(self) -> None:
@@ -138,22 +140,25 @@ class Meter:
         if not self._unwritten:
             return
         flushed, self._unwritten = self._unwritten, []
-        part, last = flushed[-1], flushed[-1].records[-1]
-        rundir.append_jsonl(self._run.metrics, [record for part in flushed for record in part.records])
+        jsonl.append(self._run.metrics, [record for part in flushed for record in part.records])
+        newest, last = flushed[-1], flushed[-1].records[-1]
         if self._tensorboard is not None:
-            for each in flushed:
-                for record in each.records:
-                    values = {tag: record[key] for key, tag in _TAGS.items()}
-                    if record is each.records[-1]:
-                        values |= self._speeds(each)
-                    if record is last:
-                        values |= self._hardware.read()
-                    self._tensorboard.scalars(record["step"], values, each.at)
+            for part in flushed:
+                self._show(self._tensorboard, part, with_hardware=part is newest)
             self._tensorboard.flush()
-        left = (self._plan.total_steps - last["step"]) * part.step_s
+        left = (self._plan.total_steps - last["step"]) * newest.step_s
         self._progress.show(
-            Reading(last["step"], self._plan.total_steps, last["loss"], self._heldout, part.tokens_per_s, left)
+            Reading(last["step"], self._plan.total_steps, last["loss"], self._heldout, newest.tokens_per_s, left)
         )
+
+    def _show(self, board: TensorBoard, part: _Flushed, with_hardware: bool) -> None:
+        for record in part.records:
+            values = {tag: record[key] for key, tag in _TAGS.items()}
+            if record is part.records[-1]:
+                values |= self._speeds(part)
+                if with_hardware:
+                    values |= self._hardware.read()
+            board.scalars(record["step"], values, part.at)
 
     def _speeds(self, part: _Flushed) -> dict[str, float]:
         values = {
@@ -175,7 +180,7 @@ class Meter:
             log.info(f"held-out   loss {record['loss']:.4f} before the first step")
         epoch = state.samples / self._rows_per_epoch
         entry = {"step": state.step, "epoch": epoch, "targets": state.targets, **record}
-        rundir.append_jsonl(self._run.heldout, [entry])
+        jsonl.append(self._run.heldout, [entry])
         if self._tensorboard is not None:
             self._tensorboard.scalars(state.step, {f"heldout/{name}": value for name, value in record.items()})
             self._tensorboard.flush()
@@ -187,7 +192,7 @@ class Meter:
 
     def sample(self, state: TrainState, prompt: str, text: str) -> None:
         """Write a generated text. It came out of a model, so it is shown as quoted code."""
-        rundir.append_jsonl(self._run.samples, [{"step": state.step, "prompt": prompt, "text": text}])
+        jsonl.append(self._run.samples, [{"step": state.step, "prompt": prompt, "text": text}])
         if self._tensorboard is not None:
             quoted = "\n".join("    " + line for line in (prompt + text).splitlines())
             self._tensorboard.text(state.step, "samples", quoted)

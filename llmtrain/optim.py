@@ -24,10 +24,10 @@ class Optimizer(Protocol):
 
     param_groups: list[dict[str, Any]]
     state: Any
-    """Of a parameter, by kind."""
+    """Parameter -> {name of a state tensor: tensor}."""
 
     def step(self) -> object: ...
-    def zero_grad(self, set_to_none: bool = True) -> None: ...
+    def zero_grad(self) -> None: ...
 
 
 class FusedAdamW:
@@ -55,7 +55,7 @@ class FusedAdamW:
                 continue
             states = [self.state_of(p) for p in params]
             # Private, and what torch.optim.AdamW calls: tests/unit/test_optim.py compares the two.
-            torch._fused_adamw_(  # pyright: ignore
+            torch._fused_adamw_(  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
                 params,
                 [p.grad for p in params],
                 [state["exp_avg"] for state in states],
@@ -71,25 +71,20 @@ class FusedAdamW:
                 maximize=False,
             )
 
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
-        if set_to_none:
-            for p in params:
+    def zero_grad(self) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
                 p.grad = None
-        elif params:
-            torch._foreach_zero_([p.grad for p in params])  # pyright: ignore
 
     def state_of(self, parameter: nn.Parameter) -> dict[str, Tensor]:
-        """Zeros, the first time."""
+        """A parameter's moments and step count; zero moments at the first call."""
         state = self.state[parameter]
         if not state:
             state.update({kind: torch.zeros_like(parameter) for kind in MOMENTS}, step=self._steps)
         return state
 
 
-def build_optimizer(
-    named_parameters: Iterable[tuple[str, nn.Parameter]], config: OptimSection, torchs: bool = False
-) -> Optimizer:
+def build_optimizer(parameters: Iterable[nn.Parameter], config: OptimSection, torchs: bool = False) -> Optimizer:
     """AdamW (Loshchilov and Hutter 2019); weight decay on matrices alone, unless `decay: all`.
 
     torch's fused one (`torchs`: as a torch.optim.Optimizer, which DeepSpeed wants), or bitsandbytes' with moments in 8
@@ -97,7 +92,7 @@ def build_optimizer(
     """
     decayed: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []
-    for _, parameter in named_parameters:
+    for parameter in parameters:
         if parameter.requires_grad:
             (decayed if config.decay == "all" or parameter.ndim >= 2 else plain).append(parameter)
     groups: list[dict[str, Any]] = [

@@ -1,23 +1,34 @@
 """What rank 0 does before training while the others wait: shards, run folder, where to resume."""
 
 import contextlib
+import fnmatch
 import json
 import signal
 import subprocess
 import sys
 import tempfile
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
-from llmtrain import checkpoint, files, ledger, log, manifest, recipe, retention, rundir, shards
+from llmtrain import checkpoint, files, jsonl, ledger, log, manifest, recipe, retention, shards
+from llmtrain.base_facts import OTHER_FORMATS
 from llmtrain.config.load import COMMAND_LINE, Origins, fixed_differences, load_config, resolved_yaml
 from llmtrain.config.schema import RunConfig
-from llmtrain.errors import EXIT_REQUEUE, CheckpointError, ConfigError, DataMismatch, RunFolderError, disk_errors
+from llmtrain.errors import (
+    EXIT_REQUEUE,
+    CheckpointError,
+    ConfigError,
+    DataMismatch,
+    RunFolderError,
+    UserError,
+    disk_errors,
+)
 from llmtrain.rundir import RunDir
 from llmtrain.shards import ShardFolder
-from llmtrain.stop import STOPS
+from llmtrain.stop import stops
 
 
 def prepare_shards(config: RunConfig) -> ShardFolder:
@@ -30,7 +41,8 @@ def prepare_shards(config: RunConfig) -> ShardFolder:
         log.info(f"no shards in {folder} yet: building them")
         with tempfile.TemporaryDirectory() as scratch, _stops_end_a_build():
             file = Path(scratch) / "config.yaml"
-            file.write_text(resolved_yaml(config), encoding="utf-8")
+            with disk_errors("temporary files", Path(scratch).parent):
+                file.write_text(resolved_yaml(config), encoding="utf-8")
             # A process border instead of an import: the core does not depend on the launcher.
             done = subprocess.run([sys.executable, "-m", "launcher", "shard", str(file)], check=False)
         if done.returncode:
@@ -49,7 +61,7 @@ def _stops_end_a_build() -> Iterator[None]:
     def leave(number: int, frame: FrameType | None) -> NoReturn:
         raise SystemExit(EXIT_REQUEUE)  # on its way out, subprocess.run kills the build
 
-    before = {number: signal.signal(number, leave) for number in STOPS}
+    before = {number: signal.signal(number, leave) for number in stops()}
     try:
         yield
     finally:
@@ -57,8 +69,37 @@ def _stops_end_a_build() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def prepare_run(run: RunDir, config: RunConfig, origins: Origins, data: ShardFolder) -> int | None:
+def check_resumable(run: RunDir, config: RunConfig, origins: Origins) -> None:
+    """What `prepare_run` would refuse and needs no shards to know, which may take hours to build; makes nothing.
+
+    Raises:
+        RunFolderError: it holds checkpoints of another configuration.
+        CheckpointError: there is nothing to resume from although there has to be.
+    """
+    if config.run.resume == "never":
+        return
+    if (why := retention.why_none_left(run)) is not None:
+        raise CheckpointError(why)
+    if run.checkpoint_steps():
+        _check_same_run(run, config, origins)
+    elif config.run.resume == "must":
+        raise _nothing_to_resume(run, config, origins)
+
+
+def _nothing_to_resume(run: RunDir, config: RunConfig, origins: Origins) -> CheckpointError:
+    return CheckpointError(
+        f"{origins.describe(config, 'run.resume')}: {run.checkpoints} holds no checkpoint to resume from"
+    )
+
+
+def prepare_run(
+    run: RunDir, config: RunConfig, origins: Origins, data: ShardFolder, total_steps: int | None = None
+) -> int | None:
     """Make the run folder ready; returns the step to resume from, None to start.
+
+    Args:
+        total_steps: what `config` plans. A run that has come further keeps the length that it had: nothing is left
+            to do for this one, and reports should not say 200 of 80 steps.
 
     Raises:
         RunFolderError: it holds checkpoints of another configuration.
@@ -72,13 +113,12 @@ def prepare_run(run: RunDir, config: RunConfig, origins: Origins, data: ShardFol
         retention.remove_leftovers(run)
         step = _resume_step(run, config, origins, data)
         if step is None and config.run.resume == "must":
-            raise CheckpointError(
-                f"{origins.describe(config, 'run.resume')}: {run.checkpoints} holds no checkpoint to resume from"
-            )
+            raise _nothing_to_resume(run, config, origins)
         last = -1 if step is None else step
         for records in (run.metrics, run.heldout, run.samples):
-            rundir.rewind_jsonl(records, last)
-        rundir.mend_jsonl(run.events)
+            jsonl.rewind(records, last)
+        _warn_of_lost_records(run, last)
+        jsonl.mend(run.events)
         if step is not None:
             for rejected in checkpoint.discard_after(run, step):
                 note(run, "rejected", f"did not verify, moved to {run.quarantined(rejected)}", rejected)
@@ -87,11 +127,45 @@ def prepare_run(run: RunDir, config: RunConfig, origins: Origins, data: ShardFol
             for old in run.tensorboard.glob("events.*"):  # of a start that never saved
                 old.unlink()
             note(run, "started", "from the beginning", 0)
+        if step is not None and total_steps is not None and step > total_steps:
+            config = _with_length_of(config, load_config(run.config)[0])
         files.write_atomic(run.config, resolved_yaml(config))
     return step
 
 
-def note(run: RunDir, kind: ledger.EventKind, message: str, step: int) -> None:
+def _with_length_of(config: RunConfig, old: RunConfig) -> RunConfig:
+    length = {name: getattr(old.train, name) for name in ("steps", "epochs", "tokens")}
+    return config.model_copy(update={"train": config.train.model_copy(update=length)})
+
+
+def _warn_of_lost_records(run: RunDir, step: int) -> None:
+    last = jsonl.last_record(run.metrics)
+    written = 0 if last is None else int(last["step"])
+    if written < step:
+        log.warning(
+            f"records    {run.metrics} ends at step {written:,}, before the checkpoint of step {step:,} that the run "
+            "goes on from: curves and the report lack what was between (after a power loss, or a restore)"
+        )
+
+
+@contextlib.contextmanager
+def failures_noted(run: RunDir) -> Iterator[None]:
+    """Around what rank 0 does with a run that is its own: how that fails goes into the run's log and its events too.
+
+    Whoever starts a run overnight may have no terminal to look at any more.
+    """
+    try:
+        yield
+    except Exception as error:
+        known = isinstance(error, UserError)
+        code, message = (error.exit_code, str(error)) if known else (1, f"{type(error).__name__}: {error}")
+        log.to_file_alone(f"error: {message}" if known else traceback.format_exc().rstrip())
+        with contextlib.suppress(OSError):  # such as the full disk that this is about
+            note(run, "failed", f"exit code {code}: {message}", None)
+        raise
+
+
+def note(run: RunDir, kind: ledger.EventKind, message: str, step: int | None) -> None:
     """Write down what happened to training, for reports."""
     ledger.append(run.events, ledger.Event(kind=kind, message=message, step=step))
 
@@ -104,15 +178,18 @@ def check_same_base(run: RunDir, folder: Path, resuming: bool) -> None:
     Raises:
         RunFolderError: a file of the base is not what the run was started with.
     """
-    noted: dict[str, dict[str, Any]] = json.loads(run.base.read_text()) if resuming and run.base.exists() else {}
+    noted = _noted_base(run) if resuming and run.base.exists() else {}
     found: dict[str, dict[str, Any]] = {}
     for path in sorted([*folder.glob("*.safetensors"), folder / "config.json"]):
+        if _is_unread(path.name):
+            continue
         info = path.stat()
         stamp = {"size_bytes": info.st_size, "modified_ns": info.st_mtime_ns}
         before = noted.get(path.name, {})
         known = all(before.get(key) == value for key, value in stamp.items())
         found[path.name] = {**stamp, "sha256": before["sha256"] if known else files.sha256(path)}
-    changed = [name for name in {*noted, *found} if noted and _hash(noted, name) != _hash(found, name)]
+    names = {name for name in {*noted, *found} if not _is_unread(name)}  # earlier versions noted these too
+    changed = [name for name in names if noted and _hash(noted, name) != _hash(found, name)]
     if changed:
         raise RunFolderError(
             f"{folder}: the base is not the one that {run.path} was trained on ({', '.join(sorted(changed))} changed). "
@@ -121,13 +198,28 @@ def check_same_base(run: RunDir, folder: Path, resuming: bool) -> None:
     files.write_atomic(run.base, json.dumps(found, indent=1) + "\n")
 
 
+def _is_unread(name: str) -> bool:
+    return any(fnmatch.fnmatch(name, pattern) for pattern in OTHER_FORMATS)
+
+
+def _noted_base(run: RunDir) -> dict[str, dict[str, Any]]:
+    try:
+        return json.loads(run.base.read_text())
+    except ValueError as error:
+        raise RunFolderError(
+            f"{run.base}: damaged ({error}); it holds the hashes of the base's files. Delete it if the base is still "
+            "the one that this run was started with: it is then written anew"
+        ) from None
+
+
 def _hash(noted: dict[str, dict[str, Any]], name: str) -> str | None:
     return noted.get(name, {}).get("sha256")
 
 
 def _resume_step(run: RunDir, config: RunConfig, origins: Origins, data: ShardFolder) -> int | None:
+    if (why := retention.why_none_left(run)) is not None:
+        raise CheckpointError(why)
     if not run.checkpoint_steps():
-        _refuse_to_begin_again(run)
         return None
     _check_same_run(run, config, origins)
     step = checkpoint.newest_whole(run)
@@ -136,30 +228,12 @@ def _resume_step(run: RunDir, config: RunConfig, origins: Origins, data: ShardFo
         if described.fingerprint != data.fingerprint:
             raise DataMismatch(
                 f"{run.checkpoint(step)} was trained on other data (fingerprint {described.fingerprint[:12]}, the "
-                f"shards in {data.path} have {data.fingerprint[:12]}): the source text has changed since. Give this "
-                "run another run.name, or bring the old text back and run 'llmtrain shard CONFIG --force'"
+                f"shards in {data.path} have {data.fingerprint[:12]}): the source text has changed since, or these "
+                "shards were made by another version of llmtrain, which cuts samples or counts their text differently. "
+                "Bring the old shards back, or make them again ('llmtrain shard CONFIG --force') of the old text with "
+                "the version that made them; this one goes on with them. Or give this run another run.name"
             )
     return step
-
-
-def _refuse_to_begin_again(run: RunDir) -> None:
-    """A run that has saved and has no checkpoint left would begin anew in its old ledgers, with its old scores.
-
-    Raises:
-        CheckpointError: its checkpoints are in quarantine, or gone.
-    """
-    if quarantined := run.quarantined_steps():
-        raise CheckpointError(
-            f"{run.checkpoints}: no checkpoint verifies; {run.quarantined(quarantined[-1]).name} is the newest of "
-            f"{len(quarantined)} in quarantine (the run's events say why). One that is whole after all (a disk that "
-            "was away) can be renamed back; or start anew with run.resume=never (moves this folder aside)"
-        )
-    if any(rundir.read_jsonl(ledger_file) for ledger_file in (run.saves, run.scores, run.uploads)):
-        raise CheckpointError(
-            f"{run.checkpoints}: this run has saved checkpoints, and none of them is there any more. Bring one back "
-            f"('llmtrain restore' takes it from the Hub, into another folder), give this run another run.name, or "
-            "start anew with run.resume=never (this folder is moved aside, not deleted)"
-        )
 
 
 def _check_same_run(run: RunDir, config: RunConfig, origins: Origins) -> None:

@@ -1,19 +1,22 @@
 """What decides the bytes of a data set, and where its shards lie when nobody says."""
 
+import errno
 import glob
 import hashlib
 import itertools
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from llmtrain import files
+from llmtrain import files, log
 from llmtrain.config.schema import RunConfig
 
 _LOOK_AT = 10_000
 """Files of the sources whose times are read before a run: on a network's file system each takes a millisecond."""
+_LEADS_NOWHERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
+"""What a link says whose target is gone, or is the link itself."""
 
 
 def recipe_of(config: RunConfig) -> dict[str, Any]:
@@ -59,38 +62,87 @@ TEXT_SUFFIXES = (".txt", ".md")
 """What is read of a folder that a source names."""
 
 
-def source_files(pattern: str) -> Iterator[Path]:
-    """The files that one of a source's `paths` means: a folder's text files, what a glob matches, or the file."""
+def _raise(error: OSError) -> None:
+    raise error
+
+
+def source_files(pattern: str, on_error: Callable[[OSError], None] = _raise) -> Iterator[Path]:
+    """The files that one of a source's `paths` means: a folder's text files, what a glob matches, or the file.
+
+    Args:
+        on_error: is given what cannot be looked at, with its name; the rest is found all the same.
+    """
     path = Path(pattern).expanduser()
-    if path.is_dir():
-        return _text_files(path)
-    if glob.has_magic(pattern):
-        return (Path(file) for file in glob.iglob(str(path), recursive=True) if Path(file).is_file())
-    return iter([path] if path.exists() else [])
+    try:
+        if path.is_dir():
+            return _text_files(path, on_error)
+        if glob.has_magic(pattern):
+            return (Path(file) for file in glob.iglob(str(path), recursive=True) if Path(file).is_file())
+        return iter([path] if path.exists() else [])
+    except OSError as error:
+        on_error(error)
+        return iter(())
 
 
-def _text_files(root: Path) -> Iterator[Path]:
+def _text_files(root: Path, on_error: Callable[[OSError], None]) -> Iterator[Path]:
     """The text files below a folder, and below the folders that links there lead to: each real folder once.
 
-    What no link is needed for comes first, so that a link never changes the path under which a file is found.
+    What no link is needed for comes first, so that a link never changes the path under which a file is found. A link
+    that leads upwards is not followed: it would bring in all that lies beside the folder.
     """
+    real_root = root.resolve()
     seen: set[Path] = set()
+    upwards: list[Path] = []
     starts = [root]
     while starts:
         links: list[Path] = []
         for start in starts:
-            real_start = start.resolve()
-            for name, subfolders, names in os.walk(start):
-                folder = Path(name)
-                real = real_start / folder.relative_to(start)  # below `start` the walk follows no link
+            folders = [(start, start.resolve())]
+            while folders:
+                folder, real = folders.pop()
                 if real in seen:
-                    subfolders.clear()  # walked before, with all that is below
                     continue
                 seen.add(real)
-                links += [folder / link for link in subfolders if (folder / link).is_symlink()]
-                found = (folder / file for file in names)
-                yield from (file for file in found if file.suffix in TEXT_SUFFIXES and file.is_file())
+                for path, kind in _look_into(folder, on_error):
+                    if kind == "text":
+                        yield path
+                    elif kind == "folder":
+                        folders.append((path, real / path.name))
+                    elif any(below.is_relative_to(path.resolve()) for below in (real_root, real)):
+                        upwards.append(path)
+                    else:
+                        links.append(path)
         starts = sorted(links)
+    if upwards:
+        first = min(upwards)
+        more = f" (and {len(upwards) - 1} more)" if len(upwards) > 1 else ""
+        log.warn_once(f"data       {first} leads upwards, to {first.resolve()}: this link is not followed{more}")
+
+
+def _look_into(
+    folder: Path, on_error: Callable[[OSError], None]
+) -> Iterator[tuple[Path, Literal["text", "folder", "link"]]]:
+    """The text files of a folder, the folders right below it, and the links to folders."""
+    try:
+        with os.scandir(folder) as listed:
+            entries = list(listed)
+    except OSError as error:
+        on_error(error)
+        return
+    for entry in entries:
+        path = folder / entry.name
+        try:
+            if entry.is_dir():
+                kind = "link" if entry.is_symlink() else "folder"
+            elif path.suffix in TEXT_SUFFIXES and entry.is_file():
+                kind = "text"
+            else:
+                continue
+        except OSError as error:
+            if error.errno not in _LEADS_NOWHERE:
+                on_error(error)
+            continue
+        yield path, kind
 
 
 def newer_source(config: RunConfig, manifest: Path) -> Path | None:
@@ -100,12 +152,14 @@ def newer_source(config: RunConfig, manifest: Path) -> Path | None:
     are not looked at, and of very many files only the first ones.
     """
     patterns = [path for source in config.data.sources for path in getattr(source, "paths", [])]
-    found, shards_made = itertools.chain.from_iterable(map(source_files, patterns)), manifest.stat().st_mtime
+    shards_made = manifest.stat().st_mtime
+    # What cannot be looked at may be gone, or somebody else's: what the shards hold is not touched by that.
+    found = itertools.chain.from_iterable(source_files(pattern, lambda _: None) for pattern in patterns)
     for path in itertools.islice(found, _LOOK_AT):
         try:
             if path.stat().st_mtime > shards_made:
                 return path
-        except OSError:  # it is gone, or somebody else's: what the shards hold is not touched by that
+        except OSError:
             continue
     return None
 

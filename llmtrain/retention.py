@@ -6,7 +6,7 @@ The checkpoint service deletes, and nobody else; without one (service.start=neve
 import shutil
 from collections.abc import Callable, Collection, Mapping
 
-from llmtrain import choose, ledger, rundir
+from llmtrain import choose, jsonl, ledger, rundir
 from llmtrain.config.schema import CheckpointSection, RunConfig
 from llmtrain.rundir import RunDir
 
@@ -67,7 +67,7 @@ def deletable(run: RunDir, config: RunConfig, verified_newest: int | None) -> tu
     """
     steps = run.checkpoint_steps()
     if config.service.start == "never":
-        return plan_deletions(steps, config.checkpoint, rundir.heldout_losses(run), None, None, verified_newest)
+        return plan_deletions(steps, config.checkpoint, ledger.heldout_losses(run), None, None, verified_newest)
     here = choose.identities(run)
     losses = {step: s.loss for step, s in ledger.scores(run).items() if here.get(step) == s.checkpoint}
     confirmed = [
@@ -104,6 +104,26 @@ def quarantine(run: RunDir, step: int) -> None:
     run.checkpoint(step).stat()
     shutil.rmtree(run.quarantined(step), ignore_errors=True)
     run.checkpoint(step).rename(run.quarantined(step))
+
+
+def why_none_left(run: RunDir) -> str | None:
+    """Why a run without checkpoints must not begin again: it has saved, and would go on in its old ledgers, with its
+    old scores. None where it never saved, or a checkpoint is there."""
+    if run.checkpoint_steps():
+        return None
+    if quarantined := run.quarantined_steps():
+        return (
+            f"{run.checkpoints}: no checkpoint verifies; {run.quarantined(quarantined[-1]).name} is the newest of "
+            f"{len(quarantined)} in quarantine (the run's events say why). One that is whole after all (a disk that "
+            "was away) can be renamed back; or start anew with run.resume=never (moves this folder aside)"
+        )
+    if any(jsonl.read(records) for records in (run.saves, run.scores, run.uploads)):
+        return (
+            f"{run.checkpoints}: this run has saved checkpoints, and none of them is there any more. Bring one back "
+            f"('llmtrain restore' takes it from the Hub, into another folder), give this run another run.name, or "
+            "start anew with run.resume=never (this folder is moved aside, not deleted)"
+        )
+    return None
 
 
 def remove_leftovers(run: RunDir) -> None:

@@ -10,8 +10,8 @@ DIR/NAME/
     samples.jsonl           generated text
     saves.jsonl             how long each checkpoint took to be written
     tensorboard/            event files
-    events.jsonl            what happened to training: starts, resumes, rejected checkpoints
-    origin.json             the folder that training was started in: relative paths of the configuration start there
+    events.jsonl            what happened to training: starts, resumes, failures, rejected checkpoints
+    origin.json             where and on what training was started (relative paths of the configuration start there)
     summary.json curve.png  written at the end
     report/                 index.html and its pictures (llmtrain report)
     log.txt  lock
@@ -27,19 +27,14 @@ DIR/NAME/
         log.txt  lock
 """
 
-import contextlib
-import errno
-import fcntl
-import functools
-import json
 import os
 import secrets
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, BinaryIO
+from typing import IO
 
-from llmtrain import files, log
+from llmtrain import locks, log
 from llmtrain.errors import RunFolderError
 
 _STEP = "step-"
@@ -50,10 +45,6 @@ RESTARTED = "LLMTRAIN_RESTARTED"
 """Variable that a supervisor sets where it starts training again."""
 _DYING_S = 90.0
 """For a former start of the run: what was killed gives its GPUs back first."""
-_LOOKS = 20
-_HELD = (errno.EAGAIN, errno.EACCES)  # else there are no locks: Lustre without flock, NFS without lockd
-_SKEW_S = 60.0
-_BLOCK = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -206,145 +197,31 @@ class RunDir:
         """
         self.path.mkdir(parents=True, exist_ok=True)
         began = time.monotonic()
-        while (handle := hold(self.path / "lock")) is None:
+        while (handle := locks.hold(self.path / "lock", "no other process trains in it")) is None:
             owner = (self.path / "lock").read_text().strip() or "another process"
             if RESTARTED not in os.environ or time.monotonic() - began > _DYING_S:
                 raise RunFolderError(
                     f"{self.path}: {owner} is training in this run folder; stop it, or give this run another run.name"
                 )
-            _say_once(f"waiting    up to {_DYING_S:.0f} s for {owner}, which still holds {self.path}")
+            log.warn_once(f"waiting    up to {_DYING_S:.0f} s for {owner}, which still holds {self.path}")
             time.sleep(0.5)
         return handle
 
     def is_training(self) -> bool:
         """Whether a process holds the run's lock."""
-        return is_held(self.path / "lock")
+        return locks.is_held(self.path / "lock")
 
     def lock_service(self) -> IO[str] | None:
         """Hold the run for this checkpoint service; None where another one holds it."""
         self.service.mkdir(parents=True, exist_ok=True)
-        return hold(self.service / "lock")
+        return locks.hold(self.service / "lock", "no other checkpoint service is at work on this run")
 
     def is_served(self) -> bool:
         """Whether a checkpoint service is at work here."""
-        return is_held(self.service / "lock")
+        return locks.is_held(self.service / "lock")
 
     def move_aside(self) -> Path:
         """Rename the whole run folder, so that a new run can take its place; returns where it went."""
         target = self.path.with_name(f"{self.path.name}.{time.strftime('%Y%m%d-%H%M%S')}")
         self.path.rename(target)
         return target
-
-
-def hold(path: Path) -> IO[str] | None:
-    """Lock a file for this process, and write into it who holds it; None where another process does. Where the file
-    system has no locks that is said, and nothing keeps another process from it."""
-    handle = path.open("a+")
-    for attempt in range(_LOOKS):
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in _HELD:
-                if attempt + 1 < _LOOKS:  # it may have been `is_held` looking, for an instant
-                    time.sleep(0.01)
-                continue
-            _say_once(f"{path.parent}: no locks here ({error.strerror}): be sure that no other process trains in it")
-        handle.truncate(0)
-        handle.write(f"process {os.getpid()} on {os.uname().nodename}")
-        handle.flush()
-        return handle
-    handle.close()
-    return None
-
-
-def is_held(path: Path) -> bool:
-    """Whether a process holds the lock of that file (on this machine; elsewhere as far as the file system tells)."""
-    if not path.exists():
-        return False
-    with path.open() as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except OSError as error:
-            return error.errno in _HELD or _is_at_work(handle)
-    return False
-
-
-def _is_at_work(lock: IO[str]) -> bool:
-    """Without locks: whether the process that wrote the file runs here, and did before (numbers are used again)."""
-    import psutil
-
-    number, _, host = lock.read().removeprefix("process ").partition(" on ")
-    with contextlib.suppress(psutil.Error, ValueError):
-        began = psutil.Process(int(number)).create_time()
-        return host == os.uname().nodename and began <= os.fstat(lock.fileno()).st_mtime + _SKEW_S
-    return False
-
-
-@functools.cache
-def _say_once(line: str) -> None:
-    log.warning(line)
-
-
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The records of a JSON-lines file; a last line that a crash cut short (within a letter, too) is left out."""
-    try:
-        content = path.read_bytes()
-    except FileNotFoundError:
-        return []
-    lines = content[: content.rfind(b"\n") + 1].decode().split("\n")
-    return [json.loads(line) for line in lines if line]
-
-
-def append_jsonl(path: Path, records: list[dict[str, Any]]) -> None:
-    """Add records at the end: all of them, or none where the disk has no room for all.
-
-    Half a line would be glued to the next one, and nobody could read the file any more.
-    """
-    content = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode()
-    size = mend_jsonl(path)
-    try:
-        with path.open("ab") as file:
-            file.write(content)
-    except OSError:  # of closing, too: NFS says only then that there is no room
-        with contextlib.suppress(OSError):  # what stays is cut off before the next record is added
-            os.truncate(path, size)
-        raise
-
-
-def mend_jsonl(path: Path) -> int:
-    """Cut off a last line that a crash or a full disk left unfinished; returns the size in bytes that is left.
-
-    In place, which a full disk allows. Of a file that ends well only the last byte is read.
-    """
-    if not path.exists():
-        return 0
-    with path.open("r+b", buffering=0) as file:
-        size = file.seek(0, os.SEEK_END)
-        whole = _end_of_last_line(file, size)
-        if whole < size:
-            file.truncate(whole)
-    return whole
-
-
-def _end_of_last_line(file: BinaryIO, size: int) -> int:
-    end, length = size, 1
-    while end:
-        start = max(0, end - length)
-        file.seek(start)
-        found = file.read(end - start).rfind(b"\n")
-        if found >= 0:
-            return start + found + 1
-        end, length = start, _BLOCK
-    return 0
-
-
-def rewind_jsonl(path: Path, last_step: int) -> None:
-    """Drop the records after `last_step`, which a resumed run will write again."""
-    if path.exists():
-        kept = [record for record in read_jsonl(path) if record["step"] <= last_step]
-        files.write_atomic(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept))
-
-
-def heldout_losses(run: RunDir) -> dict[int, float]:
-    """Held-out loss by step, from the ledger."""
-    return {record["step"]: record["loss"] for record in read_jsonl(run.heldout)}

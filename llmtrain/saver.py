@@ -1,4 +1,4 @@
-"""Saving beside training: a thread on each rank copies and writes, while the next step computes its gradients.
+"""Saving in parallel with training: a thread on each rank copies and writes while the next step computes gradients.
 
     every rank   begin a copy of its share into buffers kept from the last save; until it is there, no update
     its thread   write the share, sync, hash, tell rank 0
@@ -20,9 +20,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from llmtrain import checkpoint, log, rundir
+from llmtrain import checkpoint, files, jsonl, log
 from llmtrain.config.schema import CheckpointSection
-from llmtrain.errors import ConfigError, UserError, disk_errors
+from llmtrain.errors import UserError, disk_errors, of_another_rank
 from llmtrain.fragments import Fragment
 from llmtrain.manifest import FileInfo, Manifest
 from llmtrain.rundir import RunDir
@@ -30,14 +30,6 @@ from llmtrain.strategies.interface import Strategy
 from llmtrain.world import World
 
 _NICENESS = 10
-
-
-def _error_of_another_rank(message: str, exit_code: int) -> Exception:
-    """What rank 0 raises for a rank that could not write: the same kind of error, or a crash."""
-    for kind in UserError.__subclasses__():
-        if kind.exit_code == exit_code and kind is not ConfigError:
-            return kind(message)
-    return RuntimeError(message)
 
 
 class Saver:
@@ -93,7 +85,7 @@ class Saver:
         """Before the state changes: wait until what is being saved has been copied.
 
         Host sync on CPUs; a GPU's stream waits, its host does not. Returns how long training has waited for the last
-        save in all, in s; None if that was told before.
+        save in all, in s; None if that was returned before.
         """
         if self._told:
             return None
@@ -154,7 +146,7 @@ class Saver:
         score = "" if described.heldout_loss is None else f", held-out loss {described.heldout_loss:.4f}"
         wrote_s = time.perf_counter() - began
         waited = f"{self._waited_s:.2f} s" if beside else "for it"
-        rundir.append_jsonl(self._run.saves, [{"step": step, "wrote_s": round(wrote_s, 3)}])
+        jsonl.append(self._run.saves, [{"step": step, "wrote_s": round(wrote_s, 3)}])
         log.info(f"saved      step {step:,}{score} (written in {wrote_s:.1f} s, training waited {waited})")
 
     def _write_all(self, folder: Path, described: Manifest, weights: dict[str, Tensor], share: list[Fragment]) -> None:
@@ -171,14 +163,22 @@ class Saver:
             reports = [world.wait_for(f"share-{step}-{rank}") for rank in range(1, world.size)]
         for report in reports:
             if "exit_code" in report:
-                failed = failed or _error_of_another_rank(report["error"], report["exit_code"])
+                failed = failed or of_another_rank(report["error"], report["exit_code"])
             else:
                 own |= {name: FileInfo.model_validate(info) for name, info in report["files"].items()}
         if failed is not None:
             raise failed
         with disk_errors(f"checkpoint of step {step}", self._run.checkpoints):
+            self._sync_records()
             checkpoint.publish(self._run, folder, described.model_copy(update={"files": dict(sorted(own.items()))}))
         self._on_published()
+
+    def _sync_records(self) -> None:
+        """A power loss must not take the lines up to a checkpoint and leave the checkpoint."""
+        for path in (self._run.metrics, self._run.heldout, self._run.samples):
+            if path.exists():
+                files.sync(path)
+        files.sync(self._run.path)
 
     def _report(self, folder: Path, share: list[Fragment]) -> dict[str, object]:
         """On the other ranks: write, and say what came of it."""

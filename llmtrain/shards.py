@@ -191,7 +191,7 @@ _REBUILD = "build the shards again with 'llmtrain shard CONFIG --force'"
 
 @dataclass(frozen=True)
 class ShardFolder:
-    """A whole, verified shard folder."""
+    """An opened shard folder; `open_folder` verifies it."""
 
     path: Path
     manifest: ShardManifest

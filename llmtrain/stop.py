@@ -8,33 +8,37 @@ from types import FrameType
 _LOOK_S = 1.0
 STOPS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 """What a launcher or SLURM sends, as against a person's Ctrl-C."""
-SIGNALS = (*STOPS, signal.SIGINT)
+
+
+def stops() -> tuple[signal.Signals, ...]:
+    """Those that are to be heard here: a terminal that is closed (SIGHUP) too, unless nohup has that ignored."""
+    return STOPS if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else (*STOPS, signal.SIGHUP)
 
 
 class StopFlag:
-    """Set by SIGTERM, Ctrl-C, SIGUSR1 and SIGUSR2. A second Ctrl-C leaves at once."""
+    """Set by SIGTERM, Ctrl-C, SIGUSR1, SIGUSR2 and the end of the terminal. A second Ctrl-C leaves at once."""
 
-    def __init__(self, asks: Callable[[], bool] | None = None) -> None:
-        """`asks`: whether the run's end is asked for (rank 0 looks, the others are told)."""
+    def __init__(self, wants_early_stop: Callable[[], bool] | None = None) -> None:
+        """`wants_early_stop`: whether the service asks the run to end (rank 0 looks, the others are told)."""
         self.signal_name: str | None = None
-        self.ended_early = False
+        self.early_stop = False
         """All ranks agreed to end for that reason."""
-        self._asks, self._next_look = asks, 0.0
+        self._wants_early_stop, self._next_look = wants_early_stop, 0.0
 
     @property
     def requested(self) -> bool:
         return self.signal_name is not None
 
-    def asked_to_end(self) -> bool:
-        """Whether the run's end is asked for; looks every few seconds: the answer may lie on a slow file system."""
-        if self._asks is None or time.monotonic() < self._next_look:
+    def wants_early_stop(self) -> bool:
+        """Looks at most once a second: the answer may lie on a slow file system."""
+        if self._wants_early_stop is None or time.monotonic() < self._next_look:
             return False
         self._next_look = time.monotonic() + _LOOK_S
-        return self._asks()
+        return self._wants_early_stop()
 
     def listen(self) -> None:
         """Install the handlers (main thread only)."""
-        for number in SIGNALS:
+        for number in (*stops(), signal.SIGINT):
             signal.signal(number, self._on_signal)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:

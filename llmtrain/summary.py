@@ -1,16 +1,14 @@
 """What a run came to: the best checkpoint, where overfitting began, and a picture of it."""
 
 import json
+import shlex
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from llmtrain import choose, files, rundir
+from llmtrain import choose, files, jsonl
 from llmtrain.choose import Ranking
 from llmtrain.rundir import RunDir
-
-_RISE = 1.01
-"""Held-out loss this much above its lowest, at the end, is called overfitting where no checkpoint was scored."""
 
 
 @dataclass(frozen=True)
@@ -34,8 +32,8 @@ class Summary:
 
 def summarise(run: RunDir) -> Summary | None:
     """From the ledgers alone; None while there is no evaluation."""
-    evaluations = rundir.read_jsonl(run.heldout)
-    metrics = rundir.read_jsonl(run.metrics)
+    evaluations = jsonl.read(run.heldout)
+    metrics = jsonl.read(run.metrics)
     if not evaluations or not metrics:
         return None
     lowest = min(evaluations, key=lambda e: e["loss"])
@@ -68,7 +66,7 @@ def _overfitting(
     if ranked is not None:
         verdict = choose.overfitting(ranked)
         return verdict.began, verdict.describe()
-    if last["step"] > lowest["step"] and last["loss"] > lowest["loss"] * _RISE:
+    if last["step"] > lowest["step"] and last["loss"] > lowest["loss"] * choose.RISE:
         return True, (
             f"began at step {lowest['step']} (epoch {lowest['epoch']:.2f}): since then the held-out loss rose by "
             f"{last['loss'] / lowest['loss'] - 1:.1%} while the training loss went to {last_train_loss:.4f}"
@@ -103,13 +101,13 @@ def describe(run: RunDir, summary: Summary) -> str:
         lines += [
             f"best checkpoint {summary.best_checkpoint} (held-out loss {summary.best_checkpoint_heldout:.4f}, "
             f"{summary.best_reason})",
-            f"try it          llmtrain generate {summary.best_checkpoint}",
+            f"try it          llmtrain generate {shlex.quote(summary.best_checkpoint)}",
         ]
     if run.report.exists():
         lines.append(f"report          {run.report}")
     if run.curve.exists():
         lines.append(f"curves          {run.curve}")
-    lines.append(f"TensorBoard     tensorboard --logdir {run.path.parent}")
+    lines.append(f"TensorBoard     tensorboard --logdir {shlex.quote(str(run.path.parent))}")
     return "\n".join(lines)
 
 
@@ -130,7 +128,7 @@ def draw(run: RunDir, to: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    metrics, evaluations = rundir.read_jsonl(run.metrics), rundir.read_jsonl(run.heldout)
+    metrics, evaluations = jsonl.read(run.metrics), jsonl.read(run.heldout)
     figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()

@@ -24,6 +24,7 @@ from tensorboard.plugins.hparams import api_pb2, plugin_data_pb2  # its `metadat
 
 Scalar = float | int
 _files = itertools.count()
+_PREFIX = "events.out.tfevents."
 
 
 class TensorBoard:
@@ -32,8 +33,9 @@ class TensorBoard:
     def __init__(self, folder: Path, first_step: int):
         """Points of an earlier life of the run from `first_step` on are hidden."""
         folder.mkdir(parents=True, exist_ok=True)
-        # TensorBoard reads a folder's files in the order of their names.
-        name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}.{next(_files):04}"
+        # TensorBoard reads a folder's files in the order of their names: after the last one, whatever the clock says.
+        number = max(int(time.time()), _last_number(folder) + 1)
+        name = f"{_PREFIX}{number:010d}.{socket.gethostname()}.{os.getpid()}.{next(_files):04}"
         self._file = (folder / name).open("wb")
         self._add(Event(wall_time=time.time(), file_version="brain.Event:2"))
         # TensorBoard's loader in Python takes the first start that it meets in a folder for the beginning of the run
@@ -95,6 +97,12 @@ class TensorBoard:
         data = event.SerializeToString()
         length = struct.pack("<Q", len(data))
         self._file.write(b"".join((length, _masked_crc(length), data, _masked_crc(data))))
+
+
+def _last_number(folder: Path) -> int:
+    """Of the event files that lie there; mostly the time at which the last one was begun."""
+    numbers = (path.name.removeprefix(_PREFIX).partition(".")[0] for path in folder.glob(f"{_PREFIX}*"))
+    return max((int(number) for number in numbers if number.isdigit()), default=0)
 
 
 def _masked_crc(data: bytes) -> bytes:

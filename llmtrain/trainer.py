@@ -22,7 +22,7 @@ from llmtrain.world import World
 
 @dataclass
 class Parts:
-    """What `train` drives; put together by __main__."""
+    """What `train` drives; put together by `assemble.build`."""
 
     config: RunConfig
     plan: BatchPlan
@@ -34,7 +34,8 @@ class Parts:
     rows_per_epoch: int
     fingerprint: str
     evaluate: Callable[[TrainState, bool], dict[str, float]]
-    """Collective. Scores of the held-out split, by name; "loss" is what choosing goes by. True: with the task's."""
+    """Collective. (state, with_task) -> held-out scores by name; "loss" decides which checkpoint is best, `with_task`
+    adds those of evaluate.task."""
     write_sample: Callable[[TrainState], None]
     """Generate text and write it down (rank 0)."""
     saver: Saver
@@ -59,12 +60,12 @@ def train(parts: Parts, state: TrainState) -> TrainState:
     for data in parts.loader.steps(state.samples, parts.plan.total_steps - state.step):
         heartbeat.at("counts")
         # Collective (control group): host integers only, the GPU is not waited for.
-        targets, digest, stops, failures, enough = parts.world.sum_counts(
+        targets, digest, stops, failures, early_stop = parts.world.sum_counts(
             data.num_targets,
             data.digest,
             int(parts.stop.requested),
             int(parts.saver.has_failed),
-            int(parts.stop.asked_to_end()),
+            int(parts.stop.wants_early_stop()),
         )
         if failures:
             parts.saver.wait()  # raises, on every rank
@@ -82,7 +83,7 @@ def train(parts: Parts, state: TrainState) -> TrainState:
         before, state = state, advanced(state, parts.plan.global_batch_size, targets)
         meter.observe(state, targets, digest, lr, loss_sum, grad_norm)
 
-        due = what_is_due(parts, before, state, stopping=stops + enough > 0)
+        due = what_is_due(parts, before, state, stopping=stops + early_stop > 0)
         if due.log:
             heartbeat.at("log")
             # Collective; the only host sync; raises if not finite.
@@ -93,11 +94,11 @@ def train(parts: Parts, state: TrainState) -> TrainState:
             parts.write_sample(state)
         if due.save:
             # Copying and writing go on beside the next steps, where any follow.
-            save(parts, state, heldout, beside=not (stops or enough or state.step == parts.plan.total_steps))
+            save(parts, state, heldout, beside=not (stops or early_stop or state.step == parts.plan.total_steps))
         if due.evaluate or due.save or due.sample:
             meter.restart_clock()
-        if stops or enough:
-            parts.stop.ended_early = bool(enough)
+        if stops or early_stop:
+            parts.stop.early_stop = bool(early_stop)
             break
         heartbeat.at("data", state.step)
     heartbeat.at("save", watched=False)
@@ -166,9 +167,7 @@ def evaluate(parts: Parts, state: TrainState, with_task: bool) -> dict[str, floa
     heartbeat.at("evaluate")
     scores = parts.evaluate(state, with_task)
     if not math.isfinite(scores["loss"]):
-        raise NotFinite(
-            f"step {state.step}: the held-out loss is {scores['loss']}; nothing was saved since the last good one"
-        )
+        raise NotFinite(f"step {state.step}: the held-out loss is {scores['loss']}; stopped")
     parts.meter.heldout(state, scores)
     return scores
 

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore
 from torch.distributed.rendezvous import rendezvous
 
+from llmtrain import devices
 from llmtrain.errors import ConfigError, UserError
 
 _POLL_S = 0.02
@@ -126,28 +127,26 @@ class World:
         return self._store
 
 
-def find_world(device_setting: str) -> World:
+def find_world(device_setting: str, place: str | None = None) -> World:
     """This process's place, from the environment that torchrun (or SLURM's wrapper) sets.
+
+    Args:
+        place: where `train.device` was set, for the error.
 
     Raises:
         ConfigError: the device that was asked for is not there.
     """
     rank, size = rank_from_environment(), int(os.environ.get("WORLD_SIZE", "1"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    device = _find_device(device_setting, local_rank)
-    # DeepSpeed takes a GPU wherever there is one, as soon as anything imports it (peft does).
-    os.environ["DS_ACCELERATOR"] = "cuda" if device.type == "cuda" else "cpu"
+    told = f"train.device={device_setting}" + (f" ({place})" if place else "")
+    device = devices.find(device_setting, told)
+    if device.type == "cuda":
+        device = _own_gpu(local_rank)
+    devices.keep_deepspeed_on(device)
     return World(rank, size, local_rank, device)
 
 
-def _find_device(setting: str, local_rank: int) -> torch.device:
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    kind = setting if setting != "auto" else next(name for name, there in available.items() if there)
-    if not available[kind]:
-        there = ", ".join(name for name, is_there in available.items() if is_there)
-        raise ConfigError([f"train.device={kind}: no such device here; use auto or one of: {there}"])
-    if kind != "cuda":
-        return torch.device(kind)
+def _own_gpu(local_rank: int) -> torch.device:
     if local_rank >= torch.cuda.device_count():
         raise ConfigError(
             [

@@ -131,8 +131,7 @@ def _describe_gpu(number: int) -> str:
 
 def _examine_cpu() -> Finding:
     bf16 = "fast bf16" if cpu.has_fast_bf16() else "no fast bf16: runs on it take fp32"
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return fine("CPU", f"{usable} cores, {bf16}")
+    return fine("CPU", f"{cpu.usable_cores()} cores, {bf16}")
 
 
 def _examine_disk(runs: Path) -> Finding:

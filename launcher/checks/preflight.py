@@ -24,11 +24,12 @@ from launcher.checks.places import can_write, check_place, nearest_existing
 from launcher.planning import forecast
 from launcher.planning.sizes import find_sizes
 from launcher.sharding.sources import list_units
+from launcher.sharding.work import check_folder
 from launcher.slurm import client
 from launcher.slurm.batch import JobSpec
 from launcher.slurm.limits import check_limits
 from launcher.slurm.partitions import partitions
-from llmtrain import recipe, shards
+from llmtrain import locks, recipe, retention, shards
 from llmtrain.batches import ANY_ROWS, BatchPlan, nodes_that_train, plan_batches
 from llmtrain.config.data_sections import Source
 from llmtrain.config.load import Origins, fixed_differences, load_config, resolved_yaml, with_precision
@@ -119,15 +120,31 @@ def _check_data(config: RunConfig, spec: JobSpec, builds: bool = False) -> tuple
                     with (folder / shard.file).open("rb") as file:
                         file.read(1)
             return [check_place("shards", folder, shared, spec.nodes)], opened.manifest
-        # To list a data set of the Hub is to download it.
-        read: list[Source] = [source for source in config.data.sources if source.kind != "huggingface"]
-        size = sum(unit.size_bytes for unit in list_units(read, config.data.format))
-        if not can_write(folder):
-            return [wrong("shards", f"{folder} is not there, and may not be made by you")], None
     except UserError as error:
         return [wrong("shards", str(error))], None
     except OSError as error:
         return [wrong("shards", f"{error.filename or folder}: cannot be read ({error.strerror})")], None
+    return _check_build(config, spec, builds), None
+
+
+def _check_build(config: RunConfig, spec: JobSpec, builds: bool) -> list[Finding]:
+    """Shards that are still to be built: from what, and in which folder."""
+    folder = recipe.shard_folder(config)
+    shared = spec.profile.shared_folders()
+    refused: list[Finding] = []
+    try:
+        refused += [wrong("shards", problem) for problem in _foreign_files(config)]
+        # To list a data set of the Hub is to download it.
+        read: list[Source] = [source for source in config.data.sources if source.kind != "huggingface"]
+        size = sum(unit.size_bytes for unit in list_units(read, config.data.format))
+    except UserError as error:
+        return [*refused, wrong("shards", str(error))]
+    except OSError as error:
+        return [*refused, wrong("shards", f"{error.filename or folder}: cannot be read ({error.strerror})")]
+    if not can_write(folder):
+        refused.append(wrong("shards", f"{folder} is not there, and may not be made by you"))
+    if refused:
+        return refused
     told = f"none yet in {folder}; their sources have {display.size(size)}"
     if builds:
         state = fine("shards", told)
@@ -139,7 +156,16 @@ def _check_data(config: RunConfig, spec: JobSpec, builds: bool = False) -> tuple
         state,
         check_place("shards", folder, shared, spec.nodes),
         *_check_sources(config, shared, spec.nodes),
-    ], None
+    ]
+
+
+def _foreign_files(config: RunConfig) -> list[str]:
+    """Problems of a folder in which a build would replace what is not a build's."""
+    try:
+        check_folder(config)
+    except ConfigError as error:
+        return error.problems
+    return []
 
 
 def _check_sources(config: RunConfig, shared: list[Path], nodes: int) -> list[Finding]:
@@ -175,9 +201,11 @@ def _check_folder(config: RunConfig, origins: Origins, run: RunDir, spec: JobSpe
         found.append(wrong("run folder", f"you may not write to {nearest_existing(run.path)}"))
     elif (why := _why_no_locks(nearest_existing(run.path))) is not None:
         told = f"the file system of {run.path} has no locks ({why}; Lustre has them where it is mounted with -o flock)"
-        found.append(doubtful("run folder", f"{told}: nothing keeps a second process from training in there"))
+        found.append(doubtful("run folder", f"{told}: nothing keeps other machines from training in there"))
     if config.run.resume == "never":
         return found
+    if (why := retention.why_none_left(run)) is not None:
+        return [*found, wrong("run folder", why)]
     if not run.checkpoint_steps():
         if config.run.resume == "must":
             message = f"{origins.describe(config, 'run.resume')}: {run.checkpoints} holds no checkpoint to resume from"
@@ -202,6 +230,8 @@ def _why_no_locks(folder: Path) -> str | None:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
+            if error.errno not in locks.NO_LOCKS:
+                raise
             return error.strerror
     return None
 

@@ -1,6 +1,7 @@
 """`llmtrain checkpoints`: what a run has saved, which one to use and why, and what can be done with them."""
 
 import json
+import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,6 +45,8 @@ def act(path: Path, action: Action | None, step: int | None, options: Options) -
         UserError: one of those that the actions below name.
     """
     run = listing.open_run(path)
+    if unused := _unused(action, options):
+        raise ConfigError(unused)
     if step is not None and action not in ("show", "verify"):
         raise UserError(f"{action or 'the table'} is about all checkpoints: leave the step {step} out")
     match action:
@@ -64,6 +67,22 @@ def act(path: Path, action: Action | None, step: int | None, options: Options) -
         case "prune":
             return prune(run, options.yes)
     return None
+
+
+def _unused(action: Action | None, options: Options) -> list[str]:
+    """What was asked for and would not be done, since what it belongs to is missing."""
+    tests = options.test and action is None
+    is_table = action is None and not options.test
+    needs = [
+        ("--test", options.test, action is None, f"leave {action} out"),
+        ("--again", options.again, tests, "it goes with --test"),
+        (f"--device {options.device}", options.device is not None, tests, "it goes with --test"),
+        ("--yes", options.yes, action == "prune", "it goes with prune: llmtrain checkpoints RUN prune --yes"),
+        (f"--repo {options.repo}", options.repo is not None, action == "push", "it goes with push"),
+        ("--by-loss", options.by_loss, is_table, "it is for the table alone"),
+        ("--json", options.as_json, is_table, "it is for the table alone"),
+    ]
+    return [f"{name}: {why}" for name, given, is_used, why in needs if given and not is_used]
 
 
 def show_table(run: RunDir, by_loss: bool, as_json: bool) -> None:
@@ -260,8 +279,8 @@ def push(run: RunDir, repo: str | None) -> list[str]:
 def _refuse_beside_a_service(run: RunDir) -> None:
     if run.is_served():
         raise RunFolderError(
-            f"{run.path}: a checkpoint service is at work here and does this by itself; 'llmtrain status {run.path}' "
-            "says how far it is"
+            f"{run.path}: a checkpoint service is at work here and does this by itself; how far it is: "
+            f"llmtrain status {shlex.quote(str(run.path))}"
         )
 
 
@@ -286,7 +305,7 @@ def prune(run: RunDir, really: bool) -> list[str] | None:
         left = "only its upload is left then" if found.proposed.upload is not None else "it is not on the Hub"
         print(f"note           step {found.proposed.step} is the one that is proposed now; {left}")
     if not really:
-        print(f"nothing was deleted; 'llmtrain checkpoints {run.path} prune --yes' does it")
+        print(f"nothing was deleted; this does it: llmtrain checkpoints {shlex.quote(str(run.path))} prune --yes")
         return None
     _refuse_beside_a_service(run)
     return ["--run", str(run.path), "--only", "prune"]

@@ -37,7 +37,7 @@ def score_test(run: RunDir, again: bool, device: str | None) -> None:
     recorded = _recorded(run, heldout)
     if recorded is None or again:
         _refuse(run, row, ledger.scores(run, "test"), again)
-        _validate(run, row.step, device if device is not None else _device_of(config))
+        _validate(run, row.step, device, config)
         recorded = _recorded(run, heldout)
         if recorded is None:
             raise CheckpointError(f"{run.scores}: the score of step {row.step} on the test split was not recorded")
@@ -70,10 +70,13 @@ def _device_of(config: RunConfig) -> str | None:
     return None if config.service.score in ("auto", "training") else config.service.score
 
 
-def _validate(run: RunDir, step: int, device: str | None) -> None:
+def _validate(run: RunDir, step: int, device: str | None, config: RunConfig) -> None:
     """Leaves with the validator's exit code if it fails; it has said why."""
     command = [sys.executable, "-m", "llmtrain.service.validate", str(run.path), "--steps", str(step)]
-    command += ["--split", "test", *([] if device is None else ["--device", device])]
+    command += ["--split", "test"]
+    if device is None and (device := _device_of(config)) is not None:
+        command += ["--asked-by", f"--device is not given, and {run.config} has service.score"]
+    command += [] if device is None else ["--device", device]
     console = Console(stderr=True)
     with console.status(f"scoring step {step} on the test split"):
         done = subprocess.run(command, stdout=subprocess.DEVNULL, check=False)

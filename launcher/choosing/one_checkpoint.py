@@ -6,8 +6,8 @@ from typing import Any
 from rich.console import Console
 
 from launcher.choosing.listing import Listing, Row
-from launcher.display import Column, duration, figure, fitted, one_line, printable, say, size, steps, when
-from llmtrain import ledger, manifest, rundir
+from launcher.display import STRATEGIES, Column, duration, figure, fitted, one_line, printable, say, size, steps, when
+from llmtrain import jsonl, ledger, manifest
 from llmtrain.errors import CheckpointError
 from llmtrain.ledger import Score
 from llmtrain.manifest import Manifest
@@ -71,8 +71,7 @@ def _show_position(console: Console, described: Manifest) -> None:
     epoch = state.samples / described.num_rows
     say(console, "position", f"epoch {epoch:.2f}: {state.samples:,} rows, {state.targets:,} learned tokens")
     ranks = "1 rank" if described.world_size == 1 else f"{described.world_size} ranks"
-    kinds = {"ddp": "DDP", "zero2": "ZeRO-2"}
-    say(console, "saved by", f"{ranks}, {kinds.get(described.strategy, one_line(described.strategy))}")
+    say(console, "saved by", f"{ranks}, {STRATEGIES.get(described.strategy, one_line(described.strategy))}")
     batch = f"{described.global_batch_size} rows a step, seed {described.seed}"
     say(console, "data", f"{described.num_rows:,} rows, {batch}, fingerprint {described.fingerprint[:12]}")
     say(console, "identity", manifest.identity(described)[:12])
@@ -137,7 +136,7 @@ def _show_upload(console: Console, found: Listing, step: int) -> None:
 
 def _show_sample(console: Console, found: Listing, step: int) -> None:
     """What the model wrote nearest to that step: quoted as Python would, since a terminal obeys what it is sent."""
-    samples = rundir.read_jsonl(found.run.samples)
+    samples = jsonl.read(found.run.samples)
     if not samples:
         return
     near = min(samples, key=lambda sample: (abs(sample["step"] - step), sample["step"]))

@@ -14,15 +14,15 @@ from launcher.keeper.hangs import Seen
 from launcher.keeper.meeting import Meeting
 
 _AGAIN_S = 2.0
-"""Until the second look: who is waited for has stood still since almost the same moment."""
+"""Before the second look: the rank that hangs may cross the limit just after those that wait for it."""
 _ANSWER_S = 10.0
 _POLL_S = 0.1
 _PAUSED_S = 15.0
-"""Who has not looked for so long was stopped itself (a suspended job), and the ranks with it."""
+"""If this supervisor has not run for so long, it was suspended with its ranks: start counting again."""
 
 
 class HangWatch:
-    """Of one attempt; to be asked every second or so."""
+    """Watches one attempt; call `look` about once a second."""
 
     def __init__(self, meeting: Meeting, attempt: int, beats: Path, limit_s: float):
         """`beats`: where the ranks of this node leave their signs of life."""
@@ -32,7 +32,7 @@ class HangWatch:
         self._answered: dict[int, int] = {}
 
     def look(self) -> list[Seen]:
-        """Those that hang. Takes some seconds where it seems so, to be sure."""
+        """The ranks that hang. If some seem to, it takes some seconds more to be sure."""
         now = time.monotonic()
         if now - self._looked_at > _PAUSED_S:
             self._since = now
@@ -62,7 +62,7 @@ class HangWatch:
             time.sleep(_POLL_S)
 
     def _answer(self) -> None:
-        """Where another node has asked."""
+        """Tell the others what the ranks here do, if another node has asked since the last time."""
         if self._meeting.num_nodes == 1:
             return
         asked = {node: told["asked"] for node, told in self._told().items() if told["asked"]}
@@ -75,5 +75,5 @@ class HangWatch:
         self._meeting.tell("seen", self._attempt, {"asked": self._asked, "answered": self._answered, "ranks": ranks})
 
     def _told(self) -> dict[int, Any]:
-        """By the other nodes."""
+        """The latest message of each other node, by node."""
         return {n: told for n, told in self._meeting.told("seen", self._attempt).items() if n != self._meeting.node}

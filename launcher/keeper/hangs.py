@@ -15,7 +15,7 @@ from llmtrain.heartbeat import PHASES, STACKS_SIGNAL, Beat
 
 _STACKS_S = 5.0
 _QUIET_S = 0.5
-"""After that they are whole: on a busy machine it takes a while to write them."""
+"""Stack files that have not grown for so long are complete."""
 _SILENT_S = 60.0
 _POLL_S = 0.05
 _WORDS = {
@@ -38,9 +38,9 @@ class Seen:
     phase: str
     step: int
     seconds: float
-    """Since it began with that, or got ahead in it; of one that is frozen: since its last sign of life."""
+    """Since that phase began, or last made progress; of a frozen rank: since its last sign of life."""
     stands: bool
-    """For longer than it may."""
+    """It has made no progress for longer than it may."""
     frozen: bool
     """The process does not run at all: stopped, or stuck in foreign code that holds Python's lock."""
 
@@ -57,9 +57,9 @@ def look(folder: Path, limit_s: float) -> list[Seen]:
 
 
 def culprits(ranks: Sequence[Seen]) -> list[Seen]:
-    """Those that the others wait for: who does not run; else who is furthest behind.
+    """Those that the others wait for: the ranks that do not run; else those that are furthest behind.
 
-    Nobody where one of the latter still gets ahead, or may take its time (a save): then the others only wait.
+    Nobody if one of the latter still makes progress, or may take its time (a save): then the others only wait.
     """
     frozen = [each for each in ranks if each.frozen]
     if frozen:
@@ -72,7 +72,7 @@ def culprits(ranks: Sequence[Seen]) -> list[Seen]:
 def write_stacks(folder: Path, to: Path) -> None:
     """Have every rank on this node write the Python stacks of its threads; gather them in `to`.
 
-    A process that was stopped (SIGSTOP) has to go on for that, so it is told to.
+    A process that was stopped (SIGSTOP) has to run for that, so it gets SIGCONT.
     """
     beats = [beat for beat, _ in _alive(folder)]
     for beat in beats:
@@ -110,7 +110,7 @@ def _seen(beat: Beat, process: psutil.Process, now: float, limit_s: float) -> Se
 
 
 def _progress(seen: Seen) -> tuple[int, int, int]:
-    """Before training, at a step and a phase of it, after training."""
+    """Sorts ranks by how far they are: before training, at a step and a phase of it, after training."""
     if seen.phase in PHASES:
         return 1, seen.step, PHASES.index(seen.phase)
     return (2, 0, 0) if seen.phase == "ending" else (0, 0, 0)

@@ -1,7 +1,7 @@
 """Where the nodes of a run agree: small files in a folder that all of them see.
 
 Each node tells how its ranks ended, the first one decides what comes next, the others wait for that. One node alone
-does the same in a folder of its own.
+needs no folder: it remembers its own words.
 """
 
 import contextlib
@@ -10,7 +10,7 @@ import math
 import os
 import socket
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +32,12 @@ class FirstNodeGone(Exception):
 class Meeting:
     """Of one start of a job; `attempt` counts how often its ranks were started."""
 
-    folder: Path
+    folder: Path | None
+    """None: for one node of which nobody else wants to hear."""
     node: int = 0
     num_nodes: int = 1
+    _own_words: dict[tuple[str, int], Any] = field(default_factory=dict[tuple[str, int], Any], compare=False)
+    """Said here: a full disk keeps a node neither from saying nor from knowing them."""
 
     def place(self, attempt: int) -> Place:
         """Where the ranks of this attempt meet: chosen by the first node, which is there itself."""
@@ -45,22 +48,28 @@ class Meeting:
         return Place(chosen["host"], chosen["port"], own)
 
     def tell(self, what: str, attempt: int, value: Any) -> None:
+        self._own_words[what, attempt] = value
+        if self.folder is None:
+            return
         for tries_left in reversed(range(_TRIES)):
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                files.write_atomic(self._file(what, attempt, self.node), json.dumps(value))
+                files.write_atomic(self._file(self.folder, what, attempt, self.node), json.dumps(value))
                 break
             except OSError:  # a file server that fails over says so for a moment; the other nodes wait for this word
-                if not tries_left:
+                if not tries_left and self.num_nodes > 1:
                     raise
                 time.sleep(_TRY_EVERY_S)
 
     def told(self, what: str, attempt: int) -> dict[int, Any]:
-        """By node; of those that have said it."""
+        """What the nodes have said, by node; those that have said nothing of that kind are left out."""
         found: dict[int, Any] = {}
         for node in range(self.num_nodes):
-            with contextlib.suppress(OSError):  # it is not there yet; over NFS also: it is being replaced
-                found[node] = json.loads(self._file(what, attempt, node).read_text())
+            if node == self.node and (what, attempt) in self._own_words:
+                found[node] = self._own_words[what, attempt]
+            elif self.folder is not None:
+                with contextlib.suppress(OSError):  # it is not there yet; over NFS also: it is being replaced
+                    found[node] = json.loads(self._file(self.folder, what, attempt, node).read_text())
         return found
 
     def wait_for_all(self, what: str, attempt: int, seconds: float) -> dict[int, Any]:
@@ -93,12 +102,13 @@ class Meeting:
         """The first node's last word."""
         self.tell("over", 0, True)
 
-    def _file(self, what: str, attempt: int, node: int) -> Path:
-        return self.folder / f"{what}-{attempt}-{node}.json"
+    @staticmethod
+    def _file(folder: Path, what: str, attempt: int, node: int) -> Path:
+        return folder / f"{what}-{attempt}-{node}.json"
 
 
 def own_name() -> str:
-    """A name of this machine under which it is known: SLURM's, or its own."""
+    """A name of this machine that resolves: SLURM's, else its own."""
     for name in (os.environ.get("SLURMD_NODENAME"), socket.gethostname()):
         if name is None:
             continue

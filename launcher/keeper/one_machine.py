@@ -1,6 +1,5 @@
 """`llmtrain run`: a run on this machine, kept going."""
 
-import tempfile
 from pathlib import Path
 from typing import IO
 
@@ -8,10 +7,11 @@ from launcher.jobs import JobDir
 from launcher.keeper.meeting import Meeting
 from launcher.keeper.supervisor import Rules, Supervisor
 from launcher.keeper.torchrun import Start
-from llmtrain.config import load_config
+from llmtrain import locks
+from llmtrain.config import load_to_start
 from llmtrain.config.load import split_settings
 from llmtrain.errors import RunFolderError, disk_errors
-from llmtrain.rundir import RunDir, hold
+from llmtrain.rundir import RunDir
 
 
 def train_here(start: Start, rules: Rules) -> int:
@@ -21,11 +21,11 @@ def train_here(start: Start, rules: Rules) -> int:
         ConfigError: found before anything is started.
         RunFolderError: another `llmtrain run` keeps this run going.
     """
-    config, _ = load_config(*split_settings(start.words))
+    config, _ = load_to_start(*split_settings(start.words))
     run = RunDir(Path(config.run.dir) / config.run.name)
     jobs = JobDir.of(run)
-    with _kept_going(run, jobs), tempfile.TemporaryDirectory(prefix="llmtrain-") as folder:
-        supervisor = Supervisor(start, run, rules, Meeting(Path(folder)), jobs.local / "ranks", jobs.stop)
+    with _kept_going(run, jobs):
+        supervisor = Supervisor(start, run, rules, Meeting(None), jobs.local / "ranks", jobs.stop)
         return supervisor.supervise()
 
 
@@ -37,7 +37,7 @@ def _kept_going(run: RunDir, jobs: JobDir) -> IO[str]:
         jobs.local.mkdir(parents=True, exist_ok=True)
         if not jobs.is_kept_going():  # else it is another one's
             jobs.stop.unlink(missing_ok=True)  # of an earlier job; from the lock on, a stop is meant for us
-        if (lock := hold(jobs.local_lock)) is not None:
+        if (lock := locks.hold(jobs.local_lock, "no other 'llmtrain run' keeps this run going")) is not None:
             return lock
     raise RunFolderError(
         f"{run.path}: {jobs.local_lock.read_text().strip() or 'another llmtrain run'} keeps this run going already; "

@@ -2,12 +2,17 @@
 
 import contextlib
 import signal
+import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 
-from llmtrain.errors import EXIT_REQUEUE, UserError
+from llmtrain.errors import EXIT_REQUEUE, disk_errors, is_for_a_person
+
+_ROOM = 1 << 16
+"""Bytes that have to be free: a rank leaves its exit code, a sign of life, and at a hang some pages of stacks."""
 
 
 def ranks_of(agent: int) -> list[psutil.Process]:
@@ -51,19 +56,49 @@ class Left:
         return self.code in (0, EXIT_REQUEUE)
 
 
-def runs(process: psutil.Process) -> bool:
+def is_alive(process: psutil.Process) -> bool:
     with contextlib.suppress(psutil.NoSuchProcess):
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     return False
+
+
+@contextlib.contextmanager
+def folders_of_ranks(beside: Path) -> Iterator[tuple[Path, Path]]:
+    """Where the ranks of this node leave their exit codes and their signs of life, until they have ended.
+
+    In the folder for temporary files; below `beside` where that one is full.
+    """
+    try:
+        scratch = _scratch(None)
+    except OSError:
+        with disk_errors("exit codes of ranks", beside):
+            beside.mkdir(parents=True, exist_ok=True)
+            scratch = _scratch(beside)
+    with scratch as folder:
+        yield Path(folder) / "codes", Path(folder) / "beats"
+
+
+def _scratch(where: Path | None) -> "tempfile.TemporaryDirectory[str]":
+    scratch = tempfile.TemporaryDirectory(prefix="llmtrain-", dir=where, ignore_cleanup_errors=True)
+    try:
+        for name in ("codes", "beats"):
+            (Path(scratch.name) / name).mkdir()
+        room = Path(scratch.name) / "room"
+        room.write_bytes(bytes(_ROOM))
+        room.unlink()
+    except OSError:
+        scratch.cleanup()
+        raise
+    return scratch
 
 
 def read_codes(folder: Path) -> dict[int, Left]:
     """What the ranks left, by process id; one that was killed left nothing."""
     left: dict[int, Left] = {}
     for file in folder.iterdir():
-        code, _, why = file.read_text().partition(" ")
-        if code:  # else it is being written
-            left[int(file.name)] = Left(int(code), why.strip().partition("\n")[0], file.stat().st_mtime)
+        number, _, code = file.name.partition(".")
+        why = file.read_text().strip().partition("\n")[0]
+        left[int(number)] = Left(int(code), why, file.stat().st_mtime)
     return left
 
 
@@ -78,11 +113,6 @@ def verdict(agents: list[int], codes: list[int], ranks: int) -> int:
     if len(codes) == ranks and all(code in (0, EXIT_REQUEUE) for code in codes):
         return max(codes)
     return failed
-
-
-def is_for_a_person(code: int) -> bool:
-    """Whether starting again would meet the same error."""
-    return code in {kind.exit_code for kind in UserError.__subclasses__()}
 
 
 def told(code: int) -> str:

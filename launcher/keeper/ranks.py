@@ -1,16 +1,19 @@
 """The ranks that torchrun has started on this node: which of them fell first, and what it said last."""
 
 import contextlib
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
 
-from launcher.keeper.processes import Left, is_for_a_person, ranks_of, read_codes, runs
+from launcher.keeper.processes import Left, is_alive, ranks_of, read_codes
+from llmtrain.errors import is_for_a_person
 
 _LAST_LINES = 15
 _FATAL = "Fatal Python error"
 """How faulthandler begins, before it shows the stacks at a segmentation fault."""
+_TELLS = re.compile(f"Error|^error: |{_FATAL}")
 
 
 @dataclass
@@ -30,13 +33,13 @@ class Ranks:
     _why: str = ""
     _processes: dict[int, psutil.Process] = field(default_factory=dict[int, psutil.Process])
     _sizes: dict[Path, int] = field(default_factory=dict[Path, int])
-    """Of the logs, before this attempt."""
+    """Of the logs before this attempt; what follows is this attempt's output."""
 
     def __post_init__(self) -> None:
         self._sizes = {log: log.stat().st_size for log in self._all_logs()}
 
     def meet(self) -> None:
-        """Learn which there are."""
+        """Note the ranks that torchrun has started since the last call."""
         known = {process.pid for process in self._processes.values()}
         for process in ranks_of(self.agent):
             with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied, KeyError):
@@ -45,7 +48,8 @@ class Ranks:
 
     def has_fallen(self) -> bool:
         """Whether one has ended, and not well: then the others cannot go on."""
-        if self.first is None and (gone := [rank for rank, process in self._processes.items() if not runs(process)]):
+        gone = [rank for rank, process in self._processes.items() if not is_alive(process)]
+        if self.first is None and gone:
             left = read_codes(self.codes)
             # One that was killed leaves no code; those that have lost their connection to it do.
             fallen = {rank: left.get(self._processes[rank].pid, Left(code=-1)) for rank in gone}
@@ -73,11 +77,16 @@ class Ranks:
             f"crashed: {words[0]}" if words and _FATAL in words[0] else "was killed, or crashed"
         )
 
+    @property
+    def is_unheard(self) -> bool:
+        """What a person has to mend stands in a rank's log alone: rank 0 would have said it on the terminal first."""
+        return self.may_linger and bool(self.first)
+
     def last_words(self) -> dict[Path, list[str]]:
         """By file: of the one that fell first, or of all where that is not known; where they end in an error."""
         logs = self._all_logs() if self.first is None else [self.logs / f"rank-{self.first}.log"]
         words = {log: self._last_words(log) for log in logs}
-        return {log: lines for log, lines in words.items() if any("Error" in line or _FATAL in line for line in lines)}
+        return {log: lines for log, lines in words.items() if any(_TELLS.search(line) for line in lines)}
 
     def _last_words(self, log: Path) -> list[str]:
         """In this attempt; where it crashed, the stack of the thread that did."""

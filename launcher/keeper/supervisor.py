@@ -1,9 +1,9 @@
-"""Keeps a run going on one node: starts its ranks, passes signals on, finds hangs, starts again after a crash.
+"""Keeps a run going on one node: starts its ranks, passes signals on, finds hangs, restarts after a crash.
 
 One supervisor a node. They agree through `Meeting`: when the ranks of one node have ended badly the others end theirs,
-the first node decides, and all start again together. A stop that was asked for ends with 75, an error that a person
-has to mend ends with its own code, and after a crash the run goes on from its newest whole checkpoint, unless it has
-come no further since the last time.
+the first node decides, and all restart together. A stop that was asked for ends with 75, an error that a person has to
+fix ends with its own code, and after a crash the run resumes from its newest intact checkpoint, unless too many crashes
+in a row have brought no new checkpoint.
 """
 
 import contextlib
@@ -11,7 +11,6 @@ import math
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,11 +22,20 @@ import psutil
 from launcher.keeper import hangs, torchrun
 from launcher.keeper.hang_watch import HangWatch
 from launcher.keeper.meeting import Meeting
-from launcher.keeper.processes import ignores, is_for_a_person, kill_tree, ranks_of, read_codes, told, verdict
+from launcher.keeper.processes import (
+    folders_of_ranks,
+    ignores,
+    kill_tree,
+    ranks_of,
+    read_codes,
+    told,
+    verdict,
+)
 from launcher.keeper.ranks import Ranks
+from launcher.keeper.reached import Reached, slowest_save
 from launcher.keeper.torchrun import Start
-from llmtrain import heartbeat, ledger, log, rundir
-from llmtrain.errors import EXIT_CODES, EXIT_REQUEUE
+from llmtrain import heartbeat, ledger, log
+from llmtrain.errors import EXIT_CODES, EXIT_REQUEUE, RunFolderError, is_for_a_person
 from llmtrain.rundir import RunDir
 
 RANK_LOGS = "LLMTRAIN_RANK_LOGS"
@@ -35,31 +43,31 @@ RANK_LOGS = "LLMTRAIN_RANK_LOGS"
 _POLL_S = 0.1
 _LOOK_S = 1.0
 _SAME_S = 0.3
-"""Wrappers such as `timeout` pass one Ctrl-C on twice."""
+"""Two SIGINTs within this time count as one: wrappers such as `timeout` pass it on twice."""
 _LINGER_S = 1.0
 """Where one rank has met an error that a person has to mend, the others say so too. After any other end of one rank
-they are ended at once: they can neither go on nor save, and torchrun would wait for them for 30 s.
+they are killed at once: they can neither continue nor save, and torchrun would wait for them for 30 s.
 """
 _OTHERS_S = 10.0
-"""The same for the ranks of other nodes."""
+"""When ranks of another node have failed, this node's are killed after half of this; the first node waits twice this
+for the other nodes' reports."""
 _SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
-_LAST_SAVES = 5
 _AROUND_SAVE_S = 30.0
-"""To agree on a step, and to leave."""
+"""Allowed on top of a save: to agree on a step before it, and to exit after it."""
 _WAY_BACK_S = 45.0
-"""Before the time limit: for the nodes to agree, and to queue the job again. Ranks that have not left are killed."""
+"""Reserved before the time limit, for the nodes to agree and to requeue the job: ranks that still run are killed."""
 _SLURM_IS_EARLY_S = 60.0
-"""With the signal that it sends before the time limit."""
+"""SLURM may send the signal that announces the time limit so much earlier than it was asked to."""
 
 
 @dataclass(frozen=True)
 class Rules:
-    """How long and how often."""
+    """Limits: how often to restart, and how long to wait for what."""
 
     max_restarts: int = 3
-    """In a row without a new checkpoint."""
+    """After failures in a row without a new checkpoint."""
     hang_s: float = 600.0
-    """A rank that does not get ahead for so long hangs; 0: nobody looks."""
+    """A rank that makes no progress for so long hangs; 0: nobody looks."""
     grace_s: float = 600.0
     """For ranks that were asked to stop, until they are killed: they save first. More where saves take longer, less
     before the time limit."""
@@ -88,11 +96,13 @@ class Supervisor:
         self._interrupts, self._interrupted_at = 0, 0.0
         self._asked_at: float | None = None
         self._told: set[int] = set()
-        """Process ids of ranks that know that they are to stop."""
+        """Process ids of ranks that have been sent the signal to stop."""
         self._failures = 0
-        self._began_at = self._ordered_at = time.time()
+        self._began_at = time.time()
+        self._ordered_at: float | None = None
+        self._reached = Reached(run)
         self._gave_up = False
-        """On ranks that were asked to stop."""
+        """Whether ranks that were asked to stop have been killed, because they took too long."""
         self.stopped_by: str | None = None
         """What asked the run to stop: a signal's name, "time limit" or "llmtrain stop"."""
         self.met_limit = False
@@ -104,8 +114,7 @@ class Supervisor:
             # Under nohup the end of the terminal is to end nothing; its ranks inherit that.
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
                 signal.signal(number, self._on_signal)
-        attempt, newest = 0, self._newest_step()
-        self._ordered_at = self._began_at if since is None else since
+        attempt, newest, self._ordered_at = 0, self._reached.look(), since
         while True:
             outcome = self._attempt(attempt, restarted=since is not None or attempt > 0)
             if self._interrupts > 1:
@@ -116,7 +125,7 @@ class Supervisor:
             decision = Decision(**self._meeting.wait_for_first("decision", attempt))
             if not decision.again:
                 return decision.code
-            newest = self._newest_step()
+            newest = self._reached.look()
             attempt += 1
 
     # What comes next
@@ -129,7 +138,10 @@ class Supervisor:
         if len(ended) < self._start.num_nodes:
             agents.append(1)
         code = verdict(agents, codes, self._start.ranks * self._start.num_nodes)
-        reached = self._newest_step()
+        reached = self._reached.look()
+        if code not in (0, EXIT_REQUEUE) and not is_for_a_person(code) and (gone := self._reached.what_is_gone()):
+            say(gone)
+            return Decision(again=False, code=RunFolderError.exit_code)
         if self.stopped_by is not None and code != 0 and not is_for_a_person(code):
             if code != EXIT_REQUEUE:  # before its ranks could listen, or one fell while they saved
                 say(f"ended without saving: the same command goes on from step {reached:,}")
@@ -139,15 +151,21 @@ class Supervisor:
         self._failures = 1 if reached > newest else self._failures + 1
         why = next((outcome["why"] for outcome in ended.values() if outcome["why"]), f"ended with {told(code)}")
         if self._failures > self._rules.max_restarts:
-            say(f"{why}, {self._failures} times in a row without a new checkpoint: not started again")
+            why = f"{why}, {self._failures} times in a row without a new checkpoint: not started again"
+            say(why)
+            self._note("failed", f"exit code {code if code > 0 else 1}: {why}", reached)
             return Decision(again=False, code=code if code > 0 else 1)
         say(f"{why}; starting again from step {reached:,}")
-        with contextlib.suppress(OSError):  # a line for reports: the other nodes wait for the decision
-            if self._run.config.exists():
-                ledger.append(self._run.events, ledger.Event(kind="restarted", message=why, step=reached))
+        self._note("restarted", why, reached)
         self._rest(min(30.0, 2.0 ** (self._failures - 1)) if self._failures > 1 else 0.0)
         stopped = self.stopped_by is not None
         return Decision(again=not stopped, code=EXIT_REQUEUE if stopped else code)
+
+    def _note(self, kind: ledger.EventKind, message: str, step: int) -> None:
+        """A line for reports; whatever becomes of it, the other nodes wait for the decision."""
+        with contextlib.suppress(OSError):
+            if self._run.config.exists():
+                ledger.append(self._run.events, ledger.Event(kind=kind, message=message, step=step))
 
     def _rest(self, seconds: float) -> None:
         deadline = time.monotonic() + seconds
@@ -155,21 +173,15 @@ class Supervisor:
             self._look_for_reasons_to_stop()
             time.sleep(_POLL_S)
 
-    def _newest_step(self) -> int:
-        return max(self._run.checkpoint_steps(), default=0)
-
     # One attempt
 
     def _attempt(self, attempt: int, restarted: bool) -> dict[str, Any]:
         """Start this node's ranks and stay with them; returns how they ended."""
-        again = restarted and has_begun(self._run, self._ordered_at)
+        again = restarted and self._reached.has_begun(self._ordered_at)
         place = self._meeting.place(attempt) if self._start.num_nodes > 1 else None
         if not self._is_alone:
             self._logs.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix="llmtrain-") as scratch:
-            codes, beats = Path(scratch) / "codes", Path(scratch) / "beats"
-            codes.mkdir()
-            beats.mkdir()
+        with folders_of_ranks(self._logs.parent) as (codes, beats):
             told_to_ranks = {EXIT_CODES: str(codes), heartbeat.FOLDER: str(beats), RANK_LOGS: str(self._logs)}
             # A session of its own: Ctrl-C comes here alone, and is passed on once.
             process = self._process = subprocess.Popen(
@@ -187,7 +199,12 @@ class Supervisor:
             left = [each.code for each in read_codes(codes).values()]
         if self._is_alone:
             left = [process.returncode] if process.returncode >= 0 else []
-        elif process.returncode and not any(map(is_for_a_person, left)) and self.stopped_by is None and hang is None:
+        elif (
+            process.returncode
+            and (ranks.is_unheard or not any(map(is_for_a_person, left)))
+            and self.stopped_by is None
+            and hang is None
+        ):
             for file, lines in ranks.last_words().items():
                 with log.terminal_may_go():
                     print(f"\nthe last lines of {file}:", *lines, sep="\n  ", file=sys.stderr, flush=True)
@@ -208,6 +225,8 @@ class Supervisor:
             if now >= next_look:
                 next_look = now + _LOOK_S
                 ranks.meet()
+                if self._start.node == 0:
+                    self._reached.look()
                 self._look_for_reasons_to_stop()
                 if self._asked_at is not None:
                     self._ask_to_stop(signal.SIGTERM)  # ranks that were not there yet
@@ -314,7 +333,7 @@ class Supervisor:
         process = self._process
         if process is None:
             return
-        asked = signal.SIGTERM if number == signal.SIGHUP else number  # ranks do not know SIGHUP
+        asked = signal.SIGTERM if number == signal.SIGHUP else number  # which would kill ranks that do not listen yet
         for rank in [process] if self._is_alone else ranks_of(process.pid):
             if rank.pid in self._told or ignores(rank.pid, asked):  # those that do not listen yet are asked later
                 continue
@@ -323,25 +342,7 @@ class Supervisor:
                 rank.send_signal(asked)
 
 
-def has_begun(run: RunDir, since: float) -> bool:
-    """Whether training has begun since then. Until it has, run.resume=never has left the old run where it was, and
-    going on from what is there would go on with that one.
-    """
-    try:
-        events = rundir.read_jsonl(run.events)
-    except (OSError, ValueError):  # not readable now; there is one, and what it was begun with is not to be moved aside
-        return True
-    return any(event["kind"] in ("started", "resumed") and event["time"] >= since for event in events)
-
-
-def slowest_save(run: RunDir) -> float:
-    """Seconds that the slowest of the last saves took; 0 before the first."""
-    from launcher.watching.status import last_records
-
-    return max((float(record["wrote_s"]) for record in last_records(run.saves, _LAST_SAVES)), default=0.0)
-
-
 def say(line: str) -> None:
-    # RuntimeError: a signal that broke in on another line wants to say something too.
+    # RuntimeError: a signal handler that prints while a print was interrupted.
     with log.terminal_may_go(), contextlib.suppress(RuntimeError):
         print(f"{time.strftime('%H:%M:%S')} llmtrain: {line}", file=sys.stderr, flush=True)

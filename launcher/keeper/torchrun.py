@@ -11,6 +11,7 @@ import signal
 import sys
 from dataclasses import dataclass
 
+from llmtrain import cpu
 from llmtrain.errors import ConfigError
 from llmtrain.gpus import driver_problem, num_gpus
 from llmtrain.rundir import RESTARTED
@@ -75,11 +76,14 @@ def command(start: Start, place: Place | None = None, again: bool = False) -> li
 
 def environment(start: Start, restarted: bool, further: dict[str, str]) -> dict[str, str]:
     """For that process. A rank alone has no place among others, whatever a container or Kubernetes says: torchrun
-    would write its own over that.
+    would write its own over that. Several share the cores evenly, unless OMP_NUM_THREADS says otherwise.
     """
     kept = {name: value for name, value in os.environ.items() if name != RESTARTED}
     if start.ranks * start.num_nodes == 1:
         kept = {name: value for name, value in kept.items() if name not in _PLACE and not name.startswith(_PLACES)}
+    if start.ranks > 1:
+        # torchrun would say 1, and AdamW on offloaded state, say, would use one core of many.
+        kept.setdefault("OMP_NUM_THREADS", str(max(1, cpu.usable_cores() // start.ranks)))
     return {**kept, **ENVIRONMENT, **({RESTARTED: "1"} if restarted else {}), **further}
 
 

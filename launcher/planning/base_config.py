@@ -68,6 +68,7 @@ def _is_usual(values: dict[str, Any]) -> bool:
         and isinstance(values.get("tie_word_embeddings"), bool)
         and (values["model_type"] != "qwen3" or "head_dim" in values)  # its default is a number of its own
         and not any(values.get(name) for name in _UNUSUAL)
+        and "longrope" not in str([values.get(name) for name in ("rope_parameters", "rope_scaling")])
     )
 
 

@@ -4,8 +4,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from launcher.watching.status import last_record
-from llmtrain import ledger
+from llmtrain import jsonl, ledger
 from llmtrain.batches import BatchPlan
 from llmtrain.config.schema import RunConfig
 from llmtrain.memory import Sizes
@@ -73,7 +72,7 @@ def find_pace(config: RunConfig, plan: BatchPlan, told: float | None) -> Pace | 
     if told is not None:
         return Pace(told, "as you say")
     run = RunDir(Path(config.run.dir) / config.run.name)
-    last = last_record(run.metrics)
+    last = jsonl.last_record(run.metrics)
     starts = [event for event in ledger.events(run) if event.kind in ("started", "resumed") and event.step is not None]
     if last is None or not starts:
         return None

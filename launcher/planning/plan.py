@@ -20,10 +20,9 @@ from llmtrain.errors import ConfigError
 from llmtrain.memory import Device, Part, Sizes
 from llmtrain.shards import ShardManifest
 
-KINDS = {"ddp": "DDP", "zero2": "ZeRO-2"}
 GB = 1e9
 _SPARE = 0.95
-"""Of a GPU's memory; allocators lose some of the rest to fragmentation."""
+"""Share of a GPU's memory that a run may take; allocators lose some of the rest to fragmentation."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +99,7 @@ def remedies(
     """The smallest changes with which the run would fit, as settings for the command line."""
     micros = [m for m in range(plan.micro_batch_size, 0, -1) if plan.global_batch_size // machine.ranks % m == 0]
     found: dict[tuple[str, str, bool], str] = {}  # the largest micro-batch of each kind of change
-    choices = itertools.product(("none", "cpu"), micros, (False, True), KINDS)
+    choices = itertools.product(("none", "cpu"), micros, (False, True), display.STRATEGIES)
     for offload, micro, recompute, kind in sorted(choices, key=lambda c: (c[0] == "cpu", c[2], -c[1])):
         if config.optim.kind != "adamw" and kind == "zero2":
             continue
@@ -192,7 +191,7 @@ def show(config: RunConfig, origins: Origins, machine: Machine, told: Told, cons
         epochs = "" if rows is None else f", {plan.total_steps * plan.global_batch_size / rows:.2f} epochs"
         say("steps", f"{plan.total_steps:,}, {tokens:,} tokens{epochs}")
     _say_course(config, plan, sizes, told, rows, say)
-    outlooks = [outlook(config, sizes, plan, machine, kind) for kind in KINDS]
+    outlooks = [outlook(config, sizes, plan, machine, kind) for kind in display.STRATEGIES]
     console.print(_table(outlooks, machine))
     chosen = next(o for o in outlooks if o.kind == config.strategy.kind)
     if machine.memory_bytes is None:
@@ -200,9 +199,9 @@ def show(config: RunConfig, origins: Origins, machine: Machine, told: Told, cons
         return True
     taken = f"takes {chosen.total / GB:.2f} of {machine.memory_bytes / GB:.1f} GB"
     if fits(chosen, machine):
-        say("fits", f"{KINDS[chosen.kind]} {taken}")
+        say("fits", f"{display.STRATEGIES[chosen.kind]} {taken}")
         return True
-    say("too large", f"{KINDS[chosen.kind]} {taken}")
+    say("too large", f"{display.STRATEGIES[chosen.kind]} {taken}")
     ways = remedies(config, origins, sizes, plan, machine, rows if rows is not None else 2**62)
     for way in ways:
         say("  it fits with", way)
@@ -252,7 +251,7 @@ def _table(outlooks: list[Outlook], machine: Machine) -> Table:
     for o in outlooks:
         good = fits(o, machine)
         footer = f"[green]{o.total / GB:.2f}[/green]" if good else f"[red]{o.total / GB:.2f}, too large[/red]"
-        table.add_column(KINDS[o.kind], footer=footer, justify="right")
+        table.add_column(display.STRATEGIES[o.kind], footer=footer, justify="right")
     table.add_column("", style="dim", overflow="fold")
     for name in names:
         parts = [next((p for p in o.parts if p.name == name), Part(name, 0)) for o in outlooks]

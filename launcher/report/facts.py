@@ -10,7 +10,7 @@ from launcher.choosing import listing
 from launcher.choosing.listing import Listing
 from launcher.report.speed import Speed, read_speed
 from launcher.watching.status import RunStatus, read_status
-from llmtrain import ledger, rundir
+from llmtrain import jsonl, ledger
 from llmtrain.choose import Entry, Ranking
 from llmtrain.config.load import load_config
 from llmtrain.config.schema import RunConfig
@@ -107,7 +107,7 @@ def read_facts(run: RunDir) -> Facts:
         RunFolderError: there is no run in that folder.
     """
     listing.open_run(run.path)
-    records = {int(r["step"]): r for r in rundir.read_jsonl(run.metrics)}
+    records = {int(r["step"]): r for r in jsonl.read(run.metrics)}
     evaluations = ledger.heldout_at_saves(run)
     listed = listing.gather(run)
     return Facts(
@@ -125,7 +125,7 @@ def read_facts(run: RunDir) -> Facts:
         test_scores=ledger.scores(run, "test"),
         uploads=ledger.uploads(run),
         events=ledger.events(run),
-        samples=rundir.read_jsonl(run.samples),
+        samples=jsonl.read(run.samples),
         speed=read_speed(run),
     )
 

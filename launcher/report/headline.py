@@ -38,7 +38,7 @@ def describe_model(config: RunConfig) -> str:
     else:
         plain = "" if model.quantisation == "none" else f" in {model.quantisation}"
         what = f"LoRA, r {model.lora.r}, on {model.base}{plain}"
-    strategy = {"ddp": "DDP", "zero2": "ZeRO-2"}[config.strategy.kind]
+    strategy = display.STRATEGIES[config.strategy.kind]
     batch = words.count(config.train.global_batch_size, "row")
     return f"{what}, context {model.context:,} \u00b7 {batch} a step \u00b7 {strategy}, {config.train.precision}"
 

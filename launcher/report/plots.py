@@ -118,7 +118,7 @@ def label_axis(axes: Axes, axis: Axis, narrow: bool, label: bool = True) -> None
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
 
 
-def legend_above(figure: Figure, narrow: bool, columns: int = 5, reverse: bool = False) -> None:
+def legend_above(figure: Figure, narrow: bool, reverse: bool = False) -> None:
     """Names over all axes, two beside each other on a phone, in the order in which things were drawn (or reversed)."""
     pairs: dict[str, Any] = {}
     for axes in figure.axes:
@@ -131,7 +131,7 @@ def legend_above(figure: Figure, narrow: bool, columns: int = 5, reverse: bool =
             list(pairs.values()),
             list(pairs),
             loc="outside upper left",
-            ncols=2 if narrow else columns,
+            ncols=2 if narrow else 5,
             handlelength=1.4,
             columnspacing=1.4,
             borderaxespad=0.1,
@@ -151,12 +151,12 @@ class Thinned:
     """Nothing had to be drawn together."""
 
 
-def thin(series: Series, most: int = MOST_POINTS) -> Thinned:
+def thin(series: Series) -> Thinned:
     """Neighbours drawn together until a picture can hold them."""
     steps, values = series.steps, series.values
-    if len(values) <= 2 * most:
+    if len(values) <= 2 * MOST_POINTS:
         return Thinned(steps, values, values, values, is_whole=True)
-    starts = np.linspace(0, len(values), most, endpoint=False).astype(np.int64)
+    starts = np.linspace(0, len(values), MOST_POINTS, endpoint=False).astype(np.int64)
     counts = np.diff([*starts, len(values)])
     return Thinned(
         np.add.reduceat(steps, starts) / counts,

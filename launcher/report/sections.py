@@ -24,6 +24,7 @@ _KINDS = {  # what an event is called, and its tone
     "started": ("Started", ""),
     "resumed": ("Resumed", ""),
     "restarted": ("Started again", "warn"),
+    "failed": ("Training failed", "bad"),
     "rejected": ("Checkpoint rejected", "bad"),
     "quarantined": ("Quarantined", "bad"),
     "unreadable": ("Checkpoint not readable", "warn"),
@@ -34,7 +35,6 @@ _KINDS = {  # what an event is called, and its tone
     "stalled": ("Upload stalled", "warn"),
     "early-stop": ("Early stop", ""),
     "service-started": ("Service started", ""),
-    "service-ended": ("Service ended", ""),
 }
 
 

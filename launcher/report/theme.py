@@ -53,7 +53,7 @@ bdi{unicode-bidi:isolate}
 .bar nav{display:flex;gap:18px;overflow-x:auto;flex:1;white-space:nowrap;scrollbar-width:none}
 .bar nav a{color:var(--muted);text-decoration:none;font-size:14px}.bar nav a:hover{color:var(--ink)}
 .switch{display:flex;border:0;margin:0;padding:3px;background:var(--soft);border-radius:9px;flex:none}
-.switch legend,.hidden{position:absolute;width:1px;height:1px;overflow:hidden;clip-path:inset(50%)}
+.switch legend{position:absolute;width:1px;height:1px;overflow:hidden;clip-path:inset(50%)}
 .switch input{position:absolute;opacity:0;width:1px;height:1px;margin:0}
 .switch label{padding:3px 12px;border-radius:7px;font-size:13px;color:var(--muted);cursor:pointer}
 .switch input:checked+label{background:var(--card);color:var(--ink);box-shadow:0 1px 2px rgb(0 0 0/.14)}
@@ -90,7 +90,7 @@ section>.notice.warn{background:var(--warn-pale);color:var(--warn)}
 .narrow,.by-epochs,.by-tokens{display:none}
 .how{display:grid;gap:10px;margin-top:16px}
 .how div{display:grid;grid-template-columns:150px 1fr;gap:4px 16px;align-items:baseline}
-.how dt,.how span{color:var(--muted);font-size:14px}
+.how span{color:var(--muted);font-size:14px}
 .how pre{background:var(--soft);border-radius:8px;padding:8px 12px}
 .scroll{overflow-x:auto;margin-top:16px}
 table{border-collapse:collapse;width:100%;font-size:14px}
@@ -98,7 +98,6 @@ th{color:var(--muted);font-weight:500;font-size:12.5px;text-align:left;vertical-
 th,td{padding:7px 12px 7px 0;border-bottom:1px solid var(--line);white-space:nowrap}
 td.n,th.n{text-align:right}tr.best td{background:var(--best-pale)}
 tr:last-child td{border-bottom:0}td:first-child,th:first-child{padding-left:10px}
-td.wrap{white-space:normal}
 details{margin-top:14px}summary{cursor:pointer;color:var(--train);font-size:14px}
 details>pre{margin-top:12px}
 .texts{display:grid;gap:14px;margin-top:16px}

@@ -1,19 +1,20 @@
 """Build a shard folder: list, measure, train a tokenizer, tokenise, pack, publish; in one job or in several.
 
 Work in progress lies in FOLDER/.work, one file per finished task, under a key made of the recipe and
-of every source file's size and time: a killed build goes on, a changed source starts anew. The same
+of every source file's size and time: a killed build resumes, a changed source starts over. The same
 input gives the same bytes, for any number of processes, and of jobs: `prepare_build`, then any number
 of `build_part` on several machines at once, then `build`, which does what is missing.
 """
 
 import contextlib
+import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launcher.sharding import tasks
+from launcher.sharding import reasons, tasks
 from launcher.sharding.finish import publish, write_shards
 from launcher.sharding.parts import Part, choose_tasks
 from launcher.sharding.prepare import Prepared, prepare, read_prepared
@@ -32,7 +33,7 @@ from launcher.sharding.work import (
 )
 from llmtrain import recipe, shards
 from llmtrain.config.schema import RunConfig
-from llmtrain.errors import EncodingError, SourceError, disk_errors
+from llmtrain.errors import EncodingError, SourceError, TooLittleData, disk_errors
 from llmtrain.shards import ShardFolder
 
 
@@ -49,6 +50,8 @@ class Built:
     was_there: bool
     newer_source: Path | None = None
     """Of shards that were there: a file of the sources that was written after them."""
+    told: tuple[str, ...] = ()
+    """Of shards that were built now, about the input."""
 
 
 @dataclass(frozen=True)
@@ -84,21 +87,29 @@ def build(config: RunConfig, workers: int | None = None, force: bool = False) ->
         DiskFull: no room; what was finished is kept for the next try.
     """
     folder = recipe.shard_folder(config)
+    with disk_errors("sharding", folder):
+        early = _plan_early(config)
     with disk_errors("sharding", folder), locked(folder):
         if not force and (found := _find_finished(config)):
             remove_work(folder)  # of a build killed just after its manifest
             return found
         check_folder(config)
         started = time.perf_counter()
-        plan = make_plan(config)
+        plan = early or make_plan(config)
         open_work(plan, anew=force)
         with ShardProgress() as progress, processes(workers or default_workers()) as run_all, _unchanged(plan):
             prepared = prepare(plan, run_all, progress)
             size_bytes = _tokenise(plan, prepared, list(range(len(plan.tasks))), "tokenise", run_all, progress)
-            manifest = write_shards(plan, run_all, progress)
+            read = reasons.read_input(plan.work, len(plan.tasks))
+            try:
+                manifest = write_shards(plan, read, run_all, progress)
+            except TooLittleData:
+                _forget(plan)
+                raise
         publish(plan, manifest)
         opened = shards.open_folder(folder, "size")
-        return Built(opened, time.perf_counter() - started, size_bytes, prepared.fast, was_there=False)
+        told = tuple(reasons.told_found(config.data, read.found))
+        return Built(opened, time.perf_counter() - started, size_bytes, prepared.fast, was_there=False, told=told)
 
 
 def prepare_build(config: RunConfig, workers: int | None = None, force: bool = False) -> PreparedBuild | Built:
@@ -108,11 +119,13 @@ def prepare_build(config: RunConfig, workers: int | None = None, force: bool = F
         What `build` raises.
     """
     folder = recipe.shard_folder(config)
+    with disk_errors("sharding", folder):
+        early = _plan_early(config)
     with disk_errors("sharding", folder), locked(folder):
         if not force and (found := _find_finished(config)):
             return found
         check_folder(config)
-        plan = make_plan(config)
+        plan = early or make_plan(config)
         open_work(plan, anew=force)
         with ShardProgress() as progress, processes(workers or default_workers()) as run_all:
             prepare(plan, run_all, progress)
@@ -131,15 +144,29 @@ def build_part(config: RunConfig, part: Part, workers: int | None = None) -> Bui
         SourceError, EncodingError, DiskFull: as `build`.
     """
     folder = recipe.shard_folder(config)
+    with disk_errors("sharding", folder):
+        early = _plan_early(config)
     with disk_errors("sharding", folder), locked(folder, shared=True):
         if found := _find_finished(config):
             return found
         started = time.perf_counter()
-        plan = make_plan(config)
+        plan = early or make_plan(config)
         prepared, chosen = read_prepared(plan), choose_tasks(plan.sizes, part)
         with ShardProgress() as progress, processes(workers or default_workers()) as run_all:
             size_bytes = _tokenise(plan, prepared, chosen, f"tokenise part {part}", run_all, progress)
         return BuiltPart(plan, part, chosen, time.perf_counter() - started, size_bytes)
+
+
+def _plan_early(config: RunConfig) -> Plan | None:
+    """The plan where no folder is yet: sources that cannot be read leave none behind."""
+    return None if recipe.shard_folder(config).exists() else make_plan(config)
+
+
+def _forget(plan: Plan) -> None:
+    """Remove what is of no use to the corrected configuration, which is another recipe."""
+    shutil.rmtree(plan.work, ignore_errors=True)
+    with contextlib.suppress(OSError):  # something else may be there: data.dir is anybody's folder
+        plan.folder.rmdir()
 
 
 @contextlib.contextmanager

@@ -5,7 +5,6 @@ The manifest appears last, so a folder with one is whole.
 
 import itertools
 import shutil
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from launcher.sharding import pack, tasks, tokenize
+from launcher.sharding import pack, reasons, tasks, tokenize
 from launcher.sharding.processes import RunAll
 from launcher.sharding.progress import ShardProgress
 from launcher.sharding.work import Plan, remove_work, take_manifest
@@ -25,21 +24,18 @@ from llmtrain.shards import ShardManifest, SplitInfo, SplitName, TokenizerInfo
 _SHARD_BYTES = 64_000_000
 
 
-def write_shards(plan: Plan, run_all: RunAll[Any], progress: ShardProgress) -> ShardManifest:
-    """Write all shards into WORK/out; returns the manifest that describes them."""
+def write_shards(plan: Plan, read: reasons.Input, run_all: RunAll[Any], progress: ShardProgress) -> ShardManifest:
+    """Write all shards into WORK/out; returns the manifest that describes them.
+
+    Raises:
+        TooLittleData: a split would have no row.
+    """
     config, work, num_tasks = plan.config, plan.work, len(plan.tasks)
     encoder = tokenize.Encoder(plan.tokenizer, fast=False)
     out = work / "out"
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir()
     streams = {name: _Stream.read(work, name, num_tasks) for name in tasks.SPLITS}
-    skipped: Counter[str] = Counter()
-    cut = 0
-    for number in range(num_tasks):
-        with np.load(tasks.task_file(work, number)) as arrays:
-            cut += int(arrays["cut"][0])
-            names = arrays["skipped_names"].tolist()
-            skipped.update(dict(zip(names, arrays["skipped_counts"].tolist(), strict=True)))
     progress.stage("pack", sum(stream.text_bytes for stream in streams.values()))
     splits: dict[SplitName, SplitInfo] = {}
     for name in tasks.SPLITS:
@@ -48,7 +44,10 @@ def write_shards(plan: Plan, run_all: RunAll[Any], progress: ShardProgress) -> S
         jobs, dropped = _pack_jobs(config, name, streams[name], work, encoder)
         packed = list(run_all(tasks.write_packed, jobs))
         progress.advance(streams[name].text_bytes)
-        splits[name] = _describe(name, config, streams[name], packed, dropped)
+        if not any(each.info.rows for each in packed):
+            stream = streams[name]
+            raise TooLittleData(reasons.too_little(config, name, stream.tokens, len(stream.doc_lens), read))
+        splits[name] = _describe(streams[name], packed, dropped)
     return ShardManifest(
         recipe=recipe.recipe_of(config),
         tokenizer=TokenizerInfo(
@@ -57,8 +56,8 @@ def write_shards(plan: Plan, run_all: RunAll[Any], progress: ShardProgress) -> S
         context=config.model.context,
         packing=config.data.packing,
         splits=splits,
-        skipped=dict(sorted(skipped.items())),
-        cut=cut,
+        skipped=dict(sorted(read.skipped.items())),
+        cut=read.cut,
     )
 
 
@@ -126,23 +125,10 @@ def _pack_jobs(
     return jobs, 0
 
 
-def _describe(
-    name: SplitName, config: RunConfig, stream: _Stream, packed: list[tasks.Packed], dropped: int
-) -> SplitInfo:
+def _describe(stream: _Stream, packed: list[tasks.Packed], dropped: int) -> SplitInfo:
     packed = sorted(packed, key=lambda p: p.info.file)
-    rows = sum(p.info.rows for p in packed)
-    if rows == 0:
-        raise TooLittleData(
-            f"the {name} split has {stream.tokens} tokens of {len(stream.doc_lens)} documents: not one row of "
-            f"{config.model.context} tokens. Use more text, a shorter model.context, or "
-            + (
-                "data.split.by=tail (few documents cannot be split by their hash)"
-                if config.data.split.by == "hash"
-                else f"a larger data.split.{name if name != 'train' else 'heldout'}"
-            )
-        )
     return SplitInfo(
-        rows=rows,
+        rows=sum(p.info.rows for p in packed),
         tokens=sum(p.info.tokens for p in packed),
         targets=sum(p.targets for p in packed),
         documents=len(stream.doc_lens),

@@ -24,7 +24,7 @@ from llmtrain import files
 from llmtrain.config.data_sections import DataSection
 
 _SLICE = 16_384
-"""Characters; what is taken into the sample that a tokenizer is trained on, or left out of it, as one."""
+"""Characters per slice (at most); a slice goes into the tokenizer's sample whole or not at all."""
 _PROOF_TASKS, _PROOF_TEXTS, _PROOF_CHARACTERS = 8, 8, 8192
 
 

@@ -1,5 +1,7 @@
 """Reads the documents of a unit: raw text, or records whose fields a format turns into samples (samples.py)."""
 
+import codecs
+import dataclasses
 import functools
 import importlib.util
 import json
@@ -11,6 +13,13 @@ from typing import Any
 
 from llmtrain.config import data_sections as schema
 from llmtrain.errors import EncodingError, SourceError
+
+_MARK = "\ufeff"
+"""Some programs begin a file of UTF-8 with it; it is no part of the text."""
+_MARKS = {
+    "utf-32": (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE),  # first, because one of them begins like one of the next
+    "utf-16": (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE),
+}
 
 Where = Callable[[], str]
 """Says where a record stands, for error messages; a function, because counting lines takes time."""
@@ -39,6 +48,17 @@ class Document:
     where: Where
 
 
+@dataclass
+class Found:
+    """How often there was what may be absent: where it never was, its name may be misspelt."""
+
+    records: int = 0
+    fields: Counter[str] = dataclasses.field(default_factory=Counter[str])
+    """Records with something in an optional field, by the field's name."""
+    separators: Counter[int] = dataclasses.field(default_factory=Counter[int])
+    """By the number of the source."""
+
+
 def wanted_fields(source: schema.Source, format: schema.Format) -> tuple[list[str], list[str]]:
     """(required, optional) fields of a record."""
     match format:
@@ -55,7 +75,7 @@ def wanted_fields(source: schema.Source, format: schema.Format) -> tuple[list[st
 
 
 def read_documents(
-    source: schema.Source, unit: Unit, format: schema.Format, skipped: Counter[str]
+    source: schema.Source, unit: Unit, format: schema.Format, skipped: Counter[str], found: Found | None = None
 ) -> Iterator[Document]:
     """The documents of a unit, in order. What is left out is counted in `skipped`, by reason.
 
@@ -63,21 +83,27 @@ def read_documents(
         SourceError: a record is broken or lacks a field; names file and line.
         EncodingError: names file and byte.
     """
-    for document in _read(source, unit, format, skipped):
+    for document in _read(source, unit, format, skipped, Found() if found is None else found):
         if document.text:
             yield document
         else:
             skipped["empty document"] += 1
 
 
-def _read(source: schema.Source, unit: Unit, format: schema.Format, skipped: Counter[str]) -> Iterator[Document]:
+def _read(
+    source: schema.Source, unit: Unit, format: schema.Format, skipped: Counter[str], found: Found
+) -> Iterator[Document]:
     required, optional = wanted_fields(source, format)
     match source:
         case schema.StdlibSource():
-            yield from _read_text(unit.path, "skip", None, skipped)
+            if (text := _read_text(unit.path, "skip", skipped)) is not None:
+                yield Document(text, None, lambda: unit.path)
             return
         case schema.TextSource():
-            yield from _read_text(unit.path, source.invalid_utf8, source.separator, skipped)
+            if (text := _read_text(unit.path, source.invalid_utf8, skipped)) is not None:
+                texts = [text] if source.separator is None else text.split(source.separator)
+                found.separators[unit.source] += len(texts) - 1
+                yield from (Document(text, None, lambda: unit.path) for text in texts)
             return
         case schema.JsonlSource():
             records = _read_jsonl(unit)
@@ -91,6 +117,8 @@ def _read(source: schema.Source, unit: Unit, format: schema.Format, skipped: Cou
             records = _read_dataset(unit, source, [*required, *optional])
     for record, where in records:
         check_fields(required, list(record), where)
+        found.records += 1
+        found.fields.update(name for name in optional if record.get(name))
         if isinstance(format, schema.TextFormat):
             yield Document(text_of(record[required[0]], required[0], where), None, where)
         else:
@@ -128,24 +156,31 @@ def check_fields(fields: list[str], there: list[str], where: Where) -> None:
             )
 
 
-def _read_text(path: str, invalid_utf8: str, separator: str | None, skipped: Counter[str]) -> Iterator[Document]:
+def _read_text(path: str, invalid_utf8: str, skipped: Counter[str]) -> str | None:
     content = Path(path).read_bytes()
     try:
         text = content.decode("utf-8", "replace" if invalid_utf8 == "replace" else "strict")
     except UnicodeDecodeError as error:
         if invalid_utf8 == "skip":
             skipped["invalid UTF-8"] += 1
-            return
-        raise _not_utf8(path, error.start) from None
-    text = text.removeprefix("\ufeff").replace("\r\n", "\n")
-    for document in [text] if separator is None else text.split(separator):
-        yield Document(document, None, lambda: path)
+            return None
+        raise _not_utf8(path, error.start, "set invalid_utf8: replace (or skip) on this text source") from None
+    return text.removeprefix(_MARK).replace("\r\n", "\n")
 
 
-def _not_utf8(path: str, offset: int) -> EncodingError:
+def _not_utf8(path: str, offset: int, instead: str = "") -> EncodingError:
+    with Path(path).open("rb") as file:
+        before = file.read(max(offset, 4))
+    where = f"{path}: not valid UTF-8 at byte {offset}"
+    for encoding, marks in _MARKS.items():
+        if before.startswith(marks):
+            return EncodingError(
+                f"{where}: it is {encoding.upper()}; convert the file (iconv -f {encoding} -t utf-8 OLD > NEW)"
+            )
+    instead = instead or "where it is UTF-8 but for a few bytes, drop those (iconv -c -f utf-8 -t utf-8 OLD > NEW)"
     return EncodingError(
-        f"{path}: not valid UTF-8 at byte {offset}; convert the file (iconv -f latin1 -t utf-8), or set "
-        "invalid_utf8: replace (or skip) on this text source"
+        f"{where}, in line {before[:offset].count(10) + 1}; convert the file (iconv -f latin1 -t utf-8 OLD > NEW), or "
+        f"{instead}"
     )
 
 
@@ -160,14 +195,25 @@ def _read_jsonl(unit: Unit) -> Iterator[tuple[dict[str, Any], Where]]:
                 continue
             where = functools.partial(_line, unit.path, offset)
             try:
-                record = json.loads(line.decode("utf-8"))
+                text = line.decode("utf-8")
+                record = json.loads(text.removeprefix(_MARK) if offset == 0 else text)
             except UnicodeDecodeError as error:
                 raise _not_utf8(unit.path, offset + error.start) from None
             except json.JSONDecodeError as error:
-                raise SourceError(f"{where()}: not JSON: {error.msg}") from None
+                raise SourceError(f"{where()}: not JSON: {error.msg} ({_kind_hint(unit.path)})") from None
             if not isinstance(record, dict):
-                raise SourceError(f"{where()}: must be a JSON object, not a {type(record).__name__}")
+                a_list = f" ({_kind_hint(unit.path)})" if isinstance(record, list) else ""
+                raise SourceError(f"{where()}: must be a JSON object, not a {type(record).__name__}{a_list}")
             yield record, where
+
+
+def _kind_hint(path: str) -> str:
+    """What a file that was read as JSON lines may be instead."""
+    with Path(path).open("rb") as file:
+        start = file.read(1000).removeprefix(codecs.BOM_UTF8).lstrip()
+    if start.startswith(b"["):
+        return "the file begins like one list of objects: that is kind: json"
+    return "kind: jsonl takes one whole object a line"
 
 
 def _line(path: str, offset: int) -> str:
@@ -179,7 +225,7 @@ def _line(path: str, offset: int) -> str:
 def _read_json(path: str) -> Iterator[tuple[dict[str, Any], Where]]:
     content = Path(path).read_bytes()
     try:
-        records = json.loads(content.decode("utf-8-sig"))
+        records = json.loads(content.decode("utf-8").removeprefix(_MARK))
     except UnicodeDecodeError as error:
         raise _not_utf8(path, error.start) from None
     except json.JSONDecodeError as error:

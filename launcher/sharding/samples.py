@@ -20,6 +20,13 @@ from llmtrain import prompts
 from llmtrain.config import data_sections as schema
 from llmtrain.errors import SourceError, TokenizerError
 
+RULES = 3
+"""Raise it whenever this module or records.py cuts or masks differently, or counts other things: what an older version
+has tokenised of an unfinished build is not used then."""
+
+TOO_LONG, COMPLETION_TOO_LONG = "longer than model.context", "completion longer than model.context"
+"""Reasons to leave a sample out."""
+
 
 class NotUsable(Exception):
     """A sample that is left out and counted; the text is the reason."""
@@ -80,9 +87,9 @@ class SampleMaker:
         too_many = len(ids) - self._limit
         if too_many > 0:
             if self._format.overlong == "skip":
-                raise NotUsable("longer than model.context")
+                raise NotUsable(TOO_LONG)
             if prefix + too_many >= len(ids) - len(pieces[-1].ids):
-                raise NotUsable("completion longer than model.context")
+                raise NotUsable(COMPLETION_TOO_LONG)
         gone = prefix - len(added) + too_many if too_many > 0 else 0
         flags, learned_bytes = self._choose_learned(pieces, gone, self._format.completion_only)
         learned = np.concatenate([np.zeros(len(added), np.uint8), *flags])
@@ -222,8 +229,17 @@ class Chat:
         ):
             raise SourceError(f"{where()}: '{field}' must be a list of messages with 'role' and 'content' as text")
         said = [m["content"] for m in messages if m["role"] == "assistant"]
-        if not said or not all(content.strip() for content in said):
-            raise SourceError(f"{where()}: the assistant says nothing: there is nothing to learn; remove the record")
+        if not said:
+            roles = ", ".join(sorted({m["role"] for m in messages})) or "none"
+            raise SourceError(
+                f"{where()}: the assistant says nothing: there is nothing to learn. The roles here are: {roles}; write "
+                "'assistant' for the one whose messages are to be learned, or remove the record"
+            )
+        if not all(content.strip() for content in said):
+            raise SourceError(
+                f"{where()}: the assistant says nothing in one of its messages: there is nothing to learn; remove the "
+                "record"
+            )
         for message in messages:
             text_of(message["content"], field, where)
             if any(token in message["content"] for token in self._special):

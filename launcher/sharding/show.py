@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.text import Text
 
+from launcher.sharding import reasons
 from launcher.sharding.build import Built, BuiltPart, PreparedBuild
 from llmtrain import recipe
 from llmtrain.shards import ShardFolder, SplitName
@@ -58,8 +59,8 @@ def _describe_built(built: Built) -> Iterator[str]:
             f" ({split.text_bytes / max(1, split.text_tokens):.2f} bytes a token)"
             + (f", {split.tokens_dropped} dropped" if split.tokens_dropped else "")
         )
-    for reason, count in manifest.skipped.items():
-        yield f"skipped    {count:,} documents: {reason}"
+    yield from reasons.told_skipped(manifest.skipped)
+    yield from built.told
     if manifest.cut:
         yield f"cut        {manifest.cut:,} samples lack the beginning of their prompt, to fit into model.context"
     by = "tiktoken (ids proven equal)" if built.fast else "tokenizers"

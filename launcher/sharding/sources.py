@@ -11,6 +11,7 @@ import sysconfig
 from pathlib import Path
 
 from launcher.sharding.records import Unit, check_fields, load_dataset, open_parquet, wanted_fields
+from llmtrain import cpu
 from llmtrain.config import data_sections as schema
 from llmtrain.errors import SourceError
 from llmtrain.recipe import TEXT_SUFFIXES, source_files
@@ -55,13 +56,18 @@ def _find_files(patterns: list[str], problems: list[str]) -> list[Path]:
     """The files that the patterns mean, each once, in the order of the patterns and then by name."""
     files: dict[Path, None] = {}
     for pattern in patterns:
-        if not (found := sorted(source_files(pattern))):
-            if Path(pattern).expanduser().is_dir():
+        errors: list[OSError] = []
+        found = sorted(source_files(pattern, errors.append))
+        problems += [f"{error.filename or pattern}: cannot be read ({error.strerror})" for error in errors]
+        if not found and not errors:
+            path = Path(pattern).expanduser()
+            looked = "" if path.is_absolute() else f" (looked for it from {Path.cwd().name}/, the working directory)"
+            if path.is_dir():
                 nothing = f"the folder has no {' or '.join(TEXT_SUFFIXES)} files; name them by a glob"
             elif glob.has_magic(pattern):
-                nothing = "no file matches"
+                nothing = f"no file matches{looked}"
             else:
-                nothing = f"no such file (looked for it from {Path.cwd().name}/, the working directory)"
+                nothing = f"no such file{looked}"
             problems.append(f"{pattern}: {nothing}")
         files.update(dict.fromkeys(found))
     return [path for path in files if _is_readable(path, problems)]
@@ -138,4 +144,4 @@ def group_units(units: list[Unit]) -> list[list[Unit]]:
 
 def default_workers() -> int:
     """CPUs that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return cpu.usable_cores()

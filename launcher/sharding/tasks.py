@@ -1,7 +1,7 @@
 """What one process does: count a task's characters, tokenise a task, write a shard.
 
 A task is a list of units (sources.group_units). Its tokens go into one .npz file per task, so that a
-killed build goes on with the tasks that are missing. Everything here depends on its arguments alone,
+killed build resumes with the tasks that are missing. Everything here depends on its arguments alone,
 never on which process runs it.
 """
 
@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from launcher.sharding import pack
-from launcher.sharding.records import Document, Unit, read_documents
+from launcher.sharding.records import Document, Found, Unit, read_documents
 from launcher.sharding.samples import NotUsable, Sample, SampleMaker
 from launcher.sharding.tokenize import Encoder
 from llmtrain import files
@@ -45,9 +45,11 @@ def count_characters(data: schema.DataSection, task: list[Unit]) -> int:
     return sum(len(document.text) for document in _documents(data, task, Counter()))
 
 
-def _documents(data: schema.DataSection, task: list[Unit], skipped: Counter[str]) -> Iterator[Document]:
+def _documents(
+    data: schema.DataSection, task: list[Unit], skipped: Counter[str], found: Found | None = None
+) -> Iterator[Document]:
     for unit in task:
-        yield from read_documents(data.sources[unit.source], unit, data.format, skipped)
+        yield from read_documents(data.sources[unit.source], unit, data.format, skipped, found)
 
 
 def tail_bounds(total: int, split: schema.SplitSection) -> tuple[int, int]:
@@ -83,10 +85,15 @@ def split_document(
 
 
 def read_pieces(
-    data: schema.DataSection, task: list[Unit], start: int, bounds: tuple[int, int], skipped: Counter[str]
+    data: schema.DataSection,
+    task: list[Unit],
+    start: int,
+    bounds: tuple[int, int],
+    skipped: Counter[str],
+    found: Found | None = None,
 ) -> Iterator[Piece]:
     """All pieces of a task whose text begins `start` characters into the whole."""
-    for document in _documents(data, task, skipped):
+    for document in _documents(data, task, skipped, found):
         yield from split_document(document, data.split, start, bounds)
         start += len(document.text)
 
@@ -122,17 +129,17 @@ def tokenise(job: TokeniseJob) -> int:
 
     The file holds, per split, `tokens`, `lens` (tokens per document, end-of-text included), `bytes` and
     `text_tokens` (what is learned, and the tokens that stand for it), and `learned`, a flag for each token, where
-    not all are to be learned.
+    not all are to be learned. And what was left out, and found, of the whole task (reasons.py).
     """
     key = (job.tokenizer, job.fast)
     encoder = _encoders.get(key) or _encoders.setdefault(key, Encoder(*key))
-    prefix, skipped = encoder.prefix_ids, Counter[str]()
+    prefix, skipped, found = encoder.prefix_ids, Counter[str](), Found()
     tokens = {name: _Tokens() for name in SPLITS}
     format, cut = job.data.format, 0
     maker = None
     if not isinstance(format, schema.TextFormat):
         maker = SampleMaker(format, encoder, job.tokenizer, limit=job.context + 1)
-    for piece in read_pieces(job.data, job.task, job.start, job.bounds, skipped):
+    for piece in read_pieces(job.data, job.task, job.start, job.bounds, skipped, found):
         if maker is None:
             before = prefix if piece.begins else []
             after = [encoder.eos_id] if piece.ends else []
@@ -150,6 +157,10 @@ def tokenise(job: TokeniseJob) -> int:
         "skipped_names": np.array(sorted(skipped), str),
         "skipped_counts": np.array([skipped[name] for name in sorted(skipped)], np.int64),
         "cut": np.array([cut]),
+        "records": np.array([found.records]),
+        "field_names": np.array(sorted(found.fields), str),
+        "field_counts": np.array([found.fields[name] for name in sorted(found.fields)], np.int64),
+        "separators": np.array([found.separators[number] for number in range(len(job.data.sources))], np.int64),
     }
     for name in SPLITS:
         arrays |= {f"{name}_{key}": array for key, array in tokens[name].arrays(encoder.vocab_size).items()}

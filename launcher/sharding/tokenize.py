@@ -61,8 +61,8 @@ def _train(vocab_size: int, texts: Iterable[str], folder: Path) -> None:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)  # type: ignore
-    tokenizer.decoder = decoders.ByteLevel()  # type: ignore
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=[END_OF_TEXT],
@@ -104,7 +104,12 @@ def _download(name: str, revision: str | None, folder: Path) -> None:
             str(folder)
         )
     except Exception as error:
-        raise TokenizerError(f"the tokenizer '{name}' cannot be loaded: {type(error).__name__}: {error}") from error
+        why = next(iter(str(error).splitlines()), "")
+        raise TokenizerError(
+            f"data.tokenizer.name={name}: this tokenizer cannot be loaded: {type(error).__name__}: {why}. Give a name "
+            "on the Hub, or a folder with data.tokenizer={kind: folder, path: ...}; where it is not set, it is the "
+            "base's own (model.base)"
+        ) from error
     if not (folder / "tokenizer.json").is_file():
         raise TokenizerError(f"the tokenizer '{name}' has no tokenizer.json (a fast tokenizer is needed)")
 

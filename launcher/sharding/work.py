@@ -1,6 +1,7 @@
 """The work folder of a build, FOLDER/.work: what there is to do, and who may do it.
 
-    key                       of the recipe and of every source file's size and time; other work is not used again
+    key                       of the recipe, of every source file's size and time, and of the rules that samples are cut
+                              by; other work is not used again
     counts.json               characters of each task (split by `tail` alone)
     tokenizer/                and tokenizer-done, last, which says whether tiktoken gives its ids
     tokens-000000.npz ...     finished tasks
@@ -13,7 +14,6 @@ Jobs on several machines find the same tasks, in the same order, because each li
 """
 
 import contextlib
-import errno
 import fcntl
 import functools
 import hashlib
@@ -27,10 +27,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO
 
-from launcher.sharding import tasks
+from launcher.sharding import samples, tasks
 from launcher.sharding.records import Unit
 from launcher.sharding.sources import group_units, list_units, stamp_of
-from llmtrain import files, recipe, shards
+from llmtrain import files, locks, recipe, shards
 from llmtrain.config.schema import RunConfig
 from llmtrain.errors import ConfigError, DataMismatch, SourceError, UserError
 
@@ -80,8 +80,8 @@ def make_plan(config: RunConfig) -> Plan:
 def _key(config: RunConfig, units: list[Unit]) -> str:
     file = recipe.tokenizer_file(config)
     tokenizer = None if file is None else files.sha256(file)
-    made_from = json.dumps([recipe.recipe_of(config), tokenizer, [asdict(unit) for unit in units]], sort_keys=True)
-    return hashlib.sha256(made_from.encode()).hexdigest()
+    made_from = [samples.RULES, recipe.recipe_of(config), tokenizer, [asdict(unit) for unit in units]]
+    return hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()
 
 
 def check_unchanged(plan: Plan) -> None:
@@ -123,11 +123,11 @@ def open_work(plan: Plan, anew: bool) -> None:
     marker = plan.work / "key"
     if plan.work.exists() and (anew or not marker.exists() or marker.read_text() != plan.key):
         if not anew:
-            told = f"sharding: starting anew; {plan.work} was of other sources or settings"
+            told = f"sharding: starting anew; {plan.work} was of other sources or settings, or another version's"
             print(told, file=sys.stderr, flush=True)
         shutil.rmtree(plan.work)
     if not plan.work.exists():
-        plan.work.mkdir()
+        plan.work.mkdir(parents=True)  # the job that had the lock before may have removed the folder
         files.write_atomic(marker, plan.key)
     for left in plan.work.glob(f"*{tasks.ASIDE}"):
         left.unlink()
@@ -188,8 +188,8 @@ def check_work(plan: Plan) -> None:
     if marker.read_text() != plan.key:
         raise DataMismatch(
             f"{plan.work}: prepared for other sources or settings than what this job finds: a file was changed since, "
-            "is not the same on this machine, or another configuration uses the same data.dir. Run "
-            "'llmtrain shard CONFIG --only prepare' again: it starts anew"
+            "is not the same on this machine, another configuration uses the same data.dir, or another version of "
+            "llmtrain prepared it. Run 'llmtrain shard CONFIG --only prepare' again: it starts anew"
         )
 
 
@@ -226,7 +226,7 @@ def _lock(lock: IO[str], how: int, path: Path) -> bool:
     except BlockingIOError:
         return False
     except OSError as error:
-        if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+        if error.errno not in locks.NO_LOCKS:
             raise
         raise UserError(
             f"{path}: its file system has no locks ({error.strerror}); set data.dir to a folder on one that has "

@@ -11,7 +11,7 @@ from launcher.cluster import Profile, SideJob
 from launcher.slurm.client import seconds
 
 _EVER = 1_000_000
-"""Requeues after time-outs; what ends a job that comes no further is its supervisor."""
+"""Requeues after time-outs that submitit allows: a job that makes no progress is ended by its supervisor."""
 
 
 @dataclass(frozen=True)

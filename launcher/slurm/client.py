@@ -24,7 +24,7 @@ _OVER = (
 NEVER_STARTS = "DependencyNeverSatisfied"
 """Reason of a job that was submitted to start after another one, which can no longer end as it was to."""
 _MOST_ALIVE = ("RUNNING", "COMPLETING", "CONFIGURING", "PENDING")
-"""What an array counts as, while some of its tasks are."""
+"""An array has the first of these states that any of its tasks has."""
 _HABITS = ("SQUEUE_", "SACCT_", "SCONTROL_", "SINFO_")
 """Variables in which people keep options of their own: they would change what is read here."""
 
@@ -43,6 +43,8 @@ class Queued:
     """Until the time limit, if it is running."""
     starts: float | None = None
     """When SLURM expects to start it; seconds since 1970."""
+    from_accounts: bool = False
+    """Told by sacct, which holds no reason why a job was cancelled."""
 
     @property
     def is_over(self) -> bool:
@@ -103,7 +105,7 @@ def queue(job_ids: Iterable[str]) -> dict[str, Queued]:
 
 
 def _ping() -> None:
-    """The other commands would try for half a minute."""
+    """Ask first whether SLURM answers: if not, the other commands would retry for half a minute."""
     if "is UP" not in (said := call(["scontrol", "ping"], _PING_S, any_code=True)):
         raise SlurmError(f"slurmctld does not answer: {' '.join(said.split('*')[0].split()) or 'scontrol ping failed'}")
 
@@ -125,6 +127,7 @@ def _of(job_id: str, known: dict[str, Queued]) -> Queued | None:
         ",".join(dict.fromkeys(told.nodes for told in alike if told.nodes)),
         max((told.left_s for told in alike if told.left_s is not None), default=None),
         min((told.starts for told in alike if told.starts is not None), default=None),
+        all(told.from_accounts for told in alike),
     )
 
 
@@ -192,7 +195,8 @@ def _told_by_sacct(wanted: Iterable[str]) -> dict[str, Queued]:
         if line.count("|") < 3:
             continue
         job_id, state, code, nodes = line.split("|", 3)
-        found[job_id] = Queued(job_id, state.split()[0], _exit(code), "" if nodes == "None assigned" else nodes)
+        where = "" if nodes == "None assigned" else nodes
+        found[job_id] = Queued(job_id, state.split()[0], _exit(code), where, from_accounts=True)
     return found
 
 

@@ -1,5 +1,6 @@
 """What `llmtrain submit` does with its options: check, then show the script or queue the job."""
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,9 +70,9 @@ def act(wishes: Wishes, dry_run: bool, plain: bool) -> None:
     for record in records:
         print(f"job {record.job_id}  {record.kind}")
     folder = runs[0].run.path if not wishes.sweep else runs[0].run.path.parent
-    print(f"follow it with: llmtrain status {folder}")
+    print(f"follow it with: llmtrain status {shlex.quote(str(folder))}")
     if wishes.sweep:
-        print(f"compare its {len(runs)} runs with: llmtrain compare {folder}")
+        print(f"compare its {len(runs)} runs with: llmtrain compare {shlex.quote(str(folder))}")
 
 
 def act_shards(words: list[str], cluster: Path | None, parts: int | None) -> None:

@@ -1,4 +1,4 @@
-"""What submitit carries to the nodes: small classes that hold words and paths, and know how to come back."""
+"""What submitit carries to the nodes: small classes that hold words and paths, and know how to requeue themselves."""
 
 import signal
 import subprocess
@@ -27,7 +27,7 @@ class TrainJob:
     device: str | None
     rules: Rules
     again: bool
-    """Whether to be queued again after a stop that SLURM asked for."""
+    """Whether to requeue after a stop that SLURM asked for."""
 
     def __call__(self) -> None:
         submitits: Any = signal.getsignal(signal.SIGUSR2)  # before the supervisor takes the signals
@@ -95,7 +95,7 @@ class ServiceJob:
 
 @dataclass(frozen=True)
 class CommandJob:
-    """Runs one of llmtrain's own commands; killed and started again it goes on."""
+    """Runs one of llmtrain's own commands that resume what a killed one has begun."""
 
     words: list[str]
 
@@ -112,7 +112,7 @@ def _traces(run: RunDir) -> tuple[bool, list[int]]:
 
 
 def _rest(run: RunDir, seconds: float) -> None:
-    """Until then, or until training begins, ends, or saves."""
+    """Sleep for so long, or until training begins, ends or saves."""
     before, deadline = _traces(run), time.monotonic() + seconds
     while time.monotonic() < deadline and _traces(run) == before:
         time.sleep(_LOOK_S)
@@ -125,7 +125,7 @@ def _again(job: Any) -> Any:
 
 
 def _leave(code: int) -> None:
-    """End this task. An error is raised, so that submitit writes it down; a job that comes back leaves no result."""
+    """End this task. An error is raised, so that submitit writes it down; a job that was requeued leaves no result."""
     if code == 0:
         return
     if code != EXIT_REQUEUE:

@@ -4,6 +4,7 @@ SLURM's signals (preemption, time limit, scancel) reach every node. The run save
 SLURM to queue the job again, unless SLURM has done so itself, or has been told to end it.
 """
 
+import contextlib
 import json
 import os
 import shutil
@@ -16,7 +17,6 @@ from typing import Any
 
 from launcher.jobs import JobDir
 from launcher.keeper.meeting import FirstNodeGone, Meeting
-from launcher.keeper.processes import is_for_a_person
 from launcher.keeper.supervisor import Rules, Supervisor, say
 from launcher.keeper.torchrun import Start
 from launcher.slurm import client
@@ -24,7 +24,7 @@ from llmtrain import files
 from llmtrain.batches import nodes_that_train
 from llmtrain.config import load_config
 from llmtrain.config.load import split_settings
-from llmtrain.errors import EXIT_REQUEUE, ConfigError, SlurmError
+from llmtrain.errors import EXIT_REQUEUE, ConfigError, SlurmError, is_for_a_person
 from llmtrain.rundir import RunDir
 
 Requeue = Callable[[str], None]
@@ -103,7 +103,7 @@ def _train(
     since = _begin(jobs, run, node, meeting, rules.max_restarts)
     if since is None:
         return 1
-    supervisor = Supervisor(start, run, rules, meeting, meeting.folder / "ranks", jobs.stop)
+    supervisor = Supervisor(start, run, rules, meeting, jobs.start(node.job_id, node.restart) / "ranks", jobs.stop)
     code = supervisor.supervise(since if node.restart else None)
     stopped = supervisor.stopped_by is not None or code == EXIT_REQUEUE  # the time limit is the first node's to know
     # At its limit a job has had all its time: what `_begin` wrote stands, and counts without a new checkpoint.
@@ -191,7 +191,7 @@ def _begin(jobs: JobDir, run: RunDir, node: Node, meeting: Meeting, limit: int) 
     time limit.
     """
     if node.number == 0:
-        before = json.loads(jobs.progress.read_text()) if jobs.progress.exists() and node.restart else None
+        before = _progress(jobs) if node.restart else None
         reached = _newest(run)
         failures = 0
         if before is not None and not before["clean"] and reached <= before["step"]:
@@ -203,6 +203,12 @@ def _begin(jobs: JobDir, run: RunDir, node: Node, meeting: Meeting, limit: int) 
             say(f"ended {failures} times in a row without a new checkpoint: not started again")
         meeting.tell("begin", 0, since if failures <= limit else None)
     return meeting.wait_for_first("begin", 0)
+
+
+def _progress(jobs: JobDir) -> dict[str, Any] | None:
+    with contextlib.suppress(FileNotFoundError, ValueError):  # damaged: it is written anew
+        return json.loads(jobs.progress.read_text())
+    return None
 
 
 def _first_start(jobs: JobDir, node: Node, before: dict[str, Any] | None) -> float:

@@ -3,6 +3,7 @@
 import itertools
 import os
 import re
+import shlex
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -20,7 +21,7 @@ from launcher.slurm.batch import JobSpec
 from launcher.slurm.job import CommandJob, ServiceJob, TrainJob
 from launcher.slurm.limits import Request
 from llmtrain import files
-from llmtrain.config import RunConfig, load_config, resolved_yaml
+from llmtrain.config import RunConfig, load_to_start, resolved_yaml
 from llmtrain.config.load import split_settings
 from llmtrain.errors import ConfigError, SlurmError
 from llmtrain.rundir import RunDir
@@ -61,7 +62,7 @@ def plan_runs(words: Sequence[str], sweep: Sequence[str]) -> list[Training]:
         ConfigError: of the configuration, or of any of its combinations.
     """
     file, overrides = split_settings(list(words))
-    config, _ = load_config(file, overrides)
+    config, _ = load_to_start(file, overrides)
     if not sweep:
         return [Training(RunDir(Path(config.run.dir) / config.run.name), config)]
     if config.hub.repo is not None:
@@ -76,7 +77,7 @@ def plan_runs(words: Sequence[str], sweep: Sequence[str]) -> list[Training]:
     for number, chosen in enumerate(itertools.product(*(_values(setting) for setting in sweep))):
         name = "-".join([f"{number:02d}", *(_short(setting) for setting in chosen)])
         settings = (*chosen, f"run.dir={folder}", f"run.name={name}")
-        each, _ = load_config(file, [*overrides, *settings])
+        each, _ = load_to_start(file, [*overrides, *settings])
         runs.append(Training(RunDir(folder / name), each, settings))
     return runs
 
@@ -153,7 +154,7 @@ def submit(
     folder = _folder(runs)
     for training in runs:
         refuse_if_queued(training.run)
-    shared, origins = load_config(*split_settings(list(words)))
+    shared, origins = load_to_start(*split_settings(list(words)))
     frozen = folder / "config.yaml"
     spec = spec_of(order, _name(runs), folder, [str(frozen)], shared)
     script = batch.render(spec, count=len(runs))
@@ -189,7 +190,7 @@ def submit_shards(words: Sequence[str], profile: Profile, parts: int | None, con
     from launcher.checks import preflight
     from launcher.sharding.work import num_tasks
 
-    config, _ = load_config(*split_settings(list(words)))
+    config, _ = load_to_start(*split_settings(list(words)))
     run = RunDir(Path(config.run.dir) / f"shard-{config.run.name}")
     jobs = JobDir.of(run)
     first = JobSpec(run.path.name, jobs.path, profile, ("shard",), side=profile.shard)
@@ -229,7 +230,7 @@ def _submit_services(order: Order, runs: Sequence[RunDir], trainings: Sequence[J
             raise SlurmError(
                 f"the checkpoint service's job for {run.path} was not queued: {error}\nTraining is queued "
                 f"({', '.join(each.job_id for each in trainings)}), and {len(records)} of {len(runs)} services are. "
-                f"Serve the others by hand: python -m llmtrain.service --run {run.path}"
+                f"Serve the others by hand: python -m llmtrain.service --run {shlex.quote(str(run.path))}"
             ) from error
     return records
 

@@ -4,7 +4,7 @@ import functools
 import re
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from launcher.display import duration, one_line, when
@@ -12,7 +12,7 @@ from launcher.jobs import JobDir, JobRecord, Kind, job_dirs, kept_going
 from launcher.keeper.meeting import Meeting
 from launcher.slurm import client
 from launcher.slurm.client import NEVER_STARTS, Queued
-from llmtrain.errors import EXIT_REQUEUE, SlurmError
+from llmtrain.errors import EXIT_REQUEUE, RunFolderError, SlurmError
 from llmtrain.rundir import RunDir
 
 _KINDS: tuple[Kind, ...] = ("train", "shard", "service")
@@ -54,11 +54,13 @@ class Job:
     """When SLURM expects to start it; seconds since 1970."""
     blocked_by: str = ""
     """How the job ended that it waited for in vain; empty where it did not, or where that is not known."""
+    from_accounts: bool = False
+    """Told by sacct, not by squeue."""
 
     @property
     def may_be_blocked(self) -> bool:
-        """Accounts (sacct) hold no reason: there it looks as if a person had cancelled it."""
-        return self.reason == NEVER_STARTS or (self.state == "CANCELLED" and self.after != "")
+        """Accounts hold no reason: there it looks as if a person had cancelled it. squeue's reason tells them apart."""
+        return self.reason == NEVER_STARTS or (self.from_accounts and self.state == "CANCELLED" and self.after != "")
 
     @property
     def was_stopped(self) -> bool:
@@ -74,6 +76,8 @@ class Queue:
     """By the absolute path of the run's folder."""
     problem: str | None
     """What SLURM said in place of an answer."""
+    damaged: dict[Path, str] = field(default_factory=dict[Path, str])
+    """Why the jobs of a run are not known, by the same path."""
 
     def of(self, run: RunDir) -> list[Job]:
         return self.jobs.get(run.path.absolute(), [])
@@ -96,14 +100,20 @@ def was_submitted(run: RunDir) -> bool:
 def read_queue(runs: Iterable[RunDir]) -> Queue:
     """Asks SLURM once for all; not at all where no job was submitted for any of them. A second time where jobs can
     never start: about those that they waited for."""
-    records = {run.path.absolute(): _last_ones(JobDir.of(run)) for run in runs}
+    records: dict[Path, list[JobRecord]] = {}
+    damaged: dict[Path, str] = {}
+    for run in runs:
+        try:
+            records[run.path.absolute()] = _last_ones(JobDir.of(run))
+        except RunFolderError as error:
+            damaged[run.path.absolute()] = str(error)
     told, problem = _ask_about(record.job_id for found in records.values() for record in found)
     jobs: dict[Path, list[Job]] = {}
     for path, found in records.items():
         jobs[path] = [_job(record, told.get(record.job_id)) for record in found]
         if problem is None:
             jobs[path] = [_remembered(RunDir(path), job) if job.state is None else job for job in jobs[path]]
-    return Queue(_with_blockers(jobs), problem)
+    return Queue(_with_blockers(jobs), problem, damaged)
 
 
 def _remembered(run: RunDir, job: Job) -> Job:
@@ -183,7 +193,7 @@ def _ask_about(job_ids: Iterable[str]) -> tuple[Mapping[str, Queued], str | None
 
 @functools.lru_cache(maxsize=2)
 def _ask(ids: tuple[str, ...], moment: int) -> tuple[dict[str, Queued], str | None]:
-    """Kept for a while: the moment is one of `_KEPT_S`."""
+    """Cached for `_KEPT_S`: `moment` is the time in that unit, and part of the cache's key."""
     del moment
     try:
         return client.queue(ids), None
@@ -204,6 +214,7 @@ def _job(record: JobRecord, told: Queued | None) -> Job:
         nodes="" if told is None else told.nodes,
         left_s=None if told is None else told.left_s,
         starts=None if told is None else told.starts,
+        from_accounts=told is not None and told.from_accounts,
     )
 
 

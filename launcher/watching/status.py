@@ -14,22 +14,23 @@ from pathlib import Path
 from typing import Any, Literal
 
 from launcher.choosing import listing
+from launcher.display import when
 from launcher.jobs import JobDir
 from launcher.watching import queue_view
 from launcher.watching.queue_view import Job, Queue
-from llmtrain import choose, ledger
+from llmtrain import choose, jsonl, ledger
 from llmtrain.batches import ANY_ROWS, plan_batches
 from llmtrain.config import RunConfig
 from llmtrain.config.load import Origins
 from llmtrain.errors import RunFolderError, UserError
 from llmtrain.rundir import RunDir
 
-_TAIL = 1 << 16
 _RECENT_S = 60.0
-"""So long after its last sign a process on another machine, whose lock may not be seen here, counts as at work."""
+"""A process on another machine, whose lock may be invisible here, counts as running so long after its last write."""
 
-State = Literal["starting", "running", "finished", "ended early", "stopped", "not started"]
-"""Starting: `llmtrain run` keeps it going and no rank trains yet, or none trains again yet."""
+State = Literal["starting", "running", "finished", "ended early", "stopped", "not started", "unreadable"]
+"""Starting: `llmtrain run` keeps it going and no rank trains yet, or none trains again yet. Unreadable: a record file
+is damaged, or the disk does not answer."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Training:
     tokens_per_s: float | None
     """Supervised tokens, on average since it was last started, with evaluations and saves. None unless running."""
     left_s: float | None
-    """At that pace."""
+    """Until the end, at that pace."""
     written: float | None
     """When the last step was written down."""
     early_stop: str | None
@@ -134,9 +135,31 @@ def find_runs(paths: Sequence[Path]) -> list[RunDir]:
     return list(found.values())
 
 
+def read_status_or_why(run: RunDir, queue: Queue | None = None) -> RunStatus:
+    """As `read_status`; of a run whose files cannot be read, the reason: it hides no other run."""
+    try:
+        return read_status(run, queue)
+    except (UserError, OSError, ValueError, KeyError) as error:
+        why = str(error) if isinstance(error, UserError) else f"cannot be read ({type(error).__name__}: {error})"
+        nothing = Training("unreadable", None, 0, None, None, None, None, None, None, None, None)
+        return RunStatus(
+            path=run.path,
+            time=time.time(),
+            training=nothing,
+            checkpoints=Checkpoints(None, [], None, None, [], []),
+            service=Service(wanted=False, at_work=False, status=None),
+            hub=None,
+            jobs=[] if queue is None else queue.of(run),
+            slurm=None if queue is None else queue.problem,
+            problems=[why],
+        )
+
+
 def read_status(run: RunDir, queue: Queue | None = None) -> RunStatus:
     """Reads small files and the ends of the large ones; hashes nothing, starts no process."""
     problems: list[str] = []
+    if queue is not None and (damaged := queue.damaged.get(run.path.absolute())) is not None:
+        problems.append(damaged)
     config: RunConfig | None = None
     jobs = [] if queue is None else queue.of(run)
     try:
@@ -156,6 +179,8 @@ def read_status(run: RunDir, queue: Queue | None = None) -> RunStatus:
     failure = queue_view.failure(run, jobs) if training.state in ("stopped", "not started") else None
     if failure is not None:
         problems.append(failure)
+    if training.state not in ("running", "starting") and (said := last_failure(run)) is not None:
+        problems.append(said)
     return RunStatus(
         path=run.path,
         time=time.time(),
@@ -169,14 +194,23 @@ def read_status(run: RunDir, queue: Queue | None = None) -> RunStatus:
     )
 
 
+def last_failure(run: RunDir) -> str | None:
+    """What training's last start failed with; None where it did not fail."""
+    events = [ledger.Event.model_validate(record) for record in jsonl.read(run.events)]
+    last = next((event for event in reversed(events) if event.kind in ("started", "resumed", "failed")), None)
+    if last is None or last.kind != "failed":
+        return None
+    return f"training failed on {when(last.time)}, {last.message}"
+
+
 def read_training(run: RunDir, config: RunConfig | None, elsewhere: bool = True) -> Training:
     """`elsewhere`: whether it may be running on another machine."""
-    last, evaluation = last_record(run.metrics), last_record(run.heldout)
+    last, evaluation = jsonl.last_record(run.metrics), jsonl.last_record(run.heldout)
     step = 0 if last is None else int(last["step"])
     total = None if config is None else total_steps(config, last)
     written = run.metrics.stat().st_mtime if last is not None else None
     who, jobs = _holder(run.path), JobDir.of(run)
-    request = choose.stop_request(run)
+    early_stop = choose.early_stop(run)
     state: State = "stopped"
     seen = elsewhere and _is_at_work_elsewhere(who, written) and not _is_summed_up(run, written)
     if run.is_training() or seen:
@@ -187,7 +221,7 @@ def read_training(run: RunDir, config: RunConfig | None, elsewhere: bool = True)
         state = "not started"
     elif total is not None and step >= total:
         state = "finished"
-    elif request is not None:
+    elif early_stop is not None:
         state = "ended early"
     pace = _steps_per_s(run, step, written) if state == "running" else None
     return Training(
@@ -201,27 +235,12 @@ def read_training(run: RunDir, config: RunConfig | None, elsewhere: bool = True)
         tokens_per_s=pace * last["targets"] / step if pace is not None and last is not None and step else None,
         left_s=(total - step) / pace if pace and total is not None else None,
         written=written,
-        early_stop=None if request is None else request.message,
+        early_stop=None if early_stop is None else early_stop.message,
     )
 
 
-def last_record(path: Path) -> dict[str, Any] | None:
-    """The last whole line of a JSON-lines file, without reading all of it."""
-    return next(iter(last_records(path, 1)), None)
-
-
-def last_records(path: Path, most: int) -> list[dict[str, Any]]:
-    """The same of so many of the last lines, oldest first."""
-    if not path.exists():
-        return []
-    with path.open("rb") as file:
-        file.seek(max(0, path.stat().st_size - _TAIL))
-        lines = [line for line in file.read().split(b"\n")[:-1] if line]
-    return [json.loads(line) for line in lines[-most:]]
-
-
 def total_steps(config: RunConfig, last: dict[str, Any] | None) -> int | None:
-    """That the run is planned for; None where only the data tell, and no step has been written down yet."""
+    """The run's planned steps; None if they depend on the data and no step has been written down yet."""
     rows = ANY_ROWS
     if last is not None and last["epoch"] > 0:
         rows = round(last["samples"] / last["epoch"])

@@ -13,14 +13,14 @@ from rich.text import Text
 from launcher.display import Column, duration, figure, fitted, named, one_line, steps, when, words
 from launcher.watching import queue_view
 from launcher.watching.queue_view import read_queue
-from launcher.watching.status import Hub, RunStatus, Service, Training, as_json, find_submitted, read_status
+from launcher.watching.status import Hub, RunStatus, Service, Training, as_json, find_submitted, read_status_or_why
 
 REFRESH_S = 2.0
 _STALE_S = 30.0
 """The service says something every few seconds; silent for longer than this, it may hang."""
 _COLOURS = {
     "running": "green", "starting": "green", "stopped": "yellow", "ended early": "cyan", "finished": "cyan",
-    "not started": "dim",
+    "not started": "dim", "unreadable": "red",
 }  # fmt: skip
 
 
@@ -54,7 +54,7 @@ def _watch(paths: Sequence[Path], json_too: bool) -> None:
 def _read(paths: Sequence[Path]) -> list[RunStatus]:
     runs = find_submitted(paths)
     queue = read_queue(runs)
-    return [read_status(run, queue) for run in runs]
+    return [read_status_or_why(run, queue) for run in runs]
 
 
 def _print(paths: Sequence[Path], json_too: bool, console: Console) -> None:
@@ -79,7 +79,7 @@ def overview(statuses: Sequence[RunStatus], width: int) -> RenderableType:
         Column("run", [one_line(str(status.path)) for status in statuses], 100, left=True),
         Column("training", [t.state for t in trainings], 95, left=True),
         Column("queue", [queue_view.word(s.jobs, s.slurm, s.time) for s in statuses], 92, left=True),
-        Column("step", [progress(t) for t in trainings], 90),
+        Column("step", ["" if t.state == "unreadable" else progress(t) for t in trainings], 90),
         Column("left", ["" if t.left_s is None else duration(t.left_s) for t in trainings], 50),
         Column("epoch", [figure(t.epoch, 2) for t in trainings], 30),
         Column("loss", [figure(t.loss) for t in trainings], 40),
@@ -116,7 +116,7 @@ def _ago(status: RunStatus) -> str:
 
 def _service_word(status: RunStatus) -> str:
     service = status.service
-    if not status.path.exists():
+    if not status.path.exists() or status.training.state == "unreadable":
         return ""
     if not service.wanted:
         return "none"
@@ -142,6 +142,8 @@ def block(status: RunStatus) -> RenderableType:
         comes = any(job.kind == "train" and not job.is_over for job in status.jobs)
         text = "not started; its folder comes when the job starts" if comes else "not started"
         lines.append(named("training", text, "dim"))
+        return Group(*lines, *(named("mend", one_line(problem), "bold red") for problem in status.problems))
+    if status.training.state == "unreadable":
         return Group(*lines, *(named("mend", one_line(problem), "bold red") for problem in status.problems))
     lines += [named("training", *_training_line(status))]
     lines += [named("", text) for text in _training_figures(status)]

@@ -154,6 +154,7 @@ class TrainedTokenizer(Section):
     kind: Literal["train"] = "train"
     """Train a byte-level BPE on the corpus' training documents."""
     vocab_size: Annotated[int, Field(ge=260, le=1_000_000)] = 8192
+    """Entries, the end-of-text token included."""
     train_bytes: Annotated[int, Field(ge=1)] = 20_000_000
     """Train on at most this much text, taken evenly from the corpus."""
 
@@ -169,6 +170,7 @@ class HubTokenizer(Section):
     name: str
     """A model or tokenizer on the Hugging Face Hub, e.g. "openai-community/gpt2"."""
     revision: str | None = None
+    """Branch, tag or commit."""
 
 
 Tokenizer = Annotated[TrainedTokenizer | FolderTokenizer | HubTokenizer, Field(discriminator="kind")]

@@ -1,49 +1,22 @@
 """Read the YAML file and the command line's `section.key=value`; report every mistake at once."""
 
-import difflib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar
 
 import pydantic
 from pydantic import BaseModel
-from pydantic_core import ErrorDetails
 
 from llmtrain.config import yaml_lines
+from llmtrain.config.explain import COMMAND_LINE, Origins, explain, kind_of, show
 from llmtrain.config.schema import RunConfig
 from llmtrain.config.section import MAY_CHANGE
 from llmtrain.errors import ConfigError
 
-COMMAND_LINE = "command line"
+_COMPLETION_ONLY = "data.format.completion_only"
 _LENGTHS = ("steps", "epochs", "tokens")
 AnySection = TypeVar("AnySection", bound=BaseModel)
-
-
-@dataclass
-class Origins:
-    """Where each setting was written, for error messages."""
-
-    places: dict[yaml_lines.Path, str] = field(default_factory=dict)
-
-    def of(self, path: yaml_lines.Path) -> str:
-        """`configs/gpt2.yaml:14`, `command line` or `default`; of the nearest enclosing key that was written.
-
-        On the command line a section is only written with a key below it.
-        """
-        for end in range(len(path), 0, -1):
-            if path[:end] in self.places:
-                return self.places[path[:end]]
-        return next((place for below, place in self.places.items() if below[: len(path)] == path), "default")
-
-    def describe(self, config: RunConfig, dotted: str) -> str:
-        """`train.micro_batch_size=6 (configs/gpt2.yaml:14)`."""
-        path = tuple(dotted.split("."))
-        value: Any = config
-        for name in path:
-            value = getattr(value, name)
-        return f"{dotted}={_show(value)} ({self.places.get(path, 'default')})"
 
 
 def split_settings(words: Sequence[str]) -> tuple[str | None, list[str]]:
@@ -65,6 +38,26 @@ def load_config(file: str | Path | None, overrides: Sequence[str] = ()) -> tuple
         ConfigError: lists everything that is wrong, each with its place and what is allowed.
     """
     return load_section(RunConfig, file, overrides)
+
+
+def load_to_start(file: str | Path | None, overrides: Sequence[str] = ()) -> tuple[RunConfig, Origins]:
+    """The same of what a person starts, which rules apply to that are younger than some run folders.
+
+    `load_config` is without them: RUN/config.yaml of an older version has to stay readable.
+
+    Raises:
+        ConfigError: lists everything that is wrong, each with its place and what is allowed.
+    """
+    config, origins = load_config(file, overrides)
+    if config.evaluate.task.samples and not getattr(config.data.format, "completion_only", True):
+        asks, learns = (origins.describe(config, key) for key in ("evaluate.task.samples", _COMPLETION_ONLY))
+        raise ConfigError(
+            [
+                f"{asks} asks prompts and compares completions, which {learns} does not tell apart; leave one of them "
+                "out (a run that began with both goes on with evaluate.task.samples=0)"
+            ]
+        )
+    return config, origins
 
 
 def load_section(
@@ -89,7 +82,7 @@ def load_section(
     try:
         config = root.model_validate(values)
     except pydantic.ValidationError as error:
-        problems += [_explain(e, values, origins, root) for e in error.errors()]
+        problems += [explain(e, values, origins, root) for e in error.errors()]
         raise ConfigError(problems) from None
     if problems:
         raise ConfigError(problems)
@@ -127,7 +120,7 @@ def fixed_differences(old: RunConfig, new: RunConfig) -> list[tuple[str, str, st
                 if not (isinstance(extra, dict) and extra.items() >= MAY_CHANGE.items()):
                     yield from walk(getattr(a, name), getattr(b, name), f"{path}.{name}" if path else name)
         elif a != b:
-            yield path, _show(a), _show(b)
+            yield path, show(a), show(b)
 
     return list(walk(old, new, ""))
 
@@ -148,7 +141,7 @@ def _read_file(file: Path) -> tuple[dict[str, Any], dict[yaml_lines.Path, int]]:
     if values is None:
         return {}, {}
     if not isinstance(values, dict):
-        raise ConfigError([f"{file}:1: must hold sections such as 'model:' and 'train:', not a {_kind(values)}"])
+        raise ConfigError([f"{file}:1: must hold sections such as 'model:' and 'train:', not a {kind_of(values)}"])
     return values, lines
 
 
@@ -158,7 +151,7 @@ def _apply_override(values: dict[str, Any], override: str, origins: Origins) -> 
     if not equals or not dotted or dotted.startswith("-"):
         raise ValueError("not of the form section.key=value, e.g. train.steps=100")
     try:
-        value, _ = yaml_lines.read(text, dotted)
+        value, lines = yaml_lines.read(text, dotted)
     except yaml_lines.YamlError as error:
         raise ValueError(str(error)) from None
     *parents, last = (int(part) if part.isdigit() else part for part in dotted.split("."))
@@ -176,139 +169,8 @@ def _apply_override(values: dict[str, Any], override: str, origins: Origins) -> 
         raise ValueError(f"there is no '{last}' to set here")
     holder: Any = target
     holder[last] = value
-    origins.places[(*parents, last)] = COMMAND_LINE
+    origins.replace((*parents, last), [(), *lines])
     if parents == ["train"] and last in _LENGTHS and value is not None:
         for other in _LENGTHS:  # a length on the command line replaces the file's, in whatever unit
             if other != last and origins.of(("train", other)) != COMMAND_LINE:
                 holder.pop(other, None)
-
-
-def _explain(error: ErrorDetails, values: dict[str, Any], origins: Origins, root: type[BaseModel]) -> str:
-    """One line: key, value, place, what is allowed, the nearest valid key."""
-    path, model = _locate(error["loc"], values, root)
-    dotted = ".".join(map(str, path))
-    head = f"{dotted}={_show(error['input'])} ({origins.of(path)})"
-    context = error.get("ctx", {})
-    match error["type"]:
-        case "extra_forbidden":
-            return f"{head}: unknown key; {_nearest_key(path, model, root)}"
-        case "literal_error":
-            allowed = context["expected"].replace(" or ", ", ")
-            return f"{head}: use one of {allowed}{_nearest_value(error['input'], allowed)}"
-        case "union_tag_invalid":
-            allowed = context["expected_tags"]
-            return (
-                f"{dotted}.kind={_show(context['tag'])} ({origins.of((*path, 'kind'))}): use one of "
-                f"{allowed}{_nearest_value(context['tag'], allowed)}"
-            )
-        case "union_tag_not_found":
-            return f"{head}: needs a key 'kind' that says what it is"
-        case "missing":
-            return f"{dotted} ({origins.of(path)}): missing; it has no default"
-        case "value_error":
-            return f"{dotted} ({origins.of(path)}): {context['error']}" if path else str(context["error"])
-        case "model_type" | "model_attributes_type":
-            return f"{head}: must be a section with keys below it, not a {_kind(error['input'])}"
-        case "bool_type":
-            return f"{head}: must be true or false"
-        case "int_type" | "int_from_float":
-            return f"{head}: must be a whole number, not a {_kind(error['input'])}"
-        case "float_type":
-            return f"{head}: must be a number, not a {_kind(error['input'])}"
-        case "string_type" if error["input"] is None:
-            return f"""{head}: must be text; for an empty one write '{dotted}=""' on the command line, "" in a file"""
-        case "string_type":
-            return f"{head}: must be text, not a {_kind(error['input'])} (put it in quotes)"
-        case "list_type":
-            return f"{head}: must be a list, e.g. [{_show(error['input'])}]"
-        case _:
-            message = error["msg"].replace("Input should", "must").replace("should", "must")
-            return f"{head}: {message[:1].lower()}{message[1:]}"
-
-
-def _locate(
-    loc: tuple[int | str, ...], values: Any, root: type[BaseModel]
-) -> tuple[yaml_lines.Path, type[BaseModel] | None]:
-    """The path in the file that pydantic's `loc` means (it puts a union's tag between, and marks what is wrong with
-    a key instead of its value), and the section it lies in."""
-    path: list[str | int] = []
-    model: Any = root
-    loc = loc[:-1] if loc[-1:] == ("[key]",) else loc
-    for position, part in enumerate(loc):
-        here = values.get("kind") if isinstance(values, dict) else None
-        tagged = [m for m in _models(model) if _tag(m) == part]
-        if tagged and (part == here or (here is None and part not in (values or {}))):
-            model = tagged[0]
-            continue
-        path.append(part)
-        values = values[part] if _has(values, part) else None
-        if position < len(loc) - 1:
-            model = _field_type(model, part)
-    section = _models(model)
-    return tuple(path), section[0] if len(section) == 1 else None
-
-
-def _has(values: Any, part: str | int) -> bool:
-    if isinstance(values, dict):
-        return part in values
-    return isinstance(values, list) and isinstance(part, int) and part < len(values)
-
-
-def _field_type(model: Any, part: str | int) -> Any:
-    if isinstance(part, int):
-        return model
-    for section in _models(model):
-        if part in section.model_fields:
-            return section.model_fields[part].annotation
-    return None
-
-
-def _models(annotation: Any) -> list[type[BaseModel]]:
-    """The configuration sections that an annotation (optional, list, union) can hold."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    return [model for part in get_args(annotation) for model in _models(part)]
-
-
-def _tag(model: type[BaseModel]) -> str | None:
-    kind = model.model_fields.get("kind")
-    return get_args(kind.annotation)[0] if kind and get_args(kind.annotation) else None
-
-
-def _nearest_key(path: yaml_lines.Path, model: type[BaseModel] | None, root: type[BaseModel]) -> str:
-    name = str(path[-1])
-    prefix = ".".join(map(str, path[:-1]))
-    siblings = list((model or root).model_fields)
-    near = difflib.get_close_matches(name, siblings, n=1, cutoff=0.6)
-    if near:
-        return f"did you mean {prefix + '.' if prefix else ''}{near[0]}?"
-    everywhere: dict[str, str] = {}
-    for dotted in _all_keys(root):
-        everywhere.setdefault(dotted.rsplit(".", 1)[-1], dotted)
-    near = difflib.get_close_matches(name, everywhere, n=1, cutoff=0.75)
-    known = f"'{prefix}' has: " if prefix else f"the {'sections' if root is RunConfig else 'keys'} are: "
-    meant = f"did you mean {everywhere[near[0]]}? " if near else ""
-    return meant + known + ", ".join(siblings)
-
-
-def _all_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    for name, info in model.model_fields.items():
-        yield f"{prefix}{name}"
-        for inner in _models(info.annotation):
-            yield from _all_keys(inner, f"{prefix}{name}.")
-
-
-def _nearest_value(value: Any, allowed: str) -> str:
-    choices = [word.strip("' ") for word in allowed.split(",")]
-    near = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.5)
-    return f"; did you mean '{near[0]}'?" if near else ""
-
-
-def _show(value: Any) -> str:
-    text = json.dumps(value, default=str, ensure_ascii=False) if not isinstance(value, BaseModel) else repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _kind(value: Any) -> str:
-    names = {dict: "section", list: "list", str: "text", bool: "truth value", type(None): "null"}
-    return names.get(type(value), "number")

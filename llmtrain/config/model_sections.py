@@ -11,12 +11,17 @@ class GPTModel(Section):
     kind: Literal["gpt"] = "gpt"
     """GPT-2's architecture. 12 layers, 12 heads, width 768 is GPT-2 small (124 M parameters tied)."""
     num_layers: Annotated[int, Field(ge=1)] = 4
+    """Transformer blocks."""
     num_heads: Annotated[int, Field(ge=1)] = 4
+    """Attention heads per block; must divide `width`."""
     width: Annotated[int, Field(ge=1)] = 256
+    """Size of the hidden states; the MLP is 4 times as wide."""
     context: Annotated[int, Field(ge=2)] = 256
     """Tokens that the model sees at once; also the length of a training row."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """On embeddings, attention probabilities and each block's two outputs."""
     qkv_bias: bool = True
+    """Biases on query, key and value."""
     tie_weights: bool = True
     """Use the token embedding as output matrix too."""
     init: Literal["gpt2", "pytorch"] = "gpt2"

@@ -16,20 +16,21 @@ from pydantic import Field, model_validator
 
 from llmtrain.config.data_sections import DataSection
 from llmtrain.config.model_sections import QLORA_DEFAULTS, GPTModel, Model
-from llmtrain.config.section import MAY_CHANGE, Section
+from llmtrain.config.section import MAY_CHANGE, RUN_NAME, Section
 from llmtrain.config.service_sections import HubSection, ServiceSection
 
 
 class RunSection(Section):
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)] = "stdlib-gpt"
-    """Name of the run; its folder is DIR/NAME."""
+    name: Annotated[str, Field(pattern=RUN_NAME, max_length=100)] = "stdlib-gpt"
+    """Name of the run; its folder is DIR/NAME. At most 100 letters (A to Z, a to z), digits, ".", "_" and "-"; it
+    begins with a letter or a digit."""
     dir: Annotated[str, Field(json_schema_extra=MAY_CHANGE)] = "runs"
     """Folder that holds all runs."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 123
     """Decides the initial weights, the order of the samples and dropout."""
     resume: Annotated[Literal["auto", "never", "must"], Field(json_schema_extra=MAY_CHANGE)] = "auto"
-    """auto: go on from the newest whole checkpoint, or start. never: move an existing run folder aside
-    and start anew. must: fail where there is no checkpoint."""
+    """auto: resume from the newest intact checkpoint, or start. never: move an existing run folder aside
+    and start from scratch. must: fail where there is no checkpoint."""
 
 
 class ScheduleSection(Section):
@@ -50,8 +51,11 @@ class OptimSection(Section):
     lr: Annotated[float, Field(gt=0)] = 2e-3
     """Peak learning rate."""
     betas: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)] = [0.9, 0.95]
+    """AdamW's decay rates of the two moments."""
     eps: Annotated[float, Field(gt=0)] = 1e-8
+    """AdamW's epsilon."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    """Decoupled weight decay (AdamW)."""
     decay: Literal["matrices", "all"] = "matrices"
     """matrices: no weight decay on biases and LayerNorms. all: uniform, as the plain torch loop does."""
     clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
@@ -80,7 +84,7 @@ class TrainSection(Section):
     """Compile the model with torch.compile: for GPUs, after minutes of start-up. On CPUs it gains with small models
     alone. Ranks sum their gradients after the backward pass then, not during it."""
     activation_checkpointing: Annotated[bool, Field(json_schema_extra=MAY_CHANGE)] = False
-    """Keep only each layer's input and compute the rest anew in the backward pass: a third more
+    """Keep only each layer's input and recompute the rest in the backward pass: a third more
     arithmetic, a fraction of the memory, the same numbers."""
 
     @model_validator(mode="after")
@@ -97,11 +101,15 @@ class SampleSection(Section):
     prompt: str = "def main("
     """Text that the model continues after an evaluation; empty for no samples."""
     tokens: Annotated[int, Field(ge=1)] = 50
+    """Length of a sample, in tokens; it is shorter where the model ends the text before."""
     temperature: Annotated[float, Field(ge=0)] = 0.8
     """0 always takes the likeliest token."""
     top_k: Annotated[int, Field(ge=1)] | None = 50
+    """Draw among the k likeliest tokens; null: all."""
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Draw among the likeliest tokens whose probabilities together reach p; null: all."""
     every: Literal["evaluation", "epoch"] = "evaluation"
+    """When to write a sample: after each evaluation, or once an epoch."""
 
 
 class TaskSection(Section):
@@ -122,7 +130,8 @@ class EvaluateSection(Section):
     """Score this many rows of the training split, evenly spread over it, in the same way each time (no dropout), so
     that the gap to the held-out loss compares like with like; 0 for none."""
     batch_size: Annotated[int | None, Field(ge=1)] = None
-    """Rows per forward pass on a rank; by default the training micro-batch. Does not change the result."""
+    """Rows per forward pass on a rank; by default the training micro-batch. Does not change the result (int8: by what
+    it rounds)."""
     sample: SampleSection = SampleSection()
     task: TaskSection = TaskSection()
 
@@ -133,14 +142,14 @@ class CheckpointSection(Section):
     every_epochs: Annotated[float | None, Field(gt=0)] = None
     """A checkpoint at the end of every so many passes over the data."""
     keep_last: Annotated[int, Field(ge=1)] = 2
-    """Keep the newest so many whole ones,"""
+    """Keep the newest so many whole checkpoints."""
     keep_best: Annotated[int, Field(ge=0)] = 2
-    """and those with the lowest held-out loss,"""
+    """Also keep so many with the lowest held-out loss."""
     keep_every: Annotated[int | None, Field(ge=1)] = None
-    """and every one whose step is a multiple of this. The service deletes the others, once they are scored and, where
-    `hub.repo` is set, uploaded."""
+    """Also keep every checkpoint whose step is a multiple of this. The service deletes all others, once they are scored
+    and, with `hub.repo`, uploaded."""
     background: bool = True
-    """Copy to host memory and go on training while a thread writes. false: no copy, training waits for
+    """Copy to host memory, and train on while a thread writes. false: no copy, training waits for
     the disk."""
 
 
@@ -148,6 +157,7 @@ class LogSection(Section):
     every_steps: Annotated[int, Field(ge=1)] = 10
     """Read the loss from the device and write TensorBoard every so many steps."""
     tensorboard: bool = True
+    """Write event files to RUN/tensorboard."""
     report: bool = True
     """Draw curve.png and write the page of `llmtrain report` at the end of the run (a few seconds)."""
 
@@ -158,7 +168,7 @@ class StrategySection(Section):
     ZeRO-2, every rank holds the model and its share of gradients and optimizer state; for models whose
     optimizer state does not fit. A run can change between them when it is resumed."""
     bucket_mb: Annotated[float, Field(gt=0)] = 25.0
-    """Gradients are reduced in buckets of this size while the backward pass goes on."""
+    """Gradients are reduced in buckets of this size, during the backward pass."""
     overlap: bool = True
     """zero2 only: reduce a bucket while the next one fills, which takes a second bucket of memory. ddp
     always does."""
@@ -219,11 +229,6 @@ class RunConfig(Section):
                 raise ValueError("service.patience needs the checkpoint service: set service.start to auto or manual")
         if self.evaluate.task.samples and self.data.format.kind == "text":
             raise ValueError("evaluate.task.samples needs samples with completions: set data.format.kind")
-        if self.evaluate.task.samples and not getattr(self.data.format, "completion_only", True):
-            raise ValueError(
-                "evaluate.task.samples asks prompts and compares completions, which data.format.completion_only=false "
-                "does not tell apart; leave one of them out"
-            )
         return self
 
 

@@ -1,4 +1,4 @@
-"""What every section of the configuration is: strict, documented by its docstrings."""
+"""What every section of the configuration is: strict, documented by its docstrings; and what texts may look like."""
 
 from typing import Any
 
@@ -6,6 +6,24 @@ from pydantic import BaseModel, ConfigDict
 
 MAY_CHANGE: dict[str, Any] = {"may_change_on_resume": True}
 """Marks a field (or a whole section) that may differ between a checkpoint and the run resuming from it."""
+
+
+RUN_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+HUB_REPO = r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$"
+SCORING_PLACE = r"^(auto|cpu|mps|cuda(:\d+)?|training)$"
+WORD = r"^\S+$"
+MEMORY = r"^\d+[KMGTkmgt]?$"
+
+IN_WORDS = {
+    RUN_NAME: "may hold letters (A to Z, a to z), digits, '.', '_' and '-', and begins with a letter or a digit, "
+    "e.g. my-run_2",
+    HUB_REPO: "must be user/name, both of letters, digits, '.', '_' and '-', beginning with a letter or a digit, "
+    "e.g. jane/my-run_2",
+    SCORING_PLACE: "use auto, cpu, mps, cuda, cuda:N (N is the GPU's number, e.g. cuda:1) or training",
+    WORD: "must be one word, without blanks",
+    MEMORY: "must be a whole number of megabytes, or one with K, M, G or T behind it, e.g. 32G",
+}
+"""What people are told of a pattern."""
 
 
 class Section(BaseModel):

@@ -4,38 +4,40 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from llmtrain.config.section import Section
+from llmtrain.config.section import HUB_REPO, SCORING_PLACE, Section
 
 
 class ServiceSection(Section):
-    """The process beside training that scores, uploads and deletes checkpoints (docs/service.md)."""
+    """The process in parallel with training that scores, uploads and deletes checkpoints (docs/service.md)."""
 
     start: Literal["auto", "manual", "never"] = "auto"
-    """auto: rank 0 starts it. manual: somebody else does (python -m llmtrain.service --run RUN). never: there is none;
-    training deletes by the rule of `checkpoint` itself, going by its own held-out loss."""
-    score: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?|training)$")] = "auto"
+    """auto: rank 0 starts it. manual: it is started apart from training (python -m llmtrain.service --run RUN). never:
+    there is none; training deletes by the rule of `checkpoint` itself, going by its own held-out loss."""
+    score: Annotated[str, Field(pattern=SCORING_PLACE)] = "auto"
     """Where checkpoints are scored from disk: cpu, cuda:1, mps. training: nowhere, the loss that the training ranks
     computed at the save is taken. auto: a GPU that training does not use; else the CPU; else (a base model trained on
     GPUs) training."""
     threads: Annotated[int | None, Field(ge=1)] = None
     """CPU threads for scoring; by default half of the cores where training computes on them too, else all."""
     nice: Annotated[int, Field(ge=0, le=19)] = 10
-    """How far the service steps back behind training on the same machine: 0 shares the cores evenly, with 10 it gets
-    about a tenth of one that training wants. The more checkpoints wait, the less it steps back."""
+    """How much priority the service gives training on the same machine: 0 shares the cores evenly, with 10 it gets
+    about a tenth of one that training wants. The more checkpoints wait, the less it yields."""
     batch_size: Annotated[int | None, Field(ge=1)] = None
-    """Rows per forward pass when scoring; by default as in training's evaluation. Does not change the result."""
+    """Rows per forward pass when scoring; by default as in training's evaluation. Does not change the result (int8: by
+    what it rounds)."""
     patience: Annotated[int | None, Field(ge=1)] = None
     """End training when so many saves in a row have not lowered the held-out loss; null: never."""
     wait_s: Annotated[float, Field(ge=0)] = 3600.0
-    """At the end of training, wait at most so long for the service to finish what is queued; it goes on by itself
+    """At the end of training, wait at most so long for the service to finish what is queued; it continues by itself
     where it can (a batch job ends with the training process)."""
 
 
 class HubSection(Section):
     """Upload to the Hugging Face Hub. The token is the Hub's own: HF_TOKEN, or 'hf auth login'; never written here."""
 
-    repo: Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$", max_length=96)] | None = None
-    """Repository, "user/name"; null: nothing is uploaded."""
+    repo: Annotated[str, Field(pattern=HUB_REPO, max_length=96)] | None = None
+    """Repository, "user/name", each of letters, digits, ".", "_" and "-", a letter or a digit first; at most 96 in all.
+    null: nothing is uploaded."""
     private: bool = True
     """Make the repository private. An existing public one is refused."""
     optimizer_state: bool = False

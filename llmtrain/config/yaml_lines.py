@@ -53,6 +53,14 @@ def write(value: Any) -> str:
     return yaml.dump(value, Dumper=_CoreDumper, sort_keys=False, allow_unicode=True)
 
 
+def write_inline(value: Any) -> str:
+    """The same on one line, as for the command line."""
+    text = yaml.dump(
+        value, Dumper=_CoreDumper, sort_keys=False, allow_unicode=True, default_flow_style=True, width=10**6
+    )
+    return text.rstrip("\n")
+
+
 def read(text: str, name: str) -> tuple[Any, dict[Path, int]]:
     """Parse `text`; returns the plain value and the line (from 1) of every key and list item in it.
 

@@ -68,14 +68,14 @@ def kept_apart(documents: Documents | None, x: Tensor, flash: bool) -> Documents
     """
     if documents is None:
         return None
-    dtype = _computed_in(x)
+    dtype = computed_in(x)
     on_cpu = x.device.type == "cpu" and not torch.compiler.is_compiling()
     alone = on_cpu or (flash and dtype in FLASH_DTYPES)
     return documents if alone else added_mask(visible(documents, *x.shape[:2]), dtype)
 
 
-def _computed_in(x: Tensor) -> torch.dtype:
-    """What autocast makes of `x` in torch's attention."""
+def computed_in(x: Tensor) -> torch.dtype:
+    """What autocast makes of `x` in what it computes in low precision: torch's attention, products."""
     return torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
 
 
@@ -113,7 +113,7 @@ def _flash(q_BHTK: Tensor, k_BHTK: Tensor, v_BHTK: Tensor, documents: Documents,
     from torch.nn.attention.varlen import varlen_attn
 
     batch, heads, length, width = q_BHTK.shape
-    dtype = _computed_in(q_BHTK)
+    dtype = computed_in(q_BHTK)
     given = (x.to(dtype).transpose(1, 2) for x in (q_BHTK, k_BHTK, v_BHTK))
     q, k, v = (x.reshape(batch * length, x.shape[2], width) for x in given)
     out = varlen_attn(
@@ -141,7 +141,7 @@ def _one_by_one(
 
 
 class _Attention(torch.autograd.Function):
-    """Of as many queries as keys, and as many heads; `bounds`: of documents, None if each row is one."""
+    """As many queries as keys, and as many heads of each. `bounds`: of the documents; None if each row is one."""
 
     @staticmethod
     def forward(

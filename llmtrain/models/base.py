@@ -1,29 +1,31 @@
-"""Base models for LoRA: what one is made of, whether it can be used, and loading it quantised.
+"""Base models for LoRA: what one is made of, and loading it quantised.
 
 Everything that transformers and bitsandbytes say about a base passes through here; `qlora.py` builds on it.
 """
 
-import difflib
+import contextlib
 import functools
 import logging
 import os
 import sys
 import warnings
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from llmtrain import log
-from llmtrain.base_facts import BaseFacts, Linear
+from llmtrain.base_facts import OTHER_FORMATS, BaseFacts, Linear
 from llmtrain.config.model_sections import QLoRAModel
 from llmtrain.errors import ModelError
+from llmtrain.models.base_attention import head_width
 
-_LOGIT_CHANGES = ("final_logit_softcapping", "logits_scaling", "logit_scale")
-"""Configuration keys of architectures that do something to their logits after the output layer."""
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+_NAMED = 4
 
 
 def compute_dtype(config: QLoRAModel, precision: str) -> torch.dtype:
@@ -82,7 +84,7 @@ def describe(config: QLoRAModel) -> BaseFacts:
     linears = tuple(Linear(*shape, count) for shape, count in shapes.items())
     text = hf.get_text_config()
     kv_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    head_width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    width = head_width(text)
     return BaseFacts(
         architecture=type(model).__name__,
         vocab_size=model.get_input_embeddings().weight.shape[0],
@@ -90,9 +92,11 @@ def describe(config: QLoRAModel) -> BaseFacts:
         hidden=text.hidden_size,
         layers=text.num_hidden_layers,
         heads=text.num_attention_heads,
-        kv_width=kv_heads * head_width,
+        kv_width=kv_heads * width if width else max(each.outputs for each in linears if each.name == "k_proj"),
         linears=linears,
         other_parameters=sum(p.numel() for p in model.parameters()) - sum(linear.weights for linear in linears),
+        expert_parameters=_count_experts(model),
+        head_has_bias=getattr(model.get_output_embeddings(), "bias", None) is not None,
     )
 
 
@@ -100,51 +104,27 @@ def linear_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """The linear layers but the output layer: those that are quantised, and that LoRA can be added to."""
     from transformers.pytorch_utils import Conv1D
 
-    head: Any = model.get_output_embeddings()  # type: ignore[operator]
+    head: Any = model.get_output_embeddings()  # pyright: ignore[reportCallIssue]
     kinds = (nn.Linear, Conv1D)  # bitsandbytes' layers are nn.Linear's too
     return [
         (name, module) for name, module in model.named_modules() if isinstance(module, kinds) and module is not head
     ]
 
 
+def _count_experts(model: nn.Module) -> int:
+    """What transformers keeps in one tensor for all experts of a layer, in modules named so."""
+    return sum(
+        parameter.numel()
+        for module in model.modules()
+        if "Expert" in type(module).__name__ and not isinstance(module, nn.Linear)
+        for parameter in module.parameters(recurse=False)
+    )
+
+
 def _shape(module: Any) -> tuple[int, int]:
     if isinstance(module, nn.Linear):
         return module.in_features, module.out_features
     return module.weight.shape[0], module.weight.shape[1]  # transformers' Conv1D
-
-
-def check(config: QLoRAModel, facts: BaseFacts, tokenizer_size: int | None) -> None:
-    """Everything about the base that can be known to fail.
-
-    Raises:
-        ModelError: lists all that is wrong.
-    """
-    problems = [*_quantised_another_way(config), *_unknown_targets(config, facts)]
-    if tokenizer_size is not None and tokenizer_size > facts.vocab_size:
-        problems.append(
-            f"the tokenizer has {tokenizer_size:,} tokens, but the base's embedding only {facts.vocab_size:,} rows: "
-            "ids beyond it cannot be read. Use the base's own tokenizer (leave data.tokenizer out), or a base whose "
-            "embedding was enlarged"
-        )
-    text: Any = read_config(config.base, config.revision, config.trust_remote_code).get_text_config()
-    changed = [name for name in _LOGIT_CHANGES if getattr(text, name, None) not in (None, 1, 1.0)]
-    if changed:
-        problems.append(f"it changes its logits ({', '.join(changed)}), which the loss here does not know yet")
-    if facts.positions is not None and config.context > facts.positions:
-        problems.append(
-            f"model.context={config.context} is longer than the base was made for ({facts.positions} positions)"
-        )
-    if problems:
-        raise ModelError(f"model.base={config.base} cannot be used so:" + "".join(f"\n  - {p}" for p in problems))
-
-
-def _quantised_another_way(config: QLoRAModel) -> list[str]:
-    stored = stored_quantisation(config)
-    if stored in (None, config.quantisation):
-        return []
-    use = f"set model.quantisation={stored} to train on it as it is" if stored in ("nf4", "int8") else None
-    fix = "; ".join(filter(None, [use, "or take the base before it was quantised"]))
-    return [f"its weights are already quantised ({stored}), and model.quantisation={config.quantisation}; {fix}"]
 
 
 def stored_quantisation(config: QLoRAModel) -> str | None:
@@ -158,22 +138,6 @@ def stored_quantisation(config: QLoRAModel) -> str | None:
     if values.get("load_in_8bit"):
         return "int8"
     return str(values.get("bnb_4bit_quant_type", "fp4"))
-
-
-def _unknown_targets(config: QLoRAModel, facts: BaseFacts) -> list[str]:
-    wanted = config.lora.target_modules
-    if wanted == "all-linear":
-        return []
-    problems: list[str] = []
-    for name in wanted:
-        if name not in facts.names:
-            near = difflib.get_close_matches(name, facts.names, n=1, cutoff=0.5)
-            meant = f"did you mean {near[0]}? " if near else ""
-            problems.append(
-                f"model.lora.target_modules: {name} matches nothing; {meant}{facts.architecture} has: "
-                + ", ".join(facts.names)
-            )
-    return problems
 
 
 def fetch(config: QLoRAModel) -> Path:
@@ -195,7 +159,11 @@ def fetch(config: QLoRAModel) -> Path:
             huggingface_hub.utils.enable_progress_bars()
         else:
             log.info(f"base       fetching {config.base} from the Hub")
-        return Path(huggingface_hub.snapshot_download(config.base, revision=config.revision, allow_patterns=wanted))
+        return Path(
+            huggingface_hub.snapshot_download(
+                config.base, revision=config.revision, allow_patterns=wanted, ignore_patterns=[*OTHER_FORMATS]
+            )
+        )
     except Exception as error:
         raise ModelError(
             f"model.base={config.base} cannot be fetched from the Hub: {type(error).__name__}: "
@@ -230,21 +198,47 @@ def load(config: QLoRAModel, dtype: torch.dtype, device: torch.device, quantisat
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            model = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 place(config.base),
                 revision=config.revision,
                 dtype=dtype,
                 **how,
                 device_map={"": device},
                 trust_remote_code=config.trust_remote_code,
+                output_loading_info=True,
             )
-    except (OSError, ValueError, RuntimeError, ImportError) as error:
+            model, told = loaded
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         raise ModelError(
             f"model.base={config.base} cannot be loaded: {type(error).__name__}: {str(error).splitlines()[0]}"
         ) from error
+    _refuse_drawn(config, told)
     model.requires_grad_(False)
     _keep_layout(model, dtype)
     return model
+
+
+def _refuse_drawn(config: QLoRAModel, told: dict[str, Any]) -> None:
+    """What the files lack transformers draws at random, in each process anew.
+
+    Raises:
+        ModelError: names it.
+    """
+    drawn = {"missing": sorted(told["missing_keys"]), "of another shape": sorted(map(_key, told["mismatched_keys"]))}
+    found = [
+        f"{len(names)} {how} ({', '.join(names[:_NAMED])}{', ...' if len(names) > _NAMED else ''})"
+        for how, names in drawn.items()
+        if names
+    ]
+    if found:
+        raise ModelError(
+            f"model.base={config.base}: its files do not hold all of its weights: {'; '.join(found)}. Get them again, "
+            "or take the base that they belong to; what is not there would be random numbers"
+        )
+
+
+def _key(mismatched: str | tuple[str, ...]) -> str:
+    return mismatched if isinstance(mismatched, str) else mismatched[0]  # with the two shapes behind it
 
 
 def be_quiet() -> None:
@@ -277,6 +271,26 @@ def dequantise(quantised: nn.Module, into: nn.Module) -> None:
             continue  # left as it was by the quantiser
         target: Any = module.weight
         target.copy_(values if values.shape == target.shape and isinstance(module, nn.Linear) else values.t())
+
+
+@contextlib.contextmanager
+def rows_apart(quantised: nn.Module) -> Iterator[None]:
+    """Within it an int8 base computes each position from its own input alone.
+
+    LLM.int8() takes the columns with a large value in any row of a forward pass out of the 8 bits, in all rows: what a
+    document gives then depends, by what 8 bits round, on which others are computed with it.
+    """
+    from bitsandbytes.nn.modules import Linear8bitLt
+
+    states: list[Any] = [module.state for module in quantised.modules() if isinstance(module, Linear8bitLt)]
+    before = [state.threshold for state in states]
+    for state in states:
+        state.threshold = 0.0
+    try:
+        yield
+    finally:
+        for state, threshold in zip(states, before, strict=True):
+            state.threshold = threshold
 
 
 def _keep_layout(model: nn.Module, dtype: torch.dtype) -> None:

@@ -42,15 +42,23 @@ def use(model: Any, context: int, dtype: torch.dtype, device: torch.device) -> b
     if (window and window < context) or set(getattr(config, "layer_types", None) or _WHOLE) - _WHOLE:
         return False
     if device.type != "cpu":
-        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        width = head_width(config)
         drops = any(getattr(config, name, 0) for name in _DROPOUTS)
-        if drops or dtype not in FLASH_DTYPES or not has_flash(device, width):
+        if drops or dtype not in FLASH_DTYPES or width is None or not has_flash(device, width):
             return False
     # A name without a mask of its own: transformers then makes none, and does not look at the positions.
     assert _NAME not in ALL_MASK_ATTENTION_FUNCTIONS
     ALL_ATTENTION_FUNCTIONS.register(_NAME, _attention)
     model.set_attn_implementation(_NAME)
     return True
+
+
+def head_width(config: Any) -> int | None:
+    """Of a head's keys, by the configuration of the part that reads text; None where layers differ in it."""
+    try:
+        return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    except RuntimeError:  # what transformers raises then is no AttributeError (Gemma 4)
+        return None
 
 
 def told(documents: Documents) -> dict[str, Any]:

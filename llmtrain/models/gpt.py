@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -268,17 +269,19 @@ class GPT(nn.Module):
         """Fill the parameters from what `save` wrote.
 
         Raises:
-            CheckpointError: the file's tensors are not this model's.
+            CheckpointError: the file is missing or damaged, or its tensors are not this model's.
         """
-        tensors = load_file(folder / WEIGHTS)
-        if not self.config.qkv_bias:
-            for layer in range(self.config.num_layers):
-                tensors.pop(f"transformer.h.{layer}.attn.c_attn.bias", None)
         try:
+            tensors = load_file(folder / WEIGHTS)
+            if not self.config.qkv_bias:
+                for layer in range(self.config.num_layers):
+                    tensors.pop(f"transformer.h.{layer}.attn.c_attn.bias", None)
             with torch.no_grad():
                 for name, parameter in self.named_parameters():
                     tensor = tensors.pop(name)
                     parameter.copy_(tensor.t() if name.endswith(_CONV1D) else tensor)
+        except (FileNotFoundError, PermissionError, SafetensorError) as error:
+            raise CheckpointError(f"{folder / WEIGHTS}: cannot be read: {error}") from error
         except (KeyError, RuntimeError) as error:
             raise CheckpointError(f"{folder / WEIGHTS}: not the weights of this model: {error}") from error
         if tensors:

@@ -13,15 +13,16 @@ import torch
 
 from llmtrain.data import Batch
 from llmtrain.errors import ModelError
+from llmtrain.models import base as bases
 from llmtrain.models.qlora import QLoRA
 
 ROUNDING = {torch.float32: 1e-4, torch.bfloat16: 5e-3}
-"""A root mean square difference up to this share of the logits' standard deviation is never held against a base."""
-_OF_A_LEAK = 0.25
-"""Larger ones may be rounding too, in deep models; a base leaks if they come to this share of what they would be with
-nothing to keep documents apart."""
-_ALONE = 0.05
-"""What is allowed where a row holds one document, so that no leak can be measured."""
+"""A root mean square difference up to this share of the logits' standard deviation always passes as rounding."""
+_LEAK_SHARE = 0.25
+"""Rounding may exceed that in deep models. A base leaks if the difference reaches this share of what it is when nothing
+keeps the documents apart."""
+_SINGLE_DOCUMENT_TOLERANCE = 0.05
+"""The limit where a row holds one document, so that no leak can be measured."""
 _DOCUMENTS, _POSITIONS = 6, 16
 
 
@@ -61,16 +62,24 @@ def difference(model: QLoRA, batch: Batch, doc_lens: list[int], autocast: bool, 
 
 def check(model: QLoRA, batch: Batch, doc_lens: list[int], autocast: bool) -> float:
     """Raises ModelError if packed documents see each other; returns the difference. Arguments as of `difference`."""
-    found = difference(model, batch, doc_lens, autocast)
-    allowed = _ALONE
-    if len(doc_lens) > 1:
-        leak = difference(model, batch, doc_lens, autocast, apart=False)
-        allowed = max(ROUNDING[torch.bfloat16 if autocast else model.dtype], _OF_A_LEAK * leak)
-    if not found <= allowed:  # a difference that is no number is found too
+    allowed = _SINGLE_DOCUMENT_TOLERANCE
+    with bases.rows_apart(model):  # what 8 bits round differently in company is no leak, and can be larger than one
+        found = difference(model, batch, doc_lens, autocast)
+        if len(doc_lens) > 1:
+            leak = difference(model, batch, doc_lens, autocast, apart=False)
+            allowed = max(ROUNDING[torch.bfloat16 if autocast else model.dtype], _LEAK_SHARE * leak)
+    if found <= allowed:  # a difference that is no number is not
+        return found
+    where = "a document" if len(doc_lens) == 1 else f"{len(doc_lens)} documents in a row"
+    differ = (
+        f"model.base={model.config.base}: the logits of {where} differ from transformers' own over each alone by "
+        f"{found:.3g} of their standard deviation ({allowed:.2g} could be rounding). This architecture "
+    )
+    if len(doc_lens) == 1:
         raise ModelError(
-            f"model.base={model.config.base}: the logits of {len(doc_lens)} documents in a row differ from those of "
-            f"each alone by {found:.3g} of their standard deviation ({allowed:.2g} could be rounding). This "
-            "architecture does not keep packed documents apart, or changes its logits in a way that the loss does not "
-            "know. Nothing was trained; data.packing=none puts one sample in a row"
+            f"{differ}changes its logits in a way that the loss does not know. Nothing was trained; take another base"
         )
-    return found
+    raise ModelError(
+        f"{differ}does not keep packed documents apart, or changes its logits in a way that the loss does not know. "
+        "Nothing was trained; data.packing=none puts one sample in a row, which has nothing to keep apart"
+    )

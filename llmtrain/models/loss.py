@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from llmtrain.memory import loss_chunk
+from llmtrain.models.attention import computed_in
 
 _MULTIPLE = 64
 _CACHED = 2**20
@@ -125,8 +126,7 @@ def _turn_into_gradient(logits: Tensor, vocab_size: int, targets: Tensor, ignore
 
 def _operands(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """Both as autocast would have them."""
-    device = hidden.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    dtype = computed_in(hidden)
     return hidden.to(dtype), _padded(weight, dtype)
 
 

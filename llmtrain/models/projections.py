@@ -1,6 +1,6 @@
 """A layer norm and the linear layers behind it; for training in bf16 on CPUs in a form that keeps less.
 
-Until the backward pass has come by, autocast keeps a bf16 copy of each weight, and autograd the input of each layer.
+Until the backward pass has used them, autocast keeps a bf16 copy of each weight, and autograd each layer's input.
 Here both are computed again from what is kept anyway: casts, layer norms and GELU once more take 3% of a step, and
 what they would keep is a third of the activations. The numbers are the same, bit for bit. GPUs and fp32 go torch's
 way.

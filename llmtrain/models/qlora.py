@@ -9,6 +9,7 @@ apart by positions that restart at 0: transformers isolates them then, but only 
 cache. `isolation.check` proves it at the start of a run.
 """
 
+import inspect
 import warnings
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from llmtrain import tensorfile
 from llmtrain.config.model_sections import QLoRAModel
 from llmtrain.data import IGNORE, Documents
-from llmtrain.errors import CheckpointError, ModelError
+from llmtrain.errors import CheckpointError
 from llmtrain.manifest import FileInfo
 from llmtrain.models import base as bases
 from llmtrain.models import base_attention
@@ -53,8 +54,6 @@ class QLoRA(nn.Module):
         self.config = config
         self.dtype = bases.compute_dtype(config, precision)
         model = bases.load(config, self.dtype, device)
-        if getattr(model.get_output_embeddings(), "bias", None) is not None:
-            raise ModelError(f"model.base={config.base}: its output layer has a bias, which the loss does not know")
         self._by_document = base_attention.use(model, config.context, self.dtype, device)
         if activation_checkpointing:  # restores dropout's random numbers: the same loss and gradients
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -174,16 +173,15 @@ class QLoRA(nn.Module):
 
 
 def lora_config(config: QLoRAModel, model: Any) -> Any:
-    """peft's configuration of the adapter. Modules are named in full, so that each is one of the base's linears."""
+    """peft's configuration of the adapter."""
     from peft import LoraConfig
 
     lora = config.lora
-    wanted = lora.target_modules
     return LoraConfig(
         r=lora.r,
-        lora_alpha=lora.scale_alpha,  # type: ignore[arg-type]  peft declares int and computes alpha / r
+        lora_alpha=lora.scale_alpha,  # pyright: ignore[reportArgumentType]  peft declares int and computes alpha / r
         lora_dropout=lora.dropout,
-        target_modules=wanted if isinstance(wanted, str) else list(wanted),
+        target_modules=_targets(lora.target_modules, model),
         use_rslora=lora.rslora,
         use_dora=lora.dora,
         task_type="CAUSAL_LM",
@@ -191,6 +189,15 @@ def lora_config(config: QLoRAModel, model: Any) -> Any:
         revision=config.revision,
         fan_in_fan_out=type(bases.linear_modules(model)[0][1]).__name__ == "Conv1D",
     )
+
+
+def _targets(wanted: list[str] | str, model: nn.Module) -> list[str]:
+    """The linear layers that are counted (`BaseFacts.targets`), for peft: named in full where their names alone would
+    mean others too. Its own all-linear takes a mixture's experts as well."""
+    linears = {name: name.rsplit(".", 1)[-1] for name, _ in bases.linear_modules(model)}
+    chosen = {name: last for name, last in linears.items() if wanted == "all-linear" or last in wanted}
+    meant = {name for name, _ in model.named_modules() if name.rsplit(".", 1)[-1] in chosen.values()}
+    return list(dict.fromkeys(chosen.values())) if meant == set(chosen) else list(chosen)
 
 
 def _numel(module: nn.Module) -> int:
@@ -209,6 +216,9 @@ class CachedGenerator:
 
     def __init__(self, model: Any, context: int, autocast: bool = False):
         self._model, self._context, self._autocast = model, context, autocast
+        base = model.get_base_model()
+        takes = "logits_to_keep" in inspect.signature(base.forward).parameters
+        self._last: dict[str, Any] = {"logits_to_keep": 1} if takes else {}  # not a vocabulary for each of the prompt
         self._cache: Any = None
         self._seen: list[int] = []
 
@@ -223,6 +233,6 @@ class CachedGenerator:
         device = next(self._model.parameters()).device
         inputs = input_ids.to(device).unsqueeze(0)
         with torch.autocast(device.type, torch.bfloat16, enabled=self._autocast):
-            output = self._model(input_ids=inputs, past_key_values=self._cache, use_cache=True)
+            output = self._model(input_ids=inputs, past_key_values=self._cache, use_cache=True, **self._last)
         self._cache = output.past_key_values
         return output.logits[0, -1]

@@ -65,7 +65,12 @@ def work(run: RunDir, options: Options) -> int:
             signal.signal(number, stop)
         log.info(f"service    at work on {run.path}")
         code = service.serve()
-        log.info("service    stopped; started again it goes on" if code else "service    done: nothing waits")
+        if code:
+            log.info("service    stopped; started again it goes on")
+        elif service.given_up:
+            log.warning(f"service    ended; {len(service.given_up)} not scored: it failed too often")
+        else:
+            log.info("service    done: nothing waits")
         return code
 
 

@@ -2,13 +2,14 @@
 
 import contextlib
 import os
+import shlex
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from llmtrain import choose, ledger, log, retention, rundir
+from llmtrain import choose, ledger, log, retention
 from llmtrain.config import RunConfig
 from llmtrain.ledger import Event, Status
 from llmtrain.rundir import RunDir
@@ -54,7 +55,7 @@ class Companion:
         """Start it again if it has died; without a service, delete what the rule does not keep."""
         if self._config.service.start == "never":
             with _ends_nothing("deleting checkpoints that the rule does not keep"):
-                retention.prune(self._run, rundir.heldout_losses(self._run), self._config.checkpoint)
+                retention.prune(self._run, ledger.heldout_losses(self._run), self._config.checkpoint)
         if self._config.service.start == "auto":
             with _ends_nothing("looking after the checkpoint service"):
                 self._start_again()
@@ -96,7 +97,9 @@ class Companion:
         self.start()
         while time.monotonic() < deadline:
             if not self._run.is_served() and time.monotonic() - started > _START_S:
-                log.warning(f"service    ended with work left; see {self._run.service_log}")
+                status = ledger.status(self._run)
+                why = f": {status.last_error}" if status is not None and status.last_error else ""
+                log.warning(f"service    ended with work left{why}; see {self._run.service_log}")
                 return
             left = waiting(self._run, self._config, since)
             if left is None:
@@ -138,7 +141,8 @@ def waiting(run: RunDir, config: RunConfig, since: float = 0.0) -> str | None:
     else:
         return None
     doing = f"{', '.join(status.doing)}; " if status is not None and status.doing else ""
-    return f"{doing}{left} (Ctrl-C leaves it at work)"
+    error = f"; {status.last_error}" if status is not None and status.last_error else ""
+    return f"{doing}{left} (Ctrl-C leaves it at work){error}"
 
 
 def _unscored(run: RunDir) -> list[int]:
@@ -162,4 +166,4 @@ def _scores_elsewhere(status: Status | None, to_score: list[int]) -> bool:
 
 
 def drain_command(path: Path) -> str:
-    return f"python -m llmtrain.service --run {path} --drain"
+    return f"python -m llmtrain.service --run {shlex.quote(str(path))} --drain"

@@ -9,7 +9,7 @@ from llmtrain.tensorboard import TensorBoard
 
 
 class Board:
-    """Follows the ledger; where a step comes late the whole view is written anew."""
+    """Follows the ledger; when a step arrives out of order, the whole view is rewritten."""
 
     def __init__(self, run: RunDir):
         self._run = run

@@ -4,7 +4,7 @@ import math
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from llmtrain import choose, ledger, manifest, rundir, summary
+from llmtrain import choose, jsonl, ledger, manifest, summary
 from llmtrain.choose import Entry, Ranking
 from llmtrain.config import RunConfig, resolved_yaml
 from llmtrain.config.model_sections import QLoRAModel
@@ -141,7 +141,7 @@ def _test_data(run: RunDir, config: RunConfig) -> str:
     share = config.data.split.test
     if not share:
         return "; there is no test data"
-    scored = {(r["step"], r["checkpoint"]) for r in rundir.read_jsonl(run.scores) if r.get("split") == "test"}
+    scored = {(r["step"], r["checkpoint"]) for r in jsonl.read(run.scores) if r.get("split") == "test"}
     steps = sorted(step for step, _ in scored)
     match steps:
         case []:

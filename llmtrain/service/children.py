@@ -21,6 +21,7 @@ _PARENT = "LLMTRAIN_SERVICE_PID"
 _NICE = "LLMTRAIN_SERVICE_NICE"
 _LOOK_S = 0.2
 _CPU_S = 0.1
+_LONGEST_S = 600.0
 _PR_SET_PDEATHSIG = 1
 
 
@@ -115,14 +116,14 @@ def run_and_die_with_parent(arguments: list[str]) -> None:
 class Pause:
     """Growing pauses after failures."""
 
-    def __init__(self, first_s: float, longest_s: float = 600.0):
-        self._first_s, self._longest_s = first_s, longest_s
+    def __init__(self, first_s: float):
+        self._first_s = first_s
         self.failures = 0
         self._until = 0.0
 
     def failed(self, at_least_s: float = 0.0) -> float:
         """Note a failure; returns the seconds until the next attempt."""
-        pause = max(at_least_s, min(self._longest_s, self._first_s * 2**self.failures))
+        pause = max(at_least_s, min(_LONGEST_S, self._first_s * 2**self.failures))
         self.failures += 1
         self._until = time.monotonic() + pause
         return pause

@@ -1,7 +1,7 @@
 """`python -m llmtrain.service.hub TASK RUN --repo USER/NAME`: one conversation with the Hub, in a process of its own.
 
-Of all processes only these import huggingface_hub and take its token. Every task first looks at what is there, so
-that it can be repeated after a crash, and after an answer that never came:
+Within the service only these processes import huggingface_hub and take its token. Every task first looks at what is
+there, so that it can be repeated after a crash, and after an answer that never came:
 
     branch `checkpoints`    one commit of weights per checkpoint, tagged step-N, read back
     branch `main`           the best one, a model card, scores
@@ -45,6 +45,7 @@ from llmtrain.service.remote import (
     retry_after_s,
     run_marker,
     secrets_in,
+    tag_of,
 )
 
 _CONNECT_S = 30.0
@@ -186,7 +187,7 @@ def upload(repo: Repo, config: RunConfig, run: RunDir, step: int, token: str) ->
     if wrong := repo.differences(wanted, commit):
         manifest.verify(run.checkpoint(step))  # it may be this side that has changed
         raise OSError(f"read back from {repo.name} at {commit[:10]}, {wrong[0]} is not what was sent")
-    tag = f"step-{step}"
+    tag = tag_of(step)
     repo.set_tag(tag, commit)
     crash.point("after-tag")
     size = sum(file.size_bytes for file in wanted.values())
@@ -232,7 +233,7 @@ def untag(repo: Repo, run: RunDir, step: int) -> dict[str, Any]:
     """Remove a checkpoint's tag; fine if it is gone already."""
     refuse_others(repo, run)
     with contextlib.suppress(RevisionNotFoundError):  # an earlier attempt, whose answer was lost
-        patient(lambda: repo.api.delete_tag(repo.name, tag=f"step-{step}"))
+        patient(lambda: repo.api.delete_tag(repo.name, tag=tag_of(step)))
     return {}
 
 

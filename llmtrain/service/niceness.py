@@ -12,7 +12,7 @@ _TRIES, _PAUSE_S = 10, 0.1
 
 
 def niceness(mildest: int, waiting: int) -> int:
-    """Of what goes on beside training, which goes first; but the more waits, the less patient it is."""
+    """For work in parallel with training, which has priority: `mildest`, and less the more checkpoints wait."""
     return max(0, mildest - 3 * max(0, waiting - 1))
 
 

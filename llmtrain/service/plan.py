@@ -1,5 +1,6 @@
 """What the Hub should show, derived from the ledgers: which checkpoint on `main`, which tags, whether it is stale."""
 
+import contextlib
 import hashlib
 import json
 from dataclasses import dataclass
@@ -71,7 +72,9 @@ def _scored_on_disk(run: RunDir) -> list[int]:
 
 def is_stale(run: RunDir, repo: str) -> bool:
     """Whether `main` was last renewed with something else than what it should show."""
-    published: dict[str, Any] = json.loads(run.published.read_text()) if run.published.exists() else {}
+    published: dict[str, Any] = {}
+    with contextlib.suppress(FileNotFoundError, ValueError):  # damaged: it is written anew
+        published = json.loads(run.published.read_text())
     wanted = digest(run, repo)
     return wanted is not None and (published.get("digest"), published.get("repo")) != (wanted, repo)
 

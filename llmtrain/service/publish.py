@@ -11,7 +11,7 @@ from llmtrain.config import RunConfig
 from llmtrain.rundir import RunDir
 from llmtrain.service import card, crash, plan
 from llmtrain.service.plan import Shown
-from llmtrain.service.remote import MAIN, Repo, own_path, refuse_others
+from llmtrain.service.remote import MAIN, Repo, git_hash, own_path, refuse_others
 
 _CARD = "README.md"
 _HUBS = ".gitattributes"
@@ -65,8 +65,7 @@ def _stands(addition: CommitOperationAdd, shown: dict[str, RepoFile]) -> bool:
         content = file.read()
     if remote.lfs:
         return remote.lfs.sha256 == hashlib.sha256(content).hexdigest()
-    blob = b"blob %d\0" % len(content) + content
-    return remote.blob_id == hashlib.sha1(blob, usedforsecurity=False).hexdigest()
+    return remote.blob_id == git_hash(content)
 
 
 def _same(one: RepoFile, other: RepoFile | None) -> bool:

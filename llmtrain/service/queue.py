@@ -13,7 +13,7 @@ from llmtrain.service.niceness import niceness, step_back
 
 _LOOK_AGAIN_S = 120.0
 _LOOKS = 3
-"""That fail before a service with nothing else to do stays no longer for a checkpoint that cannot be read."""
+"""Failed reads after which an otherwise idle service stops waiting for an unreadable checkpoint."""
 
 
 @dataclass(frozen=True)

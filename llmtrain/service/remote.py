@@ -14,17 +14,16 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, RevisionNotFoundError
 from huggingface_hub.hf_api import GitCommitInfo, RepoFile
 
-from llmtrain import files, manifest, origin
+from llmtrain import access_tokens, files, manifest, origin
 from llmtrain.rundir import RunDir
 
 BRANCH, MAIN = "checkpoints", "main"
+CHECKPOINT, RUN = "checkpoint: ", "run: "
+"""Marks in commits' messages: lines that begin so."""
+_TAG = re.compile(r"step-(\d+)")
 _OWN = "llmtrain"
 """Folder for what is ours and not the model's."""
-_SECRET = re.compile(rb"\b(hf_[A-Za-z0-9]{30}|ghp_[A-Za-z0-9]{30}|sk-[\w-]{32}|AKIA[A-Z0-9]{16})")
-"""As long as real ones: `hf_hub_download` and a folder `hf_datasets_of_2024` are none."""
 _TEXT_BYTES = 4 << 20
-
-
 _PAUSES_S = (0.5, 1.0, 2.0, 4.0)
 _SHORT_WAIT_S = 30
 Result = TypeVar("Result")
@@ -49,10 +48,10 @@ class LocalFile:
         if remote.lfs:
             return remote.lfs.sha256 == self.sha256
         content = self.path.read_bytes()
-        return hashlib.sha256(content).hexdigest() == self.sha256 and remote.blob_id == _git_hash(content)
+        return hashlib.sha256(content).hexdigest() == self.sha256 and remote.blob_id == git_hash(content)
 
 
-def _git_hash(content: bytes) -> str:
+def git_hash(content: bytes) -> str:
     """As git, and so the Hub, names a file's content."""
     return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
 
@@ -87,7 +86,7 @@ def secrets_in(paths: list[Path], token: str) -> list[Path]:
         if path.suffix in (".safetensors", ".png") or path.stat().st_size > _TEXT_BYTES:
             continue
         content = path.read_bytes()
-        if _SECRET.search(content) or token.encode() in content:
+        if access_tokens.stand_in(content.decode(errors="replace")) or token.encode() in content:
             found.append(path)
     return found
 
@@ -179,12 +178,22 @@ class Repo:
 
 def marker(identity: str) -> str:
     """Line in a commit's description that finds a checkpoint again."""
-    return f"checkpoint: {identity}"
+    return f"{CHECKPOINT}{identity}"
 
 
 def run_marker(run_id: str) -> str:
     """Line in a commit's description that binds a repository to a run."""
-    return f"run: {run_id}"
+    return f"{RUN}{run_id}"
+
+
+def tag_of(step: int) -> str:
+    return f"step-{step}"
+
+
+def step_of(tag: str) -> int | None:
+    """The step of a checkpoint's tag; None of any other tag."""
+    found = _TAG.fullmatch(tag)
+    return None if found is None else int(found[1])
 
 
 def owner(commits: Sequence[tuple[str, str]]) -> str | None:
@@ -192,14 +201,18 @@ def owner(commits: Sequence[tuple[str, str]]) -> str | None:
 
     Two runs may both have found the repository empty: which of them it belongs to is then the Hub's own order.
     """
-    ours = [message for _, message in reversed(commits) if brings_checkpoint(message)]
-    lines = [line for message in ours for line in message.splitlines()]
-    return next((line.removeprefix(run_marker("")) for line in lines if line.startswith(run_marker(""))), None)
+    ours = (message for _, message in reversed(commits) if brings_checkpoint(message))
+    return next((run for message in ours if (run := marked(message, RUN)) is not None), None)
 
 
 def brings_checkpoint(message: str) -> bool:
     """Whether a commit is a run's: "run: " alone may stand in anybody's."""
-    return any(line.startswith(marker("")) for line in message.splitlines())
+    return marked(message, CHECKPOINT) is not None
+
+
+def marked(message: str, mark: str) -> str | None:
+    """What follows a mark in a commit's message: a checkpoint's identity, a run's."""
+    return next((line.removeprefix(mark) for line in message.splitlines() if line.startswith(mark)), None)
 
 
 def refuse_others(repo: Repo, run: RunDir) -> None:

@@ -1,13 +1,13 @@
-"""`llmtrain restore`: a run folder from what the run's repository on the Hub holds, to go on with training.
+"""`llmtrain restore`: a run folder from what the run's repository on the Hub holds, to resume training.
 
-Only what was uploaded comes back: a checkpoint with its optimizer state (hub.optimizer_state=true), the
+Only what was uploaded is restored: a checkpoint with its optimizer state (hub.optimizer_state=true), the
 configuration, the identity that binds the repository to the run, and what the service knew of the other checkpoints:
 their scores and uploads, without which `main` would show the restored one as the best there is. The ledgers of training
-and TensorBoard begin anew.
+and TensorBoard start empty.
 """
 
 import argparse
-import re
+import shlex
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +16,7 @@ import httpx2
 from huggingface_hub import HfApi, get_token, set_client_factory
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-from llmtrain import files, ledger, log, manifest, rundir
+from llmtrain import files, jsonl, ledger, log, manifest
 from llmtrain.config import load_config, resolved_yaml
 from llmtrain.config.schema import RunSection
 from llmtrain.errors import CheckpointError, ConfigError, HubError, RunFolderError, disk_errors, exit_with_code
@@ -25,10 +25,9 @@ from llmtrain.manifest import Manifest
 from llmtrain.origin import Origin
 from llmtrain.rundir import RunDir
 from llmtrain.service.hub import client, explain
-from llmtrain.service.remote import MAIN, Repo, marker, own_path, owner, run_marker
+from llmtrain.service.remote import CHECKPOINT, MAIN, RUN, Repo, marked, own_path, owner, step_of, tag_of
 
 _STALL_S = 300.0
-_TAG = re.compile(r"step-(\d+)")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -44,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def restore(repo: Repo, run: RunDir, step: int | None) -> None:
-    """Download, verify every byte, and only then let the run folder appear. Started again, it goes on.
+    """Download, verify every byte, and only then let the run folder appear. Run again, it resumes.
 
     Raises:
         HubError: the Hub refuses, or cannot be reached.
@@ -76,7 +75,8 @@ def restore(repo: Repo, run: RunDir, step: int | None) -> None:
         for downloaded in (received, main_branch):
             shutil.rmtree(downloaded, ignore_errors=True)
         aside.path.rename(run.path)
-    log.info(f"{run.path}: step {tag.removeprefix('step-')} verified; go on: python -m llmtrain {run.config}")
+    command = f"python -m llmtrain {shlex.quote(str(run.config))}"
+    log.info(f"{run.path}: step {step_of(tag)} verified; go on: {command}")
 
 
 def find(repo: Repo, step: int | None) -> tuple[str, str, str]:
@@ -88,20 +88,15 @@ def find(repo: Repo, step: int | None) -> tuple[str, str, str]:
     if wanted not in tags:
         there = ", ".join(str(number) for number in sorted(tags))
         raise CheckpointError(f"{repo.name} holds no step {wanted}; there are: {there}")
-    run_id = _marked(dict(repo.commits()).get(tags[wanted], ""), run_marker(""))
+    run_id = marked(dict(repo.commits()).get(tags[wanted], ""), RUN)
     if run_id is None:
-        raise CheckpointError(f"{repo.name}: the commit of step-{wanted} is not one of a run of ours")
-    return f"step-{wanted}", tags[wanted], run_id
+        raise CheckpointError(f"{repo.name}: the commit of {tag_of(wanted)} is not one of a run of ours")
+    return tag_of(wanted), tags[wanted], run_id
 
 
 def _tags(repo: Repo) -> dict[int, str]:
     """The commit of each step that has a tag."""
-    return {int(found[1]): commit for tag, commit in repo.refs()[1].items() if (found := _TAG.fullmatch(tag))}
-
-
-def _marked(message: str, mark: str) -> str | None:
-    """What follows a mark in a commit's message."""
-    return next((line.removeprefix(mark) for line in message.splitlines() if line.startswith(mark)), None)
+    return {step: commit for tag, commit in repo.refs()[1].items() if (step := step_of(tag)) is not None}
 
 
 def look(repo: Repo, commit: str, received: Path) -> Manifest:
@@ -140,9 +135,9 @@ def recall(repo: Repo, run_id: str, folder: Path, run: RunDir) -> None:
         return  # `main` was never renewed, or it is another run's
     path = Path(repo.api.hf_hub_download(repo.name, name, revision=head, local_dir=folder))
     try:
-        for record in rundir.read_jsonl(path):
+        for record in jsonl.read(path):
             Score.model_validate(record)
-    except ValueError:
+    except (ValueError, RunFolderError):
         log.warning(f"{repo.name}: {name} on {MAIN} cannot be read: the checkpoints' scores do not come back")
     else:
         path.rename(run.scores)
@@ -156,13 +151,13 @@ def uploads(repo: Repo, run_id: str) -> list[Upload]:
     made = {commit.commit_id: commit for commit in repo.history()}
     found: list[Upload] = []
     for step, commit in sorted(_tags(repo).items()):
-        if commit not in made or _marked(made[commit].message, run_marker("")) != run_id:
+        if commit not in made or marked(made[commit].message, RUN) != run_id:
             continue
-        identity = _marked(made[commit].message, marker(""))
+        identity = marked(made[commit].message, CHECKPOINT)
         if identity is not None:
             time = made[commit].created_at.timestamp()
             found.append(
-                Upload(step=step, checkpoint=identity, repo=repo.name, commit=commit, tag=f"step-{step}", time=time)
+                Upload(step=step, checkpoint=identity, repo=repo.name, commit=commit, tag=tag_of(step), time=time)
             )
     return found
 

@@ -1,10 +1,10 @@
 """The scoring lane: one child at a time, which scores the checkpoints that wait, or the training ranks' own figures."""
 
 import math
-import os
+import time
 from collections import Counter
 
-from llmtrain import ledger, log, origin
+from llmtrain import cpu, ledger, log, origin
 from llmtrain.config import RunConfig
 from llmtrain.gpus import num_gpus
 from llmtrain.ledger import Event, Score
@@ -16,11 +16,25 @@ from llmtrain.service.queue import Work
 
 _MODULE = "llmtrain.service.validate"
 _GIVE_UP = 5
-_HIGHEST_LOSS = 700.0
-"""Whose perplexity a float still holds."""
+_GONE_S = 60.0
+"""Training that has not finished may come back for so long: after a crash, ranks take some time to start."""
 
 
-def place(run: RunDir, config: RunConfig) -> str:
+class Presence:
+    """Whether training is here, or may be about to come back: between a crash and the restart its GPUs look free."""
+
+    def __init__(self, run: RunDir):
+        self._run = run
+        self._seen = run.metrics.stat().st_mtime if run.metrics.exists() else 0.0
+
+    def look(self) -> bool:
+        if self._run.is_training():
+            self._seen = time.time()
+            return True
+        return time.time() - self._seen < _GONE_S and not origin.read(self._run).finished
+
+
+def place(run: RunDir, config: RunConfig, trains: bool) -> str:
     """Where to score: a device, or "training". Resolves `service.score: auto` as things are now."""
     if config.service.score != "auto":
         return config.service.score
@@ -28,8 +42,8 @@ def place(run: RunDir, config: RunConfig) -> str:
     if started.device == "cpu":
         return "cpu"
     if started.device == "mps":
-        return "cpu" if run.is_training() else "mps"
-    used = started.gpus_used if run.is_training() else 0
+        return "cpu" if trains else "mps"
+    used = started.gpus_used if trains else 0
     if num_gpus() > used:
         return f"cuda:{used}"
     return "cpu" if config.model.kind == "gpt" else "training"
@@ -41,6 +55,7 @@ class Scoring:
     def __init__(self, run: RunDir, lock: int):
         self._run, self._lock = run, lock
         self._child: Child | None = None
+        self._where = ""
         self._asked: list[int] = []
         self._failed: Counter[int] = Counter()
         self.pause = Pause(first_s=5.0)
@@ -58,8 +73,11 @@ class Scoring:
         return self.pause.failures >= _GIVE_UP
 
     def advance(self, config: RunConfig, work: Work, where: str) -> None:
-        if self._child is not None:
-            self._collect(self._child)
+        if (child := self._child) is not None:
+            self._collect(child)
+            if self._child is child and self._must_move(where):
+                log.info(f"scoring    on {self._where} ended: {where} is the place for it now")
+                self.end()  # its steps go on waiting
         elif where == "training":
             for step in work.to_score:
                 self._take_over(work, step)
@@ -69,23 +87,36 @@ class Scoring:
             )  # one that fails keeps nobody waiting
             self._start(config, steps, where)
 
+    def _must_move(self, where: str) -> bool:
+        """Whether training takes the child's GPU again, or a GPU has become free for a child on the CPU.
+
+        Args:
+            where: where it would be started now.
+        """
+        if self._where.startswith("cuda") and where.startswith("cuda"):
+            # One GPU is as good as another, unless training takes it: that has the first ones, up to `where`.
+            return _gpu(self._where) < _gpu(where)
+        return self._where != where
+
     def end(self) -> None:
         if self._child is not None:
             self._child.end()
             self._child = None
 
-    def _start(self, config: RunConfig, steps: list[int], where: str) -> None:
-        arguments = [str(self._run.path), "--device", where, "--steps", *map(str, steps)]
+    def _start(self, config: RunConfig, waiting: list[int], where: str) -> None:
+        # On the CPU one at a time: threads and niceness are right for as long as training is here, or is not.
+        steps = waiting[:1] if where == "cpu" else waiting
+        arguments = [str(self._run.path), "--device", where, "--asked-by", "service.score", "--steps", *map(str, steps)]
         environment, nice = {"OMP_WAIT_POLICY": "PASSIVE"}, 0
         if where == "cpu":
             is_training = self._run.is_training()
             shares = is_training and origin.read(self._run).device == "cpu"
-            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-            arguments += ["--threads", str(config.service.threads or max(1, cores // (2 if shares else 1)))]
+            threads = config.service.threads or max(1, cpu.usable_cores() // (2 if shares else 1))
+            arguments += ["--threads", str(threads)]
             # What waits lies on the disk until it is scored; a GPU waits for the threads that give it work.
-            nice = niceness(config.service.nice, len(steps)) if is_training else 0
+            nice = niceness(config.service.nice, len(waiting)) if is_training else 0
             environment["CUDA_VISIBLE_DEVICES"] = ""
-        self._asked = list(steps)
+        self._asked, self._where = list(steps), where
         self._child = Child(_MODULE, arguments, self._run.service_log, self._lock, environment, nice)
 
     def _collect(self, child: Child) -> None:
@@ -126,7 +157,7 @@ class Scoring:
                 step=step,
                 checkpoint=found.identity,
                 loss=loss,
-                perplexity=math.exp(min(loss, _HIGHEST_LOSS)),
+                perplexity=ledger.perplexity(loss),
                 bits_per_byte=measured.get("bits_per_byte", math.nan),  # the text's size stands in no checkpoint
                 targets=0,
                 epoch=found.epoch,
@@ -134,6 +165,10 @@ class Scoring:
                 how="the training ranks",
             )
         )
+
+
+def _gpu(device: str) -> int:
+    return int(device.removeprefix("cuda").removeprefix(":") or "0")
 
 
 def last_line(run: RunDir) -> str:

@@ -36,13 +36,13 @@ class Uploading:
         self._task: Task = ("check", None)
         self._attempts: Counter[Task] = Counter()
         self._repo = ""
-        """That the child talks to."""
+        """The repository that the child talks to."""
         self._checked: str | None = None
         self.pause = Pause(first_s=pause_s)
         self.last_error: str | None = None
         self.problem: str | None = None
         self._refused = "check"
-        """The task that met the problem."""
+        """The task that ran into `problem`. A check that succeeds clears it only if that was a check."""
 
     @property
     def doing(self) -> str | None:

@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from llmtrain import choose, files, jsonl, ledger, manifest, origin, recipe, shards
+from llmtrain import choose, devices, files, jsonl, ledger, manifest, origin, recipe, shards
 from llmtrain.choose import Losses
 from llmtrain.config import RunConfig, load_config
 from llmtrain.data import IGNORE, Batch, make_batch
@@ -45,15 +45,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, nargs="+", required=True)
     parser.add_argument("--split", choices=["heldout", "test"], default="heldout")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--asked-by", default="--device", help="the option or setting that names the device")
     parser.add_argument("--threads", type=int)
     options = parser.parse_args(arguments)
     with exit_with_code():
         run = RunDir(options.run.resolve())
+        device = devices.take(options.device, f"{options.asked_by}={options.device}")
         origin.enter(run)
         if options.threads:
             torch.set_num_threads(options.threads)
         config, _ = load_config(run.config)
-        for score in validate(run, config, options.steps, options.split, torch.device(options.device)):
+        for score in validate(run, config, options.steps, options.split, device):
             if options.split == "test":  # asked for by a person, once; the service records the others
                 ledger.append(run.scores, score)
             sys.stdout.write(json.dumps(score.model_dump(mode="json")) + "\n")

@@ -5,7 +5,7 @@ import time
 from dataclasses import dataclass
 from typing import IO, Literal
 
-from llmtrain import choose, files, ledger, log, retention, rundir
+from llmtrain import choose, files, jsonl, ledger, log, retention
 from llmtrain.config import RunConfig, load_config
 from llmtrain.errors import EXIT_REQUEUE, HubError
 from llmtrain.ledger import Event, Status
@@ -13,16 +13,16 @@ from llmtrain.rundir import RunDir
 from llmtrain.service import crash
 from llmtrain.service.board import Board
 from llmtrain.service.queue import Inspector, Work
-from llmtrain.service.scoring import Scoring, place
+from llmtrain.service.scoring import Presence, Scoring, place
 from llmtrain.service.uploading import Uploading
 
 _TURN_S = 0.25
 _SAY_S = 2.0
 _AFTER_ERROR_S = 5.0
 _TIDY_S = 600.0
-"""Until what a deletion had to leave is looked at again."""
+"""Between attempts to remove what earlier deletions had to leave (NFS keeps files that are being read)."""
 _LINGER_S = 3.0
-"""After training has ended and nothing waits: it may be about to start again."""
+"""An idle service stays for so long after training has ended: training may be about to restart."""
 
 
 @dataclass
@@ -44,16 +44,16 @@ class Service:
         self._config_stamp = 0
         self._config = self._read_config()
         self._inspector, self._board = Inspector(run), Board(run)
-        self._scoring = Scoring(run, lock.fileno())
+        self._presence, self._scoring = Presence(run), Scoring(run, lock.fileno())
         self._uploading = Uploading(run, lock.fileno(), self._config.hub.pause_s)
         self._said, self._idle_since, self._tidied = 0.0, time.monotonic(), time.monotonic()
         self._last: Status | None = None
         self.stop_requested = False
 
     def serve(self) -> int:
-        """Until there is nothing left to do. Returns the exit code."""
+        """Work until there is nothing left to do. Returns the exit code."""
         for records in (self._run.scores, self._run.uploads, self._run.service_events):
-            rundir.mend_jsonl(records)
+            jsonl.mend(records)
         retention.remove_leftovers(self._run)
         files.remove_asides(self._run.service)
         try:
@@ -71,11 +71,16 @@ class Service:
             self._uploading.end()
             self._board.close()
 
+    @property
+    def given_up(self) -> list[int]:
+        """Steps without a score, where scoring has failed so often that nobody waits for it any more."""
+        return self._last.to_score if self._last is not None and self._scoring.has_given_up else []
+
     def turn(self) -> bool:
         """One round; False when the service may end."""
         looked = time.time()
         config = self._config = self._read_config()
-        where = place(self._run, config)
+        where = place(self._run, config, self._presence.look())
         config = config.model_copy(update={"service": config.service.model_copy(update={"score": where})})
         work = self._inspector.look(config, scoring=where != "training")
         if self._options.only == "prune":
@@ -114,15 +119,20 @@ class Service:
 
     def _ask_to_stop(self, config: RunConfig, work: Work) -> None:
         patience = config.service.patience
-        if patience is None or self._run.early_stop.exists() or not self._run.is_training():
+        if patience is None or choose.early_stop(self._run) is not None or not self._run.is_training():
             return
-        since = choose.saves_without_improvement(work.scores)
+        # After `restore`, or without checkpoints that did not verify, the ledger has scores of a later life's steps:
+        # they count again when this life has come there, and saved.
+        newest = max(work.whole, default=-1)
+        reached = {step: score for step, score in work.scores.items() if step <= newest}
+        scores = {step: score for step, score in reached.items() if step not in work.whole or work.is_scored(step)}
+        since = choose.saves_without_improvement(scores)
         if since < patience:
             return
         message = f"the held-out loss has not improved for {since} saves (service.patience={patience})"
-        request = choose.StopRequest(message=message, saves=since)
-        files.write_atomic(self._run.early_stop, request.model_dump_json() + "\n")
-        ledger.append(self._run.service_events, Event(kind="early-stop", message=message, step=max(work.scores)))
+        early_stop = choose.EarlyStop(message=message, saves=since)
+        files.write_atomic(self._run.early_stop, early_stop.model_dump_json() + "\n")
+        ledger.append(self._run.service_events, Event(kind="early-stop", message=message, step=max(scores)))
         log.info(f"enough     {message}: asked training to stop")
 
     def _say(self, work: Work, looked: float, idle: bool) -> Status:

@@ -1,9 +1,10 @@
-"""Gradients summed over the ranks in flat buckets, on their way while the backward pass goes on (Li et al. 2020).
+"""Gradients summed over the ranks in flat buckets, sent while the backward pass still runs (Li et al. 2020).
 
-torch's DistributedDataParallel is the same idea. This takes less: importing its compiler (1.3 s and 80 MB of each
-rank) at every start; a backward pass on a dummy row, after which it sorts its buckets anew, so that a resumed run's
-first step would differ in the last bit from one that went on; divisions by the number of ranks that the loss has to
-undo. Here a gradient's place is a function of the parameters' order alone, and a sum is a sum.
+torch's DistributedDataParallel is the same idea. This does without three things that it needs: importing torch's
+compiler at every start (1.3 s and 80 MB of each rank); a backward pass on a dummy row, after which it re-sorts its
+buckets (else a resumed run's first step would differ in the last bit from an uninterrupted run's); and divisions by the
+number of ranks, which the loss has to undo. Here a gradient's place is a function of the parameters' order alone, and a
+sum is a sum.
 """
 
 from collections.abc import Iterable

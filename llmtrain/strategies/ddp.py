@@ -26,7 +26,7 @@ class DDPStrategy:
         self._clip_norm = config.optim.clip_norm
         self._module = model.to(world.device)
         self._named = {name: p for name, p in self._module.named_parameters() if p.requires_grad}
-        self._optimizer = build_optimizer(self._named.items(), config.optim)
+        self._optimizer = build_optimizer(self._named.values(), config.optim)
         self._forward: Any = self._module
         if config.train.compile:
             allow_graphs()

@@ -17,7 +17,7 @@ def autocast(device: torch.device, bf16: bool) -> contextlib.AbstractContextMana
 
 
 def allow_graphs() -> None:
-    """Before compiling: after 8 graphs of one function torch goes on without more, in silence. There is one for each
+    """Before compiling: by default torch silently stops compiling a function after 8 graphs. There is one for each
     number of pieces that the loss of a batch is made in (models/loss.py)."""
     import torch._dynamo.config  # the compiler: 0.9 s, for those who use it
 
@@ -32,8 +32,15 @@ def training_mode(module: nn.Module) -> None:
 
 @torch.no_grad()
 def evaluation_loss(module: nn.Module, batch: Batch, device: torch.device, bf16: bool) -> Tensor:
-    """Summed loss of a batch, without gradients and without dropout, on the device."""
+    """Summed loss of a batch, without gradients and without dropout, on the device.
+
+    Not compiled, also where the module is: without gradients it would be a graph of its own, whose making would pass
+    for a rank that hangs.
+    """
     module.eval()
     batch = batch.to(device)
     with autocast(device, bf16):
-        return module(batch.input_ids, batch.targets, batch.documents, batch.positions)
+        # DeepSpeed compiles in place: calling the module would call the compiled one.
+        return module._call_impl(  # pyright: ignore[reportPrivateUsage, reportReturnType]
+            batch.input_ids, batch.targets, batch.documents, batch.positions
+        )

@@ -11,6 +11,7 @@ CPUs, are switched off.
 """
 
 import logging
+import os
 import warnings
 from collections.abc import Iterable
 from typing import Any
@@ -37,7 +38,7 @@ class ZeRO2Strategy:
         self._named = {name: p for name, p in self._module.named_parameters() if p.requires_grad}
         if bf16:
             _compute_in_bf16(self._module, world.device)
-        optimizer = build_optimizer(self._named.items(), config.optim, torchs=True)
+        optimizer = build_optimizer(self._named.values(), config.optim, torchs=True)
         self._engine: Any = _import_deepspeed(world).initialize(
             model=self._module,
             optimizer=optimizer,
@@ -175,6 +176,15 @@ def _bucket_elements(strategy: StrategySection) -> int:
     return max(2, int(strategy.bucket_mb * 1e6 / 4) // 2 * 2)
 
 
+def _ask_torch_for_free_memory() -> None:
+    """Instead of the driver, where GPUs are visible by names (GPU-..., MIG-...): DeepSpeed takes them for numbers."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")
+    if not all(name.strip().isdecimal() for name in visible):
+        from deepspeed.accelerator import cuda_accelerator
+
+        cuda_accelerator.pynvml = None  # private; tests/unit/test_gpus.py fails where it has moved
+
+
 def _import_deepspeed(world: World) -> Any:
     """DeepSpeed, quiet, and told not to build its collectives for CPUs.
 
@@ -193,6 +203,7 @@ def _import_deepspeed(world: World) -> Any:
             ]
         ) from error
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    _ask_torch_for_free_memory()
     if world.device.type == "cpu":
         # A private name (deepspeed is pinned; tests/multiprocess/test_zero2.py fails where it has moved): without
         # this, initialize() runs a C++ compiler for half a minute, and fails where there is none.

@@ -1,9 +1,11 @@
 """`llmtrain run`: one machine, with torchrun underneath where there are several ranks."""
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -12,7 +14,7 @@ import pytest
 
 from launcher.keeper import torchrun
 from launcher.keeper.one_machine import train_here
-from launcher.keeper.processes import verdict
+from launcher.keeper.processes import folders_of_ranks, read_codes, verdict
 from launcher.keeper.supervisor import Rules
 from launcher.keeper.torchrun import Start, check, command
 from llmtrain import errors, ledger
@@ -129,6 +131,48 @@ def test_a_run_that_comes_no_further_is_given_up(workplace: Workplace, monkeypat
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+FILLS = """
+with open({file!r}, "wb", 0) as file:
+    try:
+        while file.write(bytes(4096)): pass
+    except OSError: pass
+"""
+
+
+def test_temporary_files_that_fill_the_disk_end_nothing(
+    workplace: Workplace, small_disk: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    monkeypatch.chdir(workplace.folder)
+    monkeypatch.setattr(tempfile, "tempdir", str(small_disk))
+    scripts = iter([FILLS.format(file=str(small_disk / "full")) + "import os; os.abort()", ""])
+    monkeypatch.setattr(torchrun, "command", lambda *_: [sys.executable, "-c", next(scripts)])
+    words = [str(workplace.config), "run.name=no-room"]
+    try:
+        assert train_here(Start(words, 1), Rules()) == 0
+    finally:
+        for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+            signal.signal(number, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    with folders_of_ranks(tmp_path / "beside") as (codes, beats):
+        assert codes.is_relative_to(tmp_path / "beside")
+        assert beats.is_dir()
+    assert not list((tmp_path / "beside").iterdir())
+
+
+@pytest.mark.parametrize(("error", "code"), [("ShardError('altered')", 13), ("ValueError('a bad row')", 1)])
+def test_a_full_disk_has_room_for_an_exit_code(small_disk: Path, error: str, code: int):
+    with contextlib.suppress(OSError), (small_disk / "full").open("wb", buffering=0) as file:
+        while file.write(b"x" * 4096):
+            pass
+    (small_disk / "codes").mkdir()
+    leaves = "from llmtrain.errors import *\nown_code()\nwith exit_with_code(): raise "
+    told = {**environment(), errors.EXIT_CODES: str(small_disk / "codes")}
+    done = subprocess.run([sys.executable, "-c", leaves + error], env=told, capture_output=True, text=True, check=False)
+    assert done.returncode == code
+    assert done.stderr.splitlines()[-1] in ("error: altered", "ValueError: a bad row")
+    assert [left.code for left in read_codes(small_disk / "codes").values()] == [code]
+
+
 @pytest.mark.parametrize(
     ("agents", "codes", "ranks", "told"),
     [
@@ -143,6 +187,29 @@ def test_a_run_that_comes_no_further_is_given_up(workplace: Workplace, monkeypat
 )
 def test_what_a_run_came_to(agents: int, codes: list[int], ranks: int, told: int):
     assert verdict([agents], codes, ranks) == told
+
+
+@pytest.mark.parametrize(
+    ("ranks", "given", "threads"),
+    [
+        (4, {}, "2"),
+        (16, {}, "1"),
+        (2, {"SLURM_CPUS_ON_NODE": "6"}, "3"),
+        (4, {"OMP_NUM_THREADS": "5"}, "5"),
+        (1, {}, None),
+    ],
+)
+def test_the_ranks_of_a_node_share_its_cores(
+    monkeypatch: pytest.MonkeyPatch, ranks: int, given: dict[str, str], threads: str | None
+):
+    """torchrun would leave each of them one thread."""
+    for name in ("OMP_NUM_THREADS", "SLURM_CPUS_ON_NODE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(8), raising=False)
+    started = torchrun.environment(Start(["a.yaml"], ranks), restarted=False, further={})
+    assert started.get("OMP_NUM_THREADS") == threads
 
 
 def test_where_it_runs(monkeypatch: pytest.MonkeyPatch):

@@ -14,7 +14,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import SCALARS, EventAccumulator
 
-from llmtrain import choose, ledger, log, rundir
+from llmtrain import choose, ledger, log, origin, rundir
 from llmtrain.rundir import RunDir
 from llmtrain.service import plan, validate
 from llmtrain.service.beside import Companion, waiting
@@ -126,6 +126,7 @@ def test_training_ends_with_all_checkpoints_scored_and_ranked(served: RunDir):
     assert steps == [4, 8, 12, 16, 20, 24]
     assert json.loads((served.path / "steps-scored-by-then.json").read_text()) == steps
     check_scores(served)
+    assert origin.read(served).finished  # its GPUs, if it had any, are for scoring
     ranked = choose.ranking(served)
     assert ranked is not None
     assert [entry.step for entry in ranked.entries] == steps
@@ -318,7 +319,7 @@ def test_what_goes_wrong_after_a_save_ends_nothing(
 
 
 def say_status(run: RunDir, **more: object) -> None:
-    ledger.write(run.service_status, ledger.Status(pid=os.getpid(), host="here", **more))  # type: ignore[arg-type]
+    ledger.write(run.service_status, ledger.Status(pid=os.getpid(), host="here", **more))  # pyright: ignore[reportArgumentType]
 
 
 def show_on_main(run: RunDir, repo: str) -> None:
@@ -354,6 +355,8 @@ def test_the_end_waits_until_main_is_renewed_and_not_for_a_hub_that_refuses(tmp_
     show_on_main(run, "ada/another")
     say_status(run, doing=["renewing main on the Hub"])
     assert waiting(run, config_of(run), began) == f"renewing main on the Hub; {renewing}"
+    say_status(run, last_error="uploading step 100 failed")
+    assert waiting(run, config_of(run), began) == f"{renewing}; uploading step 100 failed"
     say_status(run, problem="the Hub refuses (401)")
     assert waiting(run, config_of(run), began) is None
     say_status(run)

@@ -8,7 +8,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from launcher.stop import is_alive
+from launcher.keeper.processes import is_alive
 from llmtrain import errors
 from tests.support.runs import TIMEOUT_S, Workplace, environment
 

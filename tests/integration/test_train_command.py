@@ -152,6 +152,17 @@ def test_a_longer_run_goes_on_and_another_configuration_is_refused(workplace: Wo
     assert len(list((workplace.folder / "runs").glob("longer.*"))) == 1
 
 
+def test_records_that_a_power_loss_took_are_missed(workplace: Workplace):
+    settings = ["run.name=powerless", "checkpoint.keep_last=1", "checkpoint.keep_best=100"]
+    assert "records  " not in workplace.train(*settings, "train.steps=8")
+    run = RunDir(workplace.run_folder("powerless"))
+    for records in (run.metrics, run.heldout):
+        records.write_text("")
+    output = workplace.train(*settings, "train.steps=12")
+    assert "metrics.jsonl ends at step 0, before the checkpoint of step 8 that the run goes on from" in output
+    assert run.checkpoint_steps() == [4, 8, 12]
+
+
 def test_resume_must_find_something(workplace: Workplace):
     output = workplace.train("run.name=none", "run.resume=must", code=errors.CheckpointError.exit_code)
     assert 'run.resume="must" (command line)' in output
@@ -222,7 +233,7 @@ def test_a_run_that_is_not_finite_publishes_nothing(workplace: Workplace, kind: 
     [
         (["train.global_batch_size=9000"], errors.TooLittleData, "fewer than one optimizer step takes"),
         (["train.micro_batch_size=3"], errors.ConfigError, "1 rank x 3 does not divide global_batch_size=8"),
-        (["train.device=cuda"], errors.ConfigError, "train.device=cuda: no such device here"),
+        (["train.device=cuda"], errors.ConfigError, "train.device=cuda (command line): no such device here"),
         (["model.heads=2", "optim.lr=-1", "train.step=3"], errors.ConfigError, "configuration: 3 problems"),
         (["data.tokenizer.vocab_size=600"], errors.DataMismatch, "tokenizer: shards have"),
         (["model.context=32"], errors.DataMismatch, "context: shards have 64, the configuration 32"),
@@ -295,6 +306,30 @@ def test_a_disk_that_fills_up_between_saves_is_said(own_workplace: Workplace, sm
     own_workplace.train(f"run.dir={small_disk}", "run.name=run", "train.steps=8", *seldom)
     steps = [json.loads(line)["step"] for line in ledger.read_text().splitlines()]
     assert steps == list(range(1, 9))
+
+
+def test_a_start_on_a_full_disk_is_no_bug(own_workplace: Workplace, small_disk: Path):
+    with contextlib.suppress(OSError), (small_disk / "of somebody else").open("wb", buffering=0) as file:
+        while file.write(b"x" * 4096):
+            pass
+    output = own_workplace.train(f"run.dir={small_disk}", code=errors.DiskFull.exit_code)
+    assert f"run folder: no space left in {small_disk}/run" in output
+    assert "Traceback" not in output
+
+
+@pytest.mark.parametrize("module", [["llmtrain"], ["launcher", "run"]])
+def test_a_read_only_disk_is_named(own_workplace: Workplace, small_disk: Path, module: list[str]):
+    settings = [f"run.dir={small_disk}", "train.steps=2", "checkpoint.keep_last=1", "log.tensorboard=false"]
+    own_workplace.train(*settings)
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    done = subprocess.run(
+        [sys.executable, "-m", *module, str(own_workplace.config), *settings],
+        cwd=own_workplace.folder, env=environment(), text=True, capture_output=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == errors.RunFolderError.exit_code, done.stderr
+    assert "Read-only file system. See to it that this process may" in done.stderr
+    assert str(small_disk) in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_a_full_disk_is_said_once_by_two_ranks(own_workplace: Workplace, small_disk: Path):

@@ -31,11 +31,15 @@ def test_a_compiled_run_has_the_same_losses_and_resumes(own_workplace: Workplace
             assert losses[expected["step"]] == pytest.approx(expected["loss"], abs=1e-4)
 
 
-def test_a_rank_that_compiles_does_not_hang(workplace: Workplace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("kind", ["ddp", "zero2"])
+def test_a_rank_that_compiles_does_not_hang(
+    workplace: Workplace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+):
     """It takes ten seconds and more, which any other step would not be given."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    with Supervised(workplace, "compiles", "--ranks", "1", "--hang-after", "4", *SETTINGS, "train.compile=true") as run:
+    name, settings = f"compiles-{kind}", [*SETTINGS, "train.compile=true", f"strategy.kind={kind}"]
+    with Supervised(workplace, name, "--ranks", "1", "--hang-after", "4", *settings) as run:
         assert run.end() == 0, run.said
         assert "stands still" not in run.said
-    events = EventAccumulator(str(workplace.run_folder("compiles") / "tensorboard")).Reload()
+    events = EventAccumulator(str(workplace.run_folder(name) / "tensorboard")).Reload()
     assert events.Scalars("speed/step_ms")[0].value > 4000, "nothing was shown: compiling was quicker than the limit"

@@ -181,3 +181,23 @@ def test_the_time_limit(workplace: Workplace, tmp_path: Path, monkeypatch: pytes
     assert time.time() < rules.ends_at
     (step,) = run.checkpoint_steps()
     assert workplace.ledger("limited")[-1]["step"] == step
+
+
+def test_a_gpu_too_small_for_a_step_is_said_and_not_tried_again(workplace: Workplace, tmp_path: Path):
+    """Also where it meets another rank than the one that writes to the terminal."""
+    fault = Fault("forward exhausts", rank=1, call=1, struck=tmp_path / "struck")
+    with Supervised(workplace, "too-small", "--ranks", "2", *SETTINGS, "train.steps=4", faults=[fault]) as run:
+        assert run.end() == 24, run.said
+    assert "starting again" not in run.said
+    assert (
+        "error: rank 1, before its first step was done: CUDA out of memory. Tried to allocate 2.00 GiB.\n" in run.said
+    )
+    assert "Less memory is taken with train.micro_batch_size=1 (now 3; the global batch stays), train.acti" in run.said
+
+
+def test_a_gpu_that_was_large_enough_for_a_step_is_tried_again(workplace: Workplace, tmp_path: Path):
+    fault = Fault("forward exhausts", rank=1, call=5, struck=tmp_path / "struck")
+    with Supervised(workplace, "was-large", "--ranks", "2", *SETTINGS, "train.steps=6", faults=[fault]) as run:
+        assert run.end() == 0, run.said
+    assert "rank 1 failed: OutOfMemoryError: CUDA out of memory" in run.said
+    assert "Less memory is taken with train.micro_batch_size=1" in run.said

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from launcher.jobs import JobDir
 from launcher.keeper.supervisor import Rules
 from launcher.slurm import client, job, node
 from launcher.slurm.client import Queued
-from llmtrain import rundir
+from llmtrain import locks
 from llmtrain.errors import EXIT_REQUEUE, SlurmError
 from llmtrain.rundir import RunDir
 from tests.support.runs import make_workplace
@@ -53,7 +54,8 @@ class Controller:
 
     @property
     def calls(self) -> list[str]:
-        return (self.folder / "calls").read_text().splitlines()
+        file = self.folder / "calls"
+        return file.read_text().splitlines() if file.exists() else []
 
 
 @pytest.fixture
@@ -223,6 +225,39 @@ def test_preemption_is_not_counted(starts: Callable[[list[Start]], int]):
     assert starts([PREEMPTED] * 6) == EXIT_REQUEUE
 
 
+def test_what_llmtrain_stop_has_ended_does_not_come_back(
+    tmp_path: Path, starts: Callable[[list[Start]], int], controller: Controller
+):
+    """Its file and SLURM's signal may come together, and the signal is seen first."""
+    stop = JobDir.of(RunDir(tmp_path / "runs/again")).stop
+    stop.parent.mkdir(parents=True)
+    stop.touch()
+    assert starts([PREEMPTED]) == EXIT_REQUEUE
+    assert REQUEUE not in controller.calls
+    stop.unlink()
+    assert starts([PREEMPTED]) == EXIT_REQUEUE
+    assert REQUEUE in controller.calls
+
+
+@pytest.mark.parametrize(("number", "again", "code"), [(0, False, EXIT_REQUEUE), (1, True, 0)])
+def test_with_no_requeue_nobody_asks_and_of_several_nodes_the_first_alone(
+    tmp_path: Path, controller: Controller, monkeypatch: pytest.MonkeyPatch, number: int, again: bool, code: int
+):
+    """The others end well: some clusters end a job with a task that ends badly."""
+    controller.fails(0)
+    workplace = make_workplace(tmp_path)
+    JobDir.of(RunDir(tmp_path / "runs/run")).path.mkdir(parents=True)
+    own = types.SimpleNamespace(stopped_by="SIGTERM", met_limit=False, supervise=lambda _: EXIT_REQUEUE)
+    monkeypatch.setattr(node, "Supervisor", lambda *_: own)
+    monkeypatch.setattr(node, "_begin", lambda *_: 0.0)
+    variables = {"JOB_ID": "7", "NODEID": str(number), "JOB_NUM_NODES": "2", "JOB_END_TIME": "1"}
+    for name, value in variables.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    words = [str(workplace.config), f"run.dir={tmp_path}/runs"]
+    assert node.keep_going(words, 1, "cpu", Rules(), node.requeue_with_scontrol, again) == code
+    assert REQUEUE not in controller.calls
+
+
 # The service in a job of its own
 
 
@@ -258,7 +293,7 @@ def test_the_service_job_waits_with_training(tmp_path: Path, monkeypatch: pytest
 
     def train() -> None:
         told[0] = Queued("7", "RUNNING")
-        lock = rundir.hold(run.path / "lock")
+        lock = locks.hold(run.path / "lock", "no other process trains in it")
         assert lock is not None
         days.events[days.now + 600] = lambda: (lock.close(), told.__setitem__(0, Queued("7", "COMPLETED")))
 

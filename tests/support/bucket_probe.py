@@ -7,8 +7,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from llmtrain.config import RunConfig
 from llmtrain.strategies.buckets import GradientBuckets
-from llmtrain.world import find_world
+from llmtrain.strategies.ddp import DDPStrategy
+from llmtrain.world import World, find_world
 
 WIDTH, LAYERS, MICRO_STEPS = 32, 5, 2
 KB = 1e-3
@@ -78,7 +80,16 @@ def main() -> None:
     early = begun[1::2]
     assert all(sent >= LAYERS if world.rank == 1 else sent == 0 for sent in early), begun
     assert begun[::2] == [0, 0], "sums before the last micro-step"
+    check_start(world)
     world.close()
+
+
+def check_start(world: World) -> None:
+    """All ranks begin with the weights of rank 0: the same seed may give others on another CPU."""
+    layer = nn.Linear(3, 2)
+    nn.init.constant_(layer.weight, world.rank)
+    DDPStrategy(RunConfig(), layer, world, bf16=False)
+    assert not layer.weight.any()
 
 
 if __name__ == "__main__":

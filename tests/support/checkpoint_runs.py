@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from llmtrain import choose, ledger, manifest, rundir
+from llmtrain import choose, jsonl, ledger, manifest
 from llmtrain.config import load_config, resolved_yaml
 from llmtrain.config.schema import RunConfig
 from llmtrain.ledger import Score, Split, Upload
@@ -54,7 +54,7 @@ def save(run: RunDir, step: int, loss: float | None = 3.0, content: str = "weigh
     manifest.write(folder, described)
     if loss is not None:
         record = {"step": step, "epoch": step * BATCH / ROWS, "loss": loss, "train_loss": loss - step / 1000}
-        rundir.append_jsonl(run.heldout, [record])
+        jsonl.append(run.heldout, [record])
     return manifest.identity(described)
 
 
@@ -62,7 +62,7 @@ def train(run: RunDir, steps: int, every: int = 10) -> None:
     """Lines of metrics up to that step."""
     for step in range(every, steps + 1, every):
         seen = {"epoch": step * BATCH / ROWS, "samples": step * BATCH, "targets": step * BATCH * TARGETS}
-        rundir.append_jsonl(run.metrics, [{"step": step, "loss": 4.0 - step / 1000, **seen}])
+        jsonl.append(run.metrics, [{"step": step, "loss": 4.0 - step / 1000, **seen}])
 
 
 def score(run: RunDir, step: int, losses: choose.Losses | float, split: Split = "heldout") -> Score:

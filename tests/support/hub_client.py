@@ -5,15 +5,21 @@ A test file takes the fixtures by naming them: `hub, waits, api = hub_client.hub
 
 import contextlib
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import httpx2
 import pytest
 from huggingface_hub import CommitOperationAdd, HfApi, close_session, constants, file_download
 from huggingface_hub.utils import _http, get_session
 
+from llmtrain import ledger, origin
+from llmtrain.rundir import RunDir
+from llmtrain.service import hub as conversation
+from llmtrain.service.remote import Repo
+from tests.support import checkpoint_runs
 from tests.support.hub_server import TOKEN, Hub
 
 REPO = "tester/run"
@@ -53,12 +59,33 @@ def api(hub: Hub, monkeypatch: pytest.MonkeyPatch, waits: list[float]) -> Iterat
     close_session()
 
 
+@pytest.fixture
+def make_own(tmp_path: Path) -> Callable[[str], RunDir]:
+    """Makes runs with one scored checkpoint, step 100, to be uploaded to REPO."""
+
+    def make(name: str) -> RunDir:
+        made = checkpoint_runs.make_run(tmp_path / name, f"hub.repo={REPO}")
+        origin.note(made, "cpu", 1)
+        checkpoint_runs.save(made, 100, content=name)
+        checkpoint_runs.score(made, 100, checkpoint_runs.stretches(0.0))
+        return made
+
+    return make
+
+
+def sent(api: HfApi, run: RunDir) -> dict[str, Any]:
+    """Upload step 100, as the service does and records it."""
+    answer = conversation.upload(Repo(api, REPO), checkpoint_runs.config_of(run), run, 100, TOKEN)
+    ledger.append(run.uploads, ledger.Upload(step=100, repo=REPO, **answer["upload"]))
+    return answer
+
+
 def add(path: str, content: bytes) -> CommitOperationAdd:
     return CommitOperationAdd(path, content)
 
 
 def commit(api: HfApi, *operations: object, message: str = "step", **settings: object) -> str:
-    return api.create_commit(REPO, list(operations), commit_message=message, **settings).oid  # type: ignore[arg-type]
+    return api.create_commit(REPO, list(operations), commit_message=message, **settings).oid  # pyright: ignore[reportArgumentType]
 
 
 def upload_weights(api: HfApi) -> str:

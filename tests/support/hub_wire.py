@@ -66,7 +66,7 @@ class Body:
     def _read(self, size: int) -> bytes:
         if self._chunked and not self._left:
             self._left = self._chunk_size()
-        piece = self._stream.read1(min(size, self._left)) if self._left else b""  # type: ignore[attr-defined]
+        piece = self._stream.read1(min(size, self._left)) if self._left else b""  # pyright: ignore[reportAttributeAccessIssue]
         if self._left and not piece:
             raise ConnectionError("the client left in the middle of a body")
         self._left -= len(piece)

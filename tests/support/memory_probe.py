@@ -29,7 +29,7 @@ def resident_bytes(key: str) -> int:
 
 def train(kind: str, world: World, shape: GPTModel, model: GPT | None = None) -> None:
     """A few steps of two micro-batches."""
-    config = RunConfig(model=shape, strategy=StrategySection(kind=kind, bucket_mb=8.0))  # type: ignore[arg-type]
+    config = RunConfig(model=shape, strategy=StrategySection(kind=kind, bucket_mb=8.0))  # pyright: ignore[reportArgumentType]
     strategy = build_strategy(config, model or GPT(shape, VOCAB_SIZE, seed=1), world, bf16=False)
     ids = torch.randint(0, VOCAB_SIZE, (1, shape.context))
     batch = Batch(ids, ids, None, None, ids.numel())

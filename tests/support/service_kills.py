@@ -17,7 +17,7 @@ from typing import Any
 import psutil
 import pytest
 
-from launcher.keeper.processes import runs
+from launcher.keeper.processes import is_alive
 from llmtrain import choose, files, ledger, manifest, retention, rundir
 from llmtrain.config import load_config
 from llmtrain.rundir import RunDir
@@ -93,7 +93,7 @@ class Case:
     def kill(self, process: "subprocess.Popen[bytes] | psutil.Process") -> None:
         process.kill()
         if isinstance(process, psutil.Process):  # an orphan, which is a zombie for as long as the system likes
-            wait_until(lambda: not runs(process))
+            wait_until(lambda: not is_alive(process))
         else:
             process.wait()
         self.kills.append(time.time())

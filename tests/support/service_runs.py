@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 import yaml
 
-from llmtrain import files, ledger, manifest, rundir
+from llmtrain import files, jsonl, ledger, manifest
 from llmtrain.ledger import Score, Upload
 from llmtrain.rundir import RunDir
 from tests.support.hub_server import TOKEN, Commit, Hub, HubProcess, client_environment
@@ -151,11 +151,11 @@ def status_of(run: RunDir) -> dict[str, Any]:
 
 def score_records(run: RunDir) -> list[Score]:
     """All of the ledger, not only the last one of each step."""
-    return [Score.model_validate(record) for record in rundir.read_jsonl(run.scores)]
+    return [Score.model_validate(record) for record in jsonl.read(run.scores)]
 
 
 def upload_records(run: RunDir) -> list[Upload]:
-    return [Upload.model_validate(record) for record in rundir.read_jsonl(run.uploads)]
+    return [Upload.model_validate(record) for record in jsonl.read(run.uploads)]
 
 
 def checkpoint_commits(hub: Hub, repo: str = REPO) -> list[Commit]:

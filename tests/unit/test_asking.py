@@ -3,130 +3,24 @@
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
 import torch
-from tokenizers import Tokenizer, processors
+from tokenizers import Tokenizer
 from torch import Tensor
 
-from launcher.sharding import tasks
-from launcher.sharding.build import build
-from launcher.sharding.show import documents
-from llmtrain import adapters, export, files, generate, manifest, origin, prompts, shards, trained
-from llmtrain.assemble import make_model_writer
-from llmtrain.config import RunConfig, load_config, resolved_yaml
-from llmtrain.errors import CheckpointError, TokenizerError
+from llmtrain import adapters, export, files, manifest, prompts, shards, trained
+from llmtrain.config import load_config, resolved_yaml
+from llmtrain.errors import CheckpointError
 from llmtrain.evaluation import make_sampler
-from llmtrain.manifest import Manifest, TrainState
-from llmtrain.models import build_model
-from llmtrain.rundir import RunDir
-from llmtrain.shards import ShardFolder
+from llmtrain.manifest import TrainState
 from llmtrain.world import World
-from tests.support.bases import write_llama, write_tokenizer
+from tests.support import asked_runs
+from tests.support.asked_runs import CPU, GPT, OTHER, OWN, asked, lora, rendered, train, tuned_tokenizer
 
-CPU = torch.device("cpu")
-OWN = (
-    "{{ bos_token }}{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}"
-    "{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
-)
-OTHER = OWN.replace("<|", "[").replace("|>", "]")
-CHAT = {"messages": [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hi there"}]}
-RECORDS: dict[str, dict[str, Any]] = {
-    "text": {"text": "hello world"},
-    "instruction": {"instruction": "hello", "output": "hi"},
-    "chat": CHAT,
-}
-
-
-@pytest.fixture(autouse=True)
-def fresh_encoders(monkeypatch: pytest.MonkeyPatch):
-    """Sharding keeps the tokenizers of the folders that it has seen; tests put others in the same places."""
-    monkeypatch.setattr(tasks, "_encoders", {})
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_llama(tmp_path_factory.mktemp("llama"))
-
-
-def tuned_tokenizer(folder: Path, template: str | None) -> Path:
-    """One with <s> before each text and </s> after it, which ends an answer with <|end|>."""
-    write_tokenizer(folder, 400)
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    tokenizer.add_special_tokens(["<s>", "</s>", "<|user|>", "<|assistant|>", "<|end|>"])
-    special = [(token, tokenizer.token_to_id(token)) for token in ("<s>", "</s>")]
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=special)  # type: ignore
-    tokenizer.save(str(folder / "tokenizer.json"))
-    settings = json.loads((folder / "tokenizer_config.json").read_text())
-    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "bos_token": "<s>", "eos_token": "<|end|>"}))
-    if template is not None:
-        (folder / prompts.TEMPLATE).write_text(template)
-    return folder
-
-
-@dataclass(frozen=True)
-class Trained:
-    """A run's last checkpoint, of which training saw `shards`."""
-
-    model: Path
-    config: RunConfig
-    data: ShardFolder
-
-    @property
-    def ids(self) -> list[int]:
-        """Of a document of the training split."""
-        return next(iter(documents(self.data, "train", 1))).ids.tolist()
-
-    @property
-    def run(self) -> RunDir:
-        return RunDir(self.model.parents[2])
-
-
-def train(work: Path, kind: str, *settings: str) -> Trained:
-    """What a run leaves that was started in the folder `work`, which is the present one."""
-    (work / "data.json").write_text(json.dumps([RECORDS[kind]] * 40))
-    given = [
-        "run.name=a", "data.sources=[{kind: json, paths: [data.json]}]", f"data.format={{kind: {kind}}}",
-        "data.tokenizer={kind: folder, path: tuned}", "data.split={by: tail, heldout: 0.2, test: 0.0}",
-        "data.packing=none", "model.context=128", "train.precision=fp32",
-    ]  # fmt: skip
-    config = load_config(None, [*given, *settings])[0]
-    data = build(config, workers=1).folder
-    run = RunDir(work / "runs/a")
-    run.create()
-    run.config.write_text(resolved_yaml(config))
-    origin.note(run, "cpu", 1)
-    folder = run.checkpoint(1) / "model"
-    folder.mkdir(parents=True)
-    model: Any = build_model(config, data.manifest.tokenizer.vocab_size, CPU)
-    weights = dict(model.trainable() if config.model.kind == "qlora" else model.named_parameters())
-    make_model_writer(data, model, config.data.format)(folder, {name: w.detach() for name, w in weights.items()})
-    described = Manifest(
-        train_state=TrainState(step=1), seed=0, num_rows=1, global_batch_size=1, fingerprint=data.fingerprint,
-        world_size=1, strategy="ddp", heldout_loss=None,
-        files=manifest.describe_files(run.checkpoint(1), sorted(folder.iterdir())),
-    )  # fmt: skip
-    manifest.write(run.checkpoint(1), described)
-    return Trained(folder, config, replace(data, path=data.path.resolve()))
-
-
-GPT = ["model.kind=gpt", "model.num_layers=1", "model.num_heads=2", "model.width=16"]
-
-
-def lora(base: Path) -> list[str]:
-    return ["model.kind=qlora", f"model.base={base}", "model.quantisation=none", "model.lora.r=2"]
-
-
-@pytest.fixture
-def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    folder = tmp_path / "work"
-    folder.mkdir()
-    monkeypatch.chdir(folder)
-    return folder
+fresh_encoders, base, work = asked_runs.fresh_encoders, asked_runs.base, asked_runs.work
 
 
 @pytest.fixture
@@ -135,20 +29,6 @@ def leave(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     return lambda: monkeypatch.chdir(elsewhere)
-
-
-def asked(made: Trained, prompt: str) -> tuple[list[int], int | None]:
-    load = generate.load_adapter if adapters.is_adapter(made.model) else generate.load_gpt
-    _, _, ids, eos_id = load(made.model, prompt, trained.format_of(made.model), CPU)
-    return ids, eos_id
-
-
-def rendered(folder: Path) -> list[int]:
-    """The ids of a chat's question, as programs that know transformers alone make them."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(str(folder))
-    return tokenizer.apply_chat_template(CHAT["messages"][:1], add_generation_prompt=True, return_dict=False)
 
 
 KINDS = {
@@ -212,18 +92,6 @@ def test_a_checkpoint_from_before_templates_lay_beside_models(work: Path, base: 
     assert rendered(work / "exported") == ids
 
 
-def test_a_templates_file_that_is_gone(work: Path, base: Path):
-    tuned_tokenizer(work / "tuned", OWN)
-    (work / "other.jinja").write_text(OTHER)
-    made = train(work, "chat", *lora(base), "data.format.template=other.jinja", f"data.dir={work}/shards")
-    (work / "other.jinja").unlink()
-    ids = asked(made, "hello")[0]
-    assert ids == made.ids[: len(ids)]
-    (made.model / prompts.TEMPLATE).unlink()
-    with pytest.raises(TokenizerError, match=r"data\.format\.template=other\.jinja"):
-        trained.format_of(made.model)
-
-
 def test_templates_that_a_tokenizer_names_in_its_settings(work: Path):
     folder = tuned_tokenizer(work / "tuned", None)
     settings = json.loads((folder / "tokenizer_config.json").read_text())
@@ -268,6 +136,11 @@ def test_an_adapters_tokenizer_without_the_runs_data(work: Path, leave: Callable
     leave()
     assert adapters.find(made.model).tokenizer.name == str(made.data.tokenizer)
 
+    own = made.data.tokenizer / "tokenizer.json"
+    own.write_text(own.read_text() + "\n")  # not the one that the manifest names
+    assert adapters.find(made.model).tokenizer.name == str(tuned)
+    own.write_text(own.read_text()[:-1])
+    assert adapters.find(made.model).tokenizer.name == str(made.data.tokenizer)
     text = (made.data.path / shards.MANIFEST).read_text()
     (made.data.path / shards.MANIFEST).write_text(text.replace('"cut": 0', '"cut": 1'))  # of other data
     assert adapters.find(made.model).tokenizer.name == str(tuned)

@@ -178,6 +178,16 @@ def test_attention_with_dropout_is_without_bias():
     assert (mean - plain).abs().mean() < 0.03 * plain.abs().mean() + 0.02
 
 
+def test_documents_one_by_one_have_dropout_too_and_without_bias():
+    """Where the probabilities are too many to be kept, torch's own attention drops them."""
+    qkv, bounds = inputs(64).detach(), documents(64).starts.tolist()
+    plain = module._one_by_one(*qkv, bounds, 0.0, None)
+    torch.manual_seed(0)
+    dropped = torch.stack([module._one_by_one(*qkv, bounds, 0.2, None) for _ in range(300)])
+    assert not torch.allclose(dropped[0], plain, atol=1e-2)
+    assert (dropped.mean(0) - plain).abs().mean() < 0.03 * plain.abs().mean() + 0.02
+
+
 def test_dropout_keeps_the_share_it_should_and_scales_it():
     torch.manual_seed(0)
     x = torch.ones(1_000_001, requires_grad=True)

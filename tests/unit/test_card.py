@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 from huggingface_hub import HfApi
 
-from llmtrain import ledger, origin
-from llmtrain.config import RunConfig
+from llmtrain import ledger
 from llmtrain.rundir import RunDir
 from llmtrain.service import card, plan, publish, uploading
 from llmtrain.service import hub as conversation
@@ -20,11 +19,11 @@ from llmtrain.service.remote import BRANCH, Refused, Repo
 from llmtrain.service.uploading import Uploading
 from tests.support import checkpoint_runs, hub_client
 from tests.support.checkpoint_runs import config_of, make_run, save, score, stretches, upload
-from tests.support.hub_client import REPO, add, commit
-from tests.support.hub_server import TOKEN, Hub
+from tests.support.hub_client import REPO, add, commit, sent
+from tests.support.hub_server import Hub
 
 run = checkpoint_runs.run  # fixtures
-hub, waits, api = hub_client.hub, hub_client.waits, hub_client.api
+hub, waits, api, make_own = hub_client.hub, hub_client.waits, hub_client.api, hub_client.make_own
 HERE = "ada/gpt"
 
 
@@ -142,28 +141,6 @@ def test_main_is_not_held_back_at_the_end_for_weights_that_do_not_come(run: RunD
 
 
 # ---------------------------------------------------------------------------------------------- whose repository
-
-
-@pytest.fixture
-def make_own(tmp_path: Path) -> Callable[[str], RunDir]:
-    """Makes runs with one scored checkpoint, to be uploaded to REPO."""
-
-    def make(name: str) -> RunDir:
-        made = make_run(tmp_path / name, f"hub.repo={REPO}")
-        origin.note(made, "cpu", 1)
-        save(made, 100, content=name)
-        score(made, 100, stretches(0.0))
-        return made
-
-    return make
-
-
-def sent(api: HfApi, run: RunDir) -> dict[str, Any]:
-    """Upload step 100, as the service does and records it."""
-    config: RunConfig = config_of(run)
-    answer = conversation.upload(Repo(api, REPO), config, run, 100, TOKEN)
-    ledger.append(run.uploads, ledger.Upload(step=100, repo=REPO, **answer["upload"]))
-    return answer
 
 
 def test_of_two_runs_that_found_it_empty_the_second_is_refused(hub: Hub, api: HfApi, make_own: Callable[[str], RunDir]):

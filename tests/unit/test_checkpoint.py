@@ -1,10 +1,13 @@
 """Checkpoints: whole or absent, every byte guarded, kept by a rule."""
 
+import contextlib
 import errno
 import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +17,7 @@ from hypothesis import strategies as st
 from llmtrain import checkpoint, files, manifest, retention
 from llmtrain.checkpoint import CheckpointUnreadable
 from llmtrain.config.schema import CheckpointSection
-from llmtrain.errors import CheckpointError, DiskFull, UserError
+from llmtrain.errors import CheckpointError, DiskFull, is_for_a_person
 from llmtrain.fragments import Fragment, FragmentReader
 from llmtrain.manifest import FileInfo, Manifest, TrainState
 from llmtrain.rundir import RunDir
@@ -99,6 +102,22 @@ def test_a_missing_or_truncated_file_rejects_it(run: RunDir, name: str):
     assert checkpoint.newest_whole(run) == 5
 
 
+def test_the_lines_up_to_a_checkpoint_are_on_the_disk_before_it_is(run: RunDir, monkeypatch: pytest.MonkeyPatch):
+    """A power loss would leave the checkpoint and take them."""
+    for records in (run.metrics, run.heldout):
+        records.write_text('{"step": 15}\n')
+    sync, synced = files.sync, list[Path]()
+
+    def noting(path: Path) -> None:
+        synced.append(path)
+        assert not run.checkpoint(15).exists() or path == run.checkpoints
+        sync(path)
+
+    monkeypatch.setattr(files, "sync", noting)
+    save(run, 15)
+    assert {run.metrics, run.heldout, run.path} < set(synced)
+
+
 def test_nothing_whole_is_an_error_that_says_how_to_go_on(run: RunDir):
     for step in (5, 10):
         (run.checkpoint(step) / "model/config.json").unlink()
@@ -140,7 +159,7 @@ def test_a_resume_does_not_go_on_from_an_older_one_because_the_disk_fails(
         checkpoint.newest_whole(run)
     assert run.checkpoint_steps() == [5, 10]
     # Started again by `llmtrain run`, which it does not after what is for a person.
-    assert caught.value.exit_code not in {kind.exit_code for kind in UserError.__subclasses__()}
+    assert not is_for_a_person(caught.value.exit_code)
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -276,3 +295,53 @@ def test_pruning_deletes_the_others(run: RunDir):
         save(run, step)
     retention.prune(run, {5: 0.5, 10: 2.0, 15: 1.0, 20: 3.0}, CheckpointSection(keep_last=1, keep_best=1))
     assert sorted(p.name for p in run.checkpoints.iterdir()) == ["step-00000005", "step-00000020"]
+
+
+def test_all_of_it_is_on_the_disk_before_it_has_its_name(run: RunDir, monkeypatch: pytest.MonkeyPatch):
+    """A power cut leaves a whole checkpoint, or none: the name is given last, and then synced too."""
+    done: list[Path] = []
+    sync, rename = files.sync, Path.rename
+
+    def note(path: Path) -> None:
+        done.append(path)
+        sync(path)
+
+    def move(path: Path, target: Path) -> Path:
+        done.append(target)
+        return rename(path, target)
+
+    monkeypatch.setattr(files, "sync", note)
+    monkeypatch.setattr(Path, "rename", move)
+    save(run, 15)
+    named = done.index(run.checkpoint(15))
+    folder = checkpoint.aside(run, 15)
+    model = {folder / "model/config.json", folder / "model/model.safetensors"}
+    assert {*model, folder / "model", folder / "state", folder} <= set(done[:named])
+    described = next(number for number, path in enumerate(done) if path.name.startswith(".manifest.json"))
+    assert not model & set(done[described:])  # the manifest is written last
+    assert run.checkpoints in done[named:]
+
+
+class Ranks(World):
+    """Rank 0 of several, whose others have written their shares."""
+
+    def post(self, name: str, message: dict[str, Any]) -> None:
+        pass
+
+    def wait_for(self, name: str) -> dict[str, Any]:
+        return {"files": {}}
+
+
+@pytest.mark.parametrize(("missing", "saved"), [(0, [5, 10, 15]), (1, [5, 10])])
+def test_there_is_room_for_the_shares_of_all_ranks_before_anything_is_written(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch, missing: int, saved: list[int]
+):
+    """100 weights and, on each of three ranks, 100 moments, of four bytes."""
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=400 + 3 * 400 - missing))
+    world = Ranks(0, 3, 0, torch.device("cpu"))
+    saver = Saver(run, world, FakeStrategy(), write_model, CheckpointSection(), lambda: None)
+    saver.save(describe(15))
+    with pytest.raises(DiskFull, match="has only 0 MB free") if missing else contextlib.nullcontext():
+        saver.wait()
+    assert run.checkpoint_steps() == saved
+    assert not checkpoint.aside(run, 15).exists()

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from launcher.choosing import checkpoints, final_score
-from launcher.choosing.checkpoints import Options, act
-from llmtrain import ledger, rundir
+from launcher.choosing.checkpoints import Action, Options, act
+from llmtrain import jsonl, ledger
 from llmtrain.errors import CheckpointError, ConfigError, RunFolderError, UserError
 from llmtrain.ledger import Event, Score
 from llmtrain.rundir import RunDir
@@ -93,7 +93,7 @@ def test_a_checkpoint_that_is_deleted_meanwhile_is_not_bad(run: RunDir, capsys: 
 
 def test_show_tells_all_and_obeys_no_escape_sequence(run: RunDir, capsys: pytest.CaptureFixture[str]):
     evil = "ok\x1b[2J\x1b]0;owned\x07\x9b31m\u202eabc\n"
-    rundir.append_jsonl(
+    jsonl.append(
         run.samples, [{"step": 290, "prompt": "def main(", "text": evil}, {"step": 9, "prompt": "", "text": ""}]
     )
     ledger.append(run.service_events, Event(kind="upload-failed", message=f"503 {evil}", step=300))
@@ -256,3 +256,23 @@ def test_a_real_run(workplace: Workplace, capsys: pytest.CaptureFixture[str]):
     act(run.path, None, None, Options(test=True))
     assert "scored on the test split" in capsys.readouterr().out
     assert ledger.scores(run, "test")[8].loss == pytest.approx(ledger.scores(run)[8].loss, rel=0.2)
+
+
+@pytest.mark.parametrize(
+    ("action", "options", "missing"),
+    [
+        (None, Options(yes=True), "--yes: it goes with prune: llmtrain checkpoints RUN prune --yes"),
+        ("verify", Options(yes=True), "--yes: it goes with prune"),
+        (None, Options(again=True), "--again: it goes with --test"),
+        (None, Options(device="cpu"), "--device cpu: it goes with --test"),
+        ("best", Options(test=True), "--test: leave best out"),
+        ("prune", Options(repo="ada/gpt"), "--repo ada/gpt: it goes with push"),
+        (None, Options(test=True, as_json=True), "--json: it is for the table alone"),
+        ("best", Options(by_loss=True), "--by-loss: it is for the table alone"),
+    ],
+)
+def test_no_option_is_ignored_in_silence(run: RunDir, action: Action | None, options: Options, missing: str):
+    with pytest.raises(ConfigError) as caught:
+        act(run.path, action, None, options)
+    (problem,) = caught.value.problems
+    assert problem.startswith(missing)

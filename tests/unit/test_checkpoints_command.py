@@ -9,7 +9,7 @@ import pytest
 from launcher.choosing import listing
 from launcher.choosing.checkpoints import Options, act
 from launcher.display import Column, duration, fitted, printable, size, steps, words
-from llmtrain import ledger, rundir
+from llmtrain import jsonl, ledger
 from llmtrain.errors import RunFolderError, UserError
 from llmtrain.rundir import RunDir
 from tests.support import checkpoint_runs
@@ -57,7 +57,7 @@ def test_a_wide_terminal_shows_every_column(
     run: RunDir, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setenv("COLUMNS", "160")
-    rundir.append_jsonl(run.heldout, [{"step": 300, "loss": 3.0, "train_loss": 2.75, "task_exact_match": 0.625}])
+    jsonl.append(run.heldout, [{"step": 300, "loss": 3.0, "train_loss": 2.75, "task_exact_match": 0.625}])
     act(run.path, None, None, Options())
     output = capsys.readouterr().out
     header = output.splitlines()[0]

@@ -240,3 +240,31 @@ def test_without_intervals_a_rise_of_one_percent_counts(run: RunDir, last: float
     found = choose.overfitting(ranked(run))
     assert found.began is began
     assert found.describe().startswith("began after step 100" if began else "none to speak of")
+
+
+def test_a_twin_of_the_best_cannot_be_told_from_it(run: RunDir):
+    """The interval of two with the same losses is 0 to 0, and that contains 0."""
+    saved_and_scored(run, {100: 0.0, 200: 0.0, 300: 0.2}, noise=0)
+    found = ranked(run)
+    assert found.entries[1].difference == (0.0, 0.0)
+    assert [entry.is_tie for entry in found.entries] == [False, True, False]
+    assert found.reason() == "the lowest held-out loss, and before step 200, which cannot be told from it"
+
+
+@pytest.mark.parametrize(("rise", "began"), [(0.003, False), (0.012, True)])
+def test_a_rise_that_is_sure_and_tiny_is_not_overfitting(run: RunDir, rise: float, began: bool):
+    """On a large held-out split chance explains hardly anything: 0.1% is nothing to speak of, 0.4% is."""
+    saved_and_scored(run, {100: 0.0, 200: rise}, noise=0)
+    found = choose.overfitting(ranked(run))
+    assert found.last.difference is not None
+    assert found.last.difference[0] > 0
+    assert found.began is began
+
+
+def test_a_step_that_was_saved_again_is_another_checkpoint_for_who_looked_before_too(run: RunDir):
+    """The service looks several times a second, and must not take the new one for the one that it has scored."""
+    first = save(run, 100)
+    assert choose.identities(run) == {100: first}
+    second = save(run, 100, content="other weights")
+    assert second != first
+    assert choose.identities(run) == {100: second}

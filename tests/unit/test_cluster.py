@@ -76,7 +76,7 @@ def test_all_mistakes_are_reported_at_once_with_their_lines(tmp_path: Path):
         ("gpus_per_node: 1\ncontainer_mounts: [/a:/a]\n", "container_mounts needs a container"),
         ("gpus_per_node: 0\ncpus_per_gpu: 4\n", "cpus_per_gpu needs GPUs"),
         ("gpus_per_node: 1\ntime: 1\n", "signal_s=120 must be shorter than the time limit (1)"),
-        ('gpus_per_node: 1\npartition: "a b"\n', 'partition="a b" (c.yaml:2)'),
+        ('gpus_per_node: 1\npartition: "a b"\n', 'partition="a b" (c.yaml:2): must be one word, without blanks'),
         ('gpus_per_node: 1\nsetup: ["a\\nb"]\n', "setup.0"),
         ("gpus_per_node: 1\nmem: lots\n", 'mem="lots" (c.yaml:2)'),
         ("gpus_per_node: 1\nextra: {--nice: 3}\n", "extra.--nice (c.yaml:2): is no option of sbatch"),

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmtrain.batches import nodes_that_train, plan_batches
-from llmtrain.config import RunConfig, load_config, resolved_yaml
+from llmtrain.config import RunConfig, load_config, load_to_start, resolved_yaml
 from llmtrain.config.load import Origins, fixed_differences, json_schema
 from llmtrain.config.reference import settings_page
 from llmtrain.config.yaml_lines import YamlError, read
@@ -66,11 +66,89 @@ def test_bad_overrides_are_reported_with_the_rest(tmp_path: Path):
     assert any("train.step=3 (command line): unknown key; did you mean train.steps?" in p for p in found)
 
 
+def test_a_length_on_the_command_line_replaces_the_files_and_no_other(tmp_path: Path):
+    text = "train:\n  tokens: 1024\n"
+    (said,) = problems(tmp_path, text, "train.steps=3", "train.epochs=2")
+    assert "steps and epochs are both set; keep one" in said
+    train = load_config(tmp_path / "c.yaml", ["train.epochs=2"])[0].train
+    assert (train.steps, train.epochs, train.tokens) == (None, 2, None)
+
+
 def test_what_only_the_command_line_gets_wrong_is_placed_there(tmp_path: Path):
     found = problems(tmp_path, "", "trin.x=1", "evaluate.sample.prompt=")
     assert any('trin={"x": 1} (command line): unknown key; did you mean train?' in p for p in found)
     assert any("""must be text; for an empty one write 'evaluate.sample.prompt=""' on the""" in p for p in found)
     assert load_config(None, ['evaluate.sample.prompt=""'])[0].evaluate.sample.prompt == ""
+
+
+@pytest.mark.parametrize(
+    ("setting", "expected"),
+    [
+        (
+            "run.name=my run",
+            "run.name=\"my run\" (command line): may hold letters (A to Z, a to z), digits, '.', '_' and",
+        ),
+        ("run.name=", "run.name=null (command line): must not be empty; may hold letters"),
+        ("run.name=" + "x" * 101, "(command line): must have at most 100 characters, not 101"),
+        ("run.name=5", """must be text, not a number; write 'run.name="..."' on the command line"""),
+        ("hub.repo=jane", 'hub.repo="jane" (command line): must be user/name, both of letters'),
+        ("service.score=gpu", "use auto, cpu, mps, cuda, cuda:N (N is the GPU's number, e.g. cuda:1) or training"),
+        ("optim.betas=[0.9]", "optim.betas=[0.9] (command line): needs 2 or more entries, not 1"),
+        ("optim.betas=[0.9, 0.9, 0.9]", "(command line): takes 2 entries at most, not 3"),
+        (
+            "data.sources=[{kind: text, paths: [a], separator: ''}]",
+            'data.sources.0.separator="" (command line): must not',
+        ),
+    ],
+)
+def test_what_a_text_or_a_list_may_be_is_said_in_words(tmp_path: Path, setting: str, expected: str):
+    [problem] = problems(tmp_path, "", setting)
+    assert expected in problem
+    assert not any(raw in problem for raw in ("pattern", "validation", 'name=""', "^"))
+
+
+def test_what_names_may_hold_stands_on_the_page_of_settings():
+    assert '100 letters (A to Z, a to z), digits, ".", "_" and "-"' in settings_page()
+
+
+OF_ANOTHER_KIND = "data.tokenizer.vocab_size=600 (c.yaml:2): vocab_size belongs to kind: train, not folder; "
+
+
+@pytest.mark.parametrize(
+    ("section", "settings", "expected"),
+    [
+        (
+            "kind: train, vocab_size: 600",
+            ["kind=folder", "path=base"],
+            "write 'data.tokenizer={kind: folder, path: base}'",
+        ),
+        ("vocab_size: 600", ["path=base"], "write 'data.tokenizer={kind: folder, path: base}'"),
+        ("vocab_size: 600, path: old", ["kind=folder"], "write 'data.tokenizer={kind: folder, path: old}'"),
+        ("vocab_size: 600", ["kind=folder"], "write 'data.tokenizer={kind: folder, path: ...}'"),
+        ("kind: folder, path: x, vocab_size: 600", [], "leave it out, or set data.tokenizer.kind=train"),
+    ],
+)
+def test_a_key_of_another_kind(tmp_path: Path, section: str, settings: list[str], expected: str):
+    text = f"data:\n  tokenizer: {{{section}}}\n"
+    found = problems(tmp_path, text, *(f"data.tokenizer.{setting}" for setting in settings))
+    assert found[-1] == OF_ANOTHER_KIND + expected
+    if settings and "..." not in expected:
+        whole = expected.split("'")[1]
+        config, origins = load_config(tmp_path / "c.yaml", [whole])
+        assert config.data.tokenizer.kind == "folder"
+        assert origins.describe(config, "data.tokenizer.path").endswith("(command line)")
+
+
+def test_a_key_of_another_kind_from_the_command_line(tmp_path: Path):
+    text = "data:\n  tokenizer: {kind: train}\n  sources: [{kind: jsonl, paths: [a]}]\n"
+    assert problems(tmp_path, text, "data.tokenizer.path=base", "data.sources.0.separator=x") == [
+        'data.sources.0.separator="x" (command line): separator belongs to kind: text, not jsonl; write '
+        "'data.sources.0={kind: text, paths: [a], separator: x}'",
+        'data.tokenizer.path="base" (command line): path belongs to kind: folder, not train; write '
+        "'data.tokenizer={kind: folder, path: base}'",
+    ]
+    [problem] = problems(tmp_path, "", "data.tokenizer.kind=train", "data.tokenizer.path=base")
+    assert problem.endswith("path belongs to kind: folder, not train; leave it out, or set data.tokenizer.kind=folder")
 
 
 def test_a_missing_file_names_the_others(tmp_path: Path):
@@ -207,13 +285,25 @@ def test_a_base_brings_its_own_defaults(tmp_path: Path):
         (["model.lora.rank=8"], "model.lora.rank=8 (command line): unknown key"),
         (["model.quantisation=nf8"], "did you mean 'nf4'?"),
         (["data.packing=contiguous"], "would cut samples"),
-        (["evaluate.task.samples=2", "data.format.completion_only=false"], "does not tell apart; leave one of them"),
     ],
 )
 def test_settings_of_a_base_that_cannot_be(settings: list[str], message: str):
     with pytest.raises(ConfigError) as caught:
         load_config(None, [*QLORA, "model.base=some/model", *settings])
     assert message in str(caught.value)
+
+
+def test_a_rule_that_is_younger_than_some_runs_holds_for_what_is_started_alone(tmp_path: Path):
+    both = [*QLORA, "model.base=some/model", "evaluate.task.samples=2", "data.format.completion_only=false"]
+    for settings in (both, both[:-1], [*both[:-2], both[-1]]):
+        (tmp_path / "config.yaml").write_text(resolved_yaml(load_config(None, settings)[0]))
+        assert load_config(tmp_path / "config.yaml")[0] == load_config(None, settings)[0]
+    with pytest.raises(ConfigError) as caught:
+        load_to_start(None, both)
+    assert "evaluate.task.samples=2 (command line) asks prompts and compares" in str(caught.value)
+    assert "data.format.completion_only=false (command line) does not tell apart; leave one" in str(caught.value)
+    assert load_to_start(None, both[:-1]) == load_config(None, both[:-1])
+    assert load_to_start(None, [*both[:-2], both[-1]])[0].evaluate.task.samples == 0
 
 
 def test_a_tokenizers_kind_follows_from_what_is_given():

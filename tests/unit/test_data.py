@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmtrain.batches import BatchPlan
-from llmtrain.data import IGNORE, Loader, SampleOrder, make_batch, split_batches
+from llmtrain.data import IGNORE, Batch, Loader, SampleOrder, make_batch, split_batches
 from llmtrain.shards import Rows, ShardInfo, ShardSet, SplitInfo, write_shard
 
 CPU = torch.device("cpu")
@@ -176,3 +176,38 @@ def test_evaluation_sees_each_row_once(tmp_path: Path, world_size: int):
         for first in batch.input_ids[:, 0]
     ]
     assert sorted(seen) == list(range(11))
+
+
+def batch_of(doc_lens: list[int]) -> Batch:
+    """One row of documents that are kept apart."""
+    rows = Rows(np.zeros((1, sum(doc_lens)), np.uint16), [np.array(doc_lens, np.int32)], None)
+    return make_batch(rows, isolate_documents=True)
+
+
+@pytest.mark.parametrize("count", [1, 31, 32, 33, 64])
+def test_the_last_document_has_an_end_however_many_there_are(count: int):
+    """What lies between two starts is computed: without the end the last document would be left out."""
+    documents = batch_of([3] * count).documents
+    assert documents is not None
+    starts = documents.starts.tolist()
+    assert starts[:count] == list(range(0, 3 * count, 3))
+    assert set(starts[count:]) == {3 * count - 1}
+    assert len(starts) % 32 == 0
+
+
+@pytest.mark.parametrize(("length", "longest"), [(127, 128), (128, 128), (129, 256)])
+def test_no_document_is_longer_than_the_longest(length: int, longest: int):
+    """A GPU's kernel computes so many positions of each, and no more."""
+    documents = batch_of([length] * 4).documents
+    assert documents is not None
+    assert documents.longest == longest
+
+
+def test_the_order_is_the_one_that_runs_have_begun_with():
+    """A resumed run goes on in it, also after an upgrade: these numbers never change."""
+    rows, hashes = SampleOrder(7, 1000).rows_and_hashes(995, 10)  # across an epoch
+    assert rows.tolist() == [71, 515, 667, 68, 611, 758, 322, 776, 995, 432]
+    assert hashes.tolist() == [
+        87051677835, 271018004075, 658664051762, 972490775659, 406366759373,
+        21962675911, 765173335420, 797841569124, 87463014689, 960693461390,
+    ]  # fmt: skip

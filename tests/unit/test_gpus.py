@@ -2,6 +2,7 @@
 
 import os
 import types
+from pathlib import Path
 
 import pynvml
 import pytest
@@ -9,10 +10,15 @@ import torch
 
 from launcher.checks import doctor
 from launcher.keeper.torchrun import check
+from llmtrain import origin
 from llmtrain.errors import ConfigError
 from llmtrain.gpus import driver_problem, num_gpus
+from llmtrain.hardware import peak_flops
 from llmtrain.models.base import be_quiet
+from llmtrain.service import scoring
+from llmtrain.strategies import zero2
 from llmtrain.world import find_world
+from tests.support.checkpoint_runs import config_of, make_run
 
 
 @pytest.fixture
@@ -68,6 +74,53 @@ def test_a_driver_that_does_not_work_is_an_error(driver: types.SimpleNamespace, 
     assert check(None, None) == (1, None)
 
 
+@pytest.mark.parametrize(
+    ("visible", "gpus"),
+    [
+        ("0,1", 2), (" 3 ", 1), ("GPU-8d1f2c3e,GPU-11", 2), ("MIG-1", 1), ("", 0), ("-1", 0), ("NoDevFiles", 0),
+        ("none", 0), ("0,-1,1", 1), ("2,1,", 2),
+    ],
+)  # fmt: skip
+def test_gpus_are_counted_as_cuda_counts_them(
+    driver: types.SimpleNamespace, monkeypatch: pytest.MonkeyPatch, visible: str, gpus: int
+):
+    driver.error = pynvml.NVML_ERROR_LIB_RM_VERSION_MISMATCH
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert num_gpus() == gpus
+    assert (driver_problem() is None) == (not gpus)
+
+
+@pytest.mark.parametrize(
+    ("name", "tflops"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756), ("NVIDIA H100 NVL", 835),
+        ("NVIDIA A100-SXM4-80GB", 312), ("NVIDIA A10", 125), ("NVIDIA A10G", 70), ("Tesla T4", 65),
+        ("NVIDIA RTX A1000", None), ("NVIDIA T400 4GB", None), ("NVIDIA A100X", None),
+    ],
+)  # fmt: skip
+def test_the_peak_of_a_gpu_is_known_by_its_whole_name(monkeypatch: pytest.MonkeyPatch, name: str, tflops: float | None):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: name)
+    assert peak_flops(torch.device("cuda", 0)) == (tflops and tflops * 1e12)
+
+
+@pytest.mark.parametrize("visible", ["0,1", "GPU-8d1f2c3e-0000", "MIG-8d1f2c3e-0000"])
+def test_deepspeed_finds_free_memory_where_gpus_have_names(monkeypatch: pytest.MonkeyPatch, visible: str):
+    from deepspeed.accelerator import cuda_accelerator
+
+    driver = types.SimpleNamespace(
+        nvmlDeviceGetHandleByIndex=lambda number: number,
+        nvmlDeviceGetMemoryInfo=lambda number: types.SimpleNamespace(free=7),
+    )
+    monkeypatch.setattr(cuda_accelerator, "pynvml", driver)
+    accelerator = cuda_accelerator.CUDA_Accelerator()
+    monkeypatch.setattr(accelerator, "current_device", lambda: 0)
+    monkeypatch.setattr(accelerator, "total_memory", lambda *_: 9)
+    monkeypatch.setattr(accelerator, "memory_allocated", lambda *_: 1)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    zero2._ask_torch_for_free_memory()
+    assert accelerator.available_memory() == (7 if visible == "0,1" else 8)
+
+
 def test_the_doctor_survives_a_gpu_that_does_not_tell_all(driver: types.SimpleNamespace):
     assert check(None, None) == (2, "cuda")
     (found,) = doctor._examine_gpus(doctor._driver_cuda())
@@ -87,3 +140,21 @@ def test_a_run_on_the_cpu_keeps_deepspeed_off_the_gpu(monkeypatch: pytest.Monkey
     find_world("cpu")
     be_quiet()  # before peft, which imports DeepSpeed
     assert os.environ["DS_ACCELERATOR"] == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("gpus", "used", "trains", "place"),
+    [
+        (8, 7, True, "cuda:7"),  # one is left over
+        (8, 8, True, "cpu"),  # all of them train: one more model would not fit beside another
+        (8, 8, False, "cuda:0"),
+        (0, 0, False, "cpu"),
+    ],
+)
+def test_scoring_takes_a_gpu_that_training_does_not_use(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gpus: int, used: int, trains: bool, place: str
+):
+    run = make_run(tmp_path / "run")
+    origin.note(run, "cuda", used)
+    monkeypatch.setattr(scoring, "num_gpus", lambda: gpus)
+    assert scoring.place(run, config_of(run), trains) == place

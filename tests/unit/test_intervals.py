@@ -221,3 +221,14 @@ def test_the_best_of_many_runs_is_not_surely_the_best(tmp_path: Path):
     assert ties == [True] * 9
     two = compare_runs([found.contenders[0].facts.run, found.contenders[-1].facts.run])
     assert not two.is_tie(1)  # compared by themselves, they differ by more than chance
+
+
+def test_on_few_stretches_it_is_hardly_wider_than_students():
+    """Narrower it would call too much sure; and with 16 stretches all that keeps intervals wide enough counts."""
+    generator, count = np.random.default_rng(11), choose.MIN_UNITS
+    students = 2.1314 / np.sqrt(count)  # t of 15 degrees of freedom, at 97.5%
+    found: list[float] = []
+    for seed, delta in enumerate(generator.normal(0, 1, (100, count))):
+        [(low, high)] = choose.intervals(delta[None], np.ones(count), seed)
+        found.append((high - low) / 2 / delta.std(ddof=1) / students)
+    assert 1.0 < np.mean(found) < 1.05

@@ -80,9 +80,13 @@ def test_accounts_do_not_say_why_a_job_was_cancelled(waiting: RunDir, slurm: Slu
     assert [problem.partition("submitted to ")[2] for problem in problems] == expected
 
 
-def test_a_person_who_cancelled_need_not_be_told(waiting: RunDir, slurm: Slurm, capsys: pytest.CaptureFixture[str]):
-    submitted(waiting, "13")
-    slurm.queued("13|CANCELLED|Priority||1:00:00|N/A")
+@pytest.mark.parametrize("after", ["", "afterok:11"])
+@pytest.mark.parametrize("other", ["CANCELLED|None", "FAILED|NonZeroExitCode"])
+def test_a_person_who_cancelled_need_not_be_told(
+    waiting: RunDir, slurm: Slurm, capsys: pytest.CaptureFixture[str], after: str, other: str
+):
+    submitted(waiting, "13", after=after)
+    slurm.queued(f"13|CANCELLED|{'Dependency' if after else 'Priority'}||1:00:00|N/A", f"11|{other}|n1|1:00:00|1")
     output = told(capsys, waiting.path)
     assert "job 13 of big (train): cancelled training" in output
     assert "mend" not in output

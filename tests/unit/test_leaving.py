@@ -1,12 +1,15 @@
 """How a rank's process ends: with the interpreter left standing (gloo's threads may still ask for it)."""
 
+import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from llmtrain.__main__ import code_for_keeper
 from llmtrain.errors import EXIT_CODES, EXIT_REQUEUE
+from tests.support.checkpoint_runs import make_run, save, train
 
 SCRIPT = """
 import atexit
@@ -30,6 +33,65 @@ def test_a_rank_leaves_without_taking_the_interpreter_down(code: object, expecte
     assert done.returncode == expected
     assert done.stdout == "work exit function\n"  # flushed, and nothing torn down
     assert done.stderr == ("said why\n" if expected == 1 else "")
+
+
+SAYS = "import contextlib\nwith contextlib.suppress(OSError): print('said')\n"
+LEAVES = SAYS + "from llmtrain.__main__ import leave\nleave(75)"
+FAILS = SAYS + "from llmtrain.errors import *\nwith exit_with_code(): raise ShardError('altered')"
+
+
+@pytest.mark.parametrize("lost", ["2>&1 >/dev/full", ">/dev/full 2>&1", ">&-", ">&- 2>&-", "| true"])
+def test_the_code_does_not_depend_on_who_reads_the_output(tmp_path: Path, lost: str, monkeypatch: pytest.MonkeyPatch):
+    """`| true`, a log on a full disk, a closed output: the last lines are lost, and nothing else."""
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
+    run = make_run(tmp_path / "run", "service.start=never", "log.report=false")
+    train(run, 20)
+    save(run, 10)
+    save(run, 20)
+    for python, code in (
+        (["-c", LEAVES], 75),
+        (["-c", FAILS], 13),
+        (["-m", "llmtrain.finish", str(run.path)], 0),
+    ):
+        command = shlex.join([sys.executable, *python])
+        script = f"set -o pipefail; (sleep 0.3; {command}) {lost}"
+        done = subprocess.run(["bash", "-c", script], text=True, capture_output=True, check=False)
+        assert done.returncode == code, done.stderr
+        assert "Traceback" not in done.stderr
+    assert run.summary.exists()
+
+
+BEFORE = "finish.hold_ctrl_c(); os.kill(os.getpid(), signal.SIGINT); finish.become_finish(run)"
+MEANWHILE = """
+write = summary.write
+def interrupted(*given, **named):
+    os.kill(os.getpid(), signal.SIGINT)
+    return write(*given, **named)
+summary.write = interrupted
+finish.main([str(run.path)])
+"""
+WAITING = """
+def wait(_):
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(60)
+finish.Companion.wait = wait
+finish.main([str(run.path)])
+"""
+
+
+@pytest.mark.parametrize("when", [BEFORE, MEANWHILE, WAITING])
+def test_ctrl_c_after_the_last_save_ends_the_wait_for_the_service_alone(tmp_path: Path, when: str):
+    """The run is finished: it is summed up, without a traceback, and the code says so."""
+    run = make_run(tmp_path / "run", f"service.start={'auto' if when is WAITING else 'never'}", "log.report=false")
+    train(run, 20)
+    save(run, 20)
+    begin = "import os, signal, time\nfrom pathlib import Path\nfrom llmtrain import finish, summary\n"
+    script = f"{begin}from llmtrain.rundir import RunDir\nrun = RunDir(Path({str(run.path)!r}))\n{when}"
+    done = subprocess.run([sys.executable, "-c", script], text=True, capture_output=True, check=False, timeout=50)
+    assert done.returncode == 0, done.stderr
+    assert "best checkpoint" in done.stdout
+    assert ("service    goes on by itself" in done.stderr) == (when is WAITING)
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize(

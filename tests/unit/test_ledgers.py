@@ -1,6 +1,7 @@
 """Disks that are full, fail or go away: ledgers stay readable, and the service goes on with what can be read."""
 
 import errno
+import json
 import os
 import resource
 import time
@@ -10,13 +11,15 @@ from pathlib import Path
 
 import pytest
 
-from llmtrain import files, ledger, manifest, retention, rundir
+from llmtrain import choose, files, jsonl, ledger, manifest, origin, prepare, retention
+from llmtrain.config import load_config
+from llmtrain.errors import RunFolderError, disk_errors
 from llmtrain.ledger import Event
 from llmtrain.rundir import RunDir
 from llmtrain.service import queue, worker
 from llmtrain.service.queue import Inspector
 from llmtrain.service.worker import Options, Service
-from tests.support.checkpoint_runs import config_of, make_run, save
+from tests.support.checkpoint_runs import config_of, make_run, save, score
 
 WHOLE = b'{"step": 1}\n{"step": 2, "text": "\xc3\xa9"}\n'
 
@@ -36,10 +39,10 @@ def test_a_record_that_the_disk_has_no_room_for_leaves_nothing(tmp_path: Path):
     path = tmp_path / "l.jsonl"
     path.write_bytes(WHOLE)
     with room_for(len(WHOLE) + 20), pytest.raises(OSError, match="File too large"):
-        rundir.append_jsonl(path, [{"step": 3}, {"step": 4, "text": "x" * 100}])
+        jsonl.append(path, [{"step": 3}, {"step": 4, "text": "x" * 100}])
     assert path.read_bytes() == WHOLE
-    rundir.append_jsonl(path, [{"step": 3}])
-    assert [record["step"] for record in rundir.read_jsonl(path)] == [1, 2, 3]
+    jsonl.append(path, [{"step": 3}])
+    assert [record["step"] for record in jsonl.read(path)] == [1, 2, 3]
 
 
 def test_nothing_is_left_where_a_network_disk_says_only_at_closing_that_it_is_full(
@@ -57,7 +60,7 @@ def test_nothing_is_left_where_a_network_disk_says_only_at_closing_that_it_is_fu
 
     monkeypatch.setattr(Path, "open", lambda *a, **k: full(*a) if "ab" in a else opened(*a, **k))
     with pytest.raises(OSError, match="quota"):
-        rundir.append_jsonl(path, [{"step": 3}])
+        jsonl.append(path, [{"step": 3}])
     monkeypatch.undo()
     assert path.read_bytes() == WHOLE
 
@@ -67,12 +70,46 @@ def test_nothing_is_left_where_a_network_disk_says_only_at_closing_that_it_is_fu
 def test_half_a_line_is_not_read_and_cut_off_before_the_next_one(tmp_path: Path, before: bytes, half: bytes):
     path = tmp_path / "l.jsonl"
     path.write_bytes(before + half)
-    assert [record["step"] for record in rundir.read_jsonl(path)] == [1, 2][: before.count(b"\n")]
-    rundir.append_jsonl(path, [{"step": 3}])
+    assert [record["step"] for record in jsonl.read(path)] == [1, 2][: before.count(b"\n")]
+    jsonl.append(path, [{"step": 3}])
     assert path.read_bytes() == before + b'{"step": 3}\n'
     path.write_bytes(before + half)
-    assert rundir.mend_jsonl(path) == len(before)
+    assert jsonl.mend(path) == len(before)
     assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("damaged", [b'{"step": 3', b"\xff\xfe", b"\0" * 20, b"7"])
+def test_a_damaged_line_is_named(tmp_path: Path, damaged: bytes):
+    path = tmp_path / "l.jsonl"
+    path.write_bytes(WHOLE + damaged + b"\n" + WHOLE)
+    with pytest.raises(RunFolderError, match=r"l\.jsonl: line 3 is damaged .* delete that line"):
+        jsonl.read(path)
+    assert [record["step"] for record in jsonl.last_records(path, 2)] == [1, 2]
+    with pytest.raises(RunFolderError, match=r"l\.jsonl: line 3 from the end is damaged"):
+        jsonl.last_records(path, 3)
+
+
+def test_small_files_that_are_damaged_are_written_anew(tmp_path: Path):
+    run = make_run(tmp_path / "run")
+    run.service.mkdir()
+    for path in (run.origin, run.early_stop):
+        path.write_text('{"id": "a"')
+    assert choose.early_stop(run) is None
+    guessed = origin.read(run).id
+    assert origin.start_of(run) == Path.cwd()
+    origin.note(run, "cpu", 1)
+    assert json.loads(run.origin.read_text())["id"] == guessed
+    run.base.write_text("{")
+    with pytest.raises(RunFolderError, match=r"base\.json: damaged"):
+        prepare.check_same_base(run, tmp_path, resuming=True)
+
+
+@pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES, errno.EPERM])
+def test_what_may_not_be_written_is_named(tmp_path: Path, number: int):
+    file = tmp_path / "metrics.jsonl"
+    with pytest.raises(RunFolderError) as raised, disk_errors("run folder", tmp_path):
+        raise OSError(number, os.strerror(number), str(file))
+    assert str(raised.value).startswith(f"run folder: {tmp_path}: {file}: {os.strerror(number)}. See to it")
 
 
 def test_a_whole_ledger_is_not_read_for_a_record_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -80,7 +117,7 @@ def test_a_whole_ledger_is_not_read_for_a_record_more(tmp_path: Path, monkeypatc
     path = tmp_path / "l.jsonl"
     path.write_bytes(WHOLE)
     read: list[int] = []
-    find_end = rundir._end_of_last_line
+    find_end = jsonl._end_of_last_line
 
     class Counting:
         def __init__(self, file: object):
@@ -91,8 +128,8 @@ def test_a_whole_ledger_is_not_read_for_a_record_more(tmp_path: Path, monkeypatc
             read.append(size)
             return self._file.read(size)
 
-    monkeypatch.setattr(rundir, "_end_of_last_line", lambda file, size: find_end(Counting(file), size))
-    rundir.append_jsonl(path, [{"step": 3}])
+    monkeypatch.setattr(jsonl, "_end_of_last_line", lambda file, size: find_end(Counting(file), size))
+    jsonl.append(path, [{"step": 3}])
     assert read == [1]
 
 
@@ -235,6 +272,31 @@ def test_a_run_folder_that_was_moved_aside_does_end_it(service: Service, run: Ru
     assert not service._is_ours()
 
 
+def test_scores_of_a_former_life_do_not_end_a_restored_run(
+    service: Service, run: RunDir, monkeypatch: pytest.MonkeyPatch
+):
+    """`llmtrain restore REPO RUN --step 10` brings back one checkpoint, and the scores of all."""
+    monkeypatch.setattr(RunDir, "is_training", lambda _: True)
+    config = load_config(run.config, ["service.patience=2"])[0]
+
+    def is_ended() -> bool:
+        service._ask_to_stop(config, service._inspector.look(config, scoring=True))
+        return run.early_stop.exists()
+
+    for step, loss in ((10, 3.0), (20, 3.1), (30, 3.2)):
+        score(run, step, loss)
+    retention.remove(run, [20, 30])
+    assert not is_ended()
+    for step in (20, 30):
+        save(run, step, content="of this life")
+        assert not is_ended()
+    score(run, 20, 3.1)
+    assert not is_ended()
+    score(run, 30, 3.2)
+    assert is_ended()
+    assert ledger.events(run)[-1].step == 30
+
+
 def test_what_a_deletion_had_to_leave_is_deleted_later(service: Service, run: RunDir, clock: list[float]):
     work = service._inspector.look(config_of(run), scoring=True)
     service._prune(config_of(run), work)
@@ -246,3 +308,26 @@ def test_what_a_deletion_had_to_leave_is_deleted_later(service: Service, run: Ru
     clock[0] += 601
     service._prune(config_of(run), work)
     assert not left.exists()
+
+
+def test_records_and_replaced_files_are_on_the_disk_before_anything_builds_on_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """A deletion follows the record of an upload: a power cut may not take the record alone."""
+    synced: list[tuple[Path, str]] = []
+    sync = files.sync
+
+    def note(path: Path) -> None:
+        synced.append((path, path.read_text() if path.is_file() else ""))
+        sync(path)
+
+    monkeypatch.setattr(files, "sync", note)
+    path = tmp_path / "events.jsonl"
+    ledger.append(path, Event(kind="stalled", message="said"))
+    assert synced == [(path, path.read_text())]
+    assert "said" in path.read_text()
+    synced.clear()
+    files.write_atomic(tmp_path / "status.json", "{}")
+    (aside, content), folder = synced  # the bytes before they have the name, and then the name
+    assert (aside.parent, content, folder) == (tmp_path, "{}", (tmp_path, ""))
+    assert aside.name != "status.json"

@@ -69,12 +69,15 @@ def test_a_word_is_said_again_where_the_file_server_fails(tmp_path: Path, monkey
         write(path, text)
 
     monkeypatch.setattr(files, "write_atomic", fails)
-    own = Meeting(tmp_path)
+    own = Meeting(tmp_path, 0, 2)
     own.tell("decision", 0, 7)
-    assert own.wait_for_first("decision", 0) == 7
+    assert Meeting(tmp_path, 1, 2).wait_for_first("decision", 0) == own.wait_for_first("decision", 0) == 7
     failures[0] = 100
     with pytest.raises(OSError, match="Stale"):
         own.tell("decision", 1, 7)
+    for alone in (Meeting(tmp_path), Meeting(None)):  # nobody else waits for its words
+        alone.tell("decision", 1, 8)
+        assert alone.wait_for_first("decision", 1) == 8
 
 
 @pytest.mark.parametrize("number", [0, 1])

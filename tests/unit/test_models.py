@@ -11,7 +11,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 from torch.nn.functional import cross_entropy
 
 from llmtrain.config.schema import GPTModel, SampleSection
-from llmtrain.data import IGNORE, Documents, make_batch
+from llmtrain.data import IGNORE, Batch, Documents, make_batch
 from llmtrain.errors import CheckpointError
 from llmtrain.evaluate import continue_text, sample_token
 from llmtrain.models import loss as loss_module
@@ -19,7 +19,7 @@ from llmtrain.models.attention import _flash
 from llmtrain.models.gpt import GPT, TextGenerator
 from llmtrain.models.loss import linear_cross_entropy
 from llmtrain.shards import Rows
-from llmtrain.strategies.forward import allow_graphs
+from llmtrain.strategies.forward import allow_graphs, evaluation_loss
 
 SMALL = GPTModel(num_layers=2, num_heads=2, width=32, context=24, init="pytorch")
 
@@ -78,6 +78,16 @@ def test_the_loss_without_gradients_is_exact():
     assert ours.item() == pytest.approx(exact.item(), rel=1e-6)
 
 
+@pytest.mark.parametrize("trained", [True, False])
+def test_the_loss_makes_a_gradient_of_the_output_layer_only_where_that_is_trained(trained: bool):
+    """Of a frozen base with 128,000 tokens it would be a gigabyte, for nothing."""
+    hidden, weight = torch.randn(30, 8, requires_grad=True), torch.randn(50, 8, requires_grad=trained)
+    node = linear_cross_entropy(hidden, weight, torch.randint(0, 50, (30,)), IGNORE).grad_fn
+    assert node is not None
+    kept = node.saved_tensors[1]
+    assert kept.shape == weight.shape if trained else kept is None
+
+
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("qkv_bias", [True, False])
 def test_transformers_gives_the_same_logits(tmp_path: Path, tied: bool, qkv_bias: bool):
@@ -108,6 +118,16 @@ def test_weights_of_another_model_are_refused(tmp_path: Path):
         GPT(SMALL.model_copy(update={"width": 64}), 100).load(tmp_path)
     with pytest.raises(CheckpointError, match="tensors that this model does not have"):
         GPT(SMALL.model_copy(update={"num_layers": 1}), 100).load(tmp_path)
+
+
+def test_weights_that_cannot_be_read_are_named(tmp_path: Path):
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: cannot be read: .*No such file"):
+        GPT(SMALL, 100).load(tmp_path)
+    GPT(SMALL, 100).save(tmp_path, dict(GPT(SMALL, 100).named_parameters()), eos_id=0)
+    content = (tmp_path / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(content[: len(content) // 2])
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: cannot be read"):
+        GPT(SMALL, 100).load(tmp_path)
 
 
 def test_packed_documents_are_computed_as_if_alone():
@@ -220,6 +240,24 @@ def test_the_compiled_model_is_one_graph_with_the_same_gradients(documents: bool
         found.append([loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
     for mine, reference in zip(*found, strict=True):
         torch.testing.assert_close(mine, reference)
+
+
+def test_evaluation_is_not_compiled_where_the_module_is_compiled_in_place():
+    """As DeepSpeed does: a second graph, for want of gradients, took long enough to pass for a hang."""
+    compiled: list[Any] = []
+
+    def note(graph: Any, inputs: Any) -> Any:
+        compiled.append(graph)
+        return graph.forward
+
+    model = GPT(SMALL, 100, seed=3)
+    ids = torch.zeros(2, 24, dtype=torch.int64)
+    expected = evaluation_loss(model, Batch(ids, ids, None, None, 48), torch.device("cpu"), bf16=False)
+    model.compile(backend=note)
+    loss = evaluation_loss(model, Batch(ids, ids, None, None, 48), torch.device("cpu"), bf16=False)
+    assert (loss.item(), compiled) == (expected.item(), [])
+    model(ids, ids)
+    assert compiled
 
 
 @pytest.mark.parametrize("recompute", [False, True])

@@ -36,7 +36,7 @@ def test_shapes():
 @pytest.mark.parametrize(("decay", "decayed"), [("matrices", 1), ("all", 3)])
 def test_weight_decay_is_on_matrices_unless_told_otherwise(decay: str, decayed: int):
     model = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4, bias=False))
-    optimizer = build_optimizer(model.named_parameters(), OptimSection.model_validate({"decay": decay}))
+    optimizer = build_optimizer(model.parameters(), OptimSection.model_validate({"decay": decay}))
     with_decay = [p for group in optimizer.param_groups if group["weight_decay"] for p in group["params"]]
     assert len(with_decay) == decayed
     assert sum(len(group["params"]) for group in optimizer.param_groups) == 3
@@ -47,51 +47,49 @@ def small_model() -> nn.Sequential:
     return nn.Sequential(nn.Linear(37, 64), nn.LayerNorm(64), nn.Linear(64, 5))
 
 
-def take_steps(model: nn.Sequential, optimizer: Optimizer, steps: range, set_to_none: bool) -> None:
+def take_steps(model: nn.Sequential, optimizer: Optimizer, steps: range) -> None:
     for step in steps:
         for group in optimizer.param_groups:
             group["lr"] = 1e-2 / (step + 1)
         model(torch.randn(8, 37, generator=torch.Generator().manual_seed(step))).square().sum().backward()
         optimizer.step()
-        optimizer.zero_grad(set_to_none)
+        optimizer.zero_grad()
 
 
-@pytest.mark.parametrize("set_to_none", [True, False])
-def test_adamw_gives_the_bits_of_torchs(set_to_none: bool):
+def test_adamw_gives_the_bits_of_torchs():
     ours, theirs = small_model(), small_model()
     settings = OptimSection(weight_decay=0.3)
-    optimizer = build_optimizer(ours.named_parameters(), settings)
-    torchs = build_optimizer(theirs.named_parameters(), settings, torchs=True)
+    optimizer = build_optimizer(ours.parameters(), settings)
+    torchs = build_optimizer(theirs.parameters(), settings, torchs=True)
     assert isinstance(optimizer, FusedAdamW)
     assert isinstance(torchs, torch.optim.AdamW)
-    take_steps(ours, optimizer, range(7), set_to_none)
-    take_steps(theirs, torchs, range(7), set_to_none)
+    take_steps(ours, optimizer, range(7))
+    take_steps(theirs, torchs, range(7))
     for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
         assert torch.equal(mine, other)
         for kind in ("exp_avg", "exp_avg_sq", "step"):
             assert torch.equal(optimizer.state[mine][kind], torchs.state[other][kind])
-        assert (mine.grad is None) == set_to_none
-        assert mine.grad is None or not mine.grad.any()
+        assert mine.grad is None
 
 
 def test_adamw_goes_on_where_it_was():
     whole, first = small_model(), small_model()
-    take_steps(whole, build_optimizer(whole.named_parameters(), OptimSection()), range(6), True)
-    before = build_optimizer(first.named_parameters(), OptimSection())
-    take_steps(first, before, range(3), True)
+    take_steps(whole, build_optimizer(whole.parameters(), OptimSection()), range(6))
+    before = build_optimizer(first.parameters(), OptimSection())
+    take_steps(first, before, range(3))
     second = copy.deepcopy(first)
-    after = build_optimizer(second.named_parameters(), OptimSection())
+    after = build_optimizer(second.parameters(), OptimSection())
     for saved, parameter in zip(first.parameters(), second.parameters(), strict=True):
         state = saved_state(before, saved)
         restore_state(after, parameter, lambda kind, _, state=state: state[kind].flatten(), torch.tensor(3.0))
-    take_steps(second, after, range(3, 6), True)
+    take_steps(second, after, range(3, 6))
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), second.parameters(), strict=True))
 
 
 def test_adamw_leaves_alone_what_has_no_gradient():
     model = small_model()
     before = copy.deepcopy(model)
-    optimizer = build_optimizer(model.named_parameters(), OptimSection())
+    optimizer = build_optimizer(model.parameters(), OptimSection())
     model[2].weight.grad = torch.ones_like(model[2].weight)
     optimizer.step()
     changed = [not torch.equal(a, b) for a, b in zip(before.parameters(), model.parameters(), strict=True)]

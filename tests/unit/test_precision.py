@@ -70,11 +70,11 @@ def test_a_base_is_scored_in_the_precision_that_its_parts_were_made_for(monkeypa
 
 
 def test_what_torch_computes_wrongly_is_refused():
-    both = load_config(None, ["train.activation_checkpointing=true", "model.dropout=0.1"])[0]
+    both, origins = load_config(None, ["train.activation_checkpointing=true", "model.dropout=0.1"])
     with pytest.raises(ConfigError, match="dropout on Apple's MPS"):
-        assemble.check_device(both, torch.device("mps"))
-    assemble.check_device(both, CPU)
-    assemble.check_device(load_config(None, ["model.dropout=0.1"])[0], torch.device("mps"))
+        assemble.check_device(both, origins, torch.device("mps"))
+    assemble.check_device(both, origins, CPU)
+    assemble.check_device(load_config(None, ["model.dropout=0.1"])[0], origins, torch.device("mps"))
 
 
 @pytest.mark.usefixtures("fast_at_bf16")

@@ -257,10 +257,15 @@ def test_torch_must_be_able_to_use_the_gpus_that_are_asked_for(tmp_path: Path):
     assert "one rank for each GPU" in refused
 
 
-def test_a_venv_that_is_not_there(tmp_path: Path):
+def test_a_venv_that_is_not_there_or_has_no_llmtrain(tmp_path: Path):
     profile = Profile(gpus_per_node=0, venv=str(tmp_path / "venv"))
     (refused,) = errors(preflight.check_python(RunConfig(), spec(profile)))
     assert str(tmp_path / "venv/bin/python") in refused
+    (tmp_path / "venv").mkdir()
+    python = fake_python(tmp_path / "venv", "12.8")
+    python.write_text(python.read_text().replace('"llmtrain": "x"', '"llmtrain": null'))
+    (refused,) = errors(preflight.check_python(RunConfig(), spec(profile)))
+    assert f"{python} has no llmtrain: install it there" in refused
 
 
 # ---------------------------------------------------------------------------------------------- all together
@@ -335,6 +340,21 @@ def test_a_run_that_goes_on_keeps_the_precision_that_it_settled_on(tmp_path: Pat
     assert fine("resume", "from step 100, if that checkpoint verifies") in findings(spec(profile))
     (refused,) = [e for e in errors(findings(spec(profile), "train.precision=fp32")) if e.startswith("run folder")]
     assert "train.precision: the run has" in refused
+
+
+def test_a_run_whose_checkpoints_are_gone_is_not_queued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Training refuses to begin it again, hours later."""
+    profile = begun(tmp_path, monkeypatch, "{}\n")
+    checkpoints = tmp_path / "runs/stdlib-gpt/checkpoints"
+    (checkpoints / "step-00000100").rename(checkpoints / "quarantined-step-00000100")
+    (refused,) = [e for e in errors(findings(spec(profile))) if e.startswith("run folder")]
+    assert "quarantined-step-00000100 is the newest of 1 in quarantine" in refused
+    assert not [e for e in errors(findings(spec(profile), "run.resume=never")) if e.startswith("run folder")]
+    (checkpoints / "quarantined-step-00000100").rmdir()
+    assert not [e for e in errors(findings(spec(profile))) if e.startswith("run folder")]
+    (tmp_path / "runs/stdlib-gpt/saves.jsonl").write_text('{"step": 100}\n')
+    (refused,) = [e for e in errors(findings(spec(profile))) if e.startswith("run folder")]
+    assert "has saved checkpoints, and none of them is there any more" in refused
 
 
 # ---------------------------------------------------------------------------------------------- the Hub

@@ -15,7 +15,7 @@ from llmtrain.data import IGNORE, Documents, make_batch
 from llmtrain.errors import ModelError
 from llmtrain.memory_lora import layer_activations, lora_parameters
 from llmtrain.models import base as bases
-from llmtrain.models import build_model, isolation
+from llmtrain.models import base_checks, build_model, isolation
 from llmtrain.models.qlora import QLoRA
 from llmtrain.shards import Rows
 from tests.support.bases import configure, copy, write_gpt2, write_llama, write_tokenizer
@@ -111,7 +111,7 @@ def test_a_wrong_mask_makes_the_start_up_check_fail(
         )
         return output.last_hidden_state
 
-    model.hidden = with_an_attention_mask  # type: ignore[method-assign]
+    model.hidden = with_an_attention_mask  # pyright: ignore[reportAttributeAccessIssue]
     with pytest.raises(ModelError, match="does not keep packed documents apart"):
         isolation.check(model, *arguments)
 
@@ -122,7 +122,7 @@ def test_logits_that_are_scaled_behind_our_back_are_found(llama: Path):
     batch = make_batch(rows, isolate_documents=False)
     assert isolation.check(model, batch, [40], autocast=False) < 1e-4
     plain = model.logits
-    model.logits = lambda hidden_ND: plain(hidden_ND) * 0.5  # type: ignore[method-assign]
+    model.logits = lambda hidden_ND: plain(hidden_ND) * 0.5  # pyright: ignore[reportAttributeAccessIssue]
     with pytest.raises(ModelError, match="changes its logits"):
         isolation.check(model, batch, [40], autocast=False)
 
@@ -201,8 +201,8 @@ def test_an_adapter_is_saved_and_loaded_here_and_by_peft(llama: Path, tmp_path: 
 
 
 def test_alpha_is_twice_r_unless_it_is_given(llama: Path):
-    assert configure(llama).model.lora.scale_alpha == 16  # type: ignore[union-attr]
-    assert configure(llama, "model.lora.alpha=3").model.lora.scale_alpha == 3  # type: ignore[union-attr]
+    assert configure(llama).model.lora.scale_alpha == 16  # pyright: ignore[reportAttributeAccessIssue]
+    assert configure(llama, "model.lora.alpha=3").model.lora.scale_alpha == 3  # pyright: ignore[reportAttributeAccessIssue]
 
 
 @pytest.mark.parametrize("settings", [[], ["model.lora.dora=true"], ["model.lora.target_modules=[q_proj, down_proj]"]])
@@ -285,7 +285,7 @@ def test_activation_checkpointing_gives_the_same_gradients(llama: Path):
 def refused(config: RunConfig, tokenizer_size: int | None = None) -> str:
     assert config.model.kind == "qlora"
     with pytest.raises(ModelError) as caught:
-        bases.check(config.model, bases.describe(config.model), tokenizer_size)
+        base_checks.check(config.model, bases.describe(config.model), tokenizer_size)
     return str(caught.value)
 
 

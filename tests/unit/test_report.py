@@ -21,7 +21,7 @@ from launcher.report.facts import Series, read_facts
 from launcher.report.markup import Html, element, visible
 from launcher.report.page import write_report
 from launcher.report.speed import read_speed
-from llmtrain import ledger, rundir
+from llmtrain import jsonl, ledger
 from llmtrain.errors import RunFolderError
 from llmtrain.ledger import Event, HubState, Status
 from llmtrain.rundir import RunDir
@@ -92,7 +92,7 @@ def make_run(
     """A run with a scored checkpoint at every 100th step; the second one is the best, the third one's equal."""
     run = checkpoint_runs.make_run(folder, f"train.steps={steps}", *settings)
     checkpoint_runs.train(run, steps)
-    rundir.append_jsonl(run.heldout, [{"step": 0, "epoch": 0.0, "loss": 9.5, "train_loss": 9.5, "bits_per_byte": 3.8}])
+    jsonl.append(run.heldout, [{"step": 0, "epoch": 0.0, "loss": 9.5, "train_loss": 9.5, "bits_per_byte": 3.8}])
     for number, shift in enumerate(shifts, start=1):
         checkpoint_runs.save(run, 100 * number, loss=3.0 + shift)
         checkpoint_runs.score(run, 100 * number, checkpoint_runs.stretches(shift, noise=0.02, seed=number))
@@ -262,11 +262,11 @@ def test_a_long_run_stays_a_small_page(tmp_path: Path):
     run = checkpoint_runs.make_run(tmp_path / "run", "train.steps=30000")
     checkpoint_runs.train(run, 30_000, every=1)
     record = {"loss": 3.0, "train_loss": 3.0}
-    rundir.append_jsonl(run.heldout, [{"step": s, "epoch": s / 31, **record} for s in range(0, 30_000, 10)])
-    rundir.append_jsonl(run.samples, [{"step": s, "prompt": "", "text": "word " * 9000} for s in range(0, 30_000, 100)])
+    jsonl.append(run.heldout, [{"step": s, "epoch": s / 31, **record} for s in range(0, 30_000, 10)])
+    jsonl.append(run.samples, [{"step": s, "prompt": "", "text": "word " * 9000} for s in range(0, 30_000, 100)])
     run.service.mkdir()
     for number in range(3000):
-        rundir.append_jsonl(run.service_events, [{"kind": "stalled", "message": "m", "step": number, "time": number}])
+        jsonl.append(run.service_events, [{"kind": "stalled", "message": "m", "step": number, "time": number}])
     assert write_report(run).stat().st_size < 1_000_000
 
 
@@ -327,9 +327,9 @@ def test_other_data_are_said_loudly_and_bits_per_byte_are_compared(tmp_path: Pat
     a = make_run(tmp_path / "a", "data.tokenizer.vocab_size=700", shifts=(0.0,), steps=100)
     b = make_run(tmp_path / "b", shifts=(0.5,), steps=100)
     shutil.rmtree(a.checkpoint(100))  # with its fingerprint: the configuration has to tell
-    records = rundir.read_jsonl(b.scores)
+    records = jsonl.read(b.scores)
     b.scores.write_text("")
-    rundir.append_jsonl(b.scores, [{**records[0], "bits_per_byte": 0.5, "targets": 77}])
+    jsonl.append(b.scores, [{**records[0], "bits_per_byte": 0.5, "targets": 77}])
     out = io.StringIO()
     page = compare([a.path, b.path], None, Console(file=out, width=160))
     assert page == tmp_path / "compare.html"

@@ -160,3 +160,43 @@ def test_a_stranger_s_repository_cannot_take_a_file_away(api: HfApi, tmp_path: P
         brought_back(api, tmp_path / "back")
     assert victim.read_text() == "years of work"
     assert not (tmp_path / "back").exists()
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "state/optimizer-00000-of-00001.safetensors"])
+@pytest.mark.usefixtures("lost")
+def test_a_byte_that_changed_on_the_way_brings_nothing_back(
+    api: HfApi, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+):
+    """No run folder appears that training would go on in."""
+    download = api.snapshot_download
+
+    def garbled(*arguments: object, local_dir: Path, **settings: object) -> str:
+        found = download(*arguments, local_dir=local_dir, **settings)
+        file = local_dir / name
+        file.write_bytes(file.read_bytes()[:-1] + b"?")
+        return found
+
+    monkeypatch.setattr(api, "snapshot_download", garbled)
+    with pytest.raises(CheckpointError, match=r"altered: its SHA-256 is not the manifest's"):
+        brought_back(api, tmp_path / "back")
+    assert not (tmp_path / "back").exists()
+    monkeypatch.undo()
+    assert brought_back(api, tmp_path / "back").checkpoint_steps() == [300]
+
+
+def test_of_another_run_in_the_repository_nothing_comes_back(
+    api: HfApi, lost: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """From before anybody looked whose it is: its scores and checkpoints would be taken for one's own."""
+    other = make_run(tmp_path / "other", "hub.optimizer_state=true")
+    origin.note(other, "cpu", 1)
+    save(other, 400, 2.0, content="of another run")
+    score(other, 400, 2.0)
+    with monkeypatch.context() as before:
+        before.setattr(conversation, "refuse_others", lambda *_: None)
+        conversation.upload(Repo(api, REPO), config_of(other), other, 400, TOKEN)
+    run = brought_back(api, tmp_path / "back", 300)
+    assert sorted(ledger.uploads(run)) == sorted(ledger.scores(run)) == [100, 200, 300]
+    theirs = brought_back(api, tmp_path / "theirs", 400)
+    assert sorted(ledger.uploads(theirs)) == [400]
+    assert not theirs.scores.exists()  # main is the first one's

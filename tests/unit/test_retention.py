@@ -9,9 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmtrain import checkpoint, retention, rundir
+from llmtrain import checkpoint, choose, jsonl, ledger, retention, rundir
 from llmtrain.config.schema import CheckpointSection
 from llmtrain.retention import plan_deletions
+from llmtrain.service import plan
+from llmtrain.service.queue import Inspector
 from tests.support.checkpoint_runs import config_of, make_run, save, score, stretches, upload
 
 STEPS = [100, 200, 300, 400, 500]
@@ -186,3 +188,61 @@ def test_a_reader_on_nfs_ends_no_deletion(tmp_path: Path, reader: set[str]):
     reader.clear()
     retention.prune(run, {}, rule())  # training without a service: at its next save
     assert [path.name for path in run.checkpoints.iterdir()] == [run.checkpoint(300).name]
+
+
+@pytest.mark.parametrize("known", ["saves", "scores", "uploads"])
+def test_any_of_its_ledgers_tells_that_a_run_has_saved(tmp_path: Path, known: str):
+    """One that came back from the Hub has no saves.jsonl."""
+    run = make_run(tmp_path / "run")
+    assert retention.why_none_left(run) is None
+    records: Path = getattr(run, known)
+    records.parent.mkdir(exist_ok=True)
+    jsonl.append(records, [{"step": 100}])
+    assert "has saved checkpoints, and none of them is there any more" in (retention.why_none_left(run) or "")
+
+
+def test_a_step_that_was_saved_again_is_verified_scored_and_uploaded_again(tmp_path: Path):
+    """Its name is the old one: what is known of that says nothing about it."""
+    run = make_run(tmp_path / "run", "hub.repo=ada/gpt", "service.score=cpu")
+    for step in (100, 200):
+        save(run, step)
+        score(run, step, stretches(step / 1000))
+        upload(run, step)
+    inspector, config = Inspector(run), config_of(run)
+    work = inspector.look(config, scoring=True)
+    assert (work.to_score, work.to_upload) == ([], [])
+    save(run, 200, content="other weights")
+    work = inspector.look(config, scoring=True)
+    assert (work.to_score, work.to_upload) == ([200], [200])
+    assert {step: found.identity for step, found in work.whole.items()} == choose.identities(run)
+    save(run, 100, content="bad weights")
+    weights = run.checkpoint(100) / "model/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"?")
+    assert sorted(inspector.look(config, scoring=True).whole) == [200]
+    assert run.quarantined_steps() == [100]
+
+
+def test_a_lost_record_of_losses_does_not_delete_the_best(tmp_path: Path):
+    """The checkpoints' manifests say them too."""
+    run = make_run(tmp_path / "run", "service.start=never", "checkpoint.keep_last=1", "checkpoint.keep_best=1")
+    for step, loss in ((100, 3.0), (200, 3.5), (300, 4.0), (400, None)):
+        save(run, step, loss)
+    for lost in (b"", run.heldout.read_bytes().splitlines(keepends=True)[2]):
+        run.heldout.write_bytes(lost)
+        assert ledger.heldout_losses(run) == {100: 3.0, 200: 3.5, 300: 4.0}
+    retention.prune(run, ledger.heldout_losses(run), config_of(run).checkpoint)
+    assert run.checkpoint_steps() == [100, 400]
+
+
+def test_a_tag_stays_until_its_checkpoint_is_scored(tmp_path: Path):
+    """It may turn out to be the best."""
+    settings = ["hub.repo=ada/gpt", "hub.prune=true", "checkpoint.keep_last=1", "checkpoint.keep_best=1"]
+    run = make_run(tmp_path / "run", *settings)
+    for step, shift in ((100, 0.0), (200, 0.2), (300, None), (400, 0.3)):
+        save(run, step)
+        if shift is not None:
+            score(run, step, stretches(shift))
+        upload(run, step)
+    assert plan.untaggable(run, config_of(run)) == [200]
+    score(run, 300, stretches(0.4))
+    assert plan.untaggable(run, config_of(run)) == [200, 300]

@@ -8,12 +8,15 @@ import threading
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from launcher.checks import preflight
 from launcher.cluster import Profile
+from launcher.jobs import JobDir
+from launcher.keeper.one_machine import _kept_going
 from launcher.slurm.batch import JobSpec
-from llmtrain import rundir
+from llmtrain import log, rundir
 from llmtrain.config import load_config
 from llmtrain.errors import RunFolderError
 from llmtrain.rundir import RunDir
@@ -26,6 +29,14 @@ def run(tmp_path: Path) -> RunDir:
     return made
 
 
+@pytest.fixture
+def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    lines: list[str] = []
+    log.warn_once.cache_clear()
+    monkeypatch.setattr(log, "warning", lines.append)
+    return lines
+
+
 def without_locks(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     def flock(*_: object) -> None:
         raise OSError(number, os.strerror(number))
@@ -34,12 +45,11 @@ def without_locks(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
 
 
 @pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
-def test_where_there_are_no_locks_a_run_goes_on_without(run: RunDir, number: int, monkeypatch: pytest.MonkeyPatch):
+def test_where_there_are_no_locks_a_run_goes_on_without(
+    run: RunDir, number: int, said: list[str], monkeypatch: pytest.MonkeyPatch
+):
     """Lustre without flock, NFS without its lock service: nobody else trains there."""
-    rundir._say_once.cache_clear()
     without_locks(monkeypatch, number)
-    said: list[str] = []
-    monkeypatch.setattr(rundir.log, "warning", said.append)
     with run.lock(), run.lock():
         assert len(said) == 1
         assert f"{run.path}: no locks here ({os.strerror(number)})" in said[0]
@@ -52,6 +62,68 @@ def test_where_there_are_no_locks_a_run_goes_on_without(run: RunDir, number: int
     assert not run.is_training()
 
 
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_also_without_locks_one_process_of_a_machine_trains_in_it(
+    run: RunDir, number: int, said: list[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.delenv(rundir.RESTARTED, raising=False)
+    without_locks(monkeypatch, number)
+    other = subprocess.Popen(["sleep", "60"])
+    (run.path / "lock").write_text(f"process {other.pid} on {os.uname().nodename}")
+    with pytest.raises(RunFolderError, match=f"process {other.pid} on .* is training in this run folder"):
+        run.lock()
+    assert said == []
+    other.kill()
+    while psutil.Process(other.pid).status() != psutil.STATUS_ZOMBIE:
+        time.sleep(0.01)
+    assert not run.is_training()  # it has ended, though nobody has asked how
+    run.lock().close()
+    assert (run.path / "lock").read_text() == f"process {os.getpid()} on {os.uname().nodename}"
+    other.wait()
+
+
+def test_a_number_that_a_lock_names_may_be_another_processs_by_now(
+    run: RunDir, said: list[str], monkeypatch: pytest.MonkeyPatch
+):
+    without_locks(monkeypatch, errno.ENOLCK)
+    lock, here = run.path / "lock", os.uname().nodename
+    for process, written in ((os.getpid(), 1e9), (os.getpid(), time.time()), (os.getppid(), 1e9)):
+        lock.write_text(f"process {process} on {here}")
+        os.utime(lock, (written, written))
+        run.lock().close()
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE])
+def test_a_disk_that_fails_is_no_disk_without_locks(
+    run: RunDir, number: int, said: list[str], monkeypatch: pytest.MonkeyPatch
+):
+    """It may do better at the next start; until then another process may be training there."""
+    without_locks(monkeypatch, number)
+    (run.path / "lock").write_text("process 7 on faraway")
+    for take, file in ((run.lock, "lock"), (run.lock_service, "service/lock")):
+        with pytest.raises(OSError, match=os.strerror(number)) as caught:
+            take()
+        assert (caught.value.errno, caught.value.filename) == (number, str(run.path / file))
+    assert (run.path / "lock").read_text() == "process 7 on faraway"
+    assert said == []
+    with pytest.raises(OSError, match=os.strerror(number)):
+        preflight._why_no_locks(run.path)
+
+
+def test_each_lock_says_what_nobody_else_should_do(run: RunDir, said: list[str], monkeypatch: pytest.MonkeyPatch):
+    without_locks(monkeypatch, errno.ENOSYS)
+    jobs = JobDir.of(run)
+    for handle in (run.lock(), run.lock_service(), run.lock_service(), _kept_going(run, jobs)):
+        assert handle is not None
+        handle.close()
+    why = f"no locks here ({os.strerror(errno.ENOSYS)}): be sure that no other"
+    assert said == [
+        f"{run.path}: {why} process trains in it",
+        f"{run.service}: {why} checkpoint service is at work on this run",
+        f"{jobs.local}: {why} 'llmtrain run' keeps this run going",
+    ]
+
+
 @pytest.mark.parametrize("number", [errno.EAGAIN, errno.EACCES])
 def test_one_that_is_held_is_refused(run: RunDir, number: int, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv(rundir.RESTARTED, raising=False)
@@ -60,11 +132,8 @@ def test_one_that_is_held_is_refused(run: RunDir, number: int, monkeypatch: pyte
         run.lock()
 
 
-def test_a_former_start_that_is_dying_is_waited_for(run: RunDir, monkeypatch: pytest.MonkeyPatch):
+def test_a_former_start_that_is_dying_is_waited_for(run: RunDir, said: list[str], monkeypatch: pytest.MonkeyPatch):
     """Killed ranks give their GPUs back first; 17 would end the run for good."""
-    rundir._say_once.cache_clear()
-    said: list[str] = []
-    monkeypatch.setattr(rundir.log, "warning", said.append)
     former = run.lock()
     with pytest.raises(RunFolderError):
         run.lock()

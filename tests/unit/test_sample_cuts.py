@@ -32,9 +32,9 @@ def tokenizer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
     write_tokenizer(folder)
     own = Tokenizer.from_file(str(folder / "tokenizer.json"))
     own.add_special_tokens([BOS, BOT])
-    bos = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, own.token_to_id(BOS))])  # type: ignore
+    bos = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, own.token_to_id(BOS))])  # pyright: ignore[reportAttributeAccessIssue]
     level = processors.ByteLevel(trim_offsets=request.param)
-    own.post_processor = processors.Sequence([level, bos])  # type: ignore
+    own.post_processor = processors.Sequence([level, bos])  # pyright: ignore[reportAttributeAccessIssue]
     own.save(str(folder / "tokenizer.json"))
     return folder
 
@@ -173,3 +173,20 @@ def test_the_bytes_reach_the_manifest(tokenizer: Path, tmp_path: Path):
     )  # fmt: skip
     splits = build(config, workers=1).folder.manifest.splits.values()
     assert sum(split.text_bytes for split in splits) == sum(len(f"hi {n}") for n in range(40))
+
+
+def test_a_text_that_goes_on_in_the_next_split_has_one_beginning_and_one_end(tokenizer: Path, tmp_path: Path):
+    (tmp_path / "text.txt").write_text("one word after another, " * 400)
+    config, _ = load_config(
+        None,
+        [f"data.sources=[{{kind: text, paths: ['{tmp_path}/text.txt']}}]", f"data.dir={tmp_path}/shards",
+         f"data.tokenizer={{kind: folder, path: '{tokenizer}'}}", "data.split={by: tail, heldout: 0.3, test: 0.2}",
+         "data.packing=bestfit", "model.context=64"],
+    )  # fmt: skip
+    folder, own = build(config, workers=1).folder, Tokenizer.from_file(str(tokenizer / "tokenizer.json"))
+    found: dict[str, list[str]] = {}
+    for name in folder.manifest.splits:
+        rows = folder.split(name).rows(np.arange(folder.manifest.splits[name].rows))
+        ids = [row[: lens.sum()].tolist() for row, lens in zip(rows.tokens, rows.doc_lens, strict=True)]
+        found[name] = [token for row in ids for token in (BOS, EOS) if own.token_to_id(token) in row]
+    assert found == {"train": [BOS], "heldout": [], "test": [EOS]}

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from launcher.sharding import sources
 from launcher.sharding.build import build
 from launcher.sharding.show import describe, documents, show_samples
 from llmtrain.config import RunConfig, load_config
@@ -216,6 +217,19 @@ def test_or_cut_from_the_prompts_beginning_and_counted(tmp_path: Path, tokenizer
     assert any(line.startswith("cut ") for line in describe(built))
 
 
+def test_what_was_cut_is_counted_over_all_tasks(tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(record) + "\n" for record in LONG))
+    source = f"data.sources=[{{kind: jsonl, paths: ['{tmp_path}/data.jsonl']}}]"
+    settings = [source, "model.context=20", "data.packing=none"]
+    counts: list[int] = []
+    for unit_bytes in (4_000_000, 100):
+        monkeypatch.setattr(sources, "UNIT_BYTES", unit_bytes)
+        folder = f"data.dir={tmp_path}/{unit_bytes}"
+        config = configure(tmp_path, [], tokenizer, "{kind: completion, overlong: cut_prompt}", *settings, folder)
+        counts.append(build(config, workers=1).folder.manifest.cut)
+    assert counts[0] == counts[1] > 1
+
+
 def test_a_completion_that_cannot_fit_is_left_out_even_so(tmp_path: Path, tokenizer: Path):
     records = [{"prompt": "x", "completion": " yes" * 100}, *LONG]
     config = configure(tmp_path, records, tokenizer, "{kind: completion, overlong: cut_prompt}", "model.context=60")
@@ -267,7 +281,7 @@ def test_the_tokenizers_own_beginning_of_text_comes_first(tmp_path: Path, tokeni
     own = Tokenizer.from_file(str(folder / "tokenizer.json"))
     own.add_special_tokens(["<s>"])
     number = own.token_to_id("<s>")
-    own.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", number)])  # type: ignore
+    own.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", number)])  # pyright: ignore[reportAttributeAccessIssue]
     own.save(str(folder / "tokenizer.json"))
     records = [{"prompt": "Count 1:", "completion": " 2"}] * 10
     config = configure(tmp_path, records, folder, "{kind: completion, completion_only: false}")

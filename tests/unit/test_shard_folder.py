@@ -4,11 +4,15 @@ from pathlib import Path
 
 import pytest
 
+from launcher.checks import preflight
+from launcher.cluster import Profile
 from launcher.sharding import finish, tasks, work
 from launcher.sharding.build import build, build_part, prepare_build
 from launcher.sharding.parts import Part
+from launcher.slurm.batch import JobSpec
 from llmtrain import shards
 from llmtrain.config import RunConfig, load_config
+from llmtrain.config.load import Origins
 from llmtrain.errors import ConfigError
 from tests.support.bases import write_tokenizer
 from tests.support.data import folder_content
@@ -74,12 +78,32 @@ def test_a_tokenizer_that_no_build_has_written_is_refused_and_kept(folder: Path)
     shards.open_folder(built.folder.path)
 
 
+@pytest.mark.parametrize("named", [False, True])
+def test_a_job_that_would_be_refused_is_not_queued(folder: Path, named: bool):
+    with_tokenizer_of_its_own(folder)
+    text = (folder / "a.txt").rename(folder / "b.txt")
+    wishes = [f"data.tokenizer={{path: '{folder}/tokenizer'}}"] if named else []
+    config, origins = configure(folder, *wishes), Origins()
+    spec = JobSpec("gpt", folder, Profile(name="p", gpus_per_node=1, shared=[str(folder.parent)]), ())
+    for found in (preflight.check_run(config, origins, spec), preflight.check_shard_job(config, spec, "#!/bin/sh")):
+        refused = [each.message for each in found if each.what == "shards"]
+        assert [each.severity for each in found if each.what == "shards"] == ["error", "error"]
+        assert f"{folder}/tokenizer" in refused[0]
+        assert f"set data.dir to another folder, such as {folder}/shards" in refused[0]
+        assert f"{folder}/a.txt: no such file" in refused[1]  # all together
+    text.rename(folder / "a.txt")
+    elsewhere = configure(folder, f"data.dir={folder}/shards", *wishes)
+    assert "error" not in {each.severity for each in preflight._check_data(elsewhere, spec)[0]}
+    build(elsewhere, workers=1)
+    assert "error" not in {each.severity for each in preflight._check_data(elsewhere, spec)[0]}
+
+
 def test_also_one_that_came_while_the_build_was_at_work(folder: Path, monkeypatch: pytest.MonkeyPatch):
     original = finish.write_shards
 
     def write_and_meet(*arguments: object) -> shards.ShardManifest:
         with_tokenizer_of_its_own(folder)
-        return original(*arguments)  # type: ignore
+        return original(*arguments)  # pyright: ignore[reportArgumentType]
 
     with monkeypatch.context() as patched:
         patched.setattr("launcher.sharding.build.write_shards", write_and_meet)

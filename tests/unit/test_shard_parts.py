@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launcher.sharding import finish, progress, sources, tasks, tokenize, work
+from launcher.sharding import finish, progress, samples, sources, tasks, tokenize, work
 from launcher.sharding.build import Built, BuiltPart, PreparedBuild, build, build_part, prepare_build
 from launcher.sharding.parts import Part, choose_job, choose_tasks, parse_part
 from launcher.sharding.show import describe
@@ -238,6 +238,23 @@ def test_preparing_again_keeps_what_is_done_and_clears_what_kills_left(tmp_path:
     assert isinstance(part, BuiltPart)
     assert prepared.missing == len(prepared.plan.tasks) - len(part.chosen)
     assert not left.exists()
+
+
+@pytest.mark.usefixtures("small_tasks")
+def test_work_of_a_version_that_cuts_samples_otherwise_is_not_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    config = configure(tmp_path)
+    with monkeypatch.context() as older:
+        older.setattr(samples, "RULES", samples.RULES - 1)
+        prepare_build(config, workers=1)
+        build_part(config, Part(0, 2), workers=1)
+    with pytest.raises(DataMismatch, match="another version of llmtrain prepared it"):
+        build_part(config, Part(1, 2), workers=1)
+    prepared = prepare_build(config, workers=1)
+    assert isinstance(prepared, PreparedBuild)
+    assert prepared.missing == len(prepared.plan.tasks)
+    assert "or another version's" in capsys.readouterr().err
 
 
 def test_more_parts_than_tasks_is_no_error(tmp_path: Path):

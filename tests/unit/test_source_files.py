@@ -1,18 +1,32 @@
-"""The files that a folder of texts means: those below it, also behind links to folders."""
+"""The files that a folder of texts means: those below it, also behind links to folders; and folders that fail."""
 
+import contextlib
+import errno
 import os
 import random
+import types
 from pathlib import Path
 
+import pytest
+
 from launcher.sharding.sources import list_units
+from llmtrain import log
 from llmtrain.config import load_config
-from llmtrain.recipe import TEXT_SUFFIXES, source_files
+from llmtrain.errors import SourceError
+from llmtrain.recipe import TEXT_SUFFIXES, newer_source, source_files
 
 
 def write(*paths: Path) -> None:
     for path in paths:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(f"text of {path.name}")
+
+
+@pytest.fixture
+def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    lines: list[str] = []
+    monkeypatch.setattr(log, "warning", lines.append)
+    return lines
 
 
 def found(folder: Path) -> list[str]:
@@ -58,7 +72,81 @@ def test_links_in_a_circle_end(tmp_path: Path):
     (tmp_path / "all/data/in/up").symlink_to("../..")
     (tmp_path / "all/data/nowhere").symlink_to("gone")
     (tmp_path / "all/data/itself.txt").symlink_to("itself.txt")
-    assert found(tmp_path / "all/data") == ["a.txt", "in/b.txt", "in/up/beside.txt"]
+    assert found(tmp_path / "all/data") == ["a.txt", "in/b.txt"]
+
+
+@pytest.mark.parametrize("target", ["..", "../..", ".", "/", "linked"])
+def test_a_link_that_leads_upwards_is_not_followed(tmp_path: Path, target: str, said: list[str]):
+    """It would bring everything beside the folder into training."""
+    write(tmp_path / "all/data/a.txt", tmp_path / "all/beside.txt", tmp_path / "top.txt", tmp_path / "disk/deep/b.txt")
+    if target == "linked":
+        target = str(tmp_path / "data")
+        Path(target).symlink_to("all")
+    (tmp_path / "all/data/up").symlink_to(target)
+    (tmp_path / "all/data/books").symlink_to(tmp_path / "disk/deep")
+    for _ in range(2):
+        assert found(tmp_path / "all/data") == ["a.txt", "books/b.txt"]
+    [line] = said
+    link = tmp_path / "all/data/up"
+    assert line == f"data       {link} leads upwards, to {link.resolve()}: this link is not followed"
+
+
+def test_nor_one_that_leads_upwards_from_where_another_leads_to(tmp_path: Path, said: list[str]):
+    write(tmp_path / "all/data/a.txt", tmp_path / "all/beside.txt")
+    write(tmp_path / "disk/deep/b.txt", tmp_path / "disk/c.txt")
+    (tmp_path / "all/data/books").symlink_to(tmp_path / "disk/deep")
+    (tmp_path / "disk/deep/up").symlink_to("..")
+    (tmp_path / "disk/deep/back").symlink_to(tmp_path / "all")
+    assert found(tmp_path / "all/data") == ["a.txt", "books/b.txt"]
+    [line] = said
+    assert line.startswith(f"data       {tmp_path}/all/data/books/back leads upwards, to {tmp_path}/all: ")
+    assert line.endswith(" (and 1 more)")
+
+
+class Failing:
+    """A file system that fails to list a folder, or to say what a link leads to."""
+
+    def __init__(self, number: int, folder: str = "", link: str = ""):
+        self.error, self.folder, self.link = OSError(number, os.strerror(number)), folder, link
+        self.scandir = os.scandir
+
+    def __call__(self, path: Path) -> object:
+        if Path(path).name == self.folder:
+            raise OSError(self.error.errno, self.error.strerror, str(path))
+        with self.scandir(path) as listed:
+            return contextlib.nullcontext([self._entry(entry) for entry in listed])
+
+    def _entry(self, entry: "os.DirEntry[str]") -> object:
+        def fail() -> bool:
+            raise OSError(self.error.errno, self.error.strerror, entry.path)
+
+        if entry.name != self.link:
+            return entry
+        return types.SimpleNamespace(name=entry.name, path=entry.path, is_dir=fail, is_file=fail)
+
+
+@pytest.mark.parametrize("number", [errno.ESTALE, errno.EACCES, errno.EIO])
+@pytest.mark.parametrize("where", ["folder", "link"])
+def test_what_cannot_be_listed_is_not_left_out_in_silence(
+    tmp_path: Path, number: int, where: str, monkeypatch: pytest.MonkeyPatch
+):
+    write(tmp_path / "data/a.txt", tmp_path / "data/books/b.txt", tmp_path / "data/c.txt")
+    (tmp_path / "data/empty.txt").touch()
+    monkeypatch.setattr(os, "scandir", Failing(number, **{where: "books"}))
+    with pytest.raises(SourceError) as caught:
+        found(tmp_path / "data")
+    assert f"  - {tmp_path}/data/books: cannot be read ({os.strerror(number)})\n" in f"{caught.value}\n"
+    assert f"  - {tmp_path}/data/empty.txt: the file is empty" in str(caught.value)  # all together
+
+
+def test_finished_shards_do_not_need_their_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    write(tmp_path / "data/a.txt", tmp_path / "data/books/b.txt", tmp_path / "made")
+    config = load_config(None, [f"data.sources=[{{kind: text, paths: ['{tmp_path}/data']}}]"])[0]
+    os.utime(tmp_path / "data/a.txt", (1, 1))
+    monkeypatch.setattr(os, "scandir", Failing(errno.EACCES, "books"))
+    assert newer_source(config, tmp_path / "made") is None
+    os.utime(tmp_path / "made", (0, 0))
+    assert newer_source(config, tmp_path / "made") == tmp_path / "data/a.txt"
 
 
 def test_folders_without_links_keep_their_files_and_order(tmp_path: Path):

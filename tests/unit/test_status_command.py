@@ -10,11 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
+from launcher.display import when
+from launcher.jobs import JobDir
 from launcher.watching import status_display
-from launcher.watching.status import find_runs, last_record, read_status
+from launcher.watching.status import find_runs, read_status
 from launcher.watching.status_display import show_status
-from llmtrain import ledger, rundir
+from llmtrain import jsonl, ledger
 from llmtrain.errors import RunFolderError
 from llmtrain.ledger import Event, HubState, Status
 from llmtrain.rundir import RunDir
@@ -54,6 +57,24 @@ def told(run: RunDir, capsys: pytest.CaptureFixture[str]) -> str:
 
 def say(run: RunDir, pid: int = os.getpid(), host: str = HERE, **fields: Any) -> None:
     ledger.write(run.service_status, Status(pid=pid, host=host, **fields))
+
+
+def test_a_damaged_record_names_itself_and_hides_no_other_run(run: RunDir, capsys: pytest.CaptureFixture[str]):
+    damaged = make_run(run.path.with_name("damaged"), "service.start=never")
+    jobs = JobDir.of(make_run(run.path.with_name("jobs"), "service.start=never"))
+    for file in (damaged.events, jobs.ledger):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text('{"kind": "started", "message": "", "step": 0, "time": 1.0}\n{"kind": "res\x00\n{}\n')
+    status_display._print([run.path.parent], False, Console(width=400))
+    shown = capsys.readouterr().out
+    assert "unreadable" in shown
+    assert f"{damaged.path}: {damaged.events}: line 2 is damaged" in " ".join(shown.split())
+    assert f"{jobs.ledger}: line 2 is damaged" in shown
+    assert "500/1,000" in shown
+    for small in (run.service_status, run.hub_state, run.early_stop, run.origin):
+        small.write_text("{")
+    assert read_status(run).training.state == "stopped"
+    assert "delete that line" in told(damaged, capsys)
 
 
 # ---------------------------------------------------------------------------------------------- training
@@ -99,6 +120,18 @@ def test_a_running_run_and_its_pace(run: RunDir, capsys: pytest.CaptureFixture[s
     assert f"it was process {os.getpid()}" in told(run, capsys)
 
 
+def test_what_the_last_start_failed_with_is_there_to_mend(run: RunDir, capsys: pytest.CaptureFixture[str]):
+    failed = Event(kind="failed", message="exit code 20: step 3: loss nan", time=time.time() - 60)
+    ledger.append(run.events, Event(kind="started", message="", step=0, time=time.time() - 90))
+    ledger.append(run.events, failed)
+    ledger.append(run.events, Event(kind="rejected", message="", step=9))
+    assert f"training failed on {when(failed.time)}, exit code 20: step 3: loss nan" in told(run, capsys)
+    with run.lock():
+        assert "training failed" not in told(run, capsys)
+    ledger.append(run.events, Event(kind="resumed", message="", step=2))
+    assert "training failed" not in told(run, capsys)
+
+
 def test_a_run_on_another_machine_counts_as_running_while_it_writes(run: RunDir):
     (run.path / "lock").write_text("process 12 on another-node")
     assert read_status(run).training.state == "running"
@@ -127,15 +160,15 @@ def test_the_length_of_a_run_in_epochs_is_known_after_its_first_line(tmp_path: P
 
 def test_a_cut_line_and_a_large_ledger(tmp_path: Path):
     path = tmp_path / "metrics.jsonl"
-    assert last_record(path) is None
-    rundir.append_jsonl(path, [{"step": step, "text": "x" * 100} for step in range(3000)])
+    assert jsonl.last_record(path) is None
+    jsonl.append(path, [{"step": step, "text": "x" * 100} for step in range(3000)])
     with path.open("a") as file:
         file.write('{"step": 3000, "te')
-    found = last_record(path)
+    found = jsonl.last_record(path)
     assert found is not None
     assert found["step"] == 2999
     path.write_text('{"step": 0')
-    assert last_record(path) is None
+    assert jsonl.last_record(path) is None
 
 
 # ---------------------------------------------------------------------------------------------- service, Hub

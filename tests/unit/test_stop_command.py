@@ -21,7 +21,7 @@ from launcher.keeper.torchrun import Start
 from launcher.stop import alive_jobs, ask, keeper, stop_runs
 from launcher.watching.status import find_submitted, read_status
 from launcher.watching.status_display import show_status
-from llmtrain import rundir
+from llmtrain import locks
 from llmtrain.errors import RunFolderError, SlurmError
 from llmtrain.rundir import RunDir
 from tests.support.checkpoint_runs import make_run, save
@@ -187,7 +187,7 @@ def test_nothing_else_is_killed(run: RunDir, said: str, expected: str):
 
 
 def hold_file(path: Path) -> IO[str]:
-    held = rundir.hold(path)
+    held = locks.hold(path, "nobody else does")
     assert held is not None
     return held
 

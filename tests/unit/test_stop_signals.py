@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from llmtrain.rundir import RunDir
+from llmtrain.stop import StopFlag
 from tests.support.runs import TIMEOUT_S, Workplace, environment
 
 LONG = ["train.steps=100000", "checkpoint.every_steps=20", "evaluate.every_steps=null"]
@@ -115,14 +116,19 @@ def test_what_writes_to_a_terminal_that_has_gone_goes_on(
     assert terminal.close() == 75
 
 
-def test_a_closed_terminal_lets_the_run_save_and_stop(terminals: list[Terminal], workplace: Workplace):
-    run = RunDir(workplace.run_folder("hung-up"))
-    command = [sys.executable, "-m", "launcher", "run", str(workplace.config), "--ranks", "1"]
-    terminals.append(terminal := Terminal(command, workplace.folder, "run.name=hung-up", *LONG))
+@pytest.mark.parametrize(("module", "told"), [("launcher", "SIGTERM"), ("llmtrain", "SIGHUP")])
+def test_a_closed_terminal_lets_the_run_save_and_stop(
+    terminals: list[Terminal], workplace: Workplace, module: str, told: str
+):
+    run = RunDir(workplace.run_folder(f"hung-up-{module}"))
+    command = [sys.executable, "-m", module, *(["run", "--ranks", "1"] if module == "launcher" else [])]
+    terminals.append(
+        terminal := Terminal([*command, str(workplace.config)], workplace.folder, f"run.name={run.path.name}", *LONG)
+    )
     terminal.wait_until(run.checkpoint_steps)
     assert terminal.close() == 75
     said = run.log.read_text()
-    assert (match := re.search(r"stopped by SIGTERM at step ([\d,]+), saved", said)), said
+    assert (match := re.search(rf"stopped by {told} at step ([\d,]+), saved", said)), said
     assert int(match[1].replace(",", "")) == max(run.checkpoint_steps())
     assert not run.is_training()
 
@@ -163,3 +169,20 @@ def test_nohup_is_respected(tmp_path: Path):
     process.send_signal(signal.SIGHUP)
     said, errors = process.communicate(timeout=60)
     assert (process.returncode, said) == (0, "None\n"), errors
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP, signal.SIGINT])
+def test_a_signal_sets_a_flag_and_nothing_else(number: signal.Signals):
+    flag = StopFlag()
+    assert not flag.requested
+    flag._on_signal(number, None)
+    assert (flag.requested, flag.signal_name) == (True, number.name)
+
+
+def test_only_a_second_ctrl_c_leaves_at_once():
+    flag = StopFlag()
+    for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT, signal.SIGTERM):  # the wave that ends a job
+        flag._on_signal(number, None)
+    flag._on_signal(signal.SIGINT, None)
+    with pytest.raises(KeyboardInterrupt):
+        flag._on_signal(signal.SIGINT, None)

@@ -84,3 +84,12 @@ def test_a_time_limit_that_is_none_is_refused(tmp_path: Path, time: str):
 @pytest.mark.parametrize("time", ["", "90", "24:00:00", "2-12:00:00", "UNLIMITED"])
 def test_time_limits(tmp_path: Path, time: str):
     assert order_of(wishes(tmp_path, time)).request.time == (time or None)
+
+
+def test_variables_of_the_shell_do_not_beat_what_the_script_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """sbatch takes SBATCH_NO_REQUEUE over --requeue: the job would not come back. What the script leaves open stays."""
+    for name in ("NO_REQUEUE", "REQUEUE", "SIGNAL", "TIMELIMIT", "JOB_NAME", "PARTITION", "ACCOUNT", "MEM_BIND"):
+        monkeypatch.setenv(f"SBATCH_{name}", "mine")
+    profile = order_of(wishes(tmp_path)).profile.model_copy(update={"partition": "gpu"})
+    submit.forget_overrides(batch.parameters(JobSpec("gpt", tmp_path, profile, ())))
+    assert {name for name in os.environ if name.startswith("SBATCH_")} == {"SBATCH_ACCOUNT", "SBATCH_MEM_BIND"}

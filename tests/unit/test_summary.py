@@ -1,16 +1,19 @@
 """What a run is said to have come to, and what TensorBoard is given."""
 
+import itertools
 import json
 import struct
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from llmtrain import choose, rundir, summary, tensorboard
+from llmtrain import choose, jsonl, summary, tensorboard
 from llmtrain.hardware import HardwareMeter
 from llmtrain.rundir import RunDir
+from llmtrain.service.beside import drain_command
 from llmtrain.tensorboard import Event, TensorBoard
 from tests.support import checkpoint_runs
 from tests.support.checkpoint_runs import save, score, stretches
@@ -20,11 +23,11 @@ def make_run(tmp_path: Path, heldout: list[float]) -> RunDir:
     run = RunDir(tmp_path / "run")
     run.create()
     for i, loss in enumerate(heldout):
-        rundir.append_jsonl(run.heldout, [{"step": 10 * i, "epoch": i / 2, "loss": loss, "train_loss": 5.0 - i}])
+        jsonl.append(run.heldout, [{"step": 10 * i, "epoch": i / 2, "loss": loss, "train_loss": 5.0 - i}])
         if i:
             run.checkpoint(10 * i).mkdir()
             record = {"step": 10 * i, "epoch": i / 2, "loss": 5.0 - i, "targets": 100 * i}
-            rundir.append_jsonl(run.metrics, [record])
+            jsonl.append(run.metrics, [record])
     return run
 
 
@@ -39,6 +42,16 @@ def test_overfitting_is_named_with_its_beginning(tmp_path: Path):
     assert "tensorboard --logdir" in text
     assert json.loads(run.summary.read_text())["best_checkpoint"] == str(run.checkpoint(20))
     assert run.curve.read_bytes().startswith(b"\x89PNG")
+
+
+def test_its_commands_can_be_copied_whatever_the_folder_is_called(tmp_path: Path):
+    run = make_run(tmp_path / "my runs", [9.0, 7.0])
+    found = summary.write(run, with_curve=False)
+    assert found is not None
+    text = summary.describe(run, found)
+    assert f"llmtrain generate '{run.checkpoint(10)}'\n" in text
+    assert text.endswith(f"tensorboard --logdir '{tmp_path}/my runs'")
+    assert drain_command(run.path) == f"python -m llmtrain.service --run '{run.path}' --drain"
 
 
 def test_no_overfitting_where_there_is_none(tmp_path: Path):
@@ -76,11 +89,11 @@ def test_the_best_checkpoint_is_one_that_still_exists(tmp_path: Path):
 
 def test_ledgers_survive_a_cut_line_and_rewind(tmp_path: Path):
     ledger = tmp_path / "l.jsonl"
-    rundir.append_jsonl(ledger, [{"step": s} for s in range(5)])
+    jsonl.append(ledger, [{"step": s} for s in range(5)])
     with ledger.open("a") as file:
         file.write('{"step": 5, "lo')
-    assert [r["step"] for r in rundir.read_jsonl(ledger)] == [0, 1, 2, 3, 4]
-    rundir.rewind_jsonl(ledger, 2)
+    assert [r["step"] for r in jsonl.read(ledger)] == [0, 1, 2, 3, 4]
+    jsonl.rewind(ledger, 2)
     assert ledger.read_text() == '{"step": 0}\n{"step": 1}\n{"step": 2}\n'
 
 
@@ -111,6 +124,15 @@ def scalars(folder: Path, loader: str) -> list[tuple[int, float]]:
 
 @pytest.mark.parametrize("loader", ["event_accumulator", "plugin_event_accumulator"])
 def test_tensorboard_shows_steps_that_were_computed_again_once(tmp_path: Path, loader: str):
+    lives(tmp_path)
+    assert scalars(tmp_path, loader) == ONCE_EACH
+
+
+@pytest.mark.parametrize("loader", ["event_accumulator", "plugin_event_accumulator"])
+def test_a_clock_that_was_set_back_hides_nothing(tmp_path: Path, loader: str, monkeypatch: pytest.MonkeyPatch):
+    """TensorBoard reads files in the order of their names, which begin with the time."""
+    backwards = itertools.count(2_000_000_000, -1000)
+    monkeypatch.setattr(time, "time", lambda: float(next(backwards)))
     lives(tmp_path)
     assert scalars(tmp_path, loader) == ONCE_EACH
 

@@ -12,13 +12,14 @@ from pathlib import Path
 
 import pytest
 
-from launcher.keeper import supervisor, torchrun
+from launcher.keeper import torchrun
 from launcher.keeper.meeting import Meeting
-from launcher.keeper.processes import read_codes
+from launcher.keeper.processes import read_codes, verdict
 from launcher.keeper.ranks import Ranks
+from launcher.keeper.reached import slowest_save
 from launcher.keeper.supervisor import Rules, Supervisor
 from launcher.keeper.torchrun import Start
-from llmtrain import errors, ledger, rundir
+from llmtrain import errors, jsonl, ledger, rundir
 from llmtrain.rundir import RunDir
 
 CRASH = "import os; os.abort()"
@@ -53,9 +54,9 @@ class Attempts:
         own = Supervisor(Start([], 1), self.run, rules, Meeting(self.folder / "meeting"), self.folder / "logs", stop)
         return own.supervise(since), own
 
-    def beginning(self, kind: str = "started") -> str:
+    def beginning(self, kind: str = "started", ago_s: float = 0.0) -> str:
         """What a script says as training does when it begins."""
-        event = f"json.dumps(dict(kind={kind!r}, message='', step=0, time=time.time()))"
+        event = f"json.dumps(dict(kind={kind!r}, message='', step=0, time=time.time() - {ago_s}))"
         return f"import json, time; open({str(self.run.events)!r}, 'a').write({event} + chr(10)); "
 
     def saving(self, step: int) -> str:
@@ -92,7 +93,10 @@ def test_crashes_count_in_a_row_without_a_new_checkpoint(attempts: Attempts):
 def test_without_a_new_checkpoint_it_is_given_up(attempts: Attempts, capfd: pytest.CaptureFixture[str]):
     code, _ = attempts.supervise(Rules(max_restarts=2), attempts.saving(10), CRASH)
     assert (code, len(attempts.started)) == (1, 3)
-    assert "ended with SIGABRT, 3 times in a row without a new checkpoint: not started again" in capfd.readouterr().err
+    why = "ended with SIGABRT, 3 times in a row without a new checkpoint: not started again"
+    assert why in capfd.readouterr().err
+    last = ledger.events(attempts.run)[-1]
+    assert (last.kind, last.message) == ("failed", f"exit code 1: {why}")
 
 
 @pytest.mark.parametrize("code", [2, 17, 19, 20, 23])
@@ -108,6 +112,25 @@ def test_a_start_that_has_not_begun_leaves_run_resume_as_it_is(attempts: Attempt
     ledger.append(attempts.run.events, old)
     code, _ = attempts.supervise(Rules(), CRASH, CRASH, attempts.beginning("resumed") + CRASH, "")
     assert (code, attempts.started) == (0, [False, False, False, True])
+
+
+@pytest.mark.usefixtures("no_pause")
+def test_a_clock_that_was_set_back_does_not_hide_that_training_has_begun(attempts: Attempts):
+    """With run.resume=never what was reached would be moved aside."""
+    ledger.append(attempts.run.events, ledger.Event(kind="started", message="of the old run", step=0))
+    assert attempts.supervise(Rules(), attempts.beginning(ago_s=3600) + CRASH, "")[0] == 0
+    assert attempts.started == [False, True]
+
+
+@pytest.mark.usefixtures("no_pause")
+def test_a_run_whose_folder_went_away_is_not_begun_anew(attempts: Attempts, capfd: pytest.CaptureFixture[str]):
+    """Its mount point stays, and is empty."""
+    goes = f"import os; os.rename({str(attempts.run.path)!r}, {str(attempts.folder / 'elsewhere')!r}); "
+    code, _ = attempts.supervise(Rules(), attempts.saving(40), goes + CRASH)
+    assert (code, len(attempts.started)) == (errors.RunFolderError.exit_code, 2)
+    said = capfd.readouterr().err
+    assert f"{attempts.run.path}: the checkpoints that were here (step 40) are gone: is the disk mounted?" in said
+    assert not attempts.run.path.exists()
 
 
 @pytest.mark.usefixtures("no_pause")
@@ -194,8 +217,8 @@ def lead_s(attempts: Attempts, rules: Rules) -> float:
 def test_slow_saves_need_more_time_before_the_end(attempts: Attempts):
     """The last one can be a quick one, of a moment when nothing else wrote."""
     took = [900.0, 1.0, 100.0, 2.0, 3.0, 2.0]
-    rundir.append_jsonl(attempts.run.saves, [{"step": n, "wrote_s": wrote_s} for n, wrote_s in enumerate(took)])
-    assert supervisor.slowest_save(attempts.run) == 100.0
+    jsonl.append(attempts.run.saves, [{"step": n, "wrote_s": wrote_s} for n, wrote_s in enumerate(took)])
+    assert slowest_save(attempts.run) == 100.0
     assert lead_s(attempts, Rules(ends_at=time.time() + 10_000, lead_s=30)) == 230.0
     assert lead_s(attempts, Rules(ends_at=time.time() + 10_000, lead_s=600)) == 600.0
 
@@ -236,7 +259,7 @@ def test_ranks_that_do_not_stop_are_killed_in_the_end(attempts: Attempts, capfd:
 
 def test_a_save_that_is_known_to_take_long_is_waited_for(attempts: Attempts):
     later(0.5, lambda: interrupt(signal.SIGTERM))
-    rundir.append_jsonl(attempts.run.saves, [{"step": 1, "wrote_s": 900.0}])
+    jsonl.append(attempts.run.saves, [{"step": 1, "wrote_s": 900.0}])
     slow = "import signal, sys, time; signal.signal(15, lambda *_: (time.sleep(3), sys.exit(75))); time.sleep(600)"
     began = time.monotonic()
     assert attempts.supervise(Rules(grace_s=1), slow)[0] == 75
@@ -281,7 +304,8 @@ def two_ranks(tmp_path: Path) -> Iterator[tuple[Ranks, Started]]:
 
 def end(ranks: Ranks, process: "subprocess.Popen[bytes]", left: str = "") -> None:
     if left:
-        (ranks.codes / str(process.pid)).write_text(left)
+        code, _, why = left.partition(" ")
+        (ranks.codes / f"{process.pid}.{code}").write_text(why)
     process.kill()
     process.wait()
 
@@ -300,7 +324,7 @@ def test_of_two_errors_the_earlier_one_counts(two_ranks: tuple[Ranks, Started]):
     ranks, (first, second) = two_ranks
     end(ranks, second, "1 RuntimeError: a bad row\nin a file")
     end(ranks, first, "1 RuntimeError: Connection closed by peer")
-    os.utime(ranks.codes / str(second.pid), (1, 1))
+    os.utime(ranks.codes / f"{second.pid}.1", (1, 1))
     with (ranks.logs / "rank-1.log").open("a") as log:
         log.write("Traceback\nRuntimeError: a bad row\n")
     assert ranks.has_fallen()
@@ -355,3 +379,19 @@ def test_a_rank_leaves_its_code_and_what_it_starts_leaves_none(tmp_path: Path, e
     assert done.returncode == code, done.stderr
     (left,) = read_codes(tmp_path).values()
     assert (left.code, left.why) == (code, why)
+
+
+@pytest.mark.parametrize(
+    ("agents", "codes", "ranks", "code"),
+    [
+        ([0, 0], [0, 0], 2, 0),
+        ([0, 0], [75, 75], 2, 75),  # asked to stop: torchrun reports a good end
+        ([1, 0], [75, 75], 2, 75),  # torchrun was told of the signal too, and calls that a failure
+        ([1, 1], [75], 2, 1),  # the other one was killed: it has not saved
+        ([-9, 0], [], 2, -9),
+        ([1, 1], [1, 19], 2, 19),  # one has no room on its disk, which is for a person; the other only lost it
+        ([1, 1], [75, 1], 2, 1),
+    ],
+)
+def test_what_a_start_came_to(agents: list[int], codes: list[int], ranks: int, code: int):
+    assert verdict(agents, codes, ranks) == code

@@ -106,3 +106,18 @@ def test_answers_are_spread_over_ranks_and_added_up(tmp_path: Path):
     assert len(right) > 0
     _, pairs = task.answer(lambda: Parrot([*right, *right]), asked, tokenizer, 0, short, alone)
     assert all(len(tokenizer.encode(answer).ids) <= 1 for _, answer in pairs)
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_each_question_is_answered_by_one_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ranks: int):
+    write_tokenizer(tmp_path)
+    tokenizer = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    ids = [tokenizer.encode(word).ids for word in ("self", "other", "return")]
+    asked = [task.Question([5 + number], answer) for number, answer in enumerate(ids)]
+    sums: list[list[float]] = []
+    monkeypatch.setattr(World, "sum_floats", lambda _, values: sums.append(values) or values)
+    for rank in range(ranks):
+        world = World(rank, ranks, 0, torch.device("cpu"))
+        task.answer(lambda: Parrot(ids[0]), asked, tokenizer, 0, TaskSection(samples=3, max_tokens=20), world)
+    answered, exact = (sum(of_rank[place] for of_rank in sums) for place in (0, 1))
+    assert (answered, exact) == (3, 1)

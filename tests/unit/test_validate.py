@@ -1,14 +1,21 @@
 """How a checkpoint is scored, so that all scores of a run can be compared."""
 
+import math
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+from launcher.sharding.build import build
 from llmtrain import choose, ledger
+from llmtrain.errors import CheckpointError
+from llmtrain.evaluate import Score
 from llmtrain.rundir import RunDir
 from llmtrain.service import validate
-from tests.support.checkpoint_runs import make_run, save, score, stretches
+from llmtrain.shards import SplitInfo
+from tests.support.checkpoint_runs import config_of, make_run, save, score, stretches
+from tests.support.data import python_sources
 
 
 @pytest.fixture
@@ -50,3 +57,25 @@ def test_the_first_score_says_in_which_precision_the_others_are_computed(run: Ru
     for step, how in ((200, "cuda:1 bf16"), (100, "cpu fp32")):
         ledger.append(run.scores, first.model_copy(update={"step": step, "how": how}))
     assert validate.recorded_precision(run) == "bf16"
+
+
+def test_bits_per_byte_and_perplexity_are_what_their_names_say():
+    """One bit a token, and four bytes of text in each."""
+    split = SplitInfo(
+        rows=1, tokens=0, targets=0, documents=1, text_bytes=1200, text_tokens=300, tokens_dropped=0, shards=[]
+    )
+    found = Score(loss=math.log(2), targets=300)
+    assert found.perplexity == pytest.approx(2.0)
+    assert found.bits_per_byte(split) == pytest.approx(0.25)
+
+
+def test_no_checkpoint_is_scored_on_other_data_than_its_own(tmp_path: Path):
+    run = make_run(
+        tmp_path / "run", f"data.sources=[{{kind: text, paths: ['{python_sources(1)[0]}']}}]",
+        f"data.dir={tmp_path}/shards", "data.tokenizer.vocab_size=300", "data.split={by: tail, heldout: 0.2, test: 0}",
+        "model.context=32", "model.num_layers=1", "model.num_heads=1", "model.width=8",
+    )  # fmt: skip
+    build(config_of(run), workers=1)
+    save(run, 100)
+    with pytest.raises(CheckpointError, match="step-00000100 was trained on other data than the shards in"):
+        next(validate.validate(run, config_of(run), [100], "heldout", torch.device("cpu")))

@@ -35,12 +35,18 @@ def fail():
     raise RuntimeError("a bad row")
 
 
+def exhaust():
+    import torch
+
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. If reserved but unallocated ...")
+
+
 def crash():
     ctypes.string_at(0)
 
 
 PLACES = {"data": ("llmtrain.data", "Loader", "read_step"), "forward": ("llmtrain.models.gpt", "GPT", "forward")}
-DEEDS = {"stops": stop_for_ever, "freezes": stop_all_of_python, "fails": fail, "crashes": crash}
+DEEDS = {"stops": stop_for_ever, "freezes": stop_all_of_python, "fails": fail, "crashes": crash, "exhausts": exhaust}
 
 
 class Patch(MetaPathFinder):

@@ -1,0 +1,100 @@
+"""What a build tells about its input: what was left out, what stood nowhere, and why there is too little of it."""
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from launcher.sharding import tasks
+from launcher.sharding.records import Found
+from launcher.sharding.samples import COMPLETION_TOO_LONG, TOO_LONG
+from llmtrain.config import data_sections as schema
+from llmtrain.config.schema import RunConfig
+from llmtrain.shards import SplitName
+
+
+@dataclass
+class Input:
+    """What all tasks say of what they have read."""
+
+    skipped: Counter[str] = field(default_factory=Counter[str])
+    """Documents left out, by reason."""
+    cut: int = 0
+    """Samples whose prompt lacks its beginning."""
+    found: Found = field(default_factory=Found)
+
+
+def read_input(work: Path, num_tasks: int) -> Input:
+    """From the files of the tasks."""
+    read = Input()
+    for number in range(num_tasks):
+        with np.load(tasks.task_file(work, number)) as arrays:
+            read.cut += int(arrays["cut"][0])
+            read.found.records += int(arrays["records"][0])
+            for names, counts, counter in (
+                (arrays["skipped_names"], arrays["skipped_counts"], read.skipped),
+                (arrays["field_names"], arrays["field_counts"], read.found.fields),
+            ):
+                counter.update(dict(zip(names.tolist(), counts.tolist(), strict=True)))
+            read.found.separators.update(dict(enumerate(arrays["separators"].tolist())))
+    return read
+
+
+def told_skipped(skipped: dict[str, int]) -> Iterator[str]:
+    """Lines for people: what was left out."""
+    for reason, count in sorted(skipped.items()):
+        yield f"skipped    {count:,} documents: {reason}"
+
+
+def told_found(data: schema.DataSection, found: Found) -> Iterator[str]:
+    """Lines for people: how often what may be absent was there, and what may be misspelt."""
+    if isinstance(data.format, schema.InstructionFormat):
+        name = data.format.input
+        yield f"fields     {name}: in {found.fields[name]:,} of {found.records:,} records"
+        if not found.fields[name]:
+            yield (
+                f"warning    data.format.input={name}: no record has anything there; if the records have inputs under "
+                "another name, set it to that name"
+            )
+    for number, source in enumerate(data.sources):
+        separator = getattr(source, "separator", None)
+        if separator is not None and found.separators[number] == 0:
+            setting = f"data.sources.{number}.separator={json.dumps(separator, ensure_ascii=False)}"
+            meant = r"""; a line break is "\n" in double quotes in a file""" if "\\n" in separator else ""
+            yield f"warning    {setting}: stands in none of its files; each of them is one document{meant}"
+
+
+def too_little(config: RunConfig, name: SplitName, tokens: int, documents: int, read: Input) -> str:
+    """Why a split has not one row, and what to change."""
+    said = (
+        f"the {name} split has {tokens} tokens of {documents} documents: not one row of {config.model.context} tokens."
+    )
+    long, samples = read.skipped[TOO_LONG], read.found.records
+    if count := long or read.skipped[COMPLETION_TOO_LONG]:
+        said += f" {count:,} of {samples:,} samples are longer than model.context + 1 tokens" + (
+            ": use a longer model.context, or data.format.overlong=cut_prompt."
+            if long
+            else ", even without their prompts: use a longer model.context."
+        )
+    if count < samples or not count:
+        *ways, last = _ways(config, name, documents)
+        said += f" {'Otherwise use' if count else 'Use'} {', '.join(ways)}, or {last}"
+    return "\n".join([said, *told_skipped(read.skipped), *told_found(config.data, read.found)])
+
+
+def _ways(config: RunConfig, name: SplitName, documents: int) -> Iterator[str]:
+    split = config.data.split
+    yield "more text"
+    if name == "train":
+        if config.data.packing == "contiguous":  # only there a row has to be full, and only in this split
+            yield "a shorter model.context"
+        yield "a smaller data.split.heldout" + (" or data.split.test" if split.test else "")
+    else:
+        yield f"a larger data.split.{name}"
+    if name == "test":
+        yield "data.split.test=0 (no test split)"
+    if split.by == "hash" and (name != "train" or documents == 0):
+        yield "data.split.by=tail (few documents cannot be split by their hash)"

@@ -1,0 +1,105 @@
+"""JSON-lines files that grow record by record: their whole lines stay readable after a crash or on a full disk."""
+
+import contextlib
+import json
+import os
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+from llmtrain import files
+from llmtrain.errors import RunFolderError
+
+_BLOCK = 1 << 16
+_TAIL = 1 << 16
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The records of a file; a last line that a crash cut short (within a letter, too) is left out.
+
+    Raises:
+        RunFolderError: a whole line is damaged.
+    """
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return []
+    lines = content[: content.rfind(b"\n") + 1].split(b"\n")
+    return [_parsed(path, line, f"line {number}") for number, line in enumerate(lines, start=1) if line]
+
+
+def last_record(path: Path) -> dict[str, Any] | None:
+    """The last whole line, without reading all of the file."""
+    return next(iter(last_records(path, 1)), None)
+
+
+def last_records(path: Path, most: int) -> list[dict[str, Any]]:
+    """The same of so many of the last lines, oldest first."""
+    if not path.exists():
+        return []
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - _TAIL))
+        lines = [line for line in file.read().split(b"\n")[:-1] if line]
+    lines = lines[-most:]
+    return [_parsed(path, line, f"line {len(lines) - n} from the end") for n, line in enumerate(lines)]
+
+
+def _parsed(path: Path, line: bytes, where: str) -> dict[str, Any]:
+    try:
+        record = json.loads(line.decode())
+        if not isinstance(record, dict):
+            raise ValueError("no JSON object")
+    except ValueError as error:
+        raise RunFolderError(
+            f"{path}: {where} is damaged ({error}); delete that line, its record is lost, and start the command again"
+        ) from None
+    return cast("dict[str, Any]", record)
+
+
+def append(path: Path, records: list[dict[str, Any]]) -> None:
+    """Add records at the end: all of them, or none where the disk has no room for all.
+
+    Half a line would be glued to the next one, and nobody could read the file any more.
+    """
+    content = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode()
+    size = mend(path)
+    try:
+        with path.open("ab") as file:
+            file.write(content)
+    except OSError:  # of closing, too: NFS says only then that there is no room
+        with contextlib.suppress(OSError):  # what stays is cut off before the next record is added
+            os.truncate(path, size)
+        raise
+
+
+def mend(path: Path) -> int:
+    """Cut off a last line that a crash or a full disk left unfinished; returns the size in bytes that is left.
+
+    In place, which a full disk allows. Of a file that ends well only the last byte is read.
+    """
+    if not path.exists():
+        return 0
+    with path.open("r+b", buffering=0) as file:
+        size = file.seek(0, os.SEEK_END)
+        whole = _end_of_last_line(file, size)
+        if whole < size:
+            file.truncate(whole)
+    return whole
+
+
+def _end_of_last_line(file: BinaryIO, size: int) -> int:
+    end, length = size, 1
+    while end:
+        start = max(0, end - length)
+        file.seek(start)
+        found = file.read(end - start).rfind(b"\n")
+        if found >= 0:
+            return start + found + 1
+        end, length = start, _BLOCK
+    return 0
+
+
+def rewind(path: Path, last_step: int) -> None:
+    """Drop the records after `last_step`, which a resumed run will write again."""
+    if path.exists():
+        kept = [record for record in read(path) if record["step"] <= last_step]
+        files.write_atomic(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept))

@@ -1,0 +1,93 @@
+"""Whether a base can be used as it is configured: all that can be known to fail before its weights are loaded."""
+
+import difflib
+from typing import Any
+
+from llmtrain.base_facts import BaseFacts
+from llmtrain.config.model_sections import QLoRAModel
+from llmtrain.errors import ModelError
+from llmtrain.models.base import read_config, stored_quantisation
+
+_LOGIT_CHANGES = ("final_logit_softcapping", "logits_scaling", "logit_scale")
+"""Configuration keys of architectures that do something to their logits after the output layer."""
+
+
+def check(config: QLoRAModel, facts: BaseFacts, tokenizer_size: int | None) -> None:
+    """Everything about the base that can be known to fail.
+
+    Raises:
+        ModelError: lists all that is wrong.
+    """
+    problems = [*_quantised_another_way(config), *_experts(config, facts), *_unknown_targets(config, facts)]
+    if tokenizer_size is not None and tokenizer_size > facts.vocab_size:
+        problems.append(
+            f"the tokenizer has {tokenizer_size:,} tokens, but the base's embedding only {facts.vocab_size:,} rows: "
+            "ids beyond it cannot be read. Use the base's own tokenizer (leave data.tokenizer out), or a base whose "
+            "embedding was enlarged"
+        )
+    text: Any = read_config(config.base, config.revision, config.trust_remote_code).get_text_config()
+    changed = [name for name in _LOGIT_CHANGES if getattr(text, name, None) not in (None, 1, 1.0)]
+    if changed:
+        problems.append(f"it changes its logits ({', '.join(changed)}), which the loss here does not know yet")
+    if facts.head_has_bias:
+        problems.append("its output layer has a bias, which the loss here does not know")
+    problems += _two_scales(config, text)
+    if facts.positions is not None and config.context > facts.positions:
+        problems.append(
+            f"model.context={config.context} is longer than the base was made for ({facts.positions} positions)"
+        )
+    if problems:
+        raise ModelError(f"model.base={config.base} cannot be used so:" + "".join(f"\n  - {p}" for p in problems))
+
+
+def _quantised_another_way(config: QLoRAModel) -> list[str]:
+    stored = stored_quantisation(config)
+    if stored in (None, config.quantisation):
+        return []
+    use = f"set model.quantisation={stored} to train on it as it is" if stored in ("nf4", "int8") else None
+    fix = "; ".join(filter(None, [use, "or take the base before it was quantised"]))
+    return [f"its weights are already quantised ({stored}), and model.quantisation={config.quantisation}; {fix}"]
+
+
+def _experts(config: QLoRAModel, facts: BaseFacts) -> list[str]:
+    """Few of them are a part of the plan; where they are most of a base, it is not what quantised means."""
+    if config.quantisation == "none" or facts.expert_parameters <= facts.linear_parameters:
+        return []
+    whole = facts.linear_parameters + facts.other_parameters
+    return [
+        f"{facts.expert_parameters / 1e9:,.2f} of its {whole / 1e9:,.2f} G parameters are experts, which bitsandbytes "
+        f"cannot quantise: with model.quantisation={config.quantisation} they would stay as they are "
+        f"({2 * facts.expert_parameters / 1e9:,.2f} GB in bf16). Set model.quantisation=none to train LoRA on its "
+        f"other layers, nothing quantised ({2 * whole / 1e9:,.2f} GB in bf16), or take a base without experts"
+    ]
+
+
+def _two_scales(config: QLoRAModel, text: Any) -> list[str]:
+    """longrope scales all rows of a batch by the factors for long texts as soon as one of them is long."""
+    rope: dict[str, Any] = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
+    if rope.get("rope_type", rope.get("type")) != "longrope":
+        return []
+    short = rope.get("original_max_position_embeddings") or getattr(text, "original_max_position_embeddings", None)
+    if short is None or config.context <= short:
+        return []
+    return [
+        f"model.context={config.context}: beyond {short} tokens this base computes positions another way (longrope), "
+        "for all rows of a batch as soon as one is so long: a sample's loss would depend on its neighbours. Write "
+        f"model.context={short} or less"
+    ]
+
+
+def _unknown_targets(config: QLoRAModel, facts: BaseFacts) -> list[str]:
+    wanted = config.lora.target_modules
+    if wanted == "all-linear":
+        return []
+    problems: list[str] = []
+    for name in wanted:
+        if name not in facts.names:
+            near = difflib.get_close_matches(name, facts.names, n=1, cutoff=0.5)
+            meant = f"did you mean {near[0]}? " if near else ""
+            problems.append(
+                f"model.lora.target_modules: {name} matches nothing; {meant}{facts.architecture} has: "
+                + ", ".join(facts.names)
+            )
+    return problems

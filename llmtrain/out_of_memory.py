@@ -1,0 +1,54 @@
+"""What a person is told where a GPU's memory does not suffice, and whether starting again may help."""
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+
+import torch
+
+from llmtrain.batches import ANY_ROWS, plan_batches
+from llmtrain.config.load import Origins
+from llmtrain.config.schema import RunConfig
+from llmtrain.errors import OutOfMemory
+from llmtrain.rundir import RESTARTED
+from llmtrain.world import World
+
+
+@contextlib.contextmanager
+def explained(
+    config: RunConfig, origins: Origins, world: World, has_stepped: Callable[[], bool] = lambda: False
+) -> Iterator[None]:
+    """Around what fills the memory. Once a step was done the memory did suffice, so that starting again may help, as
+    it may where a supervisor has done that (another process may still be leaving the GPU): the error stays a crash,
+    and the advice goes with its traceback.
+
+    Raises:
+        OutOfMemory: it would happen again.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        words = advice(config, origins, world.size)
+        if has_stepped() or RESTARTED in os.environ:
+            error.add_note(words)
+            raise
+        said = str(error).partition(" If reserved")[0]  # torch's own advice, for those who tune its allocator
+        raise OutOfMemory(f"rank {world.rank}, before its first step was done: {said}\n  {words}") from error
+
+
+def advice(config: RunConfig, origins: Origins, num_ranks: int) -> str:
+    """What takes less memory, as settings, the cheapest first."""
+    train, strategy = config.train, config.strategy
+    micro = plan_batches(config, origins, num_ranks, ANY_ROWS).micro_batch_size
+    smaller = max((size for size in range(1, micro // 2 + 1) if micro % size == 0), default=None)
+    settings = [
+        *([f"train.micro_batch_size={smaller} (now {micro}; the global batch stays)"] if smaller else []),
+        *(["train.activation_checkpointing=true"] if not train.activation_checkpointing else []),
+    ]
+    if config.model.kind == "gpt" and strategy.kind == "ddp" and num_ranks > 1:
+        settings.append("strategy.kind=zero2")
+    if strategy.kind == "zero2" and strategy.offload_optimizer == "none":
+        settings.append("strategy.offload_optimizer=cpu")
+    if not settings:
+        return "A smaller model, a shorter model.context or more GPUs take less; 'llmtrain plan' counts it"
+    return f"Less memory is taken with {', '.join(settings)}; 'llmtrain plan' counts it"

@@ -1,0 +1,91 @@
+"""Devices by name, and what is said of one that is not there."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+from llmtrain import assemble, devices, export, generate
+from llmtrain.config import load_config
+from llmtrain.errors import ConfigError
+from llmtrain.service import validate
+from tests.support.checkpoint_runs import make_run
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def gpus(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    def pretend(count: int) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+
+    return pretend
+
+
+def test_names_and_what_they_mean(gpus: Callable[[int], None]):
+    gpus(2)
+    found = [str(devices.find(name, "--device")) for name in ("auto", "cpu", "cuda", "cuda:1")]
+    assert found == ["cuda", "cpu", "cuda", "cuda:1"]
+    gpus(0)
+    assert devices.find("auto", "--device") == CPU
+
+
+@pytest.mark.parametrize(
+    ("name", "count", "why"),
+    [
+        ("gpu", 2, r"--device=gpu: no device has that name; use auto, cpu, mps, cuda, or one GPU of several: cuda:1"),
+        ("cuda:", 2, r"--device=cuda:: no device has that name"),
+        ("cpu:1", 2, r"--device=cpu:1: no device has that name"),
+        ("cuda:2", 2, r"--device=cuda:2: no such GPU here; GPUs are counted from 0, there are: cuda:0, cuda:1"),
+        ("cuda:0", 0, r"--device=cuda:0: no such device here; use auto or one of: cpu"),
+        ("mps", 2, r"--device=mps: no such device here; use auto or one of: cuda, cpu"),
+    ],
+)
+def test_what_is_not_there_is_refused(gpus: Callable[[int], None], name: str, count: int, why: str):
+    gpus(count)
+    with pytest.raises(ConfigError, match=why):
+        devices.find(name, f"--device={name}")
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda", "cuda:1"])
+@pytest.mark.parametrize("command", ["generate", "export", "test"])
+def test_commands_name_the_option(
+    command: str, device: str, tmp_path: Path, gpus: Callable[[int], None], capsys: pytest.CaptureFixture[str]
+):
+    gpus(0)
+    run = make_run(tmp_path / "run")
+    mains: dict[str, tuple[Callable[[Sequence[str]], None], list[str]]] = {
+        "generate": (generate.main, [str(run.path)]),
+        "export": (export.main, [str(run.path), str(tmp_path / "to"), "--merge"]),
+        "test": (validate.main, [str(run.path), "--steps", "10", "--split", "test"]),
+    }
+    main, words = mains[command]
+    with pytest.raises(SystemExit) as left:
+        main([*words, "--device", device])
+    assert left.value.code == 2
+    assert f"--device={device}: no " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", [["--base", "dequantised"], ["--dtype", "fp32"], ["--device", "cpu"]])
+def test_export_takes_no_option_of_merging_alone(tmp_path: Path, option: list[str], capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as left:
+        export.main([str(tmp_path), str(tmp_path / "to"), *option])
+    assert left.value.code == 2
+    assert f"{' '.join(option)} is about merging; add --merge" in capsys.readouterr().err
+
+
+def test_a_device_to_score_on_has_to_be_where_training_is(gpus: Callable[[int], None]):
+    gpus(1)
+    for settings in (["service.score=cuda"], ["service.score=cuda:7", "service.start=manual"], []):
+        config, origins = load_config(None, settings)
+        assemble.check_device(config, origins, CPU)
+    config, origins = load_config(None, ["service.score=cuda:7"])
+    with pytest.raises(ConfigError, match=r'service.score="cuda:7" \(command line\): no such GPU here'):
+        assemble.check_device(config, origins, CPU)
+    gpus(0)
+    config, origins = load_config(None, ["service.score=cuda"])
+    with pytest.raises(ConfigError, match=r'service.score="cuda" \(command line\): no such device here'):
+        assemble.check_device(config, origins, CPU)

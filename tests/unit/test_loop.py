@@ -1,0 +1,125 @@
+"""The loop: in which order it calls its parts, what is due after which step, and when it ends."""
+
+import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+import torch
+
+from llmtrain import jsonl
+from llmtrain.batches import BatchPlan
+from llmtrain.config import load_config
+from llmtrain.data import Batch, StepData
+from llmtrain.errors import NotFinite
+from llmtrain.manifest import Manifest, TrainState
+from llmtrain.metrics import Meter
+from llmtrain.optim import learning_rate
+from llmtrain.progress import Progress
+from llmtrain.rundir import RunDir
+from llmtrain.stop import StopFlag
+from llmtrain.trainer import Due, Parts, advanced, train, what_is_due
+from llmtrain.world import World
+
+PLAN = BatchPlan(8, 8, 1, 100)
+ALONE = World(0, 1, 0, torch.device("cpu"))
+
+
+class Noted:
+    """Takes the place of strategy, saver, meter and loader: notes in which order the loop calls them."""
+
+    def __init__(self, batches: int, targets: int):
+        ids = torch.zeros(1, 4, dtype=torch.int64)
+        self._data = StepData([Batch(ids, ids, None, None, targets // batches)] * batches, targets, 0)
+        self.calls: list[str] = []
+        self.rates: list[float] = []
+        self.scales: list[float] = []
+        self.wait_s, self.has_failed = 0.0, False
+
+    def steps(self, first: int, count: int) -> list[StepData]:
+        return [self._data] * count
+
+    def accumulate(self, batch: Batch, scale: float, last: bool) -> torch.Tensor:
+        self.calls.append("last" if last else "more")
+        self.scales.append(scale)
+        return torch.tensor(1.0)
+
+    def update(self, lr: float) -> torch.Tensor:
+        self.calls.append("update")
+        self.rates.append(lr)
+        return torch.tensor(1.0)
+
+    def save(self, described: Manifest, beside: bool) -> None:
+        self.calls.append("save")
+
+    def until_copied(self) -> None:
+        self.calls.append("copied")
+
+    def wait(self) -> None:
+        self.calls.append("written")
+
+    def __getattr__(self, name: str) -> Any:  # of the meter, and the evaluation
+        return lambda *_, **__: {"loss": 1.0}
+
+
+def resumed(noted: Noted, step: int) -> None:
+    """Train from there to step 100, with a save at each one."""
+    settings = ["evaluate.also_at=[]", "evaluate.every_steps=null", "checkpoint.every_steps=1", "train.steps=100"]
+    given: dict[str, Any] = dict.fromkeys(("strategy", "loader", "meter", "saver"), noted)
+    parts = Parts(
+        load_config(None, settings)[0], PLAN, ALONE, stop=StopFlag(), rows_per_epoch=100, fingerprint="f",
+        evaluate=noted.score, write_sample=noted.sample, **given,
+    )  # fmt: skip
+    train(parts, TrainState(step=step, samples=8 * step))
+
+
+def test_nothing_changes_before_what_is_being_saved_has_been_copied():
+    resumed(noted := Noted(batches=3, targets=60), 97)
+    step = ["more", "more", "last", "copied", "update", "save"]
+    assert noted.calls == [*step * 3, "written", "copied"]
+
+
+def test_each_step_takes_the_learning_rate_of_its_own_number_and_the_tokens_of_all_its_batches():
+    resumed(noted := Noted(batches=3, targets=60), 97)
+    optim = load_config(None)[0].optim
+    assert noted.rates == [learning_rate(step, 100, optim) for step in (97, 98, 99)]
+    assert noted.scales == [1 / 60] * 9
+
+
+@pytest.mark.parametrize(("loss", "norm"), [(math.nan, 1.0), (64.0, math.inf), (64.0, math.nan)])
+def test_a_loss_or_a_norm_that_is_not_finite_ends_the_run(tmp_path: Path, loss: float, norm: float):
+    """With a norm that is none the weights are already lost, though the loss of that step was fine."""
+    run = RunDir(tmp_path / "run")
+    run.create()
+    meter = Meter(run, ALONE, None, Progress(PLAN.total_steps, 0, enabled=False), PLAN, 100, 8.0, 1.0)
+    for step, figures in ((1, (64.0, 1.0)), (2, (loss, norm))):
+        state = TrainState(step=step, samples=8 * step, targets=64 * step)
+        meter.observe(state, 64, 0, 1e-3, *map(torch.tensor, figures))
+    with pytest.raises(NotFinite, match="step 2: loss"):
+        meter.flush(0.0, at_once=False)
+    assert [record["step"] for record in jsonl.read(run.metrics)] == [1, 2]
+
+
+def due(step: int, *settings: str, stopping: bool = False, rows_per_epoch: int = 100) -> Due:
+    config = load_config(None, ["evaluate.also_at=[]", *settings])[0]
+    parts = cast(Parts, SimpleNamespace(config=config, plan=PLAN, rows_per_epoch=rows_per_epoch))
+    before = TrainState(step=step - 1, samples=8 * (step - 1))
+    return what_is_due(parts, before, advanced(before, 8, 64), stopping)
+
+
+@pytest.mark.parametrize(("step", "saves", "evaluates"), [(7, False, False), (10, False, True), (20, True, True)])
+def test_a_save_that_a_stop_forces_does_not_wait_for_scores(step: int, saves: bool, evaluates: bool):
+    """The time until the process is killed may be short."""
+    every = ["evaluate.every_steps=10", "checkpoint.every_steps=20"]
+    found = due(step, *every)
+    assert (found.save, found.evaluate) == (saves, evaluates)
+    assert due(step, *every, stopping=True) == Due(log=True, evaluate=False, sample=False, save=True)
+
+
+@pytest.mark.parametrize("rows", [100, 164, 240])
+def test_passes_end_where_they_end_whatever_floats_say(rows: int):
+    """Of 164 rows a tenth is 16.400000000000002 in floats: five of them end at the same row, and not a step later."""
+    every = ["checkpoint.every_steps=null", "checkpoint.every_epochs=0.1", "evaluate.every_steps=null"]
+    saves = [step for step in range(1, 60) if due(step, *every, rows_per_epoch=rows).save]
+    assert saves == [step for step in range(1, 60) if 80 * step // rows > 80 * (step - 1) // rows]

@@ -1,0 +1,86 @@
+"""Runs of older versions: what this one would not start, read or make so any more, and what can be done with them."""
+
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from launcher.checks import preflight
+from launcher.cluster import Profile
+from launcher.keeper import one_machine
+from launcher.keeper.supervisor import Rules
+from launcher.keeper.torchrun import Start
+from launcher.slurm import submit
+from launcher.slurm.batch import JobSpec
+from llmtrain import assemble, log
+from llmtrain.config import load_to_start
+from llmtrain.errors import ConfigError, DataMismatch
+from llmtrain.prepare import prepare_run
+from llmtrain.rundir import RunDir
+from llmtrain.shards import ShardFolder
+from tests.support.checkpoint_runs import config_of, make_run, save
+
+SAMPLES = ["data.sources=[{kind: json, paths: [x.json]}]", "data.format={kind: instruction, completion_only: false}"]
+REFUSED_NOW = [*SAMPLES, "evaluate.task.samples=2"]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDir:
+    run = make_run(tmp_path / "runs/old", *REFUSED_NOW, f"run.dir={tmp_path}/runs", "run.name=old")
+    save(run, 5)
+    return run
+
+
+def shards(fingerprint: str) -> ShardFolder:
+    return cast(ShardFolder, SimpleNamespace(fingerprint=fingerprint, path=Path("shards")))
+
+
+def go_on(run: RunDir, fingerprint: str, *settings: str) -> int | None:
+    names = [f"run.dir={run.path.parent}", f"run.name={run.path.name}"]
+    return prepare_run(run, *load_to_start(None, [*SAMPLES, *names, *settings]), shards(fingerprint))
+
+
+def test_a_run_goes_on_without_what_is_not_started_any_more(run: RunDir):
+    with pytest.raises(ConfigError, match=r"goes on with evaluate\.task\.samples=0"):
+        go_on(run, "f" * 64, "evaluate.task.samples=2")
+    assert config_of(run).evaluate.task.samples == 2
+    assert go_on(run, "f" * 64) == 5
+    assert config_of(run).evaluate.task.samples == 0
+
+
+def test_shards_of_another_version_are_not_taken_for_other_text_alone(run: RunDir):
+    with pytest.raises(DataMismatch) as caught:
+        go_on(run, "e" * 64)
+    assert "the source text has changed since, or these shards were made by another version of llm" in str(caught.value)
+    assert "Bring the old shards back" in str(caught.value)
+
+
+def test_a_run_whose_configuration_cannot_be_read_is_not_queued(run: RunDir):
+    config, origins = load_to_start(None, [*SAMPLES, f"run.dir={run.path.parent}", "run.name=old"])
+    run.config.write_text("optim: {speed: 0.1}\n")
+    job = JobSpec("run", run.path, Profile(gpus_per_node=0, shared=[str(run.path.parent)]), ("node",))
+    found = preflight.check([config], origins, job, "#!/bin/bash\n")
+    (refused,) = [each.message for each in found if each.what == "run folder" and each.severity == "error"]
+    assert f"{run.config}: not readable by this version" in refused
+    assert "optim.speed" in refused
+
+
+STARTS: dict[str, Callable[[list[str]], Any]] = {
+    "training": lambda words: assemble.run(None, words),
+    "llmtrain run": lambda words: one_machine.train_here(Start(words, 1, None), Rules(0, 0.0)),
+    "llmtrain submit": lambda words: submit.plan_runs(words, []),
+    "llmtrain submit --sweep": lambda words: submit.plan_runs(words[:-1], [f"{words[-1]},3"]),
+}
+
+
+@pytest.mark.parametrize("start", STARTS)
+def test_whatever_starts_a_run_refuses_before_anything_is_made(
+    start: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(log, "set_up", lambda _: None)
+    with pytest.raises(ConfigError, match="does not tell apart; leave one of them out"):
+        STARTS[start](REFUSED_NOW)
+    assert not [*tmp_path.iterdir()]

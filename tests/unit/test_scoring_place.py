@@ -1,0 +1,174 @@
+"""A GPU that training has left is for scoring until training takes it again; a child moves with that."""
+
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from llmtrain import log, origin
+from llmtrain.rundir import RunDir
+from llmtrain.service import scoring
+from llmtrain.service.__main__ import work
+from llmtrain.service.queue import Work
+from llmtrain.service.scoring import Presence, Scoring, place
+from llmtrain.service.worker import Options
+from tests.support.checkpoint_runs import config_of, make_run, save, train
+
+
+class Endless:
+    """A scoring process that goes on for ever."""
+
+    started: list[list[str]]
+    exit_code = None
+
+    def __init__(self, module: str, arguments: list[str], *_: Any):
+        self.started.append(arguments)
+        self.ended = False
+
+    def lines(self) -> list[dict[str, Any]]:
+        return []
+
+    def end(self) -> None:
+        self.ended = True
+
+
+def device_of(arguments: list[str]) -> str:
+    return arguments[arguments.index("--device") + 1]
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """The arguments of each child; the machine has two GPUs."""
+    Endless.started = []
+    monkeypatch.setattr(scoring, "Child", Endless)
+    monkeypatch.setattr(scoring, "num_gpus", lambda: 2)
+    return Endless.started
+
+
+def advance(lane: Scoring, run: RunDir, presence: Presence, *steps: int) -> None:
+    config = config_of(run)
+    lane.advance(config, Work(to_score=list(steps or [7])), place(run, config, presence.look()))
+
+
+@pytest.fixture
+def later(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """Sets the service's clock forward."""
+    clock = SimpleNamespace(time=time.time)
+    monkeypatch.setattr(scoring, "time", clock)
+    return lambda seconds: monkeypatch.setattr(clock, "time", lambda: time.time() + seconds)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "score", "devices"),
+    [
+        (1, "auto", ["cuda:0", "cuda:1"]),
+        (2, "auto", ["cuda:0", "cpu"]),
+        (2, "cuda:1", ["cuda:1"]),  # it was asked for
+        (2, "cpu", ["cpu"]),
+    ],
+)
+def test_a_gpu_is_given_back_when_training_starts_again(
+    tmp_path: Path, started: list[list[str]], gpus: int, score: str, devices: list[str]
+):
+    run = make_run(tmp_path / "run", f"service.score={score}")
+    origin.note(run, "cuda", gpus)
+    lane, presence = Scoring(run, lock=0), Presence(run)
+    advance(lane, run, presence)
+    with run.lock():
+        for _ in range(3):
+            advance(lane, run, presence)
+        assert lane.doing == "scoring step 7"
+        assert not lane.has_given_up
+        assert lane.last_error is None
+    assert [device_of(arguments) for arguments in started] == devices
+    assert all(arguments[-1] == "7" for arguments in started if device_of(arguments) != "cpu")
+
+
+def test_a_gpu_that_training_does_not_use_is_kept(
+    tmp_path: Path, started: list[list[str]], later: Callable[[float], None]
+):
+    run = make_run(tmp_path / "run")
+    origin.note(run, "cuda", 1)
+    lane, presence = Scoring(run, lock=0), Presence(run)
+    with run.lock():
+        advance(lane, run, presence)
+    later(100)
+    advance(lane, run, presence)  # without training it would be the first one's turn
+    with run.lock():
+        advance(lane, run, presence)
+        origin.note(run, "cuda", 0)  # fewer than before: the first would be free as well
+        advance(lane, run, presence)
+    assert [device_of(arguments) for arguments in started] == ["cuda:1"]
+
+
+@pytest.mark.parametrize("finishes", [False, True])
+def test_training_that_has_gone_may_come_back_for_a_minute(
+    tmp_path: Path, started: list[list[str]], later: Callable[[float], None], finishes: bool
+):
+    """Between a crash and the restart all GPUs look free. A child on the CPU makes way for one on a GPU."""
+    run = make_run(tmp_path / "run")
+    origin.note(run, "cuda", 2)
+    lane, presence = Scoring(run, lock=0), Presence(run)
+    with run.lock():
+        advance(lane, run, presence)
+    if finishes:
+        origin.note_finished(run)
+    for seconds in (1, 50, 70):
+        later(seconds)
+        for _ in range(2):
+            advance(lane, run, presence)
+        expected = ["cpu", "cuda:0"] if finishes or seconds > 60 else ["cpu"]
+        assert [device_of(arguments) for arguments in started] == expected
+    assert lane.last_error is None
+
+
+def test_a_service_that_starts_after_a_crash_waits_too(
+    tmp_path: Path, started: list[list[str]], later: Callable[[float], None]
+):
+    run = make_run(tmp_path / "run")
+    origin.note(run, "cuda", 2)
+    train(run, 10)  # it has just written
+    advance(Scoring(run, lock=0), run, Presence(run))
+    later(100)
+    advance(Scoring(run, lock=0), run, Presence(run))
+    assert [device_of(arguments) for arguments in started] == ["cpu", "cuda:0"]
+
+
+def test_a_child_on_the_cpu_is_given_one_step(tmp_path: Path, started: list[list[str]]):
+    """Others then start with what is right by then: threads, niceness, perhaps a GPU."""
+    run = make_run(tmp_path / "run")
+    for device in ("cpu", "cuda"):
+        origin.note(run, device, 1)
+        advance(Scoring(run, lock=0), run, Presence(run), 7, 8)
+    asked = [arguments[arguments.index("--steps") + 1 :] for arguments in started]
+    assert [words[: words.index("--threads")] if "--threads" in words else words for words in asked] == [
+        ["7"],
+        ["7", "8"],
+    ]
+
+
+class Failing(Endless):
+    exit_code = 2
+
+    def close(self) -> None:
+        pass
+
+
+def test_a_service_that_has_given_up_scoring_says_what_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    Failing.started = []
+    monkeypatch.setattr(scoring, "Child", Failing)
+    monkeypatch.setattr(scoring, "_GIVE_UP", 1)
+    said: list[str] = []
+    for level in ("info", "warning"):
+        monkeypatch.setattr(log, level, said.append)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.chdir(tmp_path)
+    run = make_run(tmp_path / "run")
+    save(run, 10)
+    save(run, 20)
+    assert work(run, Options(drain=True)) == 0
+    assert said[-1] == "service    ended; 2 not scored: it failed too often"
