@@ -63,13 +63,19 @@ def become_finish(run: RunDir) -> None:
 
 def hold_ctrl_c() -> None:
     """From now on, also in what this process becomes. The run is finished: there is nothing to stop but the wait for
-    the service, and a traceback in the seconds around it would read as if something had been lost."""
+    the service, and a traceback in the seconds around it would read as if something had been lost.
+
+    Blocked, so that one which comes now is heard in that wait; ignored, since it may reach a thread of a library, for
+    which this does not block it.
+    """
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 @contextlib.contextmanager
 def _ctrl_c_heard() -> Iterator[None]:
     try:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # one that came before is heard at once
         yield
     finally:

@@ -84,8 +84,8 @@ def test_forgotten_jobs_are_asked_of_sacct(cluster: Cluster, tmp_path: Path, mon
     sacct.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     assert client.queue(["1", "2"]) == {
-        "1": Queued("1", "CANCELLED", "signal 15", "n1"),
-        "2": Queued("2", "OUT_OF_MEMORY", "1 out_of_memory, 1 completed", "n[2-3]"),
+        "1": Queued("1", "CANCELLED", "signal 15", "n1", from_accounts=True),
+        "2": Queued("2", "OUT_OF_MEMORY", "1 out_of_memory, 1 completed", "n[2-3]", from_accounts=True),
     }
 
 
