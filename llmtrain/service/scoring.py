@@ -104,8 +104,8 @@ class Scoring:
             self._child = None
 
     def _start(self, config: RunConfig, waiting: list[int], where: str) -> None:
-        # On the CPU one at a time: threads and niceness are right for as long as training is here, or is not.
-        steps = waiting[:1] if where == "cpu" else waiting
+        # Beside a GPU that may become free one at a time: a child that has to move loses what it has not finished.
+        steps = waiting[:1] if where == "cpu" and origin.read(self._run).device != "cpu" else waiting
         arguments = [str(self._run.path), "--device", where, "--asked-by", "service.score", "--steps", *map(str, steps)]
         environment, nice = {"OMP_WAIT_POLICY": "PASSIVE"}, 0
         if where == "cpu":

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
@@ -138,17 +138,19 @@ def test_a_service_that_starts_after_a_crash_waits_too(
     assert [device_of(arguments) for arguments in started] == ["cpu", "cuda:0"]
 
 
-def test_a_child_on_the_cpu_is_given_one_step(tmp_path: Path, started: list[list[str]]):
-    """Others then start with what is right by then: threads, niceness, perhaps a GPU."""
+@pytest.mark.parametrize(
+    ("trained_on", "where", "asked"),
+    [("cuda", "cpu", ["7"]), ("cuda", "cuda:0", ["7", "8"]), ("cpu", "cpu", ["7", "8"])],
+)
+def test_a_child_that_may_have_to_move_is_given_one_step(
+    tmp_path: Path, started: list[list[str]], trained_on: Literal["cuda", "cpu"], where: str, asked: list[str]
+):
+    """What it has not finished is lost then; elsewhere one process scores all that waits."""
     run = make_run(tmp_path / "run")
-    for device in ("cpu", "cuda"):
-        origin.note(run, device, 1)
-        advance(Scoring(run, lock=0), run, Presence(run), 7, 8)
-    asked = [arguments[arguments.index("--steps") + 1 :] for arguments in started]
-    assert [words[: words.index("--threads")] if "--threads" in words else words for words in asked] == [
-        ["7"],
-        ["7", "8"],
-    ]
+    origin.note(run, trained_on, 1)
+    Scoring(run, lock=0).advance(config_of(run), Work(to_score=[7, 8]), where)
+    words = started[0][started[0].index("--steps") + 1 :]
+    assert (words[: words.index("--threads")] if "--threads" in words else words) == asked
 
 
 class Failing(Endless):
