@@ -25,11 +25,11 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
 @pytest.fixture(scope="module")
 def lost(workplace: Workplace, hub: Hub) -> str:
     """A run with two checkpoints and their state on the Hub, whose folder is gone; returns its name."""
-    train(workplace, "run.name=lost", *SETTINGS, f"hub.repo={REPO}", "hub.optimizer_state=true")
-    serve(RunDir(workplace.run_folder("lost")), "--drain", env=surroundings(hub))
+    train(workplace, "run.name=whose-folder-is-lost", *SETTINGS, f"hub.repo={REPO}", "hub.optimizer_state=true")
+    serve(RunDir(workplace.run_folder("whose-folder-is-lost")), "--drain", env=surroundings(hub))
     assert tags(hub) == [2, 4]
-    shutil.rmtree(workplace.run_folder("lost"))
-    return "lost"
+    shutil.rmtree(workplace.run_folder("whose-folder-is-lost"))
+    return "whose-folder-is-lost"
 
 
 def restore(workplace: Workplace, hub: Hub, *words: str, code: int = 0) -> str:
