@@ -178,7 +178,7 @@ def heldout_at_saves(run: RunDir) -> dict[int, dict[str, Any]]:
 
 def heldout_losses(run: RunDir) -> dict[int, float]:
     """Held-out loss by step, as the training ranks measured it; without a record, as the checkpoint's manifest says."""
-    losses: dict[int, float] = {record["step"]: record["loss"] for record in jsonl.read(run.heldout)}
+    losses: dict[int, float] = {step: record["loss"] for step, record in heldout_at_saves(run).items()}
     for step in run.checkpoint_steps():
         if step not in losses:
             with contextlib.suppress(CheckpointError, OSError):  # damaged, or just gone

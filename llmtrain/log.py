@@ -66,11 +66,15 @@ def _write_nowhere() -> None:
     gone = os.fstat(2)
     if stat.S_ISREG(gone.st_mode):  # a file on a disk that fails: it may do better later
         return
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    for descriptor in (1, 2):
+    for descriptor in _OUTPUTS.values():
         with contextlib.suppress(OSError):  # closed
             if os.path.samestat(os.fstat(descriptor), gone):
-                os.dup2(nowhere, descriptor)
+                _let_go(descriptor)
+
+
+def _let_go(descriptor: int) -> None:
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, descriptor)
     os.close(nowhere)
 
 
@@ -90,9 +94,7 @@ def flush() -> None:
             getattr(sys, name).flush()
         except OSError:
             with contextlib.suppress(OSError):
-                nowhere = os.open(os.devnull, os.O_WRONLY)
-                os.dup2(nowhere, descriptor)
-                os.close(nowhere)
+                _let_go(descriptor)
                 getattr(sys, name).flush()
 
 

@@ -78,12 +78,18 @@ def check_resumable(run: RunDir, config: RunConfig, origins: Origins) -> None:
     """
     if config.run.resume == "never":
         return
+    if not _can_resume(run, config, origins) and config.run.resume == "must":
+        raise _nothing_to_resume(run, config, origins)
+
+
+def _can_resume(run: RunDir, config: RunConfig, origins: Origins) -> bool:
+    """Whether there are checkpoints of this configuration; raises if only others are there, or none any more."""
     if (why := retention.why_none_left(run)) is not None:
         raise CheckpointError(why)
-    if run.checkpoint_steps():
-        _check_same_run(run, config, origins)
-    elif config.run.resume == "must":
-        raise _nothing_to_resume(run, config, origins)
+    if not run.checkpoint_steps():
+        return False
+    _check_same_run(run, config, origins)
+    return True
 
 
 def _nothing_to_resume(run: RunDir, config: RunConfig, origins: Origins) -> CheckpointError:
@@ -217,11 +223,8 @@ def _hash(noted: dict[str, dict[str, Any]], name: str) -> str | None:
 
 
 def _resume_step(run: RunDir, config: RunConfig, origins: Origins, data: ShardFolder) -> int | None:
-    if (why := retention.why_none_left(run)) is not None:
-        raise CheckpointError(why)
-    if not run.checkpoint_steps():
+    if not _can_resume(run, config, origins):
         return None
-    _check_same_run(run, config, origins)
     step = checkpoint.newest_whole(run)
     if step is not None:
         described = manifest.read(run.checkpoint(step))

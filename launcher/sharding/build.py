@@ -87,8 +87,7 @@ def build(config: RunConfig, workers: int | None = None, force: bool = False) ->
         DiskFull: no room; what was finished is kept for the next try.
     """
     folder = recipe.shard_folder(config)
-    with disk_errors("sharding", folder):
-        early = _plan_early(config)
+    early = _plan_early(config)
     with disk_errors("sharding", folder), locked(folder):
         if not force and (found := _find_finished(config)):
             remove_work(folder)  # of a build killed just after its manifest
@@ -119,8 +118,7 @@ def prepare_build(config: RunConfig, workers: int | None = None, force: bool = F
         What `build` raises.
     """
     folder = recipe.shard_folder(config)
-    with disk_errors("sharding", folder):
-        early = _plan_early(config)
+    early = _plan_early(config)
     with disk_errors("sharding", folder), locked(folder):
         if not force and (found := _find_finished(config)):
             return found
@@ -144,8 +142,7 @@ def build_part(config: RunConfig, part: Part, workers: int | None = None) -> Bui
         SourceError, EncodingError, DiskFull: as `build`.
     """
     folder = recipe.shard_folder(config)
-    with disk_errors("sharding", folder):
-        early = _plan_early(config)
+    early = _plan_early(config)
     with disk_errors("sharding", folder), locked(folder, shared=True):
         if found := _find_finished(config):
             return found
@@ -159,7 +156,9 @@ def build_part(config: RunConfig, part: Part, workers: int | None = None) -> Bui
 
 def _plan_early(config: RunConfig) -> Plan | None:
     """The plan where no folder is yet: sources that cannot be read leave none behind."""
-    return None if recipe.shard_folder(config).exists() else make_plan(config)
+    folder = recipe.shard_folder(config)
+    with disk_errors("sharding", folder):
+        return None if folder.exists() else make_plan(config)
 
 
 def _forget(plan: Plan) -> None:

@@ -15,6 +15,7 @@ from launcher.display import printable, words
 from launcher.jobs import JobDir
 from launcher.watching import queue_view
 from launcher.watching.status import read_status
+from llmtrain import log
 from llmtrain.errors import RunFolderError
 from llmtrain.rundir import RunDir
 
@@ -56,7 +57,7 @@ def show_logs(path: Path, wanted: Wanted, follow: bool, lines: int | None) -> No
     except KeyboardInterrupt:
         return
     except BrokenPipeError:  # `llmtrain logs RUN | head` has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        log.flush()
 
 
 def open_submitted(path: Path) -> RunDir:

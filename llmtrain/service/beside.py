@@ -97,8 +97,7 @@ class Companion:
         self.start()
         while time.monotonic() < deadline:
             if not self._run.is_served() and time.monotonic() - started > _START_S:
-                status = ledger.status(self._run)
-                why = f": {status.last_error}" if status is not None and status.last_error else ""
+                why = _last_error(": ", ledger.status(self._run))
                 log.warning(f"service    ended with work left{why}; see {self._run.service_log}")
                 return
             left = waiting(self._run, self._config, since)
@@ -141,8 +140,11 @@ def waiting(run: RunDir, config: RunConfig, since: float = 0.0) -> str | None:
     else:
         return None
     doing = f"{', '.join(status.doing)}; " if status is not None and status.doing else ""
-    error = f"; {status.last_error}" if status is not None and status.last_error else ""
-    return f"{doing}{left} (Ctrl-C leaves it at work){error}"
+    return f"{doing}{left} (Ctrl-C leaves it at work){_last_error('; ', status)}"
+
+
+def _last_error(separator: str, status: Status | None) -> str:
+    return "" if status is None or not status.last_error else separator + status.last_error
 
 
 def _unscored(run: RunDir) -> list[int]:

@@ -104,13 +104,14 @@ class Scoring:
             self._child = None
 
     def _start(self, config: RunConfig, waiting: list[int], where: str) -> None:
+        trained_on = origin.read(self._run).device
         # Beside a GPU that may become free one at a time: a child that has to move loses what it has not finished.
-        steps = waiting[:1] if where == "cpu" and origin.read(self._run).device != "cpu" else waiting
+        steps = waiting[:1] if where == "cpu" and trained_on != "cpu" else waiting
         arguments = [str(self._run.path), "--device", where, "--asked-by", "service.score", "--steps", *map(str, steps)]
         environment, nice = {"OMP_WAIT_POLICY": "PASSIVE"}, 0
         if where == "cpu":
             is_training = self._run.is_training()
-            shares = is_training and origin.read(self._run).device == "cpu"
+            shares = is_training and trained_on == "cpu"
             threads = config.service.threads or max(1, cpu.usable_cores() // (2 if shares else 1))
             arguments += ["--threads", str(threads)]
             # What waits lies on the disk until it is scored; a GPU waits for the threads that give it work.

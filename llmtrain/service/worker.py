@@ -124,8 +124,11 @@ class Service:
         # After `restore`, or without checkpoints that did not verify, the ledger has scores of a later life's steps:
         # they count again when this life has come there, and saved.
         newest = max(work.whole, default=-1)
-        reached = {step: score for step, score in work.scores.items() if step <= newest}
-        scores = {step: score for step, score in reached.items() if step not in work.whole or work.is_scored(step)}
+        scores = {
+            step: score
+            for step, score in work.scores.items()
+            if step <= newest and (step not in work.whole or work.is_scored(step))
+        }
         since = choose.saves_without_improvement(scores)
         if since < patience:
             return

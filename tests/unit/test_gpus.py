@@ -2,7 +2,6 @@
 
 import os
 import types
-from pathlib import Path
 
 import pynvml
 import pytest
@@ -10,15 +9,12 @@ import torch
 
 from launcher.checks import doctor
 from launcher.keeper.torchrun import check
-from llmtrain import origin
 from llmtrain.errors import ConfigError
 from llmtrain.gpus import driver_problem, num_gpus
 from llmtrain.hardware import peak_flops
 from llmtrain.models.base import be_quiet
-from llmtrain.service import scoring
 from llmtrain.strategies import zero2
 from llmtrain.world import find_world
-from tests.support.checkpoint_runs import config_of, make_run
 
 
 @pytest.fixture
@@ -140,21 +136,3 @@ def test_a_run_on_the_cpu_keeps_deepspeed_off_the_gpu(monkeypatch: pytest.Monkey
     find_world("cpu")
     be_quiet()  # before peft, which imports DeepSpeed
     assert os.environ["DS_ACCELERATOR"] == "cpu"
-
-
-@pytest.mark.parametrize(
-    ("gpus", "used", "trains", "place"),
-    [
-        (8, 7, True, "cuda:7"),  # one is left over
-        (8, 8, True, "cpu"),  # all of them train: one more model would not fit beside another
-        (8, 8, False, "cuda:0"),
-        (0, 0, False, "cpu"),
-    ],
-)
-def test_scoring_takes_a_gpu_that_training_does_not_use(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gpus: int, used: int, trains: bool, place: str
-):
-    run = make_run(tmp_path / "run")
-    origin.note(run, "cuda", used)
-    monkeypatch.setattr(scoring, "num_gpus", lambda: gpus)
-    assert scoring.place(run, config_of(run), trains) == place

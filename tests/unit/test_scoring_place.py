@@ -63,6 +63,24 @@ def later(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
 
 
 @pytest.mark.parametrize(
+    ("gpus", "used", "trains", "expected"),
+    [
+        (8, 7, True, "cuda:7"),  # one is left over
+        (8, 8, True, "cpu"),  # all of them train: one more model would not fit beside another
+        (8, 8, False, "cuda:0"),
+        (0, 0, False, "cpu"),
+    ],
+)
+def test_scoring_takes_a_gpu_that_training_does_not_use(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gpus: int, used: int, trains: bool, expected: str
+):
+    run = make_run(tmp_path / "run")
+    origin.note(run, "cuda", used)
+    monkeypatch.setattr(scoring, "num_gpus", lambda: gpus)
+    assert place(run, config_of(run), trains) == expected
+
+
+@pytest.mark.parametrize(
     ("gpus", "score", "devices"),
     [
         (1, "auto", ["cuda:0", "cuda:1"]),
