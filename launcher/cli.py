@@ -62,7 +62,7 @@ def shard(
         from llmtrain.config.load import split_settings
 
         if submit:
-            from launcher.slurm.command import act_shards
+            from launcher.submitting.command import act_shards
 
             act_shards(settings or [], cluster, parts)
             return

@@ -70,7 +70,7 @@ def submit(
     status`, `logs` and `stop` know it by its run folder. The configuration is kept as it is now.
     """
     with exit_with_code():
-        from launcher.slurm.command import Wishes, act
+        from launcher.submitting.command import Wishes, act
 
         wishes = Wishes(
             settings or [], cluster, nodes, gpus_per_node, ranks_per_node, time, after, sweep or [], service_job,

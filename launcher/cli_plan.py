@@ -51,7 +51,7 @@ def plan(
         from rich.console import Console
 
         from launcher.planning.plan import Told, show
-        from launcher.planning.plan_job import Wishes, find_job, machine_for, script_for, train_seconds
+        from launcher.submitting.plan_job import Wishes, find_job, machine_for, script_for, train_seconds
         from llmtrain.base_facts import check_place
         from llmtrain.config import load_to_start
         from llmtrain.config.load import split_settings

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 
-from launcher.slurm import client
+from launcher import walltime
 from llmtrain import access_tokens
 from llmtrain.config.load import Origins, load_section
 from llmtrain.config.section import MEMORY, WORD, Section
@@ -34,7 +34,7 @@ def _number_as_text(value: Any) -> Any:
 
 
 def _is_limit(text: str) -> str:
-    client.seconds(text)
+    walltime.seconds(text)
     return text
 
 
@@ -176,7 +176,7 @@ class Profile(Section):
     @property
     def time_s(self) -> float | None:
         """The time limit in seconds; None without one."""
-        return client.seconds(self.time)
+        return walltime.seconds(self.time)
 
     @property
     def mem_bytes(self) -> float | None:

@@ -18,8 +18,6 @@ from llmtrain import allocator, heartbeat, log
 from llmtrain.errors import EXIT_CODES, EXIT_REQUEUE, UserError, exit_with_code, leave_code, own_code
 from llmtrain.stop import STOPS, stops
 
-RANK_LOGS = "LLMTRAIN_RANK_LOGS"
-"""Variable that names a folder for the ranks' output."""
 _LOOK_S = 0.5
 _RANK_0_SPEAKS_S = 10.0
 _LEAVES_LAST_S = 2.0
@@ -109,7 +107,7 @@ def leave_after_other_nodes(rank: int) -> None:
 
 def write_to_own_file(rank: int) -> None:
     """Where several ranks would write to one terminal: every rank but the first gets a file."""
-    if (folder := os.environ.get(RANK_LOGS)) is None or rank == 0:
+    if (folder := os.environ.get(log.RANK_LOGS)) is None or rank == 0:
         return
     log.flush()
     file = os.open(Path(folder) / f"rank-{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)

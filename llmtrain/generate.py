@@ -104,11 +104,11 @@ def load_gpt(
     folder: Path, prompt: str, format: Format, device: torch.device
 ) -> tuple[Generator, Tokenizer, list[int], int]:
     """Model, tokenizer, the ids of the prompt as samples of this format have it, and the id that ends a text."""
-    from llmtrain.models.gpt import GPT, TextGenerator
+    from llmtrain.models.gpt import GPT
 
     model, eos_id = GPT.from_folder(folder)
     tokenizer, prompt_ids = ask(folder, eos_id, format, prompt)
-    return TextGenerator(model.to(device)), tokenizer, prompt_ids, eos_id
+    return model.to(device).text_generator(), tokenizer, prompt_ids, eos_id
 
 
 def load_adapter(
@@ -116,14 +116,14 @@ def load_adapter(
 ) -> tuple[Generator, Tokenizer, list[int], int]:
     """The same of an adapter on its base, quantised as it was trained."""
     from llmtrain.models import base
-    from llmtrain.models.qlora import CachedGenerator
+    from llmtrain.models.qlora import text_generator
 
     adapter = adapters.find(folder)
     with tempfile.TemporaryDirectory() as scratch:
         eos_id = adapters.write_tokenizer(adapter, Path(scratch))
         tokenizer, prompt_ids = ask(Path(scratch), eos_id, format, prompt)
     model = adapters.attach(adapter, base.load(adapter.base, adapters.good_dtype(device), device))
-    return CachedGenerator(model, adapter.base.context), tokenizer, prompt_ids, eos_id
+    return text_generator(model, adapter.base.context), tokenizer, prompt_ids, eos_id
 
 
 def ask(folder: Path, eos_id: int, format: Format, prompt: str) -> tuple[Tokenizer, list[int]]:

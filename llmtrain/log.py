@@ -13,6 +13,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+RANK_LOGS = "LLMTRAIN_RANK_LOGS"
+"""Variable that names a folder for the output of all ranks but the first."""
 _logger = logging.getLogger("llmtrain")
 _OUTPUTS = {"stdout": 1, "stderr": 2}
 

@@ -9,11 +9,11 @@ import psutil
 from rich.console import Console
 
 from launcher import display
+from launcher.checks.draft import draft_profile
 from launcher.checks.environment import look_into
-from launcher.checks.findings import Finding, doubtful, fine, show, wrong
 from launcher.checks.places import kind_of_file_system, nearest_existing
+from launcher.findings import Finding, doubtful, fine, show, wrong
 from launcher.slurm import client
-from launcher.slurm.draft import draft_profile
 from launcher.slurm.partitions import partitions
 from llmtrain import cpu
 from llmtrain.errors import ConfigError, SlurmError

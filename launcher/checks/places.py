@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from launcher.checks.findings import Finding, Severity, fine
+from launcher.findings import Finding, Severity, fine
 
 Reach = Literal["shared", "node-local", "unknown"]
 _SHARED = {

@@ -19,8 +19,8 @@ from pathlib import Path
 
 from launcher import display
 from launcher.checks import environment
-from launcher.checks.findings import Finding, doubtful, fine, wrong
 from launcher.checks.places import can_write, check_place, nearest_existing
+from launcher.findings import Finding, doubtful, fine, wrong
 from launcher.planning import forecast
 from launcher.planning.sizes import find_sizes
 from launcher.sharding.sources import list_units

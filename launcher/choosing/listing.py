@@ -9,7 +9,7 @@ from typing import Any
 
 from launcher.display import steps as name_steps
 from launcher.display import words
-from llmtrain import choose, ledger, manifest
+from llmtrain import choose, intervals, ledger, manifest
 from llmtrain.choose import Entry, Ranking
 from llmtrain.config import RunConfig, load_config
 from llmtrain.errors import CheckpointError, RunFolderError
@@ -185,8 +185,10 @@ def missing_intervals(run: RunDir, ranked: Ranking | None) -> list[str]:
             else f"{run.losses(best.step, best.checkpoint, best.split).name} is not in service/losses"
         )
         return [f"no intervals: they need the best one's losses stretch by stretch, and {reason}"]
-    if reference.shape[1] < choose.MIN_UNITS:
-        return [f"no intervals: the held-out split has {reference.shape[1]} stretches; {choose.MIN_UNITS} are needed"]
+    if reference.shape[1] < intervals.MIN_UNITS:
+        return [
+            f"no intervals: the held-out split has {reference.shape[1]} stretches; {intervals.MIN_UNITS} are needed"
+        ]
     by_training = [e.step for e in missing if e.score.origin == "training"]
     notes = [f"no interval for {name_steps(by_training)}: training computed the loss as a whole"] if by_training else []
     wanted = choose.precision(best)

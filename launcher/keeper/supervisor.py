@@ -38,8 +38,6 @@ from llmtrain import heartbeat, ledger, log
 from llmtrain.errors import EXIT_CODES, EXIT_REQUEUE, RunFolderError, is_for_a_person
 from llmtrain.rundir import RunDir
 
-RANK_LOGS = "LLMTRAIN_RANK_LOGS"
-"""Variable that names the folder for the ranks' output (llmtrain/__main__.py)."""
 _POLL_S = 0.1
 _LOOK_S = 1.0
 _SAME_S = 0.3
@@ -182,7 +180,7 @@ class Supervisor:
         if not self._is_alone:
             self._logs.mkdir(parents=True, exist_ok=True)
         with folders_of_ranks(self._logs.parent) as (codes, beats):
-            told_to_ranks = {EXIT_CODES: str(codes), heartbeat.FOLDER: str(beats), RANK_LOGS: str(self._logs)}
+            told_to_ranks = {EXIT_CODES: str(codes), heartbeat.FOLDER: str(beats), log.RANK_LOGS: str(self._logs)}
             # A session of its own: Ctrl-C comes here alone, and is passed on once.
             process = self._process = subprocess.Popen(
                 torchrun.command(self._start, place, again),

@@ -15,7 +15,7 @@ from launcher.display import Column, fitted, one_line, say
 from launcher.report import words
 from launcher.report.facts import Facts, read_facts
 from launcher.watching.status import find_runs
-from llmtrain import choose, recipe
+from llmtrain import choose, intervals, recipe
 from llmtrain.choose import Entry
 from llmtrain.config import yaml_lines
 from llmtrain.errors import RunFolderError
@@ -51,7 +51,7 @@ class Comparison:
     contenders: list[Contender]
     """The best one first."""
     measure: Measure
-    differences: list[choose.Interval | None]
+    differences: list[intervals.Interval | None]
     """Simultaneous 95% intervals of each best checkpoint's loss minus the very best one's, where the same text was
     scored in the same precision."""
     doubts: list[str]
@@ -93,7 +93,7 @@ def compare_runs(runs: Sequence[RunDir]) -> Comparison:
     doubts = find_doubts(contenders)
     measure: Measure = "bits_per_byte" if doubts else "loss"
     contenders.sort(key=lambda c: (c.value(measure), c.label))
-    differences: list[choose.Interval | None] = [None] * len(contenders)
+    differences: list[intervals.Interval | None] = [None] * len(contenders)
     caveats: list[str] = []
     if not doubts:
         differences[1:] = _differences(contenders[0], contenders[1:])
@@ -141,7 +141,7 @@ def find_doubts(contenders: Sequence[Contender]) -> list[str]:
     return doubts
 
 
-def _differences(first: Contender, others: Sequence[Contender]) -> list[choose.Interval | None]:
+def _differences(first: Contender, others: Sequence[Contender]) -> list[intervals.Interval | None]:
     """By the comparison that ranks the checkpoints of one run (llmtrain.choose), precisions included."""
     if first.best is None:
         return [None] * len(others)
@@ -153,7 +153,7 @@ def _differences(first: Contender, others: Sequence[Contender]) -> list[choose.I
         else None
         for other in others
     )
-    return choose.compare(reference, same, len(others))
+    return intervals.compare(reference, same, len(others))
 
 
 def _caveats(first: Contender, others: Sequence[Contender]) -> list[str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.cluster import Profile, SideJob
-from launcher.slurm.client import seconds
+from launcher.walltime import seconds
 
 _EVER = 1_000_000
 """Requeues after time-outs that submitit allows: a job that makes no progress is ended by its supervisor."""

@@ -6,18 +6,17 @@ many clusters keep no accounts.
 
 import collections
 import os
-import re
 import shutil
 import subprocess
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
+from launcher.walltime import seconds
 from llmtrain.errors import SlurmError
 
 _TIMEOUT_S = 30.0
 _PING_S = 5.0
-_UNITS_S = (1, 60, 3600)
 _OVER = (
     "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "OUT_OF_MEMORY", "DEADLINE", "BOOT_FAIL",
 )  # fmt: skip
@@ -198,26 +197,6 @@ def _told_by_sacct(wanted: Iterable[str]) -> dict[str, Queued]:
         where = "" if nodes == "None assigned" else nodes
         found[job_id] = Queued(job_id, state.split()[0], _exit(code), where, from_accounts=True)
     return found
-
-
-def seconds(limit: str) -> float | None:
-    """SLURM's "[days-]hours:minutes:seconds" (or "minutes:seconds", or "minutes") in seconds; None: no limit.
-
-    Raises:
-        ValueError: it is none of these.
-    """
-    if limit.upper() in ("UNLIMITED", "INFINITE", "NOT_SET", "INVALID", "N/A", "0"):  # sbatch --time=0: no limit
-        return None
-    matched = re.fullmatch(r"(?:(\d+)-)?(\d+(?::\d+){0,2})", limit)
-    if not matched:
-        raise ValueError(f"{limit!r} is not a time such as 90, 24:00:00 or 2-12:00:00")
-    days, clock = matched.groups()
-    numbers = [int(number) for number in clock.split(":")]
-    if days is not None:  # D-HH[:MM[:SS]]
-        numbers += [0] * (3 - len(numbers))
-    elif len(numbers) == 1:
-        numbers.append(0)
-    return int(days or 0) * 86_400 + sum(n * unit for n, unit in zip(reversed(numbers), _UNITS_S, strict=False))
 
 
 def end_time(job_id: str) -> float | None:

@@ -8,7 +8,7 @@ import difflib
 from dataclasses import dataclass
 
 from launcher import display
-from launcher.checks.findings import Finding, doubtful, fine, wrong
+from launcher.findings import Finding, doubtful, fine, wrong
 from launcher.slurm.batch import JobSpec
 from launcher.slurm.partitions import Partition
 

@@ -3,7 +3,8 @@
 import re
 from dataclasses import dataclass
 
-from launcher.slurm.client import call, seconds
+from launcher.slurm.client import call
+from launcher.walltime import seconds
 
 _BACK_SOON = ("allocated", "completing", "idle", "mixed", "planned", "reserved", "blocked", "rebooting")
 

@@ -27,6 +27,7 @@ from llmtrain.data import IGNORE, Documents
 from llmtrain.errors import CheckpointError
 from llmtrain.manifest import FileInfo
 from llmtrain.models.attention import attention, kept_apart
+from llmtrain.models.cached import CachedGenerator
 from llmtrain.models.dropout import dropout
 from llmtrain.models.loss import linear_cross_entropy, token_losses
 from llmtrain.models.projections import norm_linear, norm_mlp
@@ -232,8 +233,13 @@ class GPT(nn.Module):
                 x_BTD = block(x_BTD, apart, cache, layer)
         return parts["ln_f"](x_BTD)
 
-    def text_generator(self) -> "TextGenerator":
-        return TextGenerator(self)
+    def text_generator(self) -> CachedGenerator:
+        self.eval()
+        return CachedGenerator(self._continued, self.config.context, self.lm_head.weight.device)
+
+    def _continued(self, input_ids: Tensor, cache: KVCache | None) -> tuple[Tensor, KVCache]:
+        cache = KVCache() if cache is None else cache
+        return self.logits(input_ids, cache=cache)[0, -1], cache
 
     def title(self) -> str:
         """What is trained, for people."""
@@ -308,23 +314,3 @@ class GPT(nn.Module):
             "eos_token_id": eos_id,
             "dtype": "float32",
         }
-
-
-class TextGenerator:
-    """Continues one text with a key-value cache; past the context it starts again from the last half."""
-
-    def __init__(self, model: GPT):
-        self._model, self._cache = model.eval(), KVCache()
-        self._seen: list[int] = []
-
-    @torch.no_grad()
-    def next_logits(self, input_ids: Tensor) -> Tensor:
-        """(V,) logits of the token after `input_ids` (T,), which continue what was given before."""
-        context = self._model.config.context
-        self._seen += input_ids.tolist()
-        if self._cache.length + len(input_ids) > context:
-            self._cache = KVCache()
-            self._seen = self._seen[-max(1, context // 2) :]
-            input_ids = torch.tensor(self._seen)
-        device = self._model.lm_head.weight.device
-        return self._model.logits(input_ids.to(device).unsqueeze(0), cache=self._cache)[0, -1]

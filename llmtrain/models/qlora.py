@@ -26,6 +26,7 @@ from llmtrain.errors import CheckpointError
 from llmtrain.manifest import FileInfo
 from llmtrain.models import base as bases
 from llmtrain.models import base_attention
+from llmtrain.models.cached import CachedGenerator
 from llmtrain.models.loss import linear_cross_entropy, token_losses
 
 ADAPTER = "adapter_model.safetensors"
@@ -114,9 +115,9 @@ class QLoRA(nn.Module):
         """(N, V), as the loss sees them."""
         return hidden_ND.to(self._head.dtype) @ self._head.t()
 
-    def text_generator(self) -> "CachedGenerator":
+    def text_generator(self) -> CachedGenerator:
         self.eval()  # the whole: its mode is what tells a strategy to switch back
-        return CachedGenerator(self.peft, self.config.context, self._autocast)
+        return text_generator(self.peft, self.config.context, self._autocast)
 
     def title(self) -> str:
         """What is trained, for people."""
@@ -208,31 +209,15 @@ def _numel(module: nn.Module) -> int:
     return weight.numel()
 
 
-class CachedGenerator:
-    """Continues one text, with a model in evaluation mode and transformers' key-value cache.
+def text_generator(model: Any, context: int, autocast: bool = False) -> CachedGenerator:
+    """Of a base with an adapter (a peft model) in evaluation mode, with transformers' cache."""
+    takes = "logits_to_keep" in inspect.signature(model.get_base_model().forward).parameters
+    last: dict[str, Any] = {"logits_to_keep": 1} if takes else {}  # not a vocabulary for each token of the prompt
+    device = next(model.parameters()).device
 
-    Past the context it starts again from the last half.
-    """
+    def forward(input_ids: Tensor, cache: Any) -> tuple[Tensor, Any]:
+        with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+            output = model(input_ids=input_ids, past_key_values=cache, use_cache=True, **last)
+        return output.logits[0, -1], output.past_key_values
 
-    def __init__(self, model: Any, context: int, autocast: bool = False):
-        self._model, self._context, self._autocast = model, context, autocast
-        base = model.get_base_model()
-        takes = "logits_to_keep" in inspect.signature(base.forward).parameters
-        self._last: dict[str, Any] = {"logits_to_keep": 1} if takes else {}  # not a vocabulary for each of the prompt
-        self._cache: Any = None
-        self._seen: list[int] = []
-
-    @torch.no_grad()
-    def next_logits(self, input_ids: Tensor) -> Tensor:
-        """(V,) logits of the token after `input_ids` (T,), which continue what was given before."""
-        self._seen += input_ids.tolist()
-        if len(self._seen) > self._context:
-            self._cache = None
-            self._seen = self._seen[-max(1, self._context // 2) :]
-            input_ids = torch.tensor(self._seen)
-        device = next(self._model.parameters()).device
-        inputs = input_ids.to(device).unsqueeze(0)
-        with torch.autocast(device.type, torch.bfloat16, enabled=self._autocast):
-            output = self._model(input_ids=inputs, past_key_values=self._cache, use_cache=True, **self._last)
-        self._cache = output.past_key_values
-        return output.logits[0, -1]
+    return CachedGenerator(forward, context, device)

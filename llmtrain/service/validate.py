@@ -18,13 +18,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from llmtrain import choose, devices, files, jsonl, ledger, manifest, origin, recipe, shards
-from llmtrain.choose import Losses
+from llmtrain import choose, devices, files, intervals, jsonl, ledger, manifest, origin, recipe, shards
 from llmtrain.config import RunConfig, load_config
 from llmtrain.data import IGNORE, Batch, make_batch
 from llmtrain.errors import CheckpointError, ConfigError, exit_with_code
 from llmtrain.evaluate import Score
 from llmtrain.hardware import is_bf16_fast
+from llmtrain.intervals import Losses
 from llmtrain.models import build_model
 from llmtrain.rundir import RunDir
 from llmtrain.shards import Rows, ShardSet
@@ -108,7 +108,7 @@ def validate(
             raise CheckpointError(f"{folder} was trained on other data than the shards in {data.path}")
         model.load(folder / "model")
         model.to(device).eval()
-        losses = choose.merged(by_stretch(token_losses, rows, batch_size, config), most)
+        losses = intervals.merged(by_stretch(token_losses, rows, batch_size, config), most)
         checkpoint = manifest.identity(described)
         write_losses(run.losses(step, checkpoint, split), losses)
         result = Score(losses[0].sum() / max(1.0, losses[1].sum()), int(losses[1].sum()))
@@ -157,8 +157,8 @@ def most_stretches(run: RunDir, split: ledger.Split) -> int:
     Only checkpoints with the same stretches are compared.
     """
     recorded = next(run.losses(0, "", split).parent.glob(f"*-{split}.npy"), None)
-    if recorded is None or np.load(recorded, mmap_mode="r").shape[1] <= choose.MAX_UNITS:
-        return choose.MAX_UNITS
+    if recorded is None or np.load(recorded, mmap_mode="r").shape[1] <= intervals.MAX_UNITS:
+        return intervals.MAX_UNITS
     return _MANY_STRETCHES
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import SCALARS, EventAccumulator
 
-from llmtrain import choose, ledger, log, origin, rundir
+from llmtrain import choose, intervals, ledger, log, origin, rundir
 from llmtrain.rundir import RunDir
 from llmtrain.service import plan, validate
 from llmtrain.service.beside import Companion, waiting
@@ -118,7 +118,7 @@ def test_all_scores_of_a_run_are_in_one_precision(workplace: Workplace, many: st
     assert score.how == "cpu bf16"
     losses = choose.read_losses(run, score)
     assert losses is not None
-    assert losses.shape[1] <= choose.MAX_UNITS
+    assert losses.shape[1] <= intervals.MAX_UNITS
 
 
 def test_training_ends_with_all_checkpoints_scored_and_ranked(served: RunDir):
@@ -218,11 +218,9 @@ service: {start: auto}
     check_scores(run)
 
 
-@pytest.mark.parametrize(
-    ("saves", "intervals"), [(10, (4, 3, 7)), pytest.param(30, (10, 9, 7), marks=pytest.mark.soak)]
-)
+@pytest.mark.parametrize(("saves", "rhythms"), [(10, (4, 3, 7)), pytest.param(30, (10, 9, 7), marks=pytest.mark.soak)])
 def test_the_rule_holds_here_and_on_the_hub_also_through_crashes(
-    workplace: Workplace, many: str, scored: RunDir, tmp_path: Path, saves: int, intervals: tuple[int, ...]
+    workplace: Workplace, many: str, scored: RunDir, tmp_path: Path, saves: int, rhythms: tuple[int, ...]
 ):
     if saves > len(SAVES):
         train(workplace, "run.name=very-many", f"train.steps={saves}", *MANY_SAVES)
@@ -231,8 +229,8 @@ def test_the_rule_holds_here_and_on_the_hub_also_through_crashes(
     losses = {step: score.loss for step, score in ledger.scores(scored).items() if step <= saves}
     best = sorted(losses, key=losses.__getitem__)[:2]
     # Which saves are the best is for training to say: an interval that keeps one of them anyway would show nothing.
-    reasons = {every: {saves - 1, saves, *range(every, saves + 1, every)} for every in intervals}
-    every = next(every for every in intervals if not reasons[every].issuperset(best))
+    reasons = {every: {saves - 1, saves, *range(every, saves + 1, every)} for every in rhythms}
+    every = next(every for every in rhythms if not reasons[every].issuperset(best))
     for_other_reasons = reasons[every]
     assert not for_other_reasons.issuperset(best)
     rule = {"checkpoint_keep_last": 2, "checkpoint_keep_best": 2, "checkpoint_keep_every": every}

@@ -6,7 +6,7 @@ from launcher.cluster import load_profile
 from launcher.slurm import client
 from launcher.slurm.batch import JobSpec
 from launcher.slurm.job import CommandJob
-from launcher.slurm.submit import queue_jobs
+from launcher.submitting.submit import queue_jobs
 from tests.support.runs import Workplace
 from tests.support.slurm_cluster import Cluster
 from tests.support.slurm_runs import launch, submit, wait_until, write_profile

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from llmtrain import choose, jsonl, ledger, manifest
+from llmtrain import intervals, jsonl, ledger, manifest
 from llmtrain.config import load_config, resolved_yaml
 from llmtrain.config.schema import RunConfig
 from llmtrain.ledger import Score, Split, Upload
@@ -65,7 +65,7 @@ def train(run: RunDir, steps: int, every: int = 10) -> None:
         jsonl.append(run.metrics, [{"step": step, "loss": 4.0 - step / 1000, **seen}])
 
 
-def score(run: RunDir, step: int, losses: choose.Losses | float, split: Split = "heldout") -> Score:
+def score(run: RunDir, step: int, losses: intervals.Losses | float, split: Split = "heldout") -> Score:
     """As the service records it: from disk with losses by stretch, or training's with one number."""
     identity = manifest.identity(manifest.read(run.checkpoint(step)))
     loss = losses if isinstance(losses, float) else float(losses[0].sum() / losses[1].sum())
@@ -108,7 +108,7 @@ def upload(run: RunDir, step: int, repo: str = "ada/gpt", removed: bool = False)
     ledger.append(run.uploads, record)
 
 
-def stretches(shift: float, count: int = 200, noise: float = 0.0, seed: int = 0) -> choose.Losses:
+def stretches(shift: float, count: int = 200, noise: float = 0.0, seed: int = 0) -> intervals.Losses:
     """Losses by stretch of a model whose loss is `shift` above that of the model with 0.
 
     Args:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmtrain import choose, ledger
+from llmtrain import choose, intervals, ledger
 from llmtrain.choose import Entry, Ranking
 from llmtrain.ledger import Score
 from llmtrain.rundir import RunDir
@@ -104,10 +104,10 @@ def test_a_checkpoint_whose_manifest_cannot_be_read_is_not_proposed(run: RunDir)
 
 
 def test_too_few_stretches_give_no_interval_and_no_tie(run: RunDir):
-    saved_and_scored(run, {100: 0.001, 200: 0.0}, count=choose.MIN_UNITS - 1)
+    saved_and_scored(run, {100: 0.001, 200: 0.0}, count=intervals.MIN_UNITS - 1)
     assert [e.difference for e in ranked(run).entries] == [None, None]
     assert ranked(run).proposed.step == ranked(run).best.step
-    saved_and_scored(run, {300: -0.999, 400: -1.0}, count=choose.MIN_UNITS)
+    saved_and_scored(run, {300: -0.999, 400: -1.0}, count=intervals.MIN_UNITS)
     assert sum(e.difference is not None for e in ranked(run).entries) == 1  # the older two are of another text
 
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from launcher.checks import doctor, places
-from launcher.checks.findings import Finding
+from launcher.checks import doctor, draft, places
 from launcher.cluster import Profile, load_profile
-from launcher.slurm import client, draft, partitions
+from launcher.findings import Finding
+from launcher.slurm import client, partitions
 from llmtrain.errors import ConfigError, SlurmError
 from tests.support.runs import environment
 

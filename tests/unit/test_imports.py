@@ -14,8 +14,8 @@ CONTRACTS = [
     "log", "errors", "files", "jsonl", "locks", "heartbeat", "config.yaml_lines", "config.section",
     "config.data_sections", "config.model_sections", "config.service_sections", "config.schema", "config.explain",
     "config.load", "config", "config.reference", "rundir", "shards", "manifest", "recipe", "batches", "memory",
-    "base_facts", "memory_lora", "ledger", "choose", "retention", "summary", "origin", "gpus", "cpu", "prompts",
-    "access_tokens",
+    "base_facts", "memory_lora", "ledger", "intervals", "choose", "retention", "summary", "origin", "gpus", "cpu",
+    "prompts", "access_tokens",
 ]  # fmt: skip
 PROCESS = ["devices", "world", "stop"]
 PARTS = ["models", "data", "optim", "metrics", "evaluate", "task", "hardware", "progress", "tensorboard", "tensorfile"]
@@ -36,6 +36,13 @@ TOP = [
 # which alone may import models; `hub` and what it uses are the only ones that import huggingface_hub.
 SERVICE = ["service", "tensorboard"]
 SCORES = ["models", "data", "evaluate", "hardware", "strategies", "service", "devices"]
+
+
+# The launcher's parts: each may import those before it.
+LAUNCHER = [
+    "display", "findings", "walltime", "jobs", "cluster", "keeper", "sharding", "planning", "slurm", "checks",
+    "submitting", "choosing", "watching", "report", "stop", "cli_report", "cli_plan", "cli_jobs", "cli", "__main__",
+]  # fmt: skip
 
 
 def modules(package: str) -> dict[str, Path]:
@@ -160,6 +167,14 @@ def test_the_launcher_imports_only_contracts():
     for name, path in modules("launcher").items():
         used = {top(module) for module in llmtrain_imports(path)}
         assert used <= set(CONTRACTS), f"launcher/{name} must not import {used - set(CONTRACTS)}"
+
+
+@pytest.mark.parametrize("name", [name for name in modules("launcher") if name])
+def test_the_launchers_parts_import_only_those_before_them(name: str):
+    part = name.split(".", maxsplit=1)[0]
+    used = imported(modules("launcher")[name])
+    parts = {module.split(".")[1] for module in used if module.startswith("launcher.")} - {part}
+    assert parts <= set(LAUNCHER[: LAUNCHER.index(part)])
 
 
 def test_modules_stay_small():

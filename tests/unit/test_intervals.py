@@ -13,7 +13,7 @@ from rich.console import Console
 
 from launcher.choosing import listing
 from launcher.report.compare import compare, compare_runs
-from llmtrain import choose, ledger
+from llmtrain import intervals, ledger
 from llmtrain.rundir import RunDir
 from tests.support.checkpoint_runs import TARGETS, make_run, save, score, stretches
 
@@ -22,7 +22,7 @@ def above_the_best(losses: NDArray[np.float64]) -> list[bool]:
     """Of (K, S) losses of single tokens, which rows are called worse than the lowest one."""
     best = losses.sum(1).argmin()
     deltas = np.delete(losses - losses[best], best, axis=0)
-    return [low > 0 for low, _ in choose.intervals(deltas, np.ones(losses.shape[1]))]
+    return [low > 0 for low, _ in intervals.simultaneous(deltas, np.ones(losses.shape[1]))]
 
 
 # ------------------------------------------------------------------------------------------------ one against the best
@@ -30,15 +30,15 @@ def above_the_best(losses: NDArray[np.float64]) -> list[bool]:
 
 def test_a_difference_that_is_the_same_everywhere_is_certain():
     targets = np.random.default_rng(0).integers(1, 200, 50).astype(float)
-    [(low, high)] = choose.intervals(0.25 * targets[None], targets)
+    [(low, high)] = intervals.simultaneous(0.25 * targets[None], targets)
     assert (low, high) == pytest.approx((0.25, 0.25))
 
 
 def test_identical_losses_are_a_tie_and_do_not_widen_the_others():
     targets = np.full(50, 3.0)
     other = np.random.default_rng(0).normal(0.1, 1, (1, 50))
-    [alone] = choose.intervals(other, targets)
-    same, also, beside, twin = choose.intervals(np.concatenate([np.zeros((2, 50)), other, other]), targets)
+    [alone] = intervals.simultaneous(other, targets)
+    same, also, beside, twin = intervals.simultaneous(np.concatenate([np.zeros((2, 50)), other, other]), targets)
     assert same == also == (0.0, 0.0)
     assert beside == twin == pytest.approx(alone)
 
@@ -49,19 +49,19 @@ def test_on_many_stretches_it_is_the_normal_interval():
     delta = targets * generator.normal(0.02, 0.2, 2000)
     ratio = delta.sum() / targets.sum()
     error = np.sqrt(((delta - ratio * targets) ** 2).sum()) / targets.sum()  # of a ratio of two sums
-    [(low, high)] = choose.intervals(delta[None], targets)
+    [(low, high)] = intervals.simultaneous(delta[None], targets)
     assert (low, high) == pytest.approx((ratio - 1.96 * error, ratio + 1.96 * error), abs=0.12 * error)
 
 
 def test_more_stretches_than_blocks_are_added_up_to_the_same_interval():
     """Give or take: a spread known from so few blocks is itself uncertain by an eighth, so many cases are averaged."""
     generator = np.random.default_rng(2)
-    count = 3 * choose.MAX_UNITS + 17
+    count = 3 * intervals.MAX_UNITS + 17
     reference = np.stack([np.full(count, 200.0), np.full(count, 64.0)])
     error, found, means = 0.3 / np.sqrt(count), [], []
     for _ in range(40):
         delta = 64 * generator.normal(0.01, 0.3, count)
-        found += choose.compare(reference, [np.add(reference, [delta, np.zeros(count)])], 1)
+        found += intervals.compare(reference, [np.add(reference, [delta, np.zeros(count)])], 1)
         means.append(delta.mean() / 64)
     low, high = np.mean(found, axis=0)
     assert (low, high) == pytest.approx(
@@ -80,7 +80,7 @@ def test_neighbours_that_resemble_each_other_do_not_count_as_so_much_text():
             noise[:, place] = 0.7 * noise[:, place - 1] + np.sqrt(1 - 0.7**2) * noise[:, place]
         losses = [np.stack([64 * (3 + 0.5 * row), np.full(row.size, 64.0)]) for row in noise]
         best = losses.pop(int(noise.sum(1).argmin()))
-        called.append(any(found is not None and found[0] > 0 for found in choose.compare(best, losses, len(losses))))
+        called.append(any(found is not None and found[0] > 0 for found in intervals.compare(best, losses, len(losses))))
     assert np.mean(called) <= 0.11
 
 
@@ -92,24 +92,24 @@ def test_a_few_long_documents_do_not_make_it_sure(count: int):
         tokens = np.round(100 * np.exp(generator.normal(0, 1.5, count))) + 1
         losses = [np.stack([tokens * row, tokens]) for row in generator.normal(3, 0.5, (10, count))]
         best = losses.pop(int(np.argmin([row.sum() for row, _ in losses])))
-        called.append(any(found is not None and found[0] > 0 for found in choose.compare(best, losses, len(losses))))
+        called.append(any(found is not None and found[0] > 0 for found in intervals.compare(best, losses, len(losses))))
     assert np.mean(called) <= 0.09
 
 
-@pytest.mark.parametrize(("count", "least"), [(choose.MIN_UNITS, 0.91), (60, 0.92)])
+@pytest.mark.parametrize(("count", "least"), [(intervals.MIN_UNITS, 0.91), (60, 0.92)])
 def test_it_covers_the_true_difference_in_about_95_of_100_cases(count: int, least: float):
     generator = np.random.default_rng(3)
     truth = 0.01
     targets = generator.integers(32, 128, count).astype(float)
     deltas = targets * generator.normal(truth, 0.1, (300, count))
-    found = [choose.intervals(delta[None], targets)[0] for delta in deltas]
+    found = [intervals.simultaneous(delta[None], targets)[0] for delta in deltas]
     assert least <= np.mean([low <= truth <= high for low, high in found]) <= 0.98
 
 
 def test_a_stretch_is_as_heavy_as_its_tokens():
     """Two stretches that differ by +1 and -1 a token: the sign is that of the one with more of them."""
     targets = np.tile([3.0 * TARGETS, 1.0 * TARGETS], 100)
-    [(low, high)] = choose.intervals((targets * np.tile([1.0, -1.0], 100))[None], targets)
+    [(low, high)] = intervals.simultaneous((targets * np.tile([1.0, -1.0], 100))[None], targets)
     assert 0.3 < low < 0.5 < high < 0.7
 
 
@@ -121,18 +121,20 @@ def test_a_stretch_is_as_heavy_as_its_tokens():
 )
 def test_the_interval_is_ordered_seeded_and_scales(deltas: list[int], factor: float, seed: int):
     delta, targets = np.array(deltas, float)[None], np.full(len(deltas), 3.0)
-    [(low, high)] = choose.intervals(delta, targets, seed)
+    [(low, high)] = intervals.simultaneous(delta, targets, seed)
     assert low <= delta.mean() / 3 + 1e-9
     assert high >= delta.mean() / 3 - 1e-9
-    assert choose.intervals(delta, targets, seed) == [(low, high)]
-    assert choose.intervals(-delta, targets, seed)[0] == pytest.approx((-high, -low))
-    assert choose.intervals(factor * delta, targets, seed)[0] == pytest.approx((factor * low, factor * high), abs=1e-6)
+    assert intervals.simultaneous(delta, targets, seed) == [(low, high)]
+    assert intervals.simultaneous(-delta, targets, seed)[0] == pytest.approx((-high, -low))
+    assert intervals.simultaneous(factor * delta, targets, seed)[0] == pytest.approx(
+        (factor * low, factor * high), abs=1e-6
+    )
 
 
 # ------------------------------------------------------------------------------------------------ many against the best
 
 
-@pytest.mark.parametrize(("many", "count", "times"), [(2, 60, 200), (10, 60, 200), (10, choose.MIN_UNITS, 200)])
+@pytest.mark.parametrize(("many", "count", "times"), [(2, 60, 200), (10, 60, 200), (10, intervals.MIN_UNITS, 200)])
 def test_of_equal_checkpoints_hardly_ever_is_any_called_worse(many: int, count: int, times: int):
     """The lowest of ten is lower than most by luck: compared with it one by one, one is called worse in 65 of 100
     cases. Nine is 5 and two and a half standard errors of a simulation this long."""
@@ -152,8 +154,8 @@ def test_losses_that_are_not_finite_have_no_interval_and_change_none():
     reference = np.stack([np.full(50, 200.0), np.full(50, 64.0)])
     other = np.add(reference, [np.random.default_rng(0).normal(0.1, 1, 50), np.zeros(50)])
     broken = [np.add(reference, [np.r_[value, np.zeros(49)], np.zeros(50)]) for value in (np.nan, np.inf)]
-    assert choose.compare(reference, [*broken, other], 3) == [None, None, *choose.compare(reference, [other], 1)]
-    assert choose.compare(broken[0], [reference], 1) == [None]
+    assert intervals.compare(reference, [*broken, other], 3) == [None, None, *intervals.compare(reference, [other], 1)]
+    assert intervals.compare(broken[0], [reference], 1) == [None]
 
 
 def test_five_hundred_checkpoints_take_little_memory():
@@ -161,7 +163,7 @@ def test_five_hundred_checkpoints_take_little_memory():
     generator = np.random.default_rng(9)
     others = (np.add(reference, [generator.normal(0.1, 1, 2048), np.zeros(2048)]) for _ in range(499))
     tracemalloc.start()
-    found = choose.compare(reference, others, 499)
+    found = intervals.compare(reference, others, 499)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert None not in found
@@ -171,7 +173,7 @@ def test_five_hundred_checkpoints_take_little_memory():
 # ------------------------------------------------------------------------------------------------ two precisions
 
 
-def rescored(run: RunDir, step: int, losses: choose.Losses, how: str) -> None:
+def rescored(run: RunDir, step: int, losses: intervals.Losses, how: str) -> None:
     ledger.append(run.scores, score(run, step, losses).model_copy(update={"how": how}))
 
 
@@ -225,10 +227,10 @@ def test_the_best_of_many_runs_is_not_surely_the_best(tmp_path: Path):
 
 def test_on_few_stretches_it_is_hardly_wider_than_students():
     """Narrower it would call too much sure; and with 16 stretches all that keeps intervals wide enough counts."""
-    generator, count = np.random.default_rng(11), choose.MIN_UNITS
+    generator, count = np.random.default_rng(11), intervals.MIN_UNITS
     students = 2.1314 / np.sqrt(count)  # t of 15 degrees of freedom, at 97.5%
     found: list[float] = []
     for seed, delta in enumerate(generator.normal(0, 1, (100, count))):
-        [(low, high)] = choose.intervals(delta[None], np.ones(count), seed)
+        [(low, high)] = intervals.simultaneous(delta[None], np.ones(count), seed)
         found.append((high - low) / 2 / delta.std(ddof=1) / students)
     assert 1.0 < np.mean(found) < 1.05

@@ -16,7 +16,7 @@ from llmtrain.errors import CheckpointError
 from llmtrain.evaluate import continue_text, sample_token
 from llmtrain.models import loss as loss_module
 from llmtrain.models.attention import _flash
-from llmtrain.models.gpt import GPT, TextGenerator
+from llmtrain.models.gpt import GPT
 from llmtrain.models.loss import linear_cross_entropy
 from llmtrain.shards import Rows
 from llmtrain.strategies.forward import allow_graphs, evaluation_loss
@@ -167,7 +167,7 @@ def test_packed_loss_is_the_sum_of_the_documents_losses():
 def test_generation_with_the_cache_equals_generation_without():
     model = GPT(SMALL, 100, seed=1).eval()
     prompt, greedy = [1, 2, 3], SampleSection(temperature=0.0, tokens=18)
-    cached = list(continue_text(TextGenerator(model), prompt, greedy, seed=0))
+    cached = list(continue_text(model.text_generator(), prompt, greedy, seed=0))
     ids = list(prompt)
     with torch.no_grad():
         for _ in range(18):
@@ -177,9 +177,9 @@ def test_generation_with_the_cache_equals_generation_without():
 
 def test_generation_goes_on_past_the_context():
     model = GPT(SMALL, 100, seed=1).eval()
-    ids = list(continue_text(TextGenerator(model), list(range(60)), SampleSection(tokens=60), seed=0))
+    ids = list(continue_text(model.text_generator(), list(range(60)), SampleSection(tokens=60), seed=0))
     assert len(ids) == 60
-    again = list(continue_text(TextGenerator(model), list(range(60)), SampleSection(tokens=60), seed=0))
+    again = list(continue_text(model.text_generator(), list(range(60)), SampleSection(tokens=60), seed=0))
     assert ids == again
 
 

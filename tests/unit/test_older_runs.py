@@ -12,8 +12,8 @@ from launcher.cluster import Profile
 from launcher.keeper import one_machine
 from launcher.keeper.supervisor import Rules
 from launcher.keeper.torchrun import Start
-from launcher.slurm import submit
 from launcher.slurm.batch import JobSpec
+from launcher.submitting import submit
 from llmtrain import assemble, log
 from llmtrain.config import load_to_start
 from llmtrain.errors import ConfigError, DataMismatch

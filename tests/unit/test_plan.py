@@ -12,9 +12,9 @@ import pytest
 
 from launcher.cluster import Profile
 from launcher.planning import forecast
-from launcher.planning.plan_job import Wishes, find_job, find_nodes, machine_for, train_seconds
 from launcher.slurm.limits import Request
-from launcher.slurm.submit import Order
+from launcher.submitting.plan_job import Wishes, find_job, find_nodes, machine_for, train_seconds
+from launcher.submitting.submit import Order
 from llmtrain.batches import BatchPlan
 from llmtrain.config import load_config
 from llmtrain.config.schema import RunConfig

@@ -12,9 +12,9 @@ from rich.console import Console
 
 from launcher.checks import preflight
 from launcher.checks.environment import look_into, read_torch
-from launcher.checks.findings import Finding, NotQueued, fine, settle, wrong
 from launcher.checks.places import find_place, kind_of_file_system
 from launcher.cluster import Profile, SideJob
+from launcher.findings import Finding, NotQueued, fine, settle, wrong
 from launcher.slurm import partitions as told_by_slurm
 from launcher.slurm.batch import JobSpec
 from launcher.slurm.limits import check_limits

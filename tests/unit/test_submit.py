@@ -10,9 +10,10 @@ from rich.console import Console
 
 from launcher.checks import preflight
 from launcher.jobs import JobDir, JobRecord
-from launcher.slurm import batch, submit
+from launcher.slurm import batch
 from launcher.slurm.batch import JobSpec
-from launcher.slurm.command import Wishes, order_of
+from launcher.submitting import submit
+from launcher.submitting.command import Wishes, order_of
 from llmtrain.errors import ConfigError, SlurmError
 from llmtrain.rundir import RunDir
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from launcher.sharding.build import build
-from llmtrain import choose, ledger
+from llmtrain import choose, intervals, ledger
 from llmtrain.errors import CheckpointError
 from llmtrain.evaluate import Score
 from llmtrain.rundir import RunDir
@@ -27,11 +27,14 @@ def run(tmp_path: Path) -> RunDir:
 
 
 def test_no_more_stretches_are_recorded_than_are_compared(run: RunDir):
-    assert validate.most_stretches(run, "heldout") == choose.MAX_UNITS
-    all_of_it = stretches(0.0, count=3 * choose.MAX_UNITS + 5), stretches(0.1, 3 * choose.MAX_UNITS + 5, noise=0.03)
+    assert validate.most_stretches(run, "heldout") == intervals.MAX_UNITS
+    all_of_it = (
+        stretches(0.0, count=3 * intervals.MAX_UNITS + 5),
+        stretches(0.1, 3 * intervals.MAX_UNITS + 5, noise=0.03),
+    )
     found: list[tuple[float, float]] = []
-    for most in (1 << 16, choose.MAX_UNITS):
-        best, other = (choose.merged(losses, most) for losses in all_of_it)
+    for most in (1 << 16, intervals.MAX_UNITS):
+        best, other = (intervals.merged(losses, most) for losses in all_of_it)
         assert best.shape[1] <= most
         (interval,) = choose.differences(run, score(run, 100, best), [score(run, 200, other)])
         assert interval is not None
@@ -41,12 +44,12 @@ def test_no_more_stretches_are_recorded_than_are_compared(run: RunDir):
 
 def test_a_run_with_more_of_them_goes_on_as_it_began(run: RunDir):
     score(run, 100, stretches(0.0, count=200), split="test")
-    score(run, 100, stretches(0.0, count=choose.MAX_UNITS + 1))
+    score(run, 100, stretches(0.0, count=intervals.MAX_UNITS + 1))
     most = validate.most_stretches(run, "heldout")
-    assert validate.most_stretches(run, "test") == choose.MAX_UNITS
+    assert validate.most_stretches(run, "test") == intervals.MAX_UNITS
     old = choose.read_losses(run, ledger.scores(run)[100])
     assert old is not None
-    assert np.array_equal(choose.merged(old, most), old)
+    assert np.array_equal(intervals.merged(old, most), old)
 
 
 def test_the_first_score_says_in_which_precision_the_others_are_computed(run: RunDir):

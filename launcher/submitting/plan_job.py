@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 
 from launcher import display
 from launcher.planning.plan import GB, Machine, find_machine, num_ranks
-from launcher.slurm.client import seconds
+from launcher.walltime import seconds
 from llmtrain.errors import ConfigError
 
 if TYPE_CHECKING:
-    from launcher.slurm.submit import Order
+    from launcher.submitting.submit import Order
 
 _SIGNAL_S = 120.0
 """Where no profile tells how long before its limit a job saves."""
@@ -49,7 +49,7 @@ def find_job(wishes: Wishes) -> Order | None:
         raise ConfigError(problems)
     if wishes.cluster is None:
         return None
-    from launcher.slurm import command
+    from launcher.submitting import command
 
     return command.order_of(
         command.Wishes(
@@ -99,6 +99,6 @@ def train_seconds(wishes: Wishes, job: Order | None) -> float | None:
 
 def script_for(words: list[str], job: Order) -> str:
     """The batch script that `llmtrain submit` would queue."""
-    from launcher.slurm import submit
+    from launcher.submitting import submit
 
     return submit.preview(words, job, sweep=[])

@@ -6,10 +6,11 @@ from pathlib import Path
 
 from rich.console import Console
 
+from launcher import walltime
 from launcher.cluster import load_profile
-from launcher.slurm import client, submit
 from launcher.slurm.limits import Request
-from launcher.slurm.submit import Order
+from launcher.submitting import submit
+from launcher.submitting.submit import Order
 from llmtrain.errors import ConfigError
 
 
@@ -54,7 +55,7 @@ def order_of(wishes: Wishes) -> Order:
 
 def _check_time(limit: str) -> None:
     try:
-        client.seconds(limit or "0")
+        walltime.seconds(limit or "0")
     except ValueError as error:
         raise ConfigError([f"--time {error} (minutes, hours:minutes:seconds, days-hours:minutes:seconds)"]) from None
 

@@ -12,11 +12,11 @@ from typing import Any
 
 from rich.console import Console
 
-from launcher.checks.findings import settle
 from launcher.cluster import Profile
+from launcher.findings import settle
 from launcher.jobs import JobDir, JobRecord, Kind
 from launcher.keeper.supervisor import Rules
-from launcher.slurm import batch
+from launcher.slurm import batch, client
 from launcher.slurm.batch import JobSpec
 from launcher.slurm.job import CommandJob, ServiceJob, TrainJob
 from launcher.slurm.limits import Request
@@ -274,8 +274,6 @@ def forget_overrides(parameters: dict[str, Any]) -> None:
 
 def refuse_if_queued(run: RunDir) -> None:
     """Two jobs of one run would take turns at failing."""
-    from launcher.slurm import client
-
     last = JobDir.of(run).last("train")
     told = client.queue([last.job_id]).get(last.job_id) if last is not None else None
     if told is not None and not told.is_over:

@@ -1,0 +1,1 @@
+"""`llmtrain submit`: what is asked for -> jobs in the queue."""
