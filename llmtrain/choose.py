@@ -180,6 +180,8 @@ class Overfitting:
     last: Entry
     began: bool
     """The last checkpoint is worse than the best one by more than chance explains."""
+    is_known: bool = True
+    """At least two checkpoints are scored."""
 
     @property
     def rise(self) -> float:
@@ -192,6 +194,8 @@ class Overfitting:
     def describe(self) -> str:
         """One or two sentences for people."""
         best, last = self.best, self.last
+        if not self.is_known:
+            return "not known: it takes two checkpoints with a held-out loss"
         if best is last:
             return "none seen: the last checkpoint is the best one"
         how_far = f"{self.epochs_past:.2f} epochs past it the held-out loss is higher by {self.rise:.4f}"
@@ -213,7 +217,7 @@ def overfitting(ranked: Ranking) -> Overfitting:
     best, last = ranked.best, ranked.entries[-1]
     rise = last.score.loss / best.score.loss if best.score.loss > 0 else 1.0
     began = rise > RISE if last.difference is None else last.difference[0] > 0 and rise > _SURE_RISE
-    return Overfitting(best, last, began and last is not best)
+    return Overfitting(best, last, began and last is not best, is_known=len(ranked.entries) > 1)
 
 
 class EarlyStop(pydantic.BaseModel):

@@ -16,6 +16,7 @@ class Summary:
     steps: int
     epochs: float
     first_heldout: float
+    first_step: int
     last_heldout: float
     lowest_heldout: float
     lowest_step: int
@@ -41,11 +42,12 @@ def summarise(run: RunDir) -> Summary | None:
     ranked = choose.ranking(run)
     best, best_loss, reason = _choose(run, ranked, evaluations)
     last_train_loss = last.get("train_loss", metrics[-1]["loss"])
-    overfits, overfitting = _overfitting(ranked, lowest, last, last_train_loss)
+    overfits, overfitting = _overfitting(ranked, evaluations, lowest, last_train_loss)
     return Summary(
         steps=metrics[-1]["step"],
         epochs=metrics[-1]["epoch"],
         first_heldout=evaluations[0]["loss"],
+        first_step=evaluations[0]["step"],
         last_heldout=last["loss"],
         lowest_heldout=lowest["loss"],
         lowest_step=lowest["step"],
@@ -60,12 +62,14 @@ def summarise(run: RunDir) -> Summary | None:
 
 
 def _overfitting(
-    ranked: Ranking | None, lowest: dict[str, Any], last: dict[str, Any], last_train_loss: float
+    ranked: Ranking | None, evaluations: list[dict[str, Any]], lowest: dict[str, Any], last_train_loss: float
 ) -> tuple[bool, str]:
-    """Whether, and in words: of the scored checkpoints, as everywhere else; without any, of training's evaluations."""
-    if ranked is not None:
-        verdict = choose.overfitting(ranked)
+    """Whether, and in words: of the scored checkpoints; of fewer than two, of training's evaluations."""
+    first, last = evaluations[0], evaluations[-1]
+    if ranked is not None and (verdict := choose.overfitting(ranked)).is_known:
         return verdict.began, verdict.describe()
+    if last["step"] == first["step"]:
+        return False, "not known: the held-out loss was measured once"
     if last["step"] > lowest["step"] and last["loss"] > lowest["loss"] * choose.RISE:
         return True, (
             f"began at step {lowest['step']} (epoch {lowest['epoch']:.2f}): since then the held-out loss rose by "
@@ -91,9 +95,10 @@ def _choose(
 
 def describe(run: RunDir, summary: Summary) -> str:
     """The summary for a terminal."""
+    first = f"step {summary.first_step}" if summary.first_step else "the start"
     lines = [
         f"{summary.steps} steps, {summary.epochs:.2f} epochs",
-        f"held-out loss   {summary.first_heldout:.4f} at the start -> {summary.last_heldout:.4f} at the end, "
+        f"held-out loss   {summary.first_heldout:.4f} at {first} -> {summary.last_heldout:.4f} at the end, "
         f"lowest {summary.lowest_heldout:.4f} at step {summary.lowest_step} (epoch {summary.lowest_epoch:.2f})",
         f"overfitting     {summary.overfitting}",
     ]

@@ -158,9 +158,9 @@ def _overfits(facts: Facts) -> bool:
 
 
 def _overfitting(facts: Facts) -> list[str | None]:
-    if facts.ranking is None or len(facts.ranking.entries) < 2:
+    verdict = None if facts.ranking is None else choose.overfitting(facts.ranking)
+    if verdict is None or not verdict.is_known:
         return ["Not known yet", "It takes two checkpoints with a held-out loss."]
-    verdict = choose.overfitting(facts.ranking)
     said = verdict.describe()
     big = f"Began after step {verdict.best.step:,}" if verdict.began else "None seen"
     told = said if verdict.began else said.partition(": ")[2] or said

@@ -62,6 +62,20 @@ def test_no_overfitting_where_there_is_none(tmp_path: Path):
     assert "none seen" in summary.describe(run, found)
 
 
+def test_one_measurement_says_nothing_of_overfitting(tmp_path: Path):
+    run = checkpoint_runs.make_run(tmp_path / "run")
+    checkpoint_runs.train(run, 300)
+    save(run, 300, 3.0)
+    found = summary.summarise(run)
+    assert found is not None
+    assert "3.0000 at step 300 -> 3.0000 at the end" in summary.describe(run, found)
+    assert "not known: the held-out loss was measured once" in summary.describe(run, found)
+    score(run, 300, stretches(0.0))
+    ranked = choose.ranking(run)
+    assert ranked is not None
+    assert choose.overfitting(ranked).describe() == "not known: it takes two checkpoints with a held-out loss"
+
+
 @pytest.mark.parametrize(("rise", "noise", "began"), [(0.025, 0.005, True), (0.1, 2.0, False)])
 def test_overfitting_is_what_the_ranking_says(tmp_path: Path, rise: float, noise: float, began: bool):
     """A rise of 0.8% that chance does not explain, and one of 3% that it does: training's evaluations with their 1%
