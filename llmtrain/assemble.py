@@ -4,29 +4,28 @@ import contextlib
 import gc
 import json
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
-import torch
 
-from llmtrain import checkpoint, choose, devices, files, heartbeat, log, manifest, origin, prompts, recipe, shards
-from llmtrain.base_facts import check_place
-from llmtrain.batches import ANY_ROWS, BatchPlan, plan_batches
-from llmtrain.config import RunConfig, load_config, load_to_start, resolved_yaml
+from llmtrain import checkpoint, files, heartbeat, log, manifest, prompts, recipe, shards
+from llmtrain.batches import BatchPlan, plan_batches
+from llmtrain.config import RunConfig, load_to_start, resolved_yaml
 from llmtrain.config.data_sections import Format
-from llmtrain.config.load import Origins, auto_is_fp32, with_precision
+from llmtrain.config.load import Origins, with_precision
 from llmtrain.data import Loader, make_batch
-from llmtrain.errors import EXIT_REQUEUE, ConfigError, NotFinite, disk_errors
+from llmtrain.errors import EXIT_REQUEUE, NotFinite, disk_errors
 from llmtrain.evaluation import make_evaluate, make_sampler, make_task
 from llmtrain.finish import become_finish
-from llmtrain.hardware import is_bf16_fast
 from llmtrain.manifest import FileInfo, TrainState
 from llmtrain.metrics import Meter
 from llmtrain.models import GPT, build_model
 from llmtrain.out_of_memory import explained
-from llmtrain.prepare import check_resumable, check_same_base, failures_noted, prepare_run, prepare_shards
+from llmtrain.prepare import failures_noted
 from llmtrain.progress import Progress
+from llmtrain.rank0 import Prepared, early_stop, prepare
 from llmtrain.rundir import RunDir
 from llmtrain.saver import Saver
 from llmtrain.service.beside import Companion
@@ -52,14 +51,15 @@ def run(file: str | None, overrides: list[str]) -> int:
     run_dir = RunDir(Path(config.run.dir) / config.run.name)
     locks: list[IO[str]] = []  # held until the process ends
     companion = Companion(run_dir, config)
-    prepared = world.rank0_first("prepare", lambda: prepare(config, origins, world, run_dir, locks, companion))
-    config = with_precision(config, prepared["precision"])
+    told = world.rank0_first("prepare", lambda: asdict(prepare(config, origins, world, run_dir, locks, companion)))
+    prepared = Prepared(**told)
+    config = with_precision(config, prepared.precision)
     with failures_noted(run_dir) if world.is_main else contextlib.nullcontext():
         return go_on(config, origins, world, run_dir, prepared, companion)
 
 
 def go_on(
-    config: RunConfig, origins: Origins, world: World, run_dir: RunDir, prepared: dict[str, Any], companion: Companion
+    config: RunConfig, origins: Origins, world: World, run_dir: RunDir, prepared: Prepared, companion: Companion
 ) -> int:
     """Collective. Train what rank 0 has prepared."""
     looks = world.is_main and config.service.patience is not None
@@ -72,7 +72,7 @@ def go_on(
     gc.enable()  # __main__ has switched it off
     with disk_errors("run folder", run_dir.path):
         try:
-            if prepared["early_stop"] is None:
+            if prepared.early_stop is None:
                 with explained(config, origins, world, lambda: parts.meter.has_observed):
                     state = train(parts, state)
         except NotFinite as error:
@@ -83,7 +83,7 @@ def go_on(
         finally:
             parts.loader.close()
             parts.meter.close()
-    finished = state.step >= parts.plan.total_steps or stop.early_stop or prepared["early_stop"] is not None
+    finished = state.step >= parts.plan.total_steps or stop.early_stop or prepared.early_stop is not None
     if world.is_main and not finished:
         say_stopped(parts, state)
     heartbeat.at("ending", watched=False)
@@ -95,110 +95,13 @@ def go_on(
     return 0 if finished else EXIT_REQUEUE
 
 
-def settle_precision(config: RunConfig, run_dir: RunDir, device: torch.device) -> RunConfig:
-    """Replace `auto`: by what the run began in where it resumes, else by what this machine is fast at.
-
-    A requeued job may get a node with another processor; and the run folder should say what was computed.
-    """
-    if config.train.precision != "auto":
-        return config
-    precision = "bf16" if is_bf16_fast(device) and not auto_is_fp32(config) else "fp32"
-    if config.run.resume != "never" and run_dir.checkpoint_steps():
-        with contextlib.suppress(ConfigError):  # which prepare_run will say
-            began_in = load_config(run_dir.config)[0].train.precision
-            if began_in != precision:
-                log.warning(
-                    f"precision  {began_in}, as this run began; on this machine a new one would take {precision}"
-                )
-            precision = began_in
-    return with_precision(config, precision)
-
-
-def prepare(
-    config: RunConfig, origins: Origins, world: World, run_dir: RunDir, locks: list[IO[str]], companion: Companion
-) -> dict[str, Any]:
-    """On rank 0, before any process group: shards, lock, run folder, checkpoint. Returns plain data."""
-    config = settle_precision(config, run_dir, world.device)
-    check_resumable(run_dir, config, origins)  # this and the next before hours of sharding
-    check_device(config, origins, world.device)
-    check_place(config, origins)
-    check_base(config, None)
-    plan_batches(config, origins, world.size, ANY_ROWS)
-    data = prepare_shards(config)
-    check_base(config, data.manifest.tokenizer.vocab_size)
-    base_folder = fetch_base(config)
-    plan = plan_batches(config, origins, world.size, data.manifest.splits["train"].rows)  # before touching the run
-    with disk_errors("run folder", run_dir.path):
-        locks.append(run_dir.lock())
-        if config.run.resume == "never" and run_dir.config.exists():
-            log.info(f"run.resume=never: the old run is now in {run_dir.move_aside()}")
-            locks.append(run_dir.lock())  # the first one went with the old folder
-        step = prepare_run(run_dir, config, origins, data, plan.total_steps)
-        log.also_to_file(run_dir.log)
-        with failures_noted(run_dir):
-            if base_folder is not None:
-                check_same_base(run_dir, base_folder, resuming=step is not None)
-            origin.note(run_dir, world.device.type, world.local_size)
-    if config.service.start == "auto":
-        companion.start()
-    return {
-        "resume_step": step,
-        "fingerprint": data.fingerprint,
-        "early_stop": early_stop(run_dir, config),
-        "precision": config.train.precision,
-    }
-
-
-def check_device(config: RunConfig, origins: Origins, device: torch.device) -> None:
-    """Raises ConfigError for what torch computes wrongly there, in silence; and where the service, which starts on
-    this machine, is to score on a device that is not there."""
-    if config.service.start == "auto" and config.service.score not in ("auto", "training"):
-        devices.find(config.service.score, origins.describe(config, "service.score"))
-    dropout = config.model.dropout if config.model.kind == "gpt" else config.model.lora.dropout
-    if device.type == "mps" and dropout and config.train.activation_checkpointing:
-        raise ConfigError(
-            [
-                "train.activation_checkpointing=true with dropout on Apple's MPS: torch does not restore its random "
-                "numbers there, so that gradients would be wrong; switch one of them off, or set train.device=cpu"
-            ]
-        )
-
-
-def early_stop(run_dir: RunDir, config: RunConfig) -> str | None:
-    """Why the service has ended this run, if `service.patience` still says so."""
-    asked = choose.early_stop(run_dir)
-    if asked is None:
-        return None
-    if config.service.patience is None or asked.saves < config.service.patience:
-        run_dir.early_stop.unlink()
-        return None
-    return asked.message
-
-
-def check_base(config: RunConfig, tokenizer_size: int | None) -> None:
-    """Raises ModelError for all that can be known of a base before its weights are loaded."""
-    if config.model.kind == "qlora":
-        from llmtrain.models import base, base_checks
-
-        base_checks.check(config.model, base.describe(config.model), tokenizer_size)
-
-
-def fetch_base(config: RunConfig) -> Path | None:
-    """The base's folder, after a download if need be: once, not on every rank."""
-    if config.model.kind != "qlora":
-        return None
-    from llmtrain.models import base
-
-    return base.fetch(config.model)
-
-
 def build(
     config: RunConfig,
     origins: Origins,
     world: World,
     run_dir: RunDir,
     stop: StopFlag,
-    prepared: dict[str, Any],
+    prepared: Prepared,
     companion: Companion,
 ) -> tuple[Parts, TrainState]:
     """Collective. All parts of the run, and the state that it starts from."""
@@ -206,7 +109,7 @@ def build(
     training = data.split("train")
     plan = plan_batches(config, origins, world.size, training.num_rows)
     vocab_size = data.manifest.tokenizer.vocab_size
-    state, resume_step = TrainState(), prepared["resume_step"]
+    state, resume_step = TrainState(), prepared.resume_step
     model = build_model(config, vocab_size, world.device, is_loaded_next=resume_step is not None)
     prove_isolation(config, model, training)
     if resume_step is not None:
@@ -242,7 +145,7 @@ def build(
         meter=meter,
         stop=stop,
         rows_per_epoch=training.num_rows,
-        fingerprint=prepared["fingerprint"],
+        fingerprint=prepared.fingerprint,
         evaluate=make_evaluate(config, data, plan, strategy, world, make_task(config, data, model, world, meter)),
         write_sample=make_sampler(config, data, model, world, meter),
         saver=Saver(run_dir, world, strategy, writer, config.checkpoint, companion.after_save),

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from llmtrain import assemble, devices, export, generate
+from llmtrain import devices, export, generate, rank0
 from llmtrain.config import load_config
 from llmtrain.errors import ConfigError
 from llmtrain.service import validate
@@ -81,11 +81,11 @@ def test_a_device_to_score_on_has_to_be_where_training_is(gpus: Callable[[int], 
     gpus(1)
     for settings in (["service.score=cuda"], ["service.score=cuda:7", "service.start=manual"], []):
         config, origins = load_config(None, settings)
-        assemble.check_device(config, origins, CPU)
+        rank0.check_device(config, origins, CPU)
     config, origins = load_config(None, ["service.score=cuda:7"])
     with pytest.raises(ConfigError, match=r'service.score="cuda:7" \(command line\): no such GPU here'):
-        assemble.check_device(config, origins, CPU)
+        rank0.check_device(config, origins, CPU)
     gpus(0)
     config, origins = load_config(None, ["service.score=cuda"])
     with pytest.raises(ConfigError, match=r'service.score="cuda" \(command line\): no such device here'):
-        assemble.check_device(config, origins, CPU)
+        rank0.check_device(config, origins, CPU)

@@ -30,7 +30,7 @@ ASSEMBLY = ["fragments", "strategies", "checkpoint", "saver", "prepare", "out_of
 
 TOP = [
     "assemble", "evaluation", "__main__", "generate", "export", "adapters", "trained", "inspect_base", "allocator",
-    "finish",
+    "finish", "rank0",
 ]  # fmt: skip
 # The service, a process of its own: contracts, and TensorBoard's writer. What scores is a process of its own again,
 # which alone may import models; `hub` and what it uses are the only ones that import huggingface_hub.

@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from llmtrain import assemble, cpu
-from llmtrain.assemble import settle_precision
+from llmtrain import cpu, rank0
 from llmtrain.config import load_config
 from llmtrain.errors import ConfigError
+from llmtrain.rank0 import settle_precision
 from llmtrain.rundir import RunDir
 from llmtrain.service import validate
 from tests.support.checkpoint_runs import make_run, save
@@ -37,7 +37,7 @@ def test_a_system_that_does_not_say_what_its_cpu_is_takes_fp32(tmp_path: Path):
 
 @pytest.fixture
 def fast_at_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(assemble, "is_bf16_fast", lambda _: True)
+    monkeypatch.setattr(rank0, "is_bf16_fast", lambda _: True)
 
 
 def settled(run: RunDir, *settings: str) -> str:
@@ -72,9 +72,9 @@ def test_a_base_is_scored_in_the_precision_that_its_parts_were_made_for(monkeypa
 def test_what_torch_computes_wrongly_is_refused():
     both, origins = load_config(None, ["train.activation_checkpointing=true", "model.dropout=0.1"])
     with pytest.raises(ConfigError, match="dropout on Apple's MPS"):
-        assemble.check_device(both, origins, torch.device("mps"))
-    assemble.check_device(both, origins, CPU)
-    assemble.check_device(load_config(None, ["model.dropout=0.1"])[0], origins, torch.device("mps"))
+        rank0.check_device(both, origins, torch.device("mps"))
+    rank0.check_device(both, origins, CPU)
+    rank0.check_device(load_config(None, ["model.dropout=0.1"])[0], origins, torch.device("mps"))
 
 
 @pytest.mark.usefixtures("fast_at_bf16")
