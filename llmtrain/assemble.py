@@ -48,7 +48,7 @@ def run(file: str | None, overrides: list[str]) -> int:
     heartbeat.at("preparing", watched=False)
     config, origins = load_to_start(file, overrides)
     world = find_world(config.train.device, origins.of(("train", "device")))
-    run_dir = RunDir(Path(config.run.dir) / config.run.name)
+    run_dir = RunDir(config.run.folder)
     locks: list[IO[str]] = []  # held until the process ends
     companion = Companion(run_dir, config)
     told = world.rank0_first("prepare", lambda: asdict(prepare(config, origins, world, run_dir, locks, companion)))
@@ -134,7 +134,7 @@ def build(
         tokens_per_row=tokens_per_row(config, training),
         flops_per_token=model.flops_per_token(),
     )
-    isolate = config.data.packing == "bestfit"
+    isolate = config.data.isolates_documents
     writer = make_model_writer(data, model, config.data.format if world.is_main else None)
     parts = Parts(
         config=config,
@@ -169,7 +169,7 @@ def prove_isolation(config: RunConfig, model: Trainable, training: ShardSet) -> 
     assert isinstance(model, QLoRA)
     first = training.rows(np.arange(min(training.num_rows, 64)))
     row = max(range(len(first.doc_lens)), key=lambda number: min(2, len(first.doc_lens[number])))
-    batch = make_batch(training.rows(np.array([row])), isolate_documents=config.data.packing == "bestfit")
+    batch = make_batch(training.rows(np.array([row])), isolate_documents=config.data.isolates_documents)
     found = isolation.check(model, batch, first.doc_lens[row].tolist(), autocast=config.train.precision == "bf16")
     documents = len(first.doc_lens[row])
     what = "one sample a row" if documents == 1 else f"{documents} samples in a row keep apart"

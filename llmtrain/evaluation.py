@@ -28,7 +28,7 @@ def make_evaluate(
     """Collective when called: scores of the whole held-out split, of some training rows, and of the task."""
     heldout, training = data.split("heldout"), data.split("train")
     batch_size = config.evaluate.batch_size or plan.micro_batch_size
-    isolate = config.data.packing == "bestfit"
+    isolate = config.data.isolates_documents
 
     def evaluate(state: TrainState, with_task: bool) -> dict[str, float]:
         batches = split_batches(heldout, batch_size, world.rank, world.size, isolate)

@@ -55,7 +55,7 @@ def weight_bytes(model: QLoRAModel, compute_bytes: int) -> float:
 def layer_activations(config: RunConfig, model: QLoRAModel, facts: BaseFacts, bf16: bool, device: Device) -> float:
     """Bytes that one layer keeps for its backward pass, for each position."""
     size = 2 if bf16 else 4
-    packed = config.data.packing == "bestfit"  # on CPUs keys and values are then repeated for all heads
+    packed = config.data.isolates_documents  # on CPUs keys and values are then repeated for all heads
     kv = facts.hidden if packed and device != "cuda" else facts.kv_width
     kept = 2 * 4 * facts.hidden + size * (2 * facts.hidden + 2 * kv) + size * 3 * facts.inner
     int8 = model.quantisation == "int8"

@@ -54,7 +54,7 @@ def check(configs: Sequence[RunConfig], origins: Origins, spec: JobSpec, script:
         found += check_run(config, origins, spec)
     found += check_python(configs[0], spec)
     for config in configs:
-        found += check_hub(config, _run_of(config))
+        found += check_hub(config, RunDir(config.run.folder))
     return list(dict.fromkeys(found))  # runs of a sweep have most in common
 
 
@@ -93,7 +93,7 @@ def check_shard_job(config: RunConfig, spec: JobSpec, script: str) -> list[Findi
 
 def check_run(config: RunConfig, origins: Origins, spec: JobSpec) -> list[Finding]:
     """What is each run's own: its data, its batch, its folder."""
-    run = _run_of(config)
+    run = RunDir(config.run.folder)
     data, built = _check_data(config, spec)
     batch, plan = _check_batch(config, origins, spec, built)
     try:
@@ -101,10 +101,6 @@ def check_run(config: RunConfig, origins: Origins, spec: JobSpec) -> list[Findin
     except OSError as error:
         folder = [wrong("run folder", f"{error.filename or run.path}: cannot be read ({error.strerror})")]
     return [*data, *batch, *folder]
-
-
-def _run_of(config: RunConfig) -> RunDir:
-    return RunDir(Path(config.run.dir) / config.run.name)
 
 
 def _check_data(config: RunConfig, spec: JobSpec, builds: bool = False) -> tuple[list[Finding], ShardManifest | None]:

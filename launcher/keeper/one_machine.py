@@ -1,6 +1,5 @@
 """`llmtrain run`: a run on this machine, kept going."""
 
-from pathlib import Path
 from typing import IO
 
 from launcher.jobs import JobDir
@@ -22,7 +21,7 @@ def train_here(start: Start, rules: Rules) -> int:
         RunFolderError: another `llmtrain run` keeps this run going.
     """
     config, _ = load_to_start(*split_settings(start.words))
-    run = RunDir(Path(config.run.dir) / config.run.name)
+    run = RunDir(config.run.folder)
     jobs = JobDir.of(run)
     with _kept_going(run, jobs):
         supervisor = Supervisor(start, run, rules, Meeting(None), jobs.local / "ranks", jobs.stop)

@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 
 from llmtrain import jsonl, ledger
 from llmtrain.batches import BatchPlan
@@ -71,7 +70,7 @@ def find_pace(config: RunConfig, plan: BatchPlan, told: float | None) -> Pace | 
     """As told; else as the last start of the same run went; None where it never started."""
     if told is not None:
         return Pace(told, "as you say")
-    run = RunDir(Path(config.run.dir) / config.run.name)
+    run = RunDir(config.run.folder)
     last = jsonl.last_record(run.metrics)
     starts = [event for event in ledger.events(run) if event.kind in ("started", "resumed") and event.step is not None]
     if last is None or not starts:

@@ -12,7 +12,6 @@ import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from launcher.jobs import JobDir
@@ -66,7 +65,7 @@ def keep_going(words: list[str], ranks: int, device: str | None, rules: Rules, r
     """Train on this node until the job's part is over; returns the exit code. `again`: requeue after a stop."""
     node = this_node()
     config, _ = load_config(*split_settings(words))
-    run = RunDir(Path(config.run.dir) / config.run.name)
+    run = RunDir(config.run.folder)
     jobs = JobDir.of(run)
     folder = jobs.start(node.job_id, node.restart)
     used = nodes_that_train(config.train.global_batch_size, ranks, node.num_nodes)

@@ -64,7 +64,7 @@ def plan_runs(words: Sequence[str], sweep: Sequence[str]) -> list[Training]:
     file, overrides = split_settings(list(words))
     config, _ = load_to_start(file, overrides)
     if not sweep:
-        return [Training(RunDir(Path(config.run.dir) / config.run.name), config)]
+        return [Training(RunDir(config.run.folder), config)]
     if config.hub.repo is not None:
         raise ConfigError(
             [
@@ -73,7 +73,7 @@ def plan_runs(words: Sequence[str], sweep: Sequence[str]) -> list[Training]:
             ]
         )
     runs: list[Training] = []
-    folder = Path(config.run.dir) / config.run.name
+    folder = config.run.folder
     for number, chosen in enumerate(itertools.product(*(_values(setting) for setting in sweep))):
         name = "-".join([f"{number:02d}", *(_short(setting) for setting in chosen)])
         settings = (*chosen, f"run.dir={folder}", f"run.name={name}")

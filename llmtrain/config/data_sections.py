@@ -212,6 +212,11 @@ class DataSection(Section):
     verify: Annotated[Literal["sha256", "size"], Field(json_schema_extra=MAY_CHANGE)] = "sha256"
     """What is checked when a run starts: every byte (about 1 GB/s), or the file sizes alone."""
 
+    @property
+    def isolates_documents(self) -> bool:
+        """Documents that share a row are kept apart: each has its own attention and positions."""
+        return self.packing == "bestfit"
+
     @model_validator(mode="after")
     def _samples_stay_whole(self) -> Self:
         if self.format.kind == "text":

@@ -32,6 +32,11 @@ class RunSection(Section):
     """auto: resume from the newest intact checkpoint, or start. never: move an existing run folder aside
     and start from scratch. must: fail where there is no checkpoint."""
 
+    @property
+    def folder(self) -> Path:
+        """DIR/NAME, for `RunDir`."""
+        return Path(self.dir) / self.name
+
 
 class ScheduleSection(Section):
     kind: Literal["cosine", "linear", "constant", "wsd"] = "cosine"

@@ -135,7 +135,7 @@ def by_stretch(token_losses: TokenLosses, split: ShardSet, batch_size: int, conf
     A stretch is a document where rows hold whole ones (a sample, when fine-tuning), else a row, or a part of one
     where there are few rows.
     """
-    isolate = config.data.packing == "bestfit"
+    isolate = config.data.isolates_documents
     parts = 1 if config.data.packing != "contiguous" else math.ceil(_FEW_ROWS / split.num_rows)
     width = max(_SHORTEST, math.ceil(split.context / parts))
     found: list[Losses] = []
