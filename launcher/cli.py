@@ -10,7 +10,7 @@ import typer
 from launcher.cli_jobs import node, run, submit
 from launcher.cli_plan import Settings, doctor, plan
 from launcher.cli_report import compare, report
-from llmtrain.errors import exit_with_code
+from llmtrain.errors import ConfigError, exit_with_code
 
 app = typer.Typer(
     name="llmtrain",
@@ -61,6 +61,15 @@ def shard(
         from llmtrain.config import load_to_start
         from llmtrain.config.load import split_settings
 
+        with_submit = {"--cluster": cluster, "--parts": parts}
+        without = {"--force": force, "--only": only, "--part": part, "--show": show, "--workers": workers}
+        misplaced = [
+            f"{name}: {'not with --submit, whose jobs build all' if submit else 'it goes with --submit'}"
+            for name, given in (without if submit else with_submit).items()
+            if given
+        ]
+        if misplaced:
+            raise ConfigError(misplaced)
         if submit:
             from launcher.submitting.command import act_shards
 
@@ -105,6 +114,11 @@ def schema(
     typer.echo(settings_page() if markdown else json_schema(), nl=False)
 
 
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Let an adapter's base run Python code of its own.")
+]
+
+
 @app.command(epilog='Example: `llmtrain generate runs/stdlib-gpt --prompt "import " --temperature 0.7`')
 def generate(
     checkpoint: Annotated[
@@ -118,6 +132,7 @@ def generate(
     seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")] = "auto",
     raw: Annotated[bool, typer.Option("--raw", help="The prompt as it stands, without the run's template.")] = False,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Continue a prompt with a trained model, token by token.
 
@@ -134,7 +149,8 @@ def generate(
         "--device": device,
     }
     given = [f"{name}={value}" for name, value in options.items() if value is not None]
-    become("llmtrain.generate", *given, *(["--raw"] if raw else []), "--", str(checkpoint))
+    given += ["--raw"] * raw + ["--trust-remote-code"] * trust_remote_code
+    become("llmtrain.generate", *given, "--", str(checkpoint))
 
 
 @app.command(epilog="Example: `llmtrain export runs/tune merged --merge`")
@@ -147,12 +163,14 @@ def export(
     ] = "original",
     dtype: Annotated[str, typer.Option(help="bf16 or fp32, for --merge.")] = "bf16",
     device: Annotated[str, typer.Option(help="Where to merge: auto, cpu, cuda or cuda:1.")] = "auto",
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Write a checkpoint's model (or adapter) as a folder for transformers (or peft), and check it.
+    """Write a checkpoint's model as a folder for transformers, and check it; an adapter is copied, for peft.
 
-    A merged model is read back and its logits are compared with those before; the difference is printed.
+    A model is read back and its logits are compared with those before; the difference is printed.
     """
-    given = ["--base", base, "--dtype", dtype, "--device", device, *(["--merge"] if merge else [])]
+    given = ["--base", base, "--dtype", dtype, "--device", device]
+    given += ["--merge"] * merge + ["--trust-remote-code"] * trust_remote_code
     become("llmtrain.export", *given, "--", str(checkpoint), str(to))
 
 

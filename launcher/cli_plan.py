@@ -39,7 +39,8 @@ def plan(
     cluster: Annotated[Path | None, typer.Option(help="A cluster's profile: the batch script is shown too.")] = None,
     time: Annotated[str | None, typer.Option(help="Time limit of a job; by default the profile's.")] = None,
     tokens_per_s: Annotated[
-        float | None, typer.Option(min=1e-9, help="Of all ranks; by default as the run's last start went.")
+        float | None,
+        typer.Option(min=1e-9, help="Of all ranks, as training shows it; by default as the run's last start went."),
     ] = None,
 ) -> None:
     """Say what a run would take: steps, checkpoints, uploads, time, and a rank's memory under DDP and ZeRO-2.

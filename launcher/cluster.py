@@ -25,7 +25,10 @@ _OWN = {
     "mail-type": "mail_type", "gres": "gpus_per_node", "signal": "signal_s", "no-requeue": "requeue",
     **{name: name for name in ("partition", "account", "qos", "constraint", "time", "mem", "exclusive", "requeue")},
 }  # fmt: skip
-_DECIDED = ("nodes", "ntasks", "ntasks-per-node", "job-name", "output", "error", "open-mode", "array", "dependency")
+_DECIDED = (
+    "nodes", "ntasks", "ntasks-per-node", "job-name", "output", "error", "open-mode", "array", "dependency", "chdir",
+    "parsable", "quiet", "wait", "test-only",
+)  # fmt: skip
 
 
 def _number_as_text(value: Any) -> Any:

@@ -11,6 +11,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from llmtrain.log import printable
+
 STRATEGIES = {"ddp": "DDP", "zero2": "ZeRO-2"}
 """What `strategy.kind` is called."""
 _GAP = 2
@@ -70,11 +72,6 @@ def named(name: str, text: str, style: str = "") -> Table:
     grid.add_column(overflow="fold")
     grid.add_row(Text(name, style="bold"), Text(text, style=style))
     return grid
-
-
-def printable(text: str) -> str:
-    """Text of a model, a server or a file: nothing in it can move the cursor, colour or reorder what follows."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def one_line(text: str) -> str:

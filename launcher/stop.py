@@ -9,7 +9,7 @@ import os
 import re
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from launcher.jobs import JobDir
 from launcher.keeper.processes import is_alive, kill_tree
 from launcher.slurm import client
 from launcher.slurm.client import Queued
+from launcher.watching import training_jobs
 from launcher.watching.logs import open_submitted
 from launcher.watching.status import Training, read_training
 from llmtrain.errors import RunFolderError, SlurmError, UserError
@@ -86,13 +87,16 @@ def stop_runs(paths: Sequence[Path], now: bool) -> None:
     for path in paths:
         try:
             run = open_submitted(path)
-            found.append((run, alive_jobs(run)))
+            with yours_alone(path):
+                found.append((run, alive_jobs(run)))
         except UserError as error:
             errors.append(error)
     found.sort(key=lambda each: not _waiting(each[1]))  # first: the nodes that another's end sets free would start them
     for run, alive in found:
         try:
-            if (stopping := ask(run, alive, now)) is not None:
+            with yours_alone(run.path):
+                stopping = ask(run, alive, now)
+            if stopping is not None:
                 asked.append(stopping)
         except UserError as error:
             errors.append(error)
@@ -101,6 +105,15 @@ def stop_runs(paths: Sequence[Path], now: bool) -> None:
         print(f"error: {error}", flush=True)
     if errors:
         raise errors[0]
+
+
+@contextlib.contextmanager
+def yours_alone(path: Path) -> Iterator[None]:
+    """What another user's run refuses becomes an error in words."""
+    try:
+        yield
+    except (PermissionError, psutil.AccessDenied) as error:
+        raise RunFolderError(f"{path}: it is not yours to stop ({error}): ask who started it") from error
 
 
 def ask(run: RunDir, alive: list[Queued], now: bool) -> Stopping | None:
@@ -118,10 +131,13 @@ def ask(run: RunDir, alive: list[Queued], now: bool) -> Stopping | None:
         return _ask_jobs(run, jobs, alive, now)
     if jobs.is_kept_going():
         return _ask_keeper(run, jobs, now)
-    training = read_training(run, None)
+    # Its last minute's writing is no sign of life where SLURM says that the job is over.
+    ended = training_jobs.ended(jobs)
+    training = read_training(run, None, elsewhere=ended is None)
     if training.state == "running":
         return _ask_process(run, jobs, training, now)
-    say(run, f"does not run; {where_it_stands(run)}")
+    how = "" if ended is None else f" (job {ended.job_id} is over: {ended.state.lower()})"
+    say(run, f"does not run{how}; {where_it_stands(run)}")
     return None
 
 
@@ -132,11 +148,11 @@ def alive_jobs(run: RunDir) -> list[Queued]:
         SlurmError: what SLURM thinks of them is not known. Its nodes are asked to end all the same.
     """
     jobs = JobDir.of(run)
-    ids = [record.job_id for record in jobs.records() if record.kind == "train"]
-    if not ids:
+    ids = training_jobs.numbers(jobs)
+    if not ids or (not jobs.ledger.exists() and not client.is_here()):
         return []
     try:
-        return [told for told in client.queue(ids).values() if not told.is_over]
+        return training_jobs.alive(jobs, ids)
     except SlurmError as error:
         jobs.stop.touch()
         raise SlurmError(
@@ -215,9 +231,13 @@ def _who(run: RunDir, said: str) -> tuple[int, str]:
 def _ask_process(run: RunDir, jobs: JobDir, training: Training, now: bool) -> Stopping:
     pid, host = _who(run, training.who or "")
     if host != os.uname().nodename:
+        asked = ""
+        if jobs.starts() and not client.is_here() and not now:  # its job looks at that file; at a signal it requeues
+            jobs.stop.touch()
+            asked = f" A job of 'llmtrain node' is asked to save and to end ({jobs.stop})."
         raise RunFolderError(
-            f"{run.path}: process {pid} on {host} trains it, not as a job that is known here; stop it there: "
-            f"ssh {host} kill -{'KILL' if now else 'TERM'} {pid}"
+            f"{run.path}: process {pid} on {host} trains it, not as a job that is known here.{asked} Of another job: "
+            f"scancel it; else stop it there: ssh {host} kill -{'KILL' if now else 'TERM'} {pid}"
         )
     try:
         rank = psutil.Process(pid)

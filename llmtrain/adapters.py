@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from llmtrain import prompts, trained
+from llmtrain import prompts, trained, transformers_ids
 from llmtrain.base_facts import is_path
 from llmtrain.config.model_sections import QLoRAModel
 from llmtrain.errors import CheckpointError
@@ -43,8 +43,12 @@ def is_adapter(folder: Path) -> bool:
     return (folder / ADAPTER_CONFIG).is_file()
 
 
-def find(folder: Path) -> Adapter:
+def find(folder: Path, trust_remote_code: bool = False) -> Adapter:
     """What an adapter's own file and the configuration of its run, if that is known, say.
+
+    Args:
+        trust_remote_code: a base may run code of its own. What the run's configuration says of that counts in the
+            run's own folder alone: a file that was downloaded with an adapter may not allow it.
 
     Raises:
         CheckpointError: the adapter's configuration cannot be read, or its base or the tokenizer of its run is gone.
@@ -61,10 +65,13 @@ def find(folder: Path) -> Adapter:
         )
     training = trained.find(folder)
     if training is None or training.config.model.kind != "qlora":
-        model = QLoRAModel(kind="qlora", base=base, revision=revision, quantisation="none")
+        model = QLoRAModel(
+            kind="qlora", base=base, revision=revision, quantisation="none", trust_remote_code=trust_remote_code
+        )
         return Adapter(folder, model, TokenizerPlace(base, revision))
     # Where the adapter says the base is: a relative path in the run's configuration may lead nowhere from here.
-    model = training.config.model.model_copy(update={"base": base})
+    trust = trust_remote_code or (training.in_its_run and training.config.model.trust_remote_code)
+    model = training.config.model.model_copy(update={"base": base, "trust_remote_code": trust})
     return Adapter(folder, model, find_tokenizer(training, training.config.model.base, base))
 
 
@@ -128,15 +135,10 @@ def write_tokenizer(adapter: Adapter, to: Path) -> int:
 
 
 def _save_loaded(place: TokenizerPlace, to: Path, trust_remote_code: bool) -> int:
-    from transformers import AutoTokenizer
-
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            place.name, revision=place.revision, trust_remote_code=trust_remote_code
-        )
+        tokenizer = transformers_ids.download(place.name, place.revision, to, trust_remote_code)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{place.name}: no tokenizer can be loaded: {error}") from error
-    tokenizer.save_pretrained(str(to))
     if not (to / "tokenizer.json").is_file() or tokenizer.eos_token_id is None:
         raise CheckpointError(f"{place.name}: a tokenizer without tokenizer.json or without an end-of-text token")
     return tokenizer.eos_token_id

@@ -10,8 +10,8 @@ from typing import IO, Any
 
 import numpy as np
 
-from llmtrain import checkpoint, files, heartbeat, log, manifest, prompts, recipe, shards
-from llmtrain.batches import BatchPlan, plan_batches
+from llmtrain import checkpoint, files, heartbeat, log, manifest, prompts, recipe, shards, transformers_ids
+from llmtrain.batches import BatchPlan, plan_batches, warmup_problem
 from llmtrain.config import RunConfig, load_to_start, resolved_yaml
 from llmtrain.config.data_sections import Format
 from llmtrain.config.load import Origins, with_precision
@@ -131,7 +131,7 @@ def build(
         Progress(plan.total_steps, state.step, enabled=world.is_main),
         plan,
         rows_per_epoch=training.num_rows,
-        tokens_per_row=tokens_per_row(config, training),
+        tokens_per_row=data.manifest.tokens_per_row,
         flops_per_token=model.flops_per_token(),
     )
     isolate = config.data.isolates_documents
@@ -167,20 +167,16 @@ def prove_isolation(config: RunConfig, model: Trainable, training: ShardSet) -> 
     from llmtrain.models.qlora import QLoRA
 
     assert isinstance(model, QLoRA)
-    first = training.rows(np.arange(min(training.num_rows, 64)))
-    row = max(range(len(first.doc_lens)), key=lambda number: min(2, len(first.doc_lens[number])))
-    batch = make_batch(training.rows(np.array([row])), isolate_documents=config.data.isolates_documents)
-    found = isolation.check(model, batch, first.doc_lens[row].tolist(), autocast=config.train.precision == "bf16")
-    documents = len(first.doc_lens[row])
-    what = "one sample a row" if documents == 1 else f"{documents} samples in a row keep apart"
+    fullest = training.rows(np.array([training.fullest_row()]))  # the first rows may hold one document each
+    isolates = config.data.isolates_documents
+    # contiguous: what is in a row is meant to be read as one
+    doc_lens = fullest.doc_lens[0].tolist() if isolates else [int(fullest.doc_lens[0].sum())]
+    batch = make_batch(fullest, isolate_documents=isolates)
+    found = isolation.check(model, batch, doc_lens, autocast=config.train.precision == "bf16")
+    documents = len(fullest.doc_lens[0])
+    kept = "keep apart" if isolates else "read as one text"
+    what = "one sample a row" if documents == 1 else f"{documents} samples in a row {kept}"
     log.info(f"packing    {what}; logits differ from those of each alone by {found:.1e}")
-
-
-def tokens_per_row(config: RunConfig, training: ShardSet) -> float:
-    """Tokens that a row gives the model, padding left out; the average where rows hold whole documents."""
-    if config.data.packing == "contiguous":
-        return float(config.model.context)
-    return training.info.tokens / training.num_rows
 
 
 def announce(
@@ -198,6 +194,8 @@ def announce(
         f"batch      {plan.global_batch_size} rows = {ranks} x {plan.micro_batch_size} x {plan.accumulation} micro; "
         f"{plan.total_steps:,} steps, {plan.total_steps * plan.global_batch_size / split.rows:.2f} epochs"
     )
+    if state.step < plan.total_steps and (problem := warmup_problem(config.optim, plan.total_steps)) is not None:
+        log.warning(f"warm-up    {problem}")
     if state.step:
         log.info(f"resuming   from step {state.step:,}")
     if state.step >= plan.total_steps:
@@ -239,14 +237,15 @@ def make_model_writer(data: ShardFolder, model: Trainable, format: Format | None
     model, on machines that may not have that file, give no format.
     """
     template = prompts.shipped_template(format, data.tokenizer) if format and format.kind == "chat" else None
+    needed = transformers_ids.settings_needed(data.tokenizer, "gpt2") if format and isinstance(model, GPT) else {}
     eos_id = data.manifest.tokenizer.eos_id
 
     def write_model(folder: Path, weights: dict[str, Any]) -> dict[str, FileInfo]:
         if isinstance(model, GPT):
             for file in prompts.files_of(data.tokenizer):
                 shutil.copyfile(file, folder / file.name)
-            if template is not None:
-                prompts.write_settings(folder, eos_id, template)
+            if template is not None or needed:
+                prompts.write_settings(folder, eos_id, template, needed)
         elif template is not None:
             (folder / prompts.TEMPLATE).write_text(template, encoding="utf-8")
         return model.save(folder, weights, eos_id)

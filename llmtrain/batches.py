@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 
 from llmtrain.config.load import Origins
-from llmtrain.config.schema import RunConfig
+from llmtrain.config.schema import OptimSection, RunConfig
 from llmtrain.errors import ConfigError, TooLittleData
 
 _AUTO_MICRO_BATCH_TOKENS = 16_384
@@ -70,6 +70,24 @@ def nodes_that_train(global_batch_size: int, ranks: int, num_nodes: int) -> int:
     """
     fitting = [number for number in range(1, num_nodes + 1) if global_batch_size % (number * ranks) == 0]
     return max(fitting, default=num_nodes)
+
+
+def warmup_problem(optim: OptimSection, total_steps: int) -> str | None:
+    """What the learning rate of a run of that length never comes to, in words; None where all is as set."""
+    schedule, told = optim.schedule, f"{optim.schedule.warmup_steps:,} of {total_steps:,} steps"
+    if schedule.warmup_steps > total_steps:
+        return (
+            f"{told}: the learning rate ends at {optim.lr * total_steps / schedule.warmup_steps:.3g} and never reaches "
+            f"optim.lr={optim.lr:g}; set optim.schedule.warmup_steps={total_steps // 10}, say, or train for longer"
+        )
+    decay_begins = total_steps - max(1.0, schedule.decay_share * total_steps)
+    if schedule.kind == "wsd" and schedule.min_lr_ratio < 1 and schedule.warmup_steps - 1 > decay_begins:
+        return (
+            f"{told}: the decay of optim.schedule.kind=wsd begins after step {int(decay_begins) + 1:,}, before the "
+            f"learning rate has reached optim.lr={optim.lr:g}, and it falls suddenly after the warm-up; set a shorter "
+            "optim.schedule.warmup_steps or optim.schedule.decay_share, or train for longer"
+        )
+    return None
 
 
 def _total_steps(config: RunConfig, num_rows: int) -> int:

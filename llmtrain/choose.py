@@ -235,9 +235,9 @@ def early_stop(run: RunDir) -> EarlyStop | None:
     return None
 
 
-def saves_without_improvement(scored: dict[int, Score]) -> int:
-    """Checkpoints since the lowest held-out loss."""
+def saves_without_improvement(scored: dict[int, Score]) -> list[int]:
+    """The steps of the checkpoints since the lowest held-out loss."""
     if not scored:
-        return 0
+        return []
     best = min(scored.values(), key=_order)
-    return sum(step > best.step for step in scored)
+    return [step for step in scored if step > best.step]

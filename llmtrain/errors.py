@@ -177,7 +177,7 @@ def exit_with_code() -> Iterator[None]:
         yield
     except UserError as error:
         with contextlib.suppress(OSError):  # nobody can read it any more; the code says it too
-            print(f"error: {error}", file=sys.stderr, flush=True)  # noqa: T201
+            print("error:", log.printable(str(error), keep="\n"), file=sys.stderr, flush=True)  # noqa: T201
         leave_code(error.exit_code)
         sys.exit(error.exit_code)
     except SystemExit as leaving:

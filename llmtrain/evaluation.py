@@ -84,6 +84,6 @@ def make_sampler(
             ids = list(continue_text(model.text_generator(), prompt_ids, sampling, config.run.seed, eos_id))
         text = tokenizer.decode(ids)
         meter.sample(state, sampling.prompt, text)
-        log.info(f"sample     {sampling.prompt}{text}".replace("\n", "\\n"))
+        log.info(f"sample     {log.printable(sampling.prompt + text)}")
 
     return write_sample

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmtrain import adapters, devices, log, manifest, prompts, trained
+from llmtrain import adapters, devices, log, manifest, prompts, trained, transformers_ids
 from llmtrain.adapters import Adapter
-from llmtrain.config.data_sections import Format
+from llmtrain.config.data_sections import Format, TextFormat
 from llmtrain.errors import CheckpointError, ConfigError, ModelError, TokenizerError, disk_errors, exit_with_code
 from llmtrain.generate import find_model
 
@@ -38,6 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--base", choices=["original", "dequantised"], default="original")
     parser.add_argument("--dtype", choices=list(_DTYPES), default="bf16")
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--trust-remote-code", action="store_true")
     options = parser.parse_args(arguments)
     with exit_with_code():
         given = {name: getattr(options, name) for name in ("base", "dtype", "device")}
@@ -45,7 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if unused:
             raise ConfigError([f"--{name} {given[name]} is about merging; add --merge" for name in unused])
         dtype, device = _DTYPES[options.dtype], find_device(options.device)
-        export(options.checkpoint, options.to, options.merge, options.base, dtype, device)
+        trust = options.trust_remote_code
+        export(options.checkpoint, options.to, options.merge, options.base, dtype, device, trust)
 
 
 def find_device(setting: str) -> torch.device:
@@ -54,8 +56,17 @@ def find_device(setting: str) -> torch.device:
     return devices.take(name if setting == "auto" else setting, f"--device={setting}")
 
 
-def export(checkpoint: Path, to: Path, merge: bool, base: str, dtype: torch.dtype, device: torch.device = _CPU) -> None:
-    """Write the model of `checkpoint` to the new folder `to`; an adapter is merged on `device`.
+def export(
+    checkpoint: Path,
+    to: Path,
+    merge: bool,
+    base: str,
+    dtype: torch.dtype,
+    device: torch.device = _CPU,
+    trust_remote_code: bool = False,
+) -> None:
+    """Write the model of `checkpoint` to the new folder `to`; an adapter is merged on `device`, or copied with its
+    run's configuration, by which it is asked and quantised as it was trained.
 
     Raises:
         CheckpointError: there is no model, it is altered, or what was written does not give the same logits.
@@ -78,11 +89,15 @@ def export(checkpoint: Path, to: Path, merge: bool, base: str, dtype: torch.dtyp
         with disk_errors("export", to.parent):
             if merge:
                 with memory_errors(device):
-                    write_merged(adapters.find(folder), aside, base, dtype, device)
+                    write_merged(adapters.find(folder, trust_remote_code), aside, base, dtype, device)
             else:
                 shutil.copytree(folder, aside)
-            if format and format.kind == "chat":
-                prompts.write_settings(aside, None, prompts.shipped_template(format, aside))
+                if is_adapter and (training := trained.find(folder)) is not None:
+                    copy_beside(training, aside / "llmtrain")
+            if merge or not is_adapter:
+                template = prompts.shipped_template(format, aside) if format and format.kind == "chat" else None
+                prompts.write_settings(aside, None, template, transformers_ids.settings_needed(aside))
+                check_tokenizer(aside, format or TextFormat())
         if not is_adapter:
             check_whole(folder, aside)
         aside.rename(to)
@@ -90,7 +105,17 @@ def export(checkpoint: Path, to: Path, merge: bool, base: str, dtype: torch.dtyp
         shutil.rmtree(aside, ignore_errors=True)
     kind = "model" if merge or not is_adapter else "adapter"
     loader = "AutoPeftModelForCausalLM" if kind == "adapter" else "AutoModelForCausalLM"
-    say(f"exported   {kind} in {to}: {loader}.from_pretrained({str(to)!r})")
+    unchecked = ", copied as it is (with --merge the whole model's logits are checked)" if kind == "adapter" else ""
+    say(f"exported   {kind} in {to}{unchecked}: {loader}.from_pretrained({str(to)!r})")
+
+
+def copy_beside(training: trained.Training, to: Path) -> None:
+    """What `trained.find` reads, as an upload to the Hub has it."""
+    to.mkdir(exist_ok=True)
+    shutil.copyfile(training.file, to / "config.yaml")
+    described = training.described / manifest.NAME
+    if described.is_file():
+        shutil.copyfile(described, to / manifest.NAME)
 
 
 @contextlib.contextmanager
@@ -211,6 +236,18 @@ def check_whole(folder: Path, written: Path) -> None:
     with torch.no_grad():
         mine = ours.eval().logits(ids)
     compare("transformers' forward pass", mine, logits(theirs, ids), TOLERANCE[torch.float32])
+
+
+def check_tokenizer(written: Path, format: Format) -> None:
+    """Say whether transformers gives the ids of training."""
+    wrong = transformers_ids.wrong_texts(written, format)
+    if wrong:
+        log.warning(
+            f"transformers' AutoTokenizer gives other ids than training saw for {wrong[0]!r}, one of {len(wrong)} such "
+            "texts: apply the folder's tokenizer.json with the package tokenizers (Tokenizer.from_file) instead"
+        )
+    else:
+        say("verified   transformers' tokenizer gives the ids of training")
 
 
 def texts(config: Any) -> Tensor:

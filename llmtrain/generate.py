@@ -2,6 +2,8 @@
 terminal."""
 
 import argparse
+import io
+import itertools
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -10,7 +12,7 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer
 
-from llmtrain import adapters, devices, prompts, summary, trained
+from llmtrain import adapters, devices, log, prompts, summary, trained
 from llmtrain.config.data_sections import Format, TextFormat
 from llmtrain.config.schema import SampleSection
 from llmtrain.errors import CheckpointError, ConfigError, exit_with_code
@@ -64,6 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--raw", action="store_true")
+    parser.add_argument("--trust-remote-code", action="store_true")
     options = parser.parse_args(arguments)
     with exit_with_code():
         generate(options)
@@ -88,14 +91,26 @@ def generate(options: argparse.Namespace) -> None:
     folder = find_model(options.checkpoint)
     if not options.prompt:
         raise ConfigError(["--prompt is empty; give the model something to continue"])
+    if any("\ud800" <= letter <= "\udfff" for letter in options.prompt):
+        raise ConfigError([f"--prompt={options.prompt!r}: is not UTF-8"])
     format = TextFormat() if options.raw else trained.format_of(folder)
-    load = load_adapter if adapters.is_adapter(folder) else load_gpt
-    model, tokenizer, prompt_ids, eos_id = load(folder, options.prompt, format, device)
+    if adapters.is_adapter(folder):
+        loaded = load_adapter(folder, options.prompt, format, device, options.trust_remote_code)
+    else:
+        loaded = load_gpt(folder, options.prompt, format, device)
+    model, tokenizer, prompt_ids, eos_id = loaded
     ids = continue_text(model, prompt_ids, sampling, options.seed, eos_id)
-    if format.kind not in ("instruction", "chat"):
-        sys.stdout.write(options.prompt)
-    for piece in stream_text(tokenizer, ids):
-        sys.stdout.write(piece)
+    pieces = stream_text(tokenizer, ids)
+    write(pieces if format.kind in ("instruction", "chat") else itertools.chain([options.prompt], pieces))
+
+
+def write(pieces: Iterable[str]) -> None:
+    """Print a text as it comes. In a terminal nothing that a model writes moves the cursor or sets the title."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # not a letter that this terminal's encoding lacks is to end it
+        sys.stdout.reconfigure(errors="backslashreplace")
+    shows = sys.stdout.isatty()
+    for piece in pieces:
+        sys.stdout.write(log.printable(piece, keep="\n\t") if shows else piece)
         sys.stdout.flush()
     sys.stdout.write("\n")
 
@@ -112,13 +127,13 @@ def load_gpt(
 
 
 def load_adapter(
-    folder: Path, prompt: str, format: Format, device: torch.device
+    folder: Path, prompt: str, format: Format, device: torch.device, trust_remote_code: bool = False
 ) -> tuple[Generator, Tokenizer, list[int], int]:
     """The same of an adapter on its base, quantised as it was trained."""
     from llmtrain.models import base
     from llmtrain.models.qlora import text_generator
 
-    adapter = adapters.find(folder)
+    adapter = adapters.find(folder, trust_remote_code)
     with tempfile.TemporaryDirectory() as scratch:
         eos_id = adapters.write_tokenizer(adapter, Path(scratch))
         tokenizer, prompt_ids = ask(Path(scratch), eos_id, format, prompt)

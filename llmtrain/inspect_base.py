@@ -15,11 +15,12 @@ def main() -> None:
         config, _ = load_config(*split_settings(sys.argv[1:]))
         if config.model.kind != "qlora":
             raise ConfigError(["model.kind is not qlora: there is no base"])
-        from llmtrain.models import base, base_checks
+        from llmtrain.models import base, base_checks, qlora
 
         base.be_quiet()
         facts = base.describe(config.model)
         base_checks.check(config.model, facts, None)
+        qlora.check_adapter(config.model)
         sys.stdout.write(facts.to_json() + "\n")
 
 

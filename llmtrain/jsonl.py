@@ -48,7 +48,7 @@ def _parsed(path: Path, line: bytes, where: str) -> dict[str, Any]:
         record = json.loads(line.decode())
         if not isinstance(record, dict):
             raise ValueError("no JSON object")
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise RunFolderError(
             f"{path}: {where} is damaged ({error}); delete that line, its record is lost, and start the command again"
         ) from None

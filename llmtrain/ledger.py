@@ -30,6 +30,7 @@ EventKind = Literal[
     "upload-failed",
     "hub-refused",
     "hub-accepted",
+    "upload-gone",
     "stalled",
     "early-stop",
     "restarted",
@@ -66,7 +67,7 @@ class Score(_Record):
 
 
 class Upload(_Record):
-    """One checkpoint on the Hub, read back there; or its tag taken away again."""
+    """One checkpoint on the Hub, read back there; or its tag taken away again; or that it is no longer there."""
 
     step: int
     checkpoint: str
@@ -78,6 +79,10 @@ class Upload(_Record):
     attempts: int = 1
     removed: bool = False
     """The tag was removed by retention; the commit stays in the branch's history."""
+    gone: bool = False
+    """Somebody has deleted it on the Hub, or the whole repository: it does not count as uploaded any more."""
+    with_state: bool | None = None
+    """Whether the optimizer state went along, where it has one; None: not known."""
     time: float = pydantic.Field(default_factory=time.time)
 
 
@@ -134,9 +139,10 @@ def scores(run: RunDir, split: Split = "heldout") -> dict[int, Score]:
 
 
 def uploads(run: RunDir) -> dict[int, Upload]:
-    """The last confirmed upload of each step, removed ones included."""
+    """The last confirmed upload of each step, removed ones included, those that are gone left out."""
     found = (Upload.model_validate(record) for record in jsonl.read(run.uploads))
-    return {upload.step: upload for upload in found}
+    last = {upload.step: upload for upload in found}
+    return {step: upload for step, upload in last.items() if not upload.gone}
 
 
 def events(run: RunDir) -> list[Event]:

@@ -34,6 +34,14 @@ class _RunLog(logging.FileHandler):
         del record
 
 
+def printable(text: str, keep: str = "") -> str:
+    """Text of a model, a server or a file: nothing in it can move the cursor, colour or reorder what follows.
+
+    `keep`: such as line breaks, that stay what they are.
+    """
+    return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text)
+
+
 def set_up(rank: int = 0) -> None:
     """Send the project's log lines to standard error; ranks above 0 show warnings only."""
     handler = _CurrentStderr()

@@ -27,7 +27,7 @@ class _Record(pydantic.BaseModel):
 class TrainState(_Record):
     """How far a run has come. With seed, row count, batch size and fingerprint it is the whole data state."""
 
-    step: int = 0
+    step: int = pydantic.Field(default=0, ge=0)
     """Optimizer steps done."""
     samples: int = 0
     """Rows consumed since the start; the next one is at this position of the order."""
@@ -91,12 +91,12 @@ def read(folder: Path) -> Manifest:
         content = path.read_bytes()
     try:
         fields: dict[str, Any] = json.loads(content)
-        fields.pop("sha256")
+        del fields["sha256"]
         manifest = Manifest.model_validate(fields)
     except pydantic.ValidationError as error:
         wrong = error.errors()[0]
         raise CheckpointError(f"{path}: altered ({'.'.join(map(str, wrong['loc']))}: {wrong['msg']})") from error
-    except (ValueError, KeyError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{path}: altered ({str(error).splitlines()[0]})") from error
     if _render(manifest) != content:
         raise CheckpointError(f"{path}: altered: its content does not match its own hash")

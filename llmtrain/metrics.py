@@ -45,6 +45,8 @@ class _Flushed:
 
     records: list[dict[str, Any]]
     at: float
+    since_began_s: float
+    """Since this process began training, with all that went on between steps."""
     step_s: float
     tokens_per_s: float
     waited_s: float
@@ -75,19 +77,25 @@ class Meter:
         self._pending: list[_Step] = []
         self._unwritten: list[_Flushed] = []
         self._last_write = time.monotonic()
-        self._heldout: float | None = None
+        self._heldout: tuple[int, float] | None = None
         self._waited_s = 0.0
+        self._steps_before = 0
+        """Steps of the run that other processes did."""
         self.restart_clock()
 
     def restart_clock(self) -> None:
-        """Leave what lies between the last `flush` and now (evaluating, saving) out of tokens/s."""
+        """Leave what lies between the last `flush` and now (evaluating, saving) out of tokens/s; before the first step,
+        which is when training begins, out of all."""
         self._since = time.perf_counter()
+        if not self.has_observed:
+            self._began = self._since
 
     def observe(
         self, state: TrainState, targets: int, digest: int, lr: float, loss_sum: Tensor, grad_norm: Tensor
     ) -> None:
         """Remember a step. Reads nothing from the device."""
-        self.has_observed = True
+        if not self.has_observed:
+            self.has_observed, self._steps_before = True, state.step - 1
         self._pending.append(_Step(state, targets, digest, lr, loss_sum, grad_norm))
 
     def flush(self, data_wait_s: float, at_once: bool) -> None:
@@ -123,7 +131,9 @@ class Meter:
         ]
         if self._world.is_main:
             tokens_per_s = len(steps) * self._plan.global_batch_size * self._tokens_per_row / seconds
-            self._unwritten.append(_Flushed(records, time.time(), seconds / len(steps), tokens_per_s, waited_s))
+            self._unwritten.append(
+                _Flushed(records, time.time(), now - self._began, seconds / len(steps), tokens_per_s, waited_s)
+            )
             if at_once or time.monotonic() - self._last_write >= _WRITE_EVERY_S:
                 self.write()
         for record in records:
@@ -146,7 +156,9 @@ class Meter:
             for part in flushed:
                 self._show(self._tensorboard, part, with_hardware=part is newest)
             self._tensorboard.flush()
-        left = (self._plan.total_steps - last["step"]) * newest.step_s
+        # Evaluations and saves are still to come too, so they count here, as in `llmtrain status`.
+        pace_s = newest.since_began_s / (last["step"] - self._steps_before)
+        left = (self._plan.total_steps - last["step"]) * pace_s
         self._progress.show(
             Reading(last["step"], self._plan.total_steps, last["loss"], self._heldout, newest.tokens_per_s, left)
         )
@@ -172,10 +184,10 @@ class Meter:
 
     def heldout(self, state: TrainState, record: dict[str, Any]) -> None:
         """Write an evaluation: the ledger first, then its view."""
-        self._heldout = record["loss"]
+        self._heldout = state.step, record["loss"]
         if not self._world.is_main:
             return
-        self._progress.show_heldout(record["loss"])
+        self._progress.show_heldout(*self._heldout)
         if not state.step:
             log.info(f"held-out   loss {record['loss']:.4f} before the first step")
         epoch = state.samples / self._rows_per_epoch

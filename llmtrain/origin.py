@@ -7,7 +7,10 @@ from pathlib import Path
 import pydantic
 
 from llmtrain import files, log
+from llmtrain.errors import ConfigError
 from llmtrain.rundir import RunDir
+
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
 class Origin(pydantic.BaseModel):
@@ -19,16 +22,56 @@ class Origin(pydantic.BaseModel):
     """Relative paths of the configuration (shards, base, tokenizer) start here."""
     device: str = "cpu"
     gpus_used: int = 0
-    """GPUs of this machine that training uses."""
+    """GPUs of each machine that training uses."""
+    machine: str = ""
+    """Where rank 0 ran (`machine`); empty: not known."""
+    num_machines: int = 1
+    """That training runs on, of which only rank 0's is named."""
+    ranks: int | None = None
+    """On all machines; None: not noted (older versions)."""
     finished: bool = False
     """Training has come to its end: it will not take its GPUs again by itself."""
 
 
-def note(run: RunDir, device: str, local_ranks: int) -> None:
-    """Write origin.json, at each start of training; an id that is there stays."""
-    known = read(run).id if run.origin.exists() else uuid.uuid4().hex
-    started = Origin(id=known, folder=Path.cwd(), device=device, gpus_used=local_ranks if device == "cuda" else 0)
+def note(run: RunDir, device: str, local_ranks: int, num_machines: int = 1, ranks: int | None = None) -> None:
+    """Write origin.json, at each start of training; an id that is there stays.
+
+    Raises:
+        ConfigError: the folder's name is not UTF-8, and cannot be written down.
+    """
+    try:
+        str(Path.cwd()).encode()
+    except UnicodeEncodeError:
+        raise ConfigError([f"{Path.cwd()!r}: this folder's name is not UTF-8; start from another one"]) from None
+    started = Origin(
+        id=read(run).id if run.origin.exists() else uuid.uuid4().hex,
+        folder=Path.cwd(),
+        device=device,
+        gpus_used=local_ranks if device == "cuda" else 0,
+        machine=machine(),
+        num_machines=num_machines,
+        ranks=ranks,
+    )
     files.write_atomic(run.origin, started.model_dump_json() + "\n")
+
+
+def machine() -> str:
+    """Tells this machine from others. Not by its name where Linux has better: each container has one of its own, and
+    all of them share the GPUs."""
+    try:
+        return _BOOT_ID.read_text().strip() or os.uname().nodename
+    except OSError:
+        return os.uname().nodename
+
+
+def gpus_used_here(run: RunDir) -> int:
+    """GPUs of this machine that training, as it was last started, uses while it runs.
+
+    Of several machines this may be any one, and where the machine was not noted it is taken for this one.
+    """
+    started = read(run)
+    is_elsewhere = started.num_machines == 1 and started.machine not in ("", machine())
+    return 0 if is_elsewhere else started.gpus_used
 
 
 def note_finished(run: RunDir) -> None:

@@ -18,7 +18,8 @@ class Reading:
     step: int
     total_steps: int
     loss: float
-    heldout: float | None
+    heldout: tuple[int, float] | None
+    """Step and loss of the last evaluation."""
     tokens_per_s: float
     seconds_left: float
 
@@ -48,18 +49,17 @@ class Progress:
         self._task = self._live.add_task("", total=total_steps, completed=first_step, figures="")
         self._live.start()
 
-    def show_heldout(self, loss: float) -> None:
+    def show_heldout(self, step: int, loss: float) -> None:
         """A new held-out loss: the live line takes it up at once."""
         if self._live is not None and self._last is not None:
-            self.show(dataclasses.replace(self._last, heldout=loss))
+            self.show(dataclasses.replace(self._last, heldout=(step, loss)))
 
     def show(self, reading: Reading) -> None:
         if not self._enabled:
             return
         self._last = reading
-        heldout = "" if reading.heldout is None else f"  held-out {reading.heldout:.4f}"
         figures = (
-            f"loss {reading.loss:.4f}{heldout}  {reading.tokens_per_s:,.0f} tokens/s"
+            f"loss {reading.loss:.4f}{_heldout(reading)}  {reading.tokens_per_s:,.0f} tokens/s"
             f"  {_duration(reading.seconds_left)} left"
         )
         if self._live is not None:
@@ -91,6 +91,14 @@ class _Stderr:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
+
+
+def _heldout(reading: Reading) -> str:
+    """A step's line comes before its evaluation: that of an earlier step says so."""
+    if reading.heldout is None:
+        return ""
+    step, loss = reading.heldout
+    return f"  held-out {loss:.4f}" + (f" (step {step})" if step != reading.step else "")
 
 
 def _duration(seconds: float) -> str:

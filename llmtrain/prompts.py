@@ -20,6 +20,8 @@ if TYPE_CHECKING:  # half of those who need a template need no tokenizer
 
 TEMPLATE = "chat_template.jinja"
 """A tokenizer's chat template, as transformers reads it beside the tokenizer."""
+TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
+"""What a template may write, by the names of a tokenizer's settings."""
 _SETTINGS = "tokenizer_config.json"
 
 PLAIN_TEMPLATE = (
@@ -51,7 +53,9 @@ class ChatTemplate:
         """It says itself what a text begins with."""
         return self.text != PLAIN_TEMPLATE
 
-    def render(self, messages: Sequence[Mapping[str, Any]], asks: bool) -> str:
+    def render(
+        self, messages: Sequence[Mapping[str, Any]], asks: bool, tools: Sequence[Mapping[str, Any]] | None = None
+    ) -> str:
         """The messages' text; with `asks`, up to where the assistant's answer begins.
 
         Raises:
@@ -62,12 +66,15 @@ class ChatTemplate:
         try:
             texts, _ = _renderer()(
                 conversations=[list(messages)],
+                tools=None if tools is None else list(tools),
                 chat_template=self.text,
                 add_generation_prompt=asks,
                 **self.tokens,
             )
         except jinja2.TemplateError as error:
             raise TokenizerError(f"the chat template fails: {error}") from None
+        except Exception as error:  # a template computes with what the messages hold: TypeError, KeyError, ...
+            raise TokenizerError(f"the chat template fails: {type(error).__name__}: {error}") from error
         return texts[0]
 
 
@@ -133,8 +140,8 @@ def files_of(folder: Path) -> list[Path]:
 
 def read_own(folder: Path) -> tuple[str | None, dict[str, str]]:
     """Of a tokenizer's folder: its chat template, if it has one, and the special tokens that a template may write."""
-    settings, file = _read_settings(folder), folder / TEMPLATE
-    tokens = {name: _text(settings.get(name)) for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
+    settings, file = read_settings(folder), folder / TEMPLATE
+    tokens = {name: _text(settings.get(name)) for name in TOKENS}
     found: Any = settings.get("chat_template")
     if file.is_file():
         found = file.read_text(encoding="utf-8")
@@ -163,16 +170,21 @@ def shipped_template(format: ChatFormat, folder: Path) -> str:
     return f"{{{{ {quoted} }}}}{template.text}" if prefix else template.text
 
 
-def write_settings(folder: Path, eos_id: int | None, template: str | None) -> None:
+def write_settings(
+    folder: Path, eos_id: int | None, template: str | None, needed: Mapping[str, Any] | None = None
+) -> None:
     """Let a tokenizer's folder say what ended the texts of training, where it names nothing, and this chat template.
 
     transformers reads a template's file before what stands in the settings; programs that read the settings alone
     find no other there.
+
+    Args:
+        needed: further settings (transformers_ids.py).
     """
     from tokenizers import Tokenizer
 
-    settings = _read_settings(folder)
-    changed = dict(settings)
+    settings = read_settings(folder)
+    changed = {**settings, **(needed or {})}
     if eos_id is not None and not _text(settings.get("eos_token")):
         changed["eos_token"] = Tokenizer.from_file(str(folder / "tokenizer.json")).id_to_token(eos_id)
     if template is not None and template != read_own(folder)[0]:
@@ -182,7 +194,8 @@ def write_settings(folder: Path, eos_id: int | None, template: str | None) -> No
         (folder / _SETTINGS).write_text(json.dumps(changed, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _read_settings(folder: Path) -> dict[str, Any]:
+def read_settings(folder: Path) -> dict[str, Any]:
+    """What stands beside tokenizer.json."""
     file = folder / _SETTINGS
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 

@@ -1,6 +1,7 @@
 """What rank 0 does alone, before there are process groups, while the other ranks wait for what it found."""
 
 import contextlib
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -81,7 +82,8 @@ def prepare(
         with failures_noted(run_dir):
             if base_folder is not None:
                 check_same_base(run_dir, base_folder, resuming=step is not None)
-            origin.note(run_dir, world.device.type, world.local_size)
+            machines = math.ceil(world.size / world.local_size)
+            origin.note(run_dir, world.device.type, world.local_size, machines, world.size)
     if config.service.start == "auto":
         companion.start()
     return Prepared(step, data.fingerprint, early_stop(run_dir, config), config.train.precision)

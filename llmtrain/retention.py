@@ -59,8 +59,12 @@ def plan_deletions(
     return deleted, held
 
 
-def deletable(run: RunDir, config: RunConfig, verified_newest: int | None) -> tuple[set[int], dict[int, str]]:
+def deletable(
+    run: RunDir, config: RunConfig, verified_newest: int | None, trusts_uploads: bool = True
+) -> tuple[set[int], dict[int, str]]:
     """`plan_deletions` for a run as it is now, from its ledgers.
+
+    Without `trusts_uploads` none counts as confirmed: nobody has looked yet whether they are still on the Hub.
 
     A score or an upload counts only for the very checkpoint that lies there: a step may have been saved again. A tag
     that was removed again counts as an upload, because the rule that removed it is the one that deletes here.
@@ -73,7 +77,7 @@ def deletable(run: RunDir, config: RunConfig, verified_newest: int | None) -> tu
     confirmed = [
         step
         for step, upload in ledger.uploads(run).items()
-        if here.get(step) == upload.checkpoint and upload.repo == config.hub.repo
+        if trusts_uploads and here.get(step) == upload.checkpoint and upload.repo == config.hub.repo
     ]
     scored = None if config.service.score == "training" else losses
     uploaded = None if config.hub.repo is None else confirmed

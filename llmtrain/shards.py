@@ -92,6 +92,13 @@ class ShardManifest(_Record):
     def to_bytes(self) -> bytes:
         return (self.model_dump_json(indent=1) + "\n").encode()
 
+    @property
+    def tokens_per_row(self) -> float:
+        """Tokens that a training row gives the model, padding left out; the average where rows hold whole documents."""
+        if self.packing == "contiguous":
+            return float(self.context)
+        return self.splits["train"].tokens / self.splits["train"].rows
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -169,6 +176,12 @@ class ShardSet:
     def largest_id(self) -> int:
         """Of all tokens, padding included. Reads everything."""
         return max((int(shard.tokens.max(initial=0)) for shard in self._shards), default=0)
+
+    def fullest_row(self) -> int:
+        """The number of a row with the most documents. Looks at all rows, but reads a number of each alone."""
+        counts = [np.diff(shard.doc_offsets) for shard in self._shards]
+        number = max(range(len(counts)), key=lambda each: int(counts[each].max(initial=0)))
+        return int(self._starts[number]) + int(counts[number].argmax())
 
     def rows(self, ids: NDArray[np.int64]) -> Rows:
         """Copies of the rows with these numbers, in this order."""

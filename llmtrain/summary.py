@@ -18,6 +18,8 @@ class Summary:
     first_heldout: float
     first_step: int
     last_heldout: float
+    last_step: int
+    """Of the last evaluation."""
     lowest_heldout: float
     lowest_step: int
     lowest_epoch: float
@@ -49,6 +51,7 @@ def summarise(run: RunDir) -> Summary | None:
         first_heldout=evaluations[0]["loss"],
         first_step=evaluations[0]["step"],
         last_heldout=last["loss"],
+        last_step=last["step"],
         lowest_heldout=lowest["loss"],
         lowest_step=lowest["step"],
         lowest_epoch=lowest["epoch"],
@@ -95,11 +98,17 @@ def _choose(
 
 def describe(run: RunDir, summary: Summary) -> str:
     """The summary for a terminal."""
-    first = f"step {summary.first_step}" if summary.first_step else "the start"
+    if summary.first_step == summary.last_step:
+        heldout = f"{summary.first_heldout:.4f} at step {summary.first_step} (measured once)"
+    else:
+        first = f"step {summary.first_step}" if summary.first_step else "the start"
+        heldout = (
+            f"{summary.first_heldout:.4f} at {first} -> {summary.last_heldout:.4f} at the end, "
+            f"lowest {summary.lowest_heldout:.4f} at step {summary.lowest_step} (epoch {summary.lowest_epoch:.2f})"
+        )
     lines = [
         f"{summary.steps} steps, {summary.epochs:.2f} epochs",
-        f"held-out loss   {summary.first_heldout:.4f} at {first} -> {summary.last_heldout:.4f} at the end, "
-        f"lowest {summary.lowest_heldout:.4f} at step {summary.lowest_step} (epoch {summary.lowest_epoch:.2f})",
+        f"held-out loss   {heldout}",
         f"overfitting     {summary.overfitting}",
     ]
     if summary.best_checkpoint is not None:
@@ -129,7 +138,7 @@ def write(run: RunDir, with_curve: bool = True) -> Summary | None:
 
 
 def draw(run: RunDir, to: Path) -> None:
-    """Train and held-out loss over epochs, with a second axis for tokens seen."""
+    """Train and held-out loss over epochs, with a second axis for learned tokens."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -158,7 +167,8 @@ def draw(run: RunDir, to: Path) -> None:
         color="#8c2f3b",
     )
     per_epoch = metrics[-1]["targets"] / metrics[-1]["epoch"]
-    axes.secondary_xaxis("top", functions=(lambda e: e * per_epoch, lambda t: t / per_epoch)).set_xlabel("tokens seen")
+    upper = axes.secondary_xaxis("top", functions=(lambda e: e * per_epoch, lambda t: t / per_epoch))
+    upper.set_xlabel("learned tokens")
     axes.set(xlabel="epochs", ylabel="loss (nats per token)", title=run.path.name)
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)

@@ -1,5 +1,6 @@
 """How often the model is right: answers to held-out prompts, generated and compared with the completions."""
 
+import itertools
 import math
 import re
 from collections.abc import Callable, Iterator
@@ -111,7 +112,9 @@ def answer(
     for question in asked[world.rank :: world.size]:
         ids = continue_text(make_generator(), question.prompt_ids, greedy, seed=0, eos_id=eos_id)
         text = tokenizer.decode(list(ids))
-        tally.add(tokenizer.decode(question.answer_ids), text)
+        # Up to the end of the text, as the answer: not every tokenizer flags that token as one to leave out.
+        wanted = itertools.takewhile(lambda token: token != eos_id, question.answer_ids)
+        tally.add(tokenizer.decode(list(wanted)), text)
         pairs.append((tokenizer.decode(question.prompt_ids), text))
     sums = world.sum_floats([tally.asked, tally.exact, tally.numeric, tally.numbers, tally.error])
     whole = Tally(int(sums[0]), int(sums[1]), int(sums[2]), int(sums[3]), sums[4])

@@ -27,6 +27,8 @@ class Training:
     """Relative paths of the configuration start here."""
     described: Path
     """The folder with the checkpoint's manifest."""
+    in_its_run: bool = False
+    """The model lies in its run's folder. A configuration beside a model elsewhere may be a stranger's."""
 
 
 def find(model: Path) -> Training | None:
@@ -38,14 +40,15 @@ def find(model: Path) -> Training | None:
     model = model.resolve()
     places = [(model / "llmtrain/config.yaml", model / "llmtrain"), (model / "config.yaml", model)]
     start = Path.cwd()
-    if len(model.parents) >= 3 and model.parents[1].name == "checkpoints":
+    in_its_run = len(model.parents) >= 3 and model.parents[1].name == "checkpoints"
+    if in_its_run:
         run = RunDir(model.parents[2])
         places, start = [(run.config, model.parent)], origin.start_of(run)
     for file, described in places:
         if not file.is_file():
             continue
         try:
-            return Training(load_config(str(file))[0], file, start, described)
+            return Training(load_config(str(file))[0], file, start, described, in_its_run)
         except ConfigError as error:
             why = "; ".join(error.problems)
             if described != model:

@@ -1,5 +1,6 @@
 """`llmtrain doctor`: what this machine has of what a run needs. Nothing is loaded or changed."""
 
+import contextlib
 import os
 import shutil
 import sys
@@ -158,7 +159,8 @@ def examine_login() -> Finding:
         if os.environ.get(name, "").strip():
             return fine("Hub", f"a token in {name}")
     home = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "huggingface"
-    file = Path(os.environ.get("HF_TOKEN_PATH", Path(os.environ.get("HF_HOME", home)) / "token")).expanduser()
-    if file.is_file() and file.stat().st_size:
-        return fine("Hub", f"logged in ({file})")
+    with contextlib.suppress(RuntimeError):  # neither HOME nor an entry in passwd
+        file = Path(os.environ.get("HF_TOKEN_PATH", Path(os.environ.get("HF_HOME", home)) / "token")).expanduser()
+        if file.is_file() and file.stat().st_size:
+            return fine("Hub", f"logged in ({file})")
     return fine("Hub", "not logged in: for uploads and gated models run 'hf auth login'")

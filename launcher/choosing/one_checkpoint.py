@@ -6,8 +6,8 @@ from typing import Any
 from rich.console import Console
 
 from launcher.choosing.listing import Listing, Row
-from launcher.display import STRATEGIES, Column, duration, figure, fitted, one_line, printable, say, size, steps, when
-from llmtrain import jsonl, ledger, manifest
+from launcher.display import STRATEGIES, Column, duration, figure, fitted, one_line, say, size, steps, when
+from llmtrain import jsonl, ledger, log, manifest
 from llmtrain.errors import CheckpointError
 from llmtrain.ledger import Score
 from llmtrain.manifest import Manifest
@@ -58,7 +58,7 @@ def _show_checkpoint(console: Console, found: Listing, row: Row) -> None:
         return
     _show_position(console, described)
     columns = [
-        Column("file", [printable(name) for name in described.files], 9, left=True),
+        Column("file", [log.printable(name) for name in described.files], 9, left=True),
         Column("size", [size(info.size_bytes) for info in described.files.values()], 8),
         Column("SHA-256", [info.sha256[:16] for info in described.files.values()], 7, left=True),
     ]

@@ -2,10 +2,13 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
-from llmtrain import jsonl, ledger
-from llmtrain.batches import BatchPlan
+from llmtrain import jsonl, ledger, origin
+from llmtrain.batches import ANY_ROWS, BatchPlan, plan_batches
+from llmtrain.config.load import Origins, load_config, with_precision
 from llmtrain.config.schema import RunConfig
+from llmtrain.errors import UserError
 from llmtrain.memory import Sizes
 from llmtrain.rundir import RunDir
 
@@ -53,33 +56,70 @@ def upload_volume(config: RunConfig, sizes: Sizes, saves: int) -> Upload | None:
     return Upload(each, each * saves)
 
 
-def tokens_of(config: RunConfig, plan: BatchPlan, steps: int | None = None) -> int:
-    """That so many steps read (by default all), padding included."""
-    return (plan.total_steps if steps is None else steps) * plan.global_batch_size * config.model.context
-
-
 @dataclass(frozen=True)
 class Pace:
     tokens_per_s: float
-    """Padding included, with evaluations and saves where it was measured."""
+    """With evaluations and saves where it was measured."""
     told: str
     """Where that is from."""
 
 
-def find_pace(config: RunConfig, plan: BatchPlan, told: float | None) -> Pace | None:
-    """As told; else as the last start of the same run went; None where it never started."""
+def find_pace(
+    config: RunConfig, plan: BatchPlan, told: float | None, tokens_per_row: float, ranks: int, device: str
+) -> Pace | str:
+    """As told; else as the last start of the same run went, if that computed the same; else why it is not known.
+
+    Args:
+        tokens_per_row: counts padding or not, as the pace then does.
+        device: cuda or cpu.
+    """
     if told is not None:
         return Pace(told, "as you say")
     run = RunDir(config.run.folder)
     last = jsonl.last_record(run.metrics)
     starts = [event for event in ledger.events(run) if event.kind in ("started", "resumed") and event.step is not None]
-    if last is None or not starts:
-        return None
-    steps = int(last["step"]) - (starts[-1].step or 0)
-    seconds = run.metrics.stat().st_mtime - starts[-1].time
-    if steps <= 0 or seconds <= 0:
-        return None
-    return Pace(tokens_of(config, plan, steps) / seconds, f"as in the last start of {run.path}")
+    steps = 0 if last is None or not starts else int(last["step"]) - (starts[-1].step or 0)
+    seconds = run.metrics.stat().st_mtime - starts[-1].time if steps > 0 else 0.0
+    if seconds <= 0:
+        return "not known: give --tokens-per-s, or start the run: its pace is then taken"
+    if (other := _other_than(run, config, plan, ranks, device)) is not None:
+        return f"not known for these settings: {other}; give --tokens-per-s"
+    # The same data and the same batch, so these are the tokens that its steps read.
+    return Pace(steps * plan.global_batch_size * tokens_per_row / seconds, f"as in the last start of {run.path}")
+
+
+def _other_than(run: RunDir, config: RunConfig, plan: BatchPlan, ranks: int, device: str) -> str | None:
+    """What the run's last start had that these settings have not, of what decides how long a step takes."""
+    started = origin.read(run)
+    if started.ranks is None:
+        return f"{run.path} does not say on how many ranks it was started last (an older version did not note it)"
+    try:
+        old, _ = load_config(run.config)
+        old_plan = plan_batches(old, Origins(), started.ranks, ANY_ROWS)
+    except UserError:
+        return f"{run.config}, of its last start, cannot be read by this version"
+    if config.train.precision == "auto":
+        config = with_precision(config, old.train.precision)  # in which it would go on
+    if device == "cpu" and config.train.device != "cpu" and started.device == "mps":
+        device = "mps"  # a plan counts Apple's GPU as the CPU, whose memory it has
+    before = {"ranks": started.ranks, "device": started.device, **_decisive(old, old_plan)}
+    now = {"ranks": ranks, "device": device, **_decisive(config, plan)}
+    others = [name if isinstance(had, dict) else f"{name}={had}" for name, had in before.items() if had != now[name]]
+    return f"the last start of {run.path} had other settings ({', '.join(others)})" if others else None
+
+
+def _decisive(config: RunConfig, plan: BatchPlan) -> dict[str, Any]:
+    return {
+        "model": config.model.model_dump(),
+        "data": config.data.model_dump(exclude={"dir", "verify"}),
+        "train.global_batch_size": plan.global_batch_size,
+        "train.micro_batch_size": plan.micro_batch_size,
+        "train.precision": config.train.precision,
+        "train.compile": config.train.compile,
+        "train.activation_checkpointing": config.train.activation_checkpointing,
+        "optim.kind": config.optim.kind,
+        "strategy": config.strategy.model_dump(exclude={"timeout_s"}),
+    }
 
 
 def num_jobs(seconds: float, job_s: float) -> int:

@@ -13,7 +13,7 @@ from launcher import display
 from launcher.planning import forecast
 from launcher.planning.sizes import find_sizes
 from llmtrain import cpu, recipe, shards
-from llmtrain.batches import BatchPlan, plan_batches
+from llmtrain.batches import BatchPlan, plan_batches, warmup_problem
 from llmtrain.config.load import Origins, auto_is_fp32
 from llmtrain.config.schema import RunConfig
 from llmtrain.errors import ConfigError
@@ -186,11 +186,16 @@ def show(config: RunConfig, origins: Origins, machine: Machine, told: Told, cons
     )
     if rows is None and config.train.epochs is not None:
         say("steps", f"{config.train.epochs:g} epochs; the number is known once 'llmtrain shard' has run")
+        say("disk", f"{display.size(sizes.checkpoint_bytes(config))} a checkpoint")
     else:
         tokens = plan.total_steps * plan.global_batch_size * config.model.context
         epochs = "" if rows is None else f", {plan.total_steps * plan.global_batch_size / rows:.2f} epochs"
-        say("steps", f"{plan.total_steps:,}, {tokens:,} tokens{epochs}")
-    _say_course(config, plan, sizes, told, rows, say)
+        padded = "" if config.data.packing == "contiguous" else " with padding"
+        say("steps", f"{plan.total_steps:,}, {tokens:,} tokens{padded}{epochs}")
+        if (problem := warmup_problem(config.optim, plan.total_steps)) is not None:
+            say("warm-up", problem)
+        _say_course(config, plan, sizes, rows, say)
+        _say_time(config, plan, machine, told, built, say)
     outlooks = [outlook(config, sizes, plan, machine, kind) for kind in display.STRATEGIES]
     console.print(_table(outlooks, machine))
     chosen = next(o for o in outlooks if o.kind == config.strategy.kind)
@@ -213,13 +218,10 @@ def show(config: RunConfig, origins: Origins, machine: Machine, told: Told, cons
 
 
 def _say_course(
-    config: RunConfig, plan: BatchPlan, sizes: Sizes, told: Told, rows: int | None, say: Callable[[str, str], None]
+    config: RunConfig, plan: BatchPlan, sizes: Sizes, rows: int | None, say: Callable[[str, str], None]
 ) -> None:
-    """What comes of the run over its time: checkpoints, uploads, jobs."""
+    """What comes of the run over its time: checkpoints, uploads."""
     size = sizes.checkpoint_bytes(config)
-    if rows is None and config.train.epochs is not None:
-        say("disk", f"{display.size(size)} a checkpoint")
-        return
     saves = forecast.count_saves(config, plan, rows)
     most = forecast.most_on_disk(config, plan, saves)
     say("saves", f"{saves:,}, of {display.size(size)} each")
@@ -234,14 +236,29 @@ def _say_course(
         state = "with" if config.hub.optimizer_state else "without"
         each, everything = display.size(upload.each_bytes), display.size(upload.all_bytes)
         say("upload", f"{each} a checkpoint, {state} optimizer state; {everything} in all, to {config.hub.repo}")
-    pace = forecast.find_pace(config, plan, told.tokens_per_s)
-    if pace is None:
-        say("time", "not known: give --tokens-per-s, or start the run: its pace is then taken")
+
+
+def _say_time(
+    config: RunConfig,
+    plan: BatchPlan,
+    machine: Machine,
+    told: Told,
+    built: ShardManifest | None,
+    say: Callable[[str, str], None],
+) -> None:
+    """How long it takes, and in how many jobs. Tokens are counted as training shows them, without padding."""
+    tokens_per_row = float(config.model.context) if built is None else built.tokens_per_row
+    pace = forecast.find_pace(config, plan, told.tokens_per_s, tokens_per_row, machine.ranks, machine.device)
+    if isinstance(pace, str):
+        say("time", pace)
         return
-    seconds = forecast.tokens_of(config, plan) / pace.tokens_per_s
+    seconds = plan.total_steps * plan.global_batch_size * tokens_per_row / pace.tokens_per_s
     number = 0 if told.job_s is None else forecast.num_jobs(seconds, told.job_s)
     jobs = "" if not number else ", in one job" if number == 1 else f", in {number} jobs"
-    say("time", f"{display.duration(seconds)} at {pace.tokens_per_s:,.0f} tokens/s ({pace.told}){jobs}")
+    how = pace.told
+    if built is None and config.data.packing != "contiguous":
+        how += "; rows are counted as full, without padding, until 'llmtrain shard' has run"
+    say("time", f"{display.duration(seconds)} at {pace.tokens_per_s:,.0f} tokens/s ({how}){jobs}")
 
 
 def _table(outlooks: list[Outlook], machine: Machine) -> Table:

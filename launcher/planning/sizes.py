@@ -74,6 +74,6 @@ def vocab_size(config: RunConfig, told: int | None, built: ShardManifest | None)
     raise ConfigError(
         [
             f"the vocabulary of {tokenizer.name} is not known yet: "
-            "run 'llmtrain shard CONFIG' first, or give --vocab-size"
+            "run 'llmtrain shard CONFIG' first, or give 'llmtrain plan' --vocab-size"
         ]
     )

@@ -135,7 +135,7 @@ def find_doubts(contenders: Sequence[Contender]) -> list[str]:
     sizes = {c.best.score.targets for c in contenders if c.best is not None and c.best.score.targets}
     if len(sizes) > 1:
         told = " and ".join(f"{number:,}" for number in sorted(sizes))
-        doubts.append(f"the held-out splits are not the same size ({told} tokens)")
+        doubts.append(f"the held-out splits are not the same size ({told} learned tokens)")
     if doubts and any(d.startswith(("data.sources", "data.split", "data.format")) for d in doubts):
         doubts.append("not even the held-out text is the same, so bits per byte compare only roughly")
     return doubts
@@ -248,7 +248,7 @@ def _columns(comparison: Comparison) -> list[Column]:
         Column("", ["tie" if comparison.is_tie(place) else "" for place in range(len(every))], 69, left=True),
         Column("step", ["" if s is None else f"{s.step:,}" for s in scores], 60),
         Column("epoch", ["" if s is None else f"{s.epoch:.2f}" for s in scores], 50),
-        Column("tokens", ["" if t is None else words.quantity(float(t)) for t in tokens], 40),
+        Column("learned tokens", ["" if t is None else words.quantity(float(t)) for t in tokens], 40),
         Column("state", [c.facts.now.training.state for c in every], 65, left=True),
     ]  # fmt: skip
 

@@ -62,7 +62,7 @@ def _ranking(comparison: Comparison) -> Html:
     names = short_names(list(comparison.settings)) if len(comparison.settings) <= _FEW else []
     values = list(comparison.settings.values()) if names else []
     heads = ["", "Run", "", *names, "Held-out", "Above the first, 95%", "Bits/byte", "Perplexity", "Step", "Epoch"]
-    heads += ["Tokens", "State"]
+    heads += ["Learned tokens", "State"]
     rows = [_row(comparison, place, [row[place] for row in values]) for place in range(len(comparison.contenders))]
     numeric = {0, *range(3, len(heads) - 1)}
     classes = ["best" if place == 0 else "" for place in range(len(rows))]

@@ -100,7 +100,7 @@ def _training(facts: Facts) -> list[str | None]:
             big, then = f"Ended early, step {step}{total}", training.early_stop
         case _:
             big, then = f"Stopped at step {step}{total}", _goes_on(facts)
-    done = f"{float(clock.epochs[-1]):.2f} epochs, {words.quantity(float(clock.tokens[-1]))} tokens"
+    done = f"{float(clock.epochs[-1]):.2f} epochs, {words.quantity(float(clock.tokens[-1]))} learned tokens"
     return [big, then, done, _when(facts)]
 
 

@@ -8,10 +8,10 @@ import numpy as np
 from launcher import display
 from launcher.report import figures, words
 from launcher.report.facts import Facts
-from launcher.report.figures import crop, estimates, gap_series
+from launcher.report.figures import Estimate, crop, estimates, gap_series
 from launcher.report.markup import Child, Html, element, join, table
 from launcher.report.plots import Picture, picture
-from llmtrain.choose import Entry, Ranking
+from llmtrain.choose import Entry
 from llmtrain.ledger import Event
 
 _ROWS = 12
@@ -32,6 +32,7 @@ _KINDS = {  # what an event is called, and its tone
     "upload-failed": ("Upload failed", "warn"),
     "hub-refused": ("Hub refused", "bad"),
     "hub-accepted": ("Hub accepted", "best"),
+    "upload-gone": ("Upload gone", "bad"),
     "stalled": ("Upload stalled", "warn"),
     "early-stop": ("Early stop", ""),
     "service-started": ("Service started", ""),
@@ -127,10 +128,12 @@ def ranking(facts: Facts) -> tuple[Html, list[Picture]]:
         more = table(heads, [rows[at] for at in others[:_MORE_ROWS]], numeric)
         told = f"{len(others):,} more" if len(others) <= _MORE_ROWS else f"{_MORE_ROWS} of {len(others):,} more"
         rest = element("details", element("summary", told), more)
-    drawn = _forest(ranked, chosen)
-    pictures = [drawn] if drawn is not None else []
+    lines = estimates(ranked, chosen)
+    pictures = [_forest(lines)] if len(lines) > 1 else []
+    beyond = len(ranked.entries) - len(lines)
+    off = lead(f"{words.count(beyond, 'checkpoint')} further off: in the table alone.") if pictures and beyond else None
     notes = [notice(f"{note[:1].upper()}{note[1:]}.") for note in facts.listed.notes] if facts.is_scored else []
-    inside = [lead(_how_scored(facts)), [p.html for p in pictures], shown, rest, notes]
+    inside = [lead(_how_scored(facts)), [p.html for p in pictures], off, shown, rest, notes]
     return section("ranking", "Which checkpoint", *inside), pictures
 
 
@@ -182,10 +185,7 @@ def _how_scored(facts: Facts) -> str:
     )
 
 
-def _forest(ranked: Ranking, chosen: int | None) -> Picture | None:
-    lines = estimates(ranked, chosen)
-    if len(lines) < 2:
-        return None
+def _forest(lines: list[Estimate]) -> Picture:
     high = 60 + 27 * len(lines)
     return picture(
         "intervals",

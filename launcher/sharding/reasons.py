@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from launcher.sharding import tasks
+from launcher.sharding import tasks, unseen
 from launcher.sharding.records import Found
 from launcher.sharding.samples import COMPLETION_TOO_LONG, TOO_LONG
 from llmtrain.config import data_sections as schema
@@ -37,6 +37,7 @@ def read_input(work: Path, num_tasks: int) -> Input:
             for names, counts, counter in (
                 (arrays["skipped_names"], arrays["skipped_counts"], read.skipped),
                 (arrays["field_names"], arrays["field_counts"], read.found.fields),
+                (arrays["noted_names"], arrays["noted_counts"], read.found.noted),
             ):
                 counter.update(dict(zip(names.tolist(), counts.tolist(), strict=True)))
             read.found.separators.update(dict(enumerate(arrays["separators"].tolist())))
@@ -65,6 +66,7 @@ def told_found(data: schema.DataSection, found: Found) -> Iterator[str]:
             setting = f"data.sources.{number}.separator={json.dumps(separator, ensure_ascii=False)}"
             meant = r"""; a line break is "\n" in double quotes in a file""" if "\\n" in separator else ""
             yield f"warning    {setting}: stands in none of its files; each of them is one document{meant}"
+    yield from unseen.told(found)
 
 
 def too_little(config: RunConfig, name: SplitName, tokens: int, documents: int, read: Input) -> str:

@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import importlib.util
 import json
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -20,6 +21,9 @@ _MARKS = {
     "utf-32": (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE),  # first, because one of them begins like one of the next
     "utf-16": (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE),
 }
+
+TOOLS = "tools"
+"""The field with the tools that a chat's assistant may call, as data sets and templates name it."""
 
 Where = Callable[[], str]
 """Says where a record stands, for error messages; a function, because counting lines takes time."""
@@ -57,6 +61,8 @@ class Found:
     """Records with something in an optional field, by the field's name."""
     separators: Counter[int] = dataclasses.field(default_factory=Counter[int])
     """By the number of the source."""
+    noted: Counter[str] = dataclasses.field(default_factory=Counter[str])
+    """Documents of which training sees something else than one may think (unseen.py)."""
 
 
 def wanted_fields(source: schema.Source, format: schema.Format) -> tuple[list[str], list[str]]:
@@ -71,7 +77,7 @@ def wanted_fields(source: schema.Source, format: schema.Format) -> tuple[list[st
         case schema.InstructionFormat():
             return [format.instruction, format.output], [format.input]
         case schema.ChatFormat():
-            return [format.messages], []
+            return [format.messages], [TOOLS]
 
 
 def read_documents(
@@ -122,9 +128,19 @@ def _read(
         if isinstance(format, schema.TextFormat):
             yield Document(text_of(record[required[0]], required[0], where), None, where)
         else:
-            values = [record.get(name) for name in (*required, *optional)]
+            is_chat = isinstance(format, schema.ChatFormat)
+            values = [record.get(name) for name in (required if is_chat else (*required, *optional))]
             text = "\n".join(v if isinstance(v, str) else json.dumps(v, ensure_ascii=False) for v in values)
-            yield Document(text_of(text, required[0], where), record, where)
+            from_arrow = is_chat and isinstance(source, (schema.ParquetSource, schema.HuggingFaceSource))
+            kept = {name: _without_nothing(value) for name, value in record.items()} if from_arrow else record
+            yield Document(text_of(text, required[0], where), kept, where)
+
+
+def _without_nothing(value: Any) -> Any:
+    """Without the keys that Arrow fills in because another record has them."""
+    if isinstance(value, dict):
+        return {key: _without_nothing(each) for key, each in value.items() if each is not None}
+    return [_without_nothing(each) for each in value] if isinstance(value, list) else value
 
 
 def text_of(value: Any, field: str, where: Where) -> str:
@@ -201,10 +217,19 @@ def _read_jsonl(unit: Unit) -> Iterator[tuple[dict[str, Any], Where]]:
                 raise _not_utf8(unit.path, offset + error.start) from None
             except json.JSONDecodeError as error:
                 raise SourceError(f"{where()}: not JSON: {error.msg} ({_kind_hint(unit.path)})") from None
+            except (ValueError, RecursionError) as error:
+                raise SourceError(f"{where()}: {_told_unreadable(error)}") from None
             if not isinstance(record, dict):
                 a_list = f" ({_kind_hint(unit.path)})" if isinstance(record, list) else ""
                 raise SourceError(f"{where()}: must be a JSON object, not a {type(record).__name__}{a_list}")
             yield record, where
+
+
+def _told_unreadable(error: ValueError | RecursionError) -> str:
+    """Of what is JSON, but not for Python."""
+    if isinstance(error, RecursionError):
+        return "lists or objects nested too deeply to be read; remove the record, or write them as text"
+    return f"a number of more than {sys.get_int_max_str_digits():,} digits; write it as text, in quotes"
 
 
 def _kind_hint(path: str) -> str:
@@ -230,6 +255,8 @@ def _read_json(path: str) -> Iterator[tuple[dict[str, Any], Where]]:
         raise _not_utf8(path, error.start) from None
     except json.JSONDecodeError as error:
         raise SourceError(f"{path}:{error.lineno}: not JSON: {error.msg} (one object a line is kind: jsonl)") from None
+    except (ValueError, RecursionError) as error:
+        raise SourceError(f"{path}: {_told_unreadable(error)}") from None
     if not isinstance(records, list):
         raise SourceError(f"{path}: must be a list of JSON objects, not a {type(records).__name__}")
     for number, record in enumerate(records):

@@ -5,7 +5,9 @@ the ids of its beginning are a beginning of them, so that prompting with the beg
 ids that were trained on; else the segments are tokenised one by one.
 """
 
+import json
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,14 +16,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from launcher.sharding.records import Document, text_of
+from launcher.sharding import unseen
+from launcher.sharding.records import TOOLS, Document, text_of
 from launcher.sharding.tokenize import Encoder
 from llmtrain import prompts
 from llmtrain.config import data_sections as schema
 from llmtrain.errors import SourceError, TokenizerError
 
-RULES = 3
-"""Raise it whenever this module or records.py cuts or masks differently, or counts other things: what an older version
+RULES = 4
+"""Raise it whenever this module, records.py or tasks.py cuts, masks or counts differently: what an older version
 has tokenised of an unfinished build is not used then."""
 
 TOO_LONG, COMPLETION_TOO_LONG = "longer than model.context", "completion longer than model.context"
@@ -65,10 +68,16 @@ class _Piece:
 class SampleMaker:
     """Turns records into samples, with the tokenizer of a folder."""
 
-    def __init__(self, format: schema.Format, encoder: Encoder, tokenizer: Path, limit: int):
-        """Args: limit: the longest sample, in tokens."""
+    def __init__(
+        self, format: schema.Format, encoder: Encoder, tokenizer: Path, limit: int, noted: Counter[str] | None = None
+    ):
+        """Args:
+        limit: the longest sample, in tokens.
+        noted: gets what a chat template leaves out (unseen.py).
+        """
         self._format, self._encoder, self._limit = format, encoder, limit
-        self._chat = Chat(format, tokenizer, encoder) if isinstance(format, schema.ChatFormat) else None
+        noted = Counter() if noted is None else noted
+        self._chat = Chat(format, tokenizer, encoder, noted) if isinstance(format, schema.ChatFormat) else None
 
     def make(self, document: Document) -> Sample:
         """Raises SourceError for a record without what it needs, NotUsable for one to be counted and left out."""
@@ -178,11 +187,22 @@ def _prompt_and_completion(format: schema.Format, document: Document) -> Iterato
     yield Segment(completion, learned=True, ends=True)
 
 
+def _tools(record: dict[str, Any]) -> list[dict[str, Any]] | None:
+    """The tools that a chat's assistant may call; columns of tables hold them as JSON."""
+    tools = record.get(TOOLS)
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools)
+        except (ValueError, RecursionError):
+            return None
+    return tools if isinstance(tools, list) and tools and all(isinstance(tool, dict) for tool in tools) else None
+
+
 class Chat:
     """A chat template, and what of its text the assistant says."""
 
-    def __init__(self, format: schema.ChatFormat, tokenizer: Path, encoder: Encoder):
-        self._format = format
+    def __init__(self, format: schema.ChatFormat, tokenizer: Path, encoder: Encoder, noted: Counter[str]):
+        self._format, self._noted = format, noted
         self._eos = encoder.token(encoder.eos_id)
         own, tokens = prompts.read_own(tokenizer)
         self.template = prompts.chat_template(format, own, {**tokens, "eos_token": self._eos})
@@ -192,17 +212,28 @@ class Chat:
 
     def segments(self, document: Document) -> list[Segment]:
         """What the others say is not learned; what the assistant says is, with its end-of-text token."""
-        messages = self._messages(document)
+        messages, tools = self._messages(document), _tools(document.record or {})
+        try:
+            segments, written = self._split(document, messages, tools)
+            self._note(messages, tools, written)
+        except TokenizerError as error:
+            raise TokenizerError(f"{document.where()}: {error}") from error
+        return segments
+
+    def _split(
+        self, document: Document, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None
+    ) -> tuple[list[Segment], str]:
+        """Also all that the template wrote up to the end of the last answer."""
         segments: list[Segment] = []
-        done = ""
+        done = after = ""
         for number, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
-            before = self.template.render(messages[:number], asks=True)
-            after = self.template.render(messages[: number + 1], asks=False)
+            before = self.template.render(messages[:number], asks=True, tools=tools)
+            after = self.template.render(messages[: number + 1], asks=False, tools=tools)
             if not before.startswith(done) or not after.startswith(before):
                 raise TokenizerError(
-                    f"{document.where()}: the chat template writes a turn differently once the next one follows, so "
+                    "the chat template writes a turn differently once the next one follows, so "
                     "that what is learned is not what is seen later; set data.format.template to one that does not"
                 )
             said, ends = after[len(before) :], False
@@ -218,7 +249,24 @@ class Chat:
                 )
             segments += [Segment(before[len(done) :], learned=False), Segment(said, learned=True, ends=ends)]
             done = before + said
-        return segments
+        return segments, after
+
+    def _note(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, written: str) -> None:
+        """Count what the template leaves out of the messages up to the last answer."""
+        last = max(number for number, message in enumerate(messages) if message["role"] == "assistant")
+        messages = messages[: last + 1]
+        self._noted[unseen.CONTENT] += not unseen.is_written(messages, written)
+        if tools:
+            self._noted[unseen.TOOLS] += self._writes(messages, None) == written
+        if any(message.get("tool_calls") for message in messages):
+            without = [{name: each for name, each in m.items() if name != "tool_calls"} for m in messages]
+            self._noted[unseen.TOOL_CALLS] += self._writes(without, tools) == written
+
+    def _writes(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None) -> str | None:
+        try:
+            return self.template.render(messages, asks=False, tools=tools)
+        except TokenizerError:
+            return None
 
     def _messages(self, document: Document) -> list[dict[str, Any]]:
         field, where = self._format.messages, document.where

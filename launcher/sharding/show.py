@@ -1,7 +1,9 @@
 """What `llmtrain shard` prints: what a job came to, and samples as the model will see them (`--show N`)."""
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,7 +15,12 @@ from launcher.sharding.build import Built, BuiltPart, PreparedBuild
 from llmtrain import recipe
 from llmtrain.shards import ShardFolder, SplitName
 
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
 _OPEN, _CLOSE = "\u27e6", "\u27e7"
+_SPECIAL = "\u27e8{}\u27e9"
+"""Around a special token, whose text may stand in a document as well."""
 _LONGEST = 4000
 """Characters of one sample that are shown."""
 
@@ -86,7 +93,8 @@ def documents(folder: ShardFolder, split: SplitName, count: int) -> Iterator[Sho
 
 
 def show_samples(folder: ShardFolder, count: int, console: Console) -> None:
-    """Print samples. Without colours (in a file, say) what is learned stands between double brackets.
+    """Print samples. Without colours (in a file, say) what is learned stands between double brackets, and a special
+    token between angle ones.
 
     The text may come from anywhere: it is printed as text, never as markup.
     """
@@ -95,7 +103,12 @@ def show_samples(folder: ShardFolder, count: int, console: Console) -> None:
     tokenizer = Tokenizer.from_file(str(folder.tokenizer / "tokenizer.json"))
     plain = console.color_system is None
     marked = f"{_OPEN} {_CLOSE}" if plain else "[bold green]green[/bold green]"
-    console.print(f"the first {count} samples of the training split; what is learned is {marked}", highlight=False)
+    special = _SPECIAL.format("so") if plain else "[reverse]reversed[/reverse]"
+    console.print(
+        f"the first {count} samples of the training split; what is learned is {marked}, special tokens are {special}",
+        highlight=False,
+    )
+    numbers = {number for number, token in tokenizer.get_added_tokens_decoder().items() if token.special}
     for number, document in enumerate(documents(folder, "train", count), start=1):
         learned = int(document.learned.sum())
         console.print(
@@ -107,12 +120,37 @@ def show_samples(folder: ShardFolder, count: int, console: Console) -> None:
         for part, is_learned in zip(
             np.split(document.ids, edges), document.learned[[0, *edges.tolist()]].tolist(), strict=True
         ):
-            piece = _visible(tokenizer.decode(part.tolist(), skip_special_tokens=False))
-            if is_learned:
-                text.append(f"{_OPEN}{piece}{_CLOSE}" if plain else piece, style="bold green")
-            else:
-                text.append(piece, style="dim")
+            style = "bold green" if is_learned else "dim"
+            pieces = [
+                (_SPECIAL.format(_visible(piece)) if plain and special else _visible(piece), special)
+                for piece, special in _decoded(tokenizer, part.tolist(), numbers)
+            ]
+            if is_learned and plain:
+                pieces = [(_OPEN, False), *pieces, (_CLOSE, False)]
+            for piece, special in pieces:
+                text.append(piece, style=f"{style} reverse" if special else style)
         console.print(text[:_LONGEST], soft_wrap=True)
+
+
+def _decoded(tokenizer: "Tokenizer", ids: list[int], special: set[int]) -> Iterator[tuple[str, bool]]:
+    """The text of ids in pieces, and whether a piece is a special token."""
+    before: list[int] = []
+    for is_special, group in itertools.groupby(ids, key=special.__contains__):
+        piece = list(group)
+        if is_special:
+            yield from ((tokenizer.id_to_token(number) or "", True) for number in piece)
+            before = piece[-1:]
+        else:
+            # With the token before it: some decoders drop a space at the beginning.
+            name, whole = (tokenizer.decode(each, skip_special_tokens=False) for each in (before, before + piece))
+            yield (
+                (
+                    whole.removeprefix(name)
+                    if whole.startswith(name)
+                    else tokenizer.decode(piece, skip_special_tokens=False)
+                ),
+                False,
+            )
 
 
 def _visible(text: str) -> str:

@@ -20,6 +20,7 @@ from launcher.sharding import pack
 from launcher.sharding.records import Document, Found, Unit, read_documents
 from launcher.sharding.samples import NotUsable, Sample, SampleMaker
 from launcher.sharding.tokenize import Encoder
+from launcher.sharding.unseen import SpecialText
 from llmtrain import files
 from llmtrain.config import data_sections as schema
 from llmtrain.shards import ShardInfo, SplitName, write_shard
@@ -138,13 +139,20 @@ def tokenise(job: TokeniseJob) -> int:
     format, cut = job.data.format, 0
     maker = None
     if not isinstance(format, schema.TextFormat):
-        maker = SampleMaker(format, encoder, job.tokenizer, limit=job.context + 1)
+        maker = SampleMaker(format, encoder, job.tokenizer, limit=job.context + 1, noted=found.noted)
+    special = SpecialText([] if isinstance(format, schema.ChatFormat) else encoder.special_tokens)
+    special.note_template(format, found.noted)
     for piece in read_pieces(job.data, job.task, job.start, job.bounds, skipped, found):
+        if piece.begins:
+            special.note(piece.document.text, found.noted)
         if maker is None:
             before = prefix if piece.begins else []
             after = [encoder.eos_id] if piece.ends else []
             ids = np.concatenate([np.array(before, np.uint32), encoder.encode(piece.text), np.array(after, np.uint32)])
-            tokens[piece.split].add(ids, piece.text)
+            # A document's first token is predicted only where rows go on across documents: that of a prefix would count
+            # as text whose loss nothing measures.
+            unmeasured = len(before[:1]) if job.data.packing != "contiguous" else 0
+            tokens[piece.split].add(ids, piece.text, len(ids) - unmeasured)
             continue
         try:
             sample = maker.make(piece.document)
@@ -160,6 +168,8 @@ def tokenise(job: TokeniseJob) -> int:
         "records": np.array([found.records]),
         "field_names": np.array(sorted(found.fields), str),
         "field_counts": np.array([found.fields[name] for name in sorted(found.fields)], np.int64),
+        "noted_names": np.array(sorted(found.noted), str),
+        "noted_counts": np.array([found.noted[name] for name in sorted(found.noted)], np.int64),
         "separators": np.array([found.separators[number] for number in range(len(job.data.sources))], np.int64),
     }
     for name in SPLITS:
@@ -188,10 +198,10 @@ class _Tokens:
         self._learned: list[NDArray[np.uint8]] = []
         self._bytes = self._text_tokens = 0
 
-    def add(self, ids: NDArray[np.uint32], text: str) -> None:
+    def add(self, ids: NDArray[np.uint32], text: str, text_tokens: int) -> None:
         self._ids.append(ids)
         self._bytes += len(text.encode())
-        self._text_tokens += len(ids)
+        self._text_tokens += text_tokens
 
     def add_sample(self, sample: Sample) -> None:
         self._ids.append(sample.ids)

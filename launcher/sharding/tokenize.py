@@ -17,11 +17,13 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from llmtrain import prompts
+from llmtrain import prompts, transformers_ids
 from llmtrain.config import data_sections as schema
 from llmtrain.errors import TokenizerError
 
 END_OF_TEXT = "<|endoftext|>"
+_AS_IT_STANDS = {"backend": "tokenizers", "tokenizer_class": "TokenizersBackend"}
+"""transformers is to apply tokenizer.json and nothing else."""
 _GPT2_SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 _DIFFICULT = (
     "  leading and   inner    spaces \t\t tabs\r\n\r\nnewlines\n\n\n  end   ",
@@ -76,13 +78,8 @@ def _train(vocab_size: int, texts: Iterable[str], folder: Path) -> None:
 
 def _write_config(folder: Path, eos: str) -> None:
     """What transformers reads beside tokenizer.json."""
-    settings = {
-        "backend": "tokenizers",
-        "bos_token": eos,
-        "eos_token": eos,
-        "tokenizer_class": "TokenizersBackend",
-        "unk_token": eos,
-    }
+    tokens = {"bos_token": eos, "eos_token": eos, "unk_token": eos}
+    settings = dict(sorted({**_AS_IT_STANDS, **tokens}.items()))
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=1) + "\n")
 
 
@@ -94,15 +91,29 @@ def _copy(source: Path, folder: Path) -> None:
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
+    _add_named_tokens(source, folder)
+
+
+def _add_named_tokens(source: Path, folder: Path) -> None:
+    """Into the copied settings, from where older tokenizers name them (transformers reads them there as well)."""
+    older = source / "special_tokens_map.json"
+    if not older.is_file():
+        return
+    settings = prompts.read_settings(folder)
+    try:
+        named: dict[str, Any] = json.loads(older.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise TokenizerError(f"{older}: not JSON: {error}") from None
+    texts = {name: token.get("content") if isinstance(token, dict) else token for name, token in named.items()}
+    lacking = {name: texts[name] for name in prompts.TOKENS if texts.get(name) and not settings.get(name)}
+    if lacking:
+        text = json.dumps({**(settings or _AS_IT_STANDS), **lacking}, indent=1, ensure_ascii=False)
+        (folder / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
 
 
 def _download(name: str, revision: str | None, folder: Path) -> None:
-    from transformers import AutoTokenizer
-
     try:
-        AutoTokenizer.from_pretrained(name, revision=revision, use_fast=True, trust_remote_code=False).save_pretrained(
-            str(folder)
-        )
+        transformers_ids.download(name, revision, folder)
     except Exception as error:
         why = next(iter(str(error).splitlines()), "")
         raise TokenizerError(

@@ -49,7 +49,8 @@ def parameters(spec: JobSpec) -> dict[str, Any]:
     cannot be loaded, srun's errors, SLURM's notes on a time limit then stand where `llmtrain status` and `logs` look.
     """
     profile, side = spec.profile, spec.side
-    further: dict[str, Any] = {"requeue" if profile.requeue else "no-requeue": True, **profile.extra}
+    extra = {name: value or True for name, value in profile.extra.items()}  # "" is an option without a value
+    further: dict[str, Any] = {"requeue" if profile.requeue else "no-requeue": True, **extra}
     cpus, gpus = _cpus(spec), side.gpus if side is not None else spec.gpus_per_node
     least = profile.nodes_at_least if side is None else None
     elastic = least is not None and least < spec.nodes
@@ -132,6 +133,8 @@ def _cpus(spec: JobSpec) -> int | None:
 def _setup(profile: Profile) -> list[str]:
     """Shell lines before Python starts."""
     return [
+        # Set where sbatch is told --export=NONE, as some sites do for everybody: srun would hand nothing of this on.
+        "unset SLURM_EXPORT_ENV",
         *(f"export {name}={shlex.quote(value)}" for name, value in sorted(profile.environment.items())),
         *(f"module load {shlex.quote(module)}" for module in profile.modules),
         *([f"source {shlex.quote(profile.venv + '/bin/activate')}"] if profile.venv is not None else []),

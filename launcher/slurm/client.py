@@ -22,6 +22,8 @@ _OVER = (
 )  # fmt: skip
 NEVER_STARTS = "DependencyNeverSatisfied"
 """Reason of a job that was submitted to start after another one, which can no longer end as it was to."""
+NO_OUTPUT = "SLURM could not open its output (signal 53)"
+"""How a job ended that could not even begin."""
 _MOST_ALIVE = ("RUNNING", "COMPLETING", "CONFIGURING", "PENDING")
 """An array has the first of these states that any of its tasks has."""
 _HABITS = ("SQUEUE_", "SACCT_", "SCONTROL_", "SINFO_")
@@ -160,6 +162,8 @@ def _told_by_squeue(wanted: Iterable[str]) -> dict[str, Queued]:
 def _exit(code: str) -> str:
     """Of SLURM's "code:signal"."""
     number, _, killed = code.partition(":")
+    if killed == "53":
+        return NO_OUTPUT
     if killed not in ("", "0"):
         return f"signal {killed}"
     return f"exit code {number}" if number not in ("", "0") else ""

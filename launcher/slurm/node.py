@@ -105,12 +105,13 @@ def _train(
     supervisor = Supervisor(start, run, rules, meeting, jobs.start(node.job_id, node.restart) / "ranks", jobs.stop)
     code = supervisor.supervise(since if node.restart else None)
     stopped = supervisor.stopped_by is not None or code == EXIT_REQUEUE  # the time limit is the first node's to know
+    asked = supervisor.stopped_by == "llmtrain stop" or jobs.stop.exists()
     # At its limit a job has had all its time: what `_begin` wrote stands, and counts without a new checkpoint.
     if node.number == 0 and (code == 0 or not supervisor.met_limit):
-        _note(jobs, run, node, since, clean=stopped or code == 0)
+        _note(jobs, run, node, since, clean=stopped or code == 0, asked=asked)
     if not stopped or code == 0 or is_for_a_person(code):
         return code
-    if supervisor.stopped_by == "llmtrain stop" or jobs.stop.exists() or not again:
+    if asked or not again:
         return EXIT_REQUEUE if code == EXIT_REQUEUE else code
     if node.number > 0:
         return 0  # some clusters end a job when one of its tasks ends badly: the first node has work to do
@@ -197,6 +198,8 @@ def _begin(jobs: JobDir, run: RunDir, node: Node, meeting: Meeting, limit: int) 
             failures = before["failures"] + 1
         since = _first_start(jobs, node, before)
         jobs.path.mkdir(parents=True, exist_ok=True)
+        if not node.restart:
+            _forget_older_stop(jobs, node)
         _note(jobs, run, node, since, clean=False, failures=failures)
         if failures > limit:
             say(f"ended {failures} times in a row without a new checkpoint: not started again")
@@ -219,9 +222,42 @@ def _first_start(jobs: JobDir, node: Node, before: dict[str, Any] | None) -> flo
     return submitted[-1] if submitted and node.restart else time.time()  # a first start may end before it says so
 
 
-def _note(jobs: JobDir, run: RunDir, node: Node, since: float, clean: bool, failures: int = 0) -> None:
-    noted = {"step": _newest(run), "failures": failures, "clean": clean, "job": node.job_id, "since": since}
-    files.write_atomic(jobs.progress, json.dumps(noted))
+def _forget_older_stop(jobs: JobDir, node: Node) -> None:
+    """A `llmtrain stop` of before this job was submitted is not meant for it, and would end it at once.
+
+    `llmtrain submit` takes the file away itself; sbatch does not.
+    """
+    if any(record.job_id == node.job_id for record in jobs.records()):
+        return
+    try:
+        asked = jobs.stop.stat().st_mtime
+        if asked < _submitted(node):
+            jobs.stop.unlink()
+            say(f"{jobs.stop} is older than this job: not meant for it, and deleted")
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        say(f"{jobs.stop} is from before this job, and cannot be deleted: {error}")
+
+
+def _submitted(node: Node) -> float:
+    """When; where SLURM does not say that, when it started, or else 0."""
+    with contextlib.suppress(SlurmError, OSError):
+        if (told := client.describe(node.job_id).get("SubmitTime", "")).isdigit():
+            return float(told)
+    started = os.environ.get("SLURM_JOB_START_TIME", "")
+    return float(started) if started.isdigit() else 0.0
+
+
+def _note(
+    jobs: JobDir, run: RunDir, node: Node, since: float, clean: bool, failures: int = 0, asked: bool = False
+) -> None:
+    """For the next start, and for `llmtrain status`. A disk that fails now must not keep the job from its return."""
+    try:
+        noted = {"step": _newest(run), "failures": failures, "clean": clean, "job": node.job_id, "since": since}
+        files.write_atomic(jobs.progress, json.dumps({**noted, "asked": asked}))
+    except OSError as error:
+        say(f"{jobs.progress} cannot be written ({error}): the next start may count this one as a failure")
 
 
 def _newest(run: RunDir) -> int:

@@ -9,7 +9,7 @@ from rich.console import Console
 from launcher import walltime
 from launcher.cluster import load_profile
 from launcher.slurm.limits import Request
-from launcher.submitting import submit
+from launcher.submitting import dependencies, submit
 from launcher.submitting.submit import Order
 from llmtrain.errors import ConfigError
 
@@ -38,6 +38,7 @@ def order_of(wishes: Wishes) -> Order:
             ["--cluster is missing: the file that describes your cluster; 'llmtrain doctor --cluster' drafts one"]
         )
     _check_time(wishes.time)
+    dependencies.parse(wishes.after)
     profile = load_profile(wishes.cluster)
     gpus = wishes.gpus_per_node
     if gpus is None:
@@ -62,6 +63,10 @@ def _check_time(limit: str) -> None:
 
 def act(wishes: Wishes, dry_run: bool, plain: bool) -> None:
     """Show the script, or queue the job and say how to follow it."""
+    if plain and not dry_run:
+        raise ConfigError(["--plain: it goes with --dry-run, which submits nothing"])
+    if dry_run and wishes.service_job:
+        raise ConfigError(["--service-job: --dry-run shows the script of training alone; leave it out"])
     order = order_of(wishes)
     if dry_run:
         print(submit.preview(wishes.words, order, wishes.sweep, plain), end="")

@@ -20,6 +20,8 @@ from launcher.slurm import batch, client
 from launcher.slurm.batch import JobSpec
 from launcher.slurm.job import CommandJob, ServiceJob, TrainJob
 from launcher.slurm.limits import Request
+from launcher.submitting import dependencies
+from launcher.submitting.variables import forget_overrides
 from llmtrain import files
 from llmtrain.config import RunConfig, load_to_start, resolved_yaml
 from llmtrain.config.load import split_settings
@@ -27,6 +29,8 @@ from llmtrain.errors import ConfigError, SlurmError
 from llmtrain.rundir import RunDir
 
 _PARTS = 8
+_LONGEST_NAME = 100
+"""What run.name may have."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +46,7 @@ class Order:
 
     @property
     def dependency(self) -> str:
-        return f"afterok:{self.after}" if self.after and ":" not in self.after else self.after
+        return dependencies.parse(self.after)
 
 
 @dataclass(frozen=True)
@@ -75,7 +79,7 @@ def plan_runs(words: Sequence[str], sweep: Sequence[str]) -> list[Training]:
     runs: list[Training] = []
     folder = config.run.folder
     for number, chosen in enumerate(itertools.product(*(_values(setting) for setting in sweep))):
-        name = "-".join([f"{number:02d}", *(_short(setting) for setting in chosen)])
+        name = "-".join([f"{number:02d}", *(_short(setting) for setting in chosen)])[:_LONGEST_NAME]
         settings = (*chosen, f"run.dir={folder}", f"run.name={name}")
         each, _ = load_to_start(file, [*overrides, *settings])
         runs.append(Training(RunDir(folder / name), each, settings))
@@ -85,7 +89,7 @@ def plan_runs(words: Sequence[str], sweep: Sequence[str]) -> list[Training]:
 def _short(setting: str) -> str:
     """optim.lr=1e-4 as lr_1e-4, for a folder's name."""
     name, _, value = setting.partition("=")
-    return f"{name.rsplit('.', 1)[-1]}_" + re.sub(r"[^\w.+-]", "_", value)
+    return re.sub(r"[^A-Za-z0-9._-]", "_", f"{name.rsplit('.', 1)[-1]}_{value}")
 
 
 def _values(setting: str) -> list[str]:
@@ -158,7 +162,9 @@ def submit(
     frozen = folder / "config.yaml"
     spec = spec_of(order, _name(runs), folder, [str(frozen)], shared)
     script = batch.render(spec, count=len(runs))
+    forget_overrides(batch.parameters(spec))  # the checks ask sbatch too
     found = preflight.check([training.config for training in runs], origins, spec, script)
+    found += dependencies.check_known(spec.after)
     if with_service:
         service = _service_spec(order, runs[0].run, folder)
         found += preflight.check_side("service", service, batch.render(service))
@@ -194,6 +200,7 @@ def submit_shards(words: Sequence[str], profile: Profile, parts: int | None, con
     run = RunDir(Path(config.run.dir) / f"shard-{config.run.name}")
     jobs = JobDir.of(run)
     first = JobSpec(run.path.name, jobs.path, profile, ("shard",), side=profile.shard)
+    forget_overrides(batch.parameters(first))
     settle(preflight.check_shard_job(config, first, batch.render(first)), console)
     parts = min(parts or _PARTS, num_tasks(config))
     records: list[JobRecord] = []
@@ -260,18 +267,6 @@ def queue_jobs(spec: JobSpec, jobs: Sequence[Any]) -> list[str]:
     return [str(job.job_id) for job in queued]
 
 
-_VARIABLES = {"partition": "PARTITION", "account": "ACCOUNT", "qos": "QOS", "constraint": "CONSTRAINT",
-              "time": "TIMELIMIT", "exclusive": "EXCLUSIVE", "job_name": "JOB_NAME"}  # fmt: skip
-
-
-def forget_overrides(parameters: dict[str, Any]) -> None:
-    """A variable such as SBATCH_PARTITION beats what a script says: of what is said here none may be left."""
-    told = [variable for name, variable in _VARIABLES.items() if parameters[name] is not None]
-    for variable in (*told, "REQUEUE", "NO_REQUEUE", "SIGNAL"):
-        os.environ.pop(f"SBATCH_{variable}", None)
-    os.environ.pop("SUBMITIT_PREEMPT_SIGNAL", None)  # jobs inherit it, and listen to the signal that the script names
-
-
 def refuse_if_queued(run: RunDir) -> None:
     """Two jobs of one run would take turns at failing."""
     last = JobDir.of(run).last("train")
@@ -299,7 +294,18 @@ def _folder(runs: Sequence[Training]) -> Path:
 
 
 def _fresh(jobs: JobDir) -> Path:
-    """Job numbers begin anew on a cluster that was set up again: a folder is never used twice."""
+    """Job numbers begin anew on a cluster that was set up again: a folder is never used twice.
+
+    Raises:
+        ConfigError: SLURM would look for it in another place.
+    """
+    if "%" in str(jobs.path):
+        raise ConfigError(
+            [
+                f"{jobs.path}: SLURM takes % in a path for the start of a pattern: give run.dir or the folder "
+                "another name"
+            ]
+        )
     return jobs.path / f"submitted-{time.strftime('%Y%m%d-%H%M%S')}-{os.urandom(2).hex()}"
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from launcher.choosing import listing
-from launcher.display import printable, words
+from launcher.display import words
 from launcher.jobs import JobDir
 from launcher.watching import queue_view
 from launcher.watching.status import read_status
@@ -200,7 +200,7 @@ def _pass_on(file: BinaryIO) -> bool:
 
 def _shown(line: str) -> str:
     """Without what could move the cursor; of a progress bar its last state."""
-    return printable(line.rstrip("\r").rpartition("\r")[2].replace("\t", "    "))
+    return log.printable(line.rstrip("\r").rpartition("\r")[2].replace("\t", "    "))
 
 
 def _follow(file: BinaryIO, source: Path, newest: Callable[[], Path], is_over: Callable[[], bool]) -> None:

@@ -1,6 +1,8 @@
 """The jobs of runs, as they were submitted and as SLURM sees them now; for `llmtrain status` and what else asks."""
 
+import contextlib
 import functools
+import json
 import re
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,7 +13,7 @@ from launcher.display import duration, one_line, when
 from launcher.jobs import JobDir, JobRecord, Kind, job_dirs, kept_going
 from launcher.keeper.meeting import Meeting
 from launcher.slurm import client
-from launcher.slurm.client import NEVER_STARTS, Queued
+from launcher.slurm.client import NEVER_STARTS, NO_OUTPUT, Queued
 from llmtrain.errors import EXIT_REQUEUE, RunFolderError, SlurmError
 from llmtrain.rundir import RunDir
 
@@ -56,6 +58,8 @@ class Job:
     """How the job ended that it waited for in vain; empty where it did not, or where that is not known."""
     from_accounts: bool = False
     """Told by sacct, not by squeue."""
+    was_asked: bool = False
+    """`llmtrain stop` has asked its last start to end."""
 
     @property
     def may_be_blocked(self) -> bool:
@@ -64,7 +68,8 @@ class Job:
 
     @property
     def was_stopped(self) -> bool:
-        """It saved and ended because it was asked to, which SLURM calls a failure."""
+        """It ended with "run me again": because `llmtrain stop` asked it to, or where it must not requeue itself. SLURM
+        calls that a failure."""
         return self.kind == "train" and self.state == "FAILED" and self.reason == f"exit code {EXIT_REQUEUE}"
 
 
@@ -113,7 +118,17 @@ def read_queue(runs: Iterable[RunDir]) -> Queue:
         jobs[path] = [_job(record, told.get(record.job_id)) for record in found]
         if problem is None:
             jobs[path] = [_remembered(RunDir(path), job) if job.state is None else job for job in jobs[path]]
+        jobs[path] = [replace(job, was_asked=_was_asked(RunDir(path), job)) for job in jobs[path]]
     return Queue(_with_blockers(jobs), problem, damaged)
+
+
+def _was_asked(run: RunDir, job: Job) -> bool:
+    if not job.was_stopped:
+        return False
+    with contextlib.suppress(OSError, ValueError):
+        noted = json.loads(JobDir.of(run).progress.read_text())
+        return noted.get("job") == job.job_id and noted.get("asked", False)
+    return False
 
 
 def _remembered(run: RunDir, job: Job) -> Job:
@@ -232,8 +247,10 @@ def describe(job: Job, problem: str | None) -> tuple[str, str]:
         if problem is not None:
             return f"{name}not known, because SLURM does not answer ({problem})", "yellow"
         return f"{name}over; SLURM has forgotten it (submitted {when(job.submitted)})", "dim"
+    if job.was_asked:
+        return f"{name}ended, as 'llmtrain stop' asked it to", "dim"
     if job.was_stopped:
-        return f"{name}saved and ended, as it was asked to", "dim"
+        return f"{name}ended before training was finished ({job.reason})", "yellow"
     parts = [job.state.lower() + (f" on {one_line(job.nodes)}" if job.nodes else "")]
     if job.reason:
         parts.append(_REASONS.get(job.reason, one_line(job.reason)))
@@ -259,7 +276,7 @@ def word(jobs: Sequence[Job], problem: str | None, now: float) -> str:
         return f"{name} ?"
     how = f", starts in {duration(job.starts - now)}" if job.starts is not None else ""
     how = f", {duration(job.left_s)} left" if job.left_s is not None else how
-    return one_line(f"{name} {job.state.lower()}{how}")
+    return one_line(f"{name} {'stopped' if job.was_stopped else job.state.lower()}{how}")
 
 
 def failure(run: RunDir, jobs: Sequence[Job]) -> str | None:
@@ -271,12 +288,18 @@ def failure(run: RunDir, jobs: Sequence[Job]) -> str | None:
             after = job.after or "after another one"
             why = job.blocked_by or "that can no longer be"
             return f"job {job.job_id} never starts: it was submitted to start {after}, and {why}"
+        if job.was_stopped and not job.was_asked:
+            again = "submit the run again, and it goes on from its newest checkpoint"
+            return f"job {job.job_id} ended before training was finished, and does not come back: {again}"
         if job.state not in (None, "COMPLETED", "CANCELLED") and job.is_over and not job.was_stopped:
             return _ending(run, job.job_id, job.state or "", job.reason)
     return None
 
 
 def _ending(run: RunDir, job_id: str, state: str, reason: str) -> str:
+    if reason == NO_OUTPUT:
+        folder = JobDir.of(run).folder(job_id)
+        return f"job {job_id} ended: {reason} in {folder}: is it there, is the disk full? Then submit again"
     written = [path for path in outputs(run, job_id) if path.stat().st_size]
     seen = f"; its output: {written[-1]}" if written else ""
     why = f", {_REASONS.get(reason, reason)}" if reason else ""

@@ -6,6 +6,7 @@
 import dataclasses
 import functools
 import json
+import math
 import os
 import time
 from collections.abc import Iterable, Sequence
@@ -14,9 +15,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from launcher.choosing import listing
-from launcher.display import when
 from launcher.jobs import JobDir
 from launcher.watching import queue_view
+from launcher.watching.endings import is_complete, last_failure, missing_save
 from launcher.watching.queue_view import Job, Queue
 from llmtrain import choose, jsonl, ledger
 from llmtrain.batches import ANY_ROWS, plan_batches
@@ -167,8 +168,8 @@ def read_status(run: RunDir, queue: Queue | None = None) -> RunStatus:
     except UserError as error:
         problems.append(str(error))
     checkpoints = read_checkpoints(run)
-    # What a job did in its last minute does not count as a sign of life once SLURM says that it is over.
-    elsewhere = not any(job.kind == "train" and job.is_over for job in jobs)
+    # What a job did in its last minute does not count as a sign of life once SLURM says that it is over, or waits.
+    elsewhere = not any(job.kind == "train" and (job.is_over or job.state == "PENDING") for job in jobs)
     service = _read_service(run, config, elsewhere or any(not job.is_over for job in jobs))
     if service.status is not None and service.status.problem is not None:
         problems.append(service.status.problem)
@@ -181,6 +182,8 @@ def read_status(run: RunDir, queue: Queue | None = None) -> RunStatus:
         problems.append(failure)
     if training.state not in ("running", "starting") and (said := last_failure(run)) is not None:
         problems.append(said)
+    elif training.state == "stopped" and failure is None and training.step >= (training.total_steps or math.inf):
+        problems.append(missing_save(run))
     return RunStatus(
         path=run.path,
         time=time.time(),
@@ -192,15 +195,6 @@ def read_status(run: RunDir, queue: Queue | None = None) -> RunStatus:
         slurm=None if queue is None or not jobs else queue.problem,
         problems=problems,
     )
-
-
-def last_failure(run: RunDir) -> str | None:
-    """What training's last start failed with; None where it did not fail."""
-    events = [ledger.Event.model_validate(record) for record in jsonl.read(run.events)]
-    last = next((event for event in reversed(events) if event.kind in ("started", "resumed", "failed")), None)
-    if last is None or last.kind != "failed":
-        return None
-    return f"training failed on {when(last.time)}, {last.message}"
 
 
 def read_training(run: RunDir, config: RunConfig | None, elsewhere: bool = True) -> Training:
@@ -219,7 +213,7 @@ def read_training(run: RunDir, config: RunConfig | None, elsewhere: bool = True)
         state, who = "starting", _holder(jobs.local)
     elif last is None:
         state = "not started"
-    elif total is not None and step >= total:
+    elif total is not None and step >= total and is_complete(run, total):
         state = "finished"
     elif early_stop is not None:
         state = "ended early"

@@ -198,7 +198,8 @@ class DataSection(Section):
     sources: Annotated[list[Source], Field(min_length=1)] = [StdlibSource()]
     """Where the text comes from, in order."""
     dir: Annotated[str | None, Field(json_schema_extra=MAY_CHANGE)] = None
-    """Folder of the shards; by default shards/ and a hash of this section."""
+    """Folder of the shards; by default shards/ and a hash of what decides them: this section but for `dir` and
+    `verify`, and `model.context`."""
     format: Format = TextFormat()
     """What a record is: raw text, or a sample to fine-tune on."""
     tokenizer: Tokenizer = TrainedTokenizer()

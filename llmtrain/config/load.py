@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import pydantic
 from pydantic import BaseModel
 
+from llmtrain import access_tokens
 from llmtrain.config import yaml_lines
 from llmtrain.config.explain import COMMAND_LINE, Origins, explain, kind_of, show
 from llmtrain.config.schema import RunConfig
@@ -49,6 +50,13 @@ def load_to_start(file: str | Path | None, overrides: Sequence[str] = ()) -> tup
         ConfigError: lists everything that is wrong, each with its place and what is allowed.
     """
     config, origins = load_config(file, overrides)
+    if config.hub.repo is not None and access_tokens.stand_in(resolved_yaml(config)):
+        raise ConfigError(
+            [
+                f"{origins.describe(config, 'hub.repo')}: the configuration goes to the Hub, and something like an "
+                "access token, or an address with a password or a signature, stands in it; take it out"
+            ]
+        )
     if config.evaluate.task.samples and not getattr(config.data.format, "completion_only", True):
         asks, learns = (origins.describe(config, key) for key in ("evaluate.task.samples", _COMPLETION_ONLY))
         raise ConfigError(
@@ -126,6 +134,8 @@ def fixed_differences(old: RunConfig, new: RunConfig) -> list[tuple[str, str, st
 
 
 def _read_file(file: Path) -> tuple[dict[str, Any], dict[yaml_lines.Path, int]]:
+    if file.exists() and not file.is_file() and not file.is_dir():
+        raise ConfigError([f"{file}: a run reads its configuration more than once, so it has to be a regular file"])
     try:
         text = file.read_text(encoding="utf-8")
     except FileNotFoundError:

@@ -30,7 +30,7 @@ class GPTModel(Section):
     @model_validator(mode="after")
     def _heads_divide_width(self) -> Self:
         if self.width % self.num_heads:
-            fitting = [h for h in range(1, self.width + 1) if self.width % h == 0 and self.width // h >= 8]
+            fitting = [h for h in range(1, min(self.width // 8, 4096) + 1) if self.width % h == 0]
             raise ValueError(
                 f"num_heads={self.num_heads} does not divide width={self.width}; use one of "
                 + ", ".join(map(str, fitting[-12:]))

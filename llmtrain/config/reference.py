@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from llmtrain.config.model_sections import QLORA_DEFAULTS
 from llmtrain.config.schema import RunConfig
 
 Schema = Mapping[str, Any]
@@ -52,6 +53,8 @@ def _table(path: str, heading: str, section: Schema, defs: Schema, level: int) -
         yield "|---|---|---|---|---|"
     for name, each in plain.items():
         default = _code(each["default"]) if "default" in each else "(needed)"
+        if f"{path}.{name}" in QLORA_DEFAULTS:
+            default += f"; qlora: {_code(QLORA_DEFAULTS[f'{path}.{name}'])}"
         may_change = "yes" if each.get("may_change_on_resume") else ""
         yield f"| `{name}` | {_type(each)} | {default} | {_cell(each.get('description', ''))} | {may_change} |"
     if plain:

@@ -12,7 +12,7 @@ import math
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from llmtrain.config.data_sections import DataSection
 from llmtrain.config.model_sections import QLORA_DEFAULTS, GPTModel, Model
@@ -31,6 +31,13 @@ class RunSection(Section):
     resume: Annotated[Literal["auto", "never", "must"], Field(json_schema_extra=MAY_CHANGE)] = "auto"
     """auto: resume from the newest intact checkpoint, or start. never: move an existing run folder aside
     and start from scratch. must: fail where there is no checkpoint."""
+
+    @field_validator("dir")
+    @classmethod
+    def _can_be_written_down(cls, text: str) -> str:
+        if any(letter == "\0" or "\ud800" <= letter <= "\udfff" for letter in text):
+            raise ValueError("is no path in UTF-8")
+        return text
 
     @property
     def folder(self) -> Path:
@@ -118,7 +125,8 @@ class SampleSection(Section):
 
 
 class TaskSection(Section):
-    """Answers to held-out prompts, generated and compared, at each save (format.kind other than text)."""
+    """Answers to held-out prompts, generated and compared, at each save, and before the first step where
+    `evaluate.also_at` has 0 (format.kind other than text)."""
 
     samples: Annotated[int, Field(ge=0)] = 0
     """Held-out prompts to answer, from all over the split, without randomness; 0 for none."""

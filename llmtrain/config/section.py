@@ -29,4 +29,6 @@ IN_WORDS = {
 class Section(BaseModel):
     """Strict: unknown keys and wrong types are errors; `3` is a valid float, `"3"` is not."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )

@@ -26,7 +26,8 @@ class ServiceSection(Section):
     """Rows per forward pass when scoring; by default as in training's evaluation. Does not change the result (int8: by
     what it rounds)."""
     patience: Annotated[int | None, Field(ge=1)] = None
-    """End training when so many saves in a row have not lowered the held-out loss; null: never."""
+    """End training when so many saves in a row have not lowered the held-out loss; null: never. Saves that a stop
+    forced (a preemption, the end of a job's time) are not counted, though one of them may lower the loss."""
     wait_s: Annotated[float, Field(ge=0)] = 3600.0
     """At the end of training, wait at most so long for the service to finish what is queued; it continues by itself
     where it can (a batch job ends with the training process)."""
@@ -41,10 +42,11 @@ class HubSection(Section):
     private: bool = True
     """Make the repository private. An existing public one is refused."""
     optimizer_state: bool = False
-    """Upload state/ too, so that `llmtrain restore` can bring the run back from the Hub; several times the size."""
+    """Upload state/ too, so that `llmtrain restore` can bring the run back from the Hub; several times the size. Turned
+    on later: from the newest checkpoint on, which is uploaded again with it; earlier ones stay without."""
     prune: bool = False
-    """Remove the tags of checkpoints that the rule of `checkpoint` does not keep. Frees no storage: the Hub
-    keeps the files in the branch's history."""
+    """Remove the tags of checkpoints that the rule of `checkpoint` keeps neither there nor on this disk. Frees no
+    storage: the Hub keeps the files in the branch's history."""
     publish_every_s: Annotated[float, Field(ge=0)] = 600.0
     """Scores, model card and the best weights on `main` are renewed at most so often, in one commit."""
     stall_s: Annotated[float, Field(gt=0)] = 300.0

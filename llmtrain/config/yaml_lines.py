@@ -11,6 +11,8 @@ from typing import Any
 import yaml
 
 Path = tuple[str | int, ...]
+_MOST_VALUES = 100_000
+"""Nine lines of nine aliases each stand for 400 million."""
 
 
 class YamlError(ValueError):
@@ -67,21 +69,25 @@ def read(text: str, name: str) -> tuple[Any, dict[Path, int]]:
     Raises:
         YamlError: `text` is not YAML, has several documents, or a mapping has the same key twice.
     """
+    lines: dict[Path, int] = {}
     try:
         node = yaml.compose(text, Loader=_CoreLoader)
+        value = None if node is None else _construct(node, (), lines, name)
+    except RecursionError:
+        raise YamlError(f"{name}: nested too deeply, or an alias (*) stands within what it names") from None
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         where = f"{name}:{mark.line + 1}:{mark.column + 1}" if mark else name
         raise YamlError(f"{where}: {error.problem or error}") from error
     except yaml.YAMLError as error:
         raise YamlError(f"{name}: {error}") from error
-    lines: dict[Path, int] = {}
-    value = None if node is None else _construct(node, (), lines, name)
     return value, lines
 
 
 def _construct(node: yaml.Node, path: Path, lines: dict[Path, int], name: str) -> Any:
     lines.setdefault(path, node.start_mark.line + 1)
+    if len(lines) > _MOST_VALUES:
+        raise YamlError(f"{name}: more than {_MOST_VALUES:,} values, aliases (*) counted each time")
     if not node.tag.startswith("tag:yaml.org,2002:") or "python" in node.tag:
         raise YamlError(f"{name}:{node.start_mark.line + 1}: the tag {node.tag} is not allowed")
     match node:

@@ -7,6 +7,7 @@ import contextlib
 import functools
 import logging
 import os
+import pickle
 import sys
 import warnings
 from collections import Counter
@@ -55,7 +56,7 @@ def read_config(base: str, revision: str | None, trust_remote_code: bool) -> Any
         if "trust_remote_code" in text:
             raise ModelError(
                 f"model.base={base} comes with Python code of its own, which would run on this machine. If you trust "
-                "its authors, set model.trust_remote_code=true"
+                "its authors, set model.trust_remote_code=true (of an adapter outside its run: --trust-remote-code)"
             ) from None
         raise ModelError(
             f"model.base={base}: its configuration cannot be loaded ({type(error).__name__}: "
@@ -64,13 +65,23 @@ def read_config(base: str, revision: str | None, trust_remote_code: bool) -> Any
         ) from error
 
 
-def describe(config: QLoRAModel) -> BaseFacts:
-    """Count the base's parts on the meta device: no weights are loaded."""
+def outline(config: QLoRAModel) -> Any:
+    """The base on the meta device: no weights are loaded.
+
+    Raises:
+        ModelError: it cannot be had, or is of a kind that cannot be trained here.
+    """
     be_quiet()
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
 
     hf = read_config(config.base, config.revision, config.trust_remote_code)
+    text = hf.get_text_config()
+    if getattr(text, "num_attention_heads", None) is None:  # Mamba, RWKV, xLSTM
+        raise ModelError(
+            f"model.base={config.base}: not a model with attention (its configuration, of kind {hf.model_type}, has no "
+            "num_attention_heads), which is not supported; take another base"
+        )
     if hasattr(hf, "quantization_config"):
         hf = hf.__class__.from_dict({k: v for k, v in hf.to_dict().items() if k != "quantization_config"})
     try:
@@ -80,9 +91,20 @@ def describe(config: QLoRAModel) -> BaseFacts:
         raise ModelError(
             f"model.base={config.base}: not a model that continues text: {str(error).splitlines()[0]}"
         ) from error
+    if model.get_decoder() is model:  # Llama 4's part that reads text
+        raise ModelError(
+            f"model.base={config.base}: {type(model).__name__} does not tell its output layer from the rest, which is "
+            "not supported; take another base"
+        )
+    return model
+
+
+def describe(config: QLoRAModel) -> BaseFacts:
+    """Count the parts of the base's outline. Raises ModelError as that does."""
+    model = outline(config)
+    text: Any = read_config(config.base, config.revision, config.trust_remote_code).get_text_config()
     shapes = Counter((name.rsplit(".", 1)[-1], *_shape(module)) for name, module in linear_modules(model))
     linears = tuple(Linear(*shape, count) for shape, count in shapes.items())
-    text = hf.get_text_config()
     kv_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     width = head_width(text)
     return BaseFacts(
@@ -101,14 +123,23 @@ def describe(config: QLoRAModel) -> BaseFacts:
 
 
 def linear_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """The linear layers but the output layer: those that are quantised, and that LoRA can be added to."""
+    """The linear layers but the output layer: those that are quantised, and that LoRA can be added to.
+
+    A mixture's routers are none (Phi-MoE's, Llama 4's): what they give is no tensor, for LoRA to add to.
+    """
     from transformers.pytorch_utils import Conv1D
 
     head: Any = model.get_output_embeddings()  # pyright: ignore[reportCallIssue]
     kinds = (nn.Linear, Conv1D)  # bitsandbytes' layers are nn.Linear's too
     return [
-        (name, module) for name, module in model.named_modules() if isinstance(module, kinds) and module is not head
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, kinds) and module is not head and not _is_router(module)
     ]
+
+
+def _is_router(module: nn.Module) -> bool:
+    return "Router" in type(module).__name__ and type(module).forward is not nn.Linear.forward
 
 
 def _count_experts(model: nn.Module) -> int:
@@ -208,6 +239,11 @@ def load(config: QLoRAModel, dtype: torch.dtype, device: torch.device, quantisat
                 output_loading_info=True,
             )
             model, told = loaded
+    except pickle.UnpicklingError as error:  # torch advises to load it all the same
+        raise ModelError(
+            f"model.base={config.base}: its .bin file holds more than weights, and reading it would run its code. Ask "
+            "its authors for safetensors"
+        ) from error
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         raise ModelError(
             f"model.base={config.base} cannot be loaded: {type(error).__name__}: {str(error).splitlines()[0]}"

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from llmtrain import tensorfile
 from llmtrain.config.model_sections import QLoRAModel
 from llmtrain.data import IGNORE, Documents
-from llmtrain.errors import CheckpointError
+from llmtrain.errors import CheckpointError, ModelError
 from llmtrain.manifest import FileInfo
 from llmtrain.models import base as bases
 from llmtrain.models import base_attention
@@ -50,8 +50,6 @@ class QLoRA(nn.Module):
             ModelError: the base cannot be used.
         """
         super().__init__()
-        from peft import get_peft_model
-
         self.config = config
         self.dtype = bases.compute_dtype(config, precision)
         model = bases.load(config, self.dtype, device)
@@ -61,7 +59,7 @@ class QLoRA(nn.Module):
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers for what it renamed
             torch.manual_seed(seed)
-            self.peft: Any = get_peft_model(model, lora_config(config, model), autocast_adapter_dtype=False)
+            self.peft: Any = _with_adapter(config, model)
         self._autocast = precision == "bf16"
         if self._autocast:  # peft would copy each layer's input to fp32, for autocast to bring it back to bf16
             for module in self.peft.modules():
@@ -190,6 +188,34 @@ def lora_config(config: QLoRAModel, model: Any) -> Any:
         revision=config.revision,
         fan_in_fan_out=type(bases.linear_modules(model)[0][1]).__name__ == "Conv1D",
     )
+
+
+def _with_adapter(config: QLoRAModel, model: Any) -> Any:
+    """The base with an adapter (a peft model).
+
+    Raises:
+        ModelError: peft cannot add LoRA to these layers.
+    """
+    from peft import get_peft_model
+
+    has = dict.fromkeys(name.rsplit(".", 1)[-1] for name, _ in bases.linear_modules(model))
+    try:
+        return get_peft_model(model, lora_config(config, model), autocast_adapter_dtype=False)
+    except (ValueError, TypeError, AttributeError, NotImplementedError) as error:
+        wanted = config.lora.target_modules
+        raise ModelError(
+            f"model.lora.target_modules={wanted if isinstance(wanted, str) else ', '.join(wanted)}: LoRA cannot be "
+            f"added to these layers of model.base={config.base}. peft says: {' '.join(str(error).split())} Name "
+            f"others in model.lora.target_modules; the base has {', '.join(has)}"
+        ) from error
+
+
+def check_adapter(config: QLoRAModel) -> None:
+    """Raises ModelError if peft cannot add LoRA to the base, which is not loaded for that."""
+    plain = config.lora.model_copy(update={"dora": False})  # DoRA looks at the weights
+    model = bases.outline(config)
+    with torch.device("meta"):
+        _with_adapter(config.model_copy(update={"lora": plain}), model)
 
 
 def _targets(wanted: list[str] | str, model: nn.Module) -> list[str]:

@@ -1,6 +1,7 @@
 """The model card: what a visitor of the repository sees, and metadata that the Hub reads."""
 
 import math
+from collections.abc import Mapping
 
 from huggingface_hub import EvalResult, ModelCardData
 
@@ -10,23 +11,28 @@ from llmtrain.config import RunConfig, resolved_yaml
 from llmtrain.config.model_sections import QLoRAModel
 from llmtrain.ledger import Upload
 from llmtrain.rundir import RunDir
+from llmtrain.service import plan
 from llmtrain.service.plan import Shown
 
 
 def render(repo: str, config: RunConfig, run: RunDir, best: Shown) -> str:
     """README.md of `main`."""
     ranked = best.ranked
+    uploads = plan.uploads_at(run, repo)
     parts = [
         f"---\n{metadata(config, run, best.upload).to_yaml()}\n---",
         f"# {run.path.name}",
         f"{_what(config)} The weights on this branch are those of step {best.upload.step:,}, {best.describe()}. "
-        "Every other checkpoint has a tag of its own (`step-N`).",
+        "Every other checkpoint that is here has a tag of its own (`step-N`).",
         f"## Use\n\n```python\n{_loading(config, repo, best.upload)}\n```",
     ]
     if summary.summarise(run) is not None:
         parts.append("## Losses\n\n![Train and held-out loss over epochs](llmtrain/curve.png)")
     if ranked is not None:
-        parts += [f"## Checkpoints\n\n{table(ranked)}", f"Overfitting: {choose.overfitting(ranked).describe()}."]
+        parts += [
+            f"## Checkpoints\n\n{table(ranked, uploads)}",
+            f"Overfitting: {choose.overfitting(ranked).describe()}.",
+        ]
     parts.append(_data(run, config))
     parts.append(f"<details><summary>Configuration</summary>\n\n{_fenced(resolved_yaml(config), 'yaml')}\n\n</details>")
     return "\n\n".join(parts) + "\n"
@@ -98,17 +104,17 @@ def _loading(config: RunConfig, repo: str, shown: Upload) -> str:
     return "\n".join(lines)
 
 
-def table(ranked: Ranking) -> str:
-    """All checkpoints, as Markdown."""
+def table(ranked: Ranking, uploads: Mapping[int, Upload]) -> str:
+    """All checkpoints, as Markdown; `uploads`: those that are in this repository."""
     lines = [
         "| step | epoch | held-out loss | perplexity | bits per byte | difference to the best (95%) | |",
         "|---:|---:|---:|---:|---:|---|---|",
     ]
-    return "\n".join([*lines, *(_row(entry, ranked) for entry in ranked.entries)])
+    return "\n".join([*lines, *(_row(entry, ranked, uploads) for entry in ranked.entries)])
 
 
-def _row(entry: Entry, ranked: Ranking) -> str:
-    s = entry.score
+def _row(entry: Entry, ranked: Ranking, uploads: Mapping[int, Upload]) -> str:
+    s, upload = entry.score, uploads.get(entry.step)
     interval = "" if entry.difference is None else f"{entry.difference[0]:+.4f} to {entry.difference[1]:+.4f}"
     notes = [
         name
@@ -116,7 +122,7 @@ def _row(entry: Entry, ranked: Ranking) -> str:
             ("**lowest**", entry.is_best),
             ("within noise of it", entry.is_tie),
             ("**proposed**", entry is ranked.proposed),
-            ("not here", not entry.uploaded),
+            ("not here", upload is None or not plan.is_of(entry, upload)),
         )
         if holds
     ]

@@ -6,15 +6,17 @@ there, so that it can be repeated after a crash, and after an answer that never 
     branch `checkpoints`    one commit of weights per checkpoint, tagged step-N, read back
     branch `main`           the best one, a model card, scores
 
-The answer is one line of JSON on standard output: {"error": ..., "message": ...} or what came of it.
+The answer is one line of JSON on standard output: {"error": ..., "message": ...} or what came of it. The error `gone`
+says that something is not there which the ledger speaks of: `check` finds out what.
 """
 
 import argparse
 import contextlib
 import json
+import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,20 +25,25 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ge
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, RevisionNotFoundError
 from huggingface_hub.utils._http import hf_request_event_hook  # what its own clients have, and no public name gives
 
-from llmtrain import manifest, origin
+from llmtrain import choose, ledger, manifest, origin
 from llmtrain.config import RunConfig, load_config
 from llmtrain.errors import CheckpointError, ConfigError
 from llmtrain.rundir import RunDir
-from llmtrain.service import crash
+from llmtrain.service import crash, plan
 from llmtrain.service.publish import publish
 from llmtrain.service.remote import (
     BRANCH,
+    CHECKPOINT,
     MAIN,
+    SAVED,
     LocalFile,
     Refused,
     Repo,
     brings_checkpoint,
+    from_tags,
+    leave_long_waits,
     local_files,
+    marked,
     marker,
     own_files,
     own_path,
@@ -49,7 +56,8 @@ from llmtrain.service.remote import (
 )
 
 _CONNECT_S = 30.0
-_TOKEN_HELP = "set HF_TOKEN, or run 'hf auth login', with a token that may write to it"
+_ABOUT_TOKENS = re.compile(r"token|permission|credential|authori[sz]|granted|\brights?\b", re.IGNORECASE)
+"""Words of a 403 that is about who asks; a full storage is a 403 too."""
 _IN_ABOUT = re.compile(r"in (?:about )?(\d+) (second|minute|hour)")
 _UNIT_S = {"second": 1.0, "minute": 60.0, "hour": 3600.0}
 
@@ -66,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--step", type=int, default=0)
     parser.add_argument("--stall", type=float, default=300.0, help="longest wait for an answer, in s")
     options = parser.parse_args(arguments)
-    set_client_factory(lambda: client(options.stall))
+    set_client_factory(lambda: client(options.stall, leave_long_waits(options.stall)))
     run = RunDir(options.run.resolve())
     origin.enter(run)
     token = get_token() or ""
@@ -75,10 +83,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     sys.stdout.flush()
 
 
-def client(stall_s: float) -> httpx2.Client:
-    """Like the library's own, with time-outs: by default it waits for an answer for ever."""
+def client(stall_s: float, *looks: Callable[[httpx2.Response], None]) -> httpx2.Client:
+    """Like the library's own, with time-outs: by default it waits for an answer for ever.
+
+    Args:
+        looks: called with each answer; may raise.
+    """
     timeout = httpx2.Timeout(stall_s, connect=min(_CONNECT_S, stall_s))
-    return httpx2.Client(event_hooks={"request": [hf_request_event_hook]}, follow_redirects=True, timeout=timeout)
+    hooks = {"request": [hf_request_event_hook], "response": [*looks]}
+    return httpx2.Client(event_hooks=hooks, follow_redirects=True, timeout=timeout)
 
 
 def converse(task: str, run: RunDir, name: str, step: int, token: str) -> dict[str, Any]:
@@ -86,7 +99,7 @@ def converse(task: str, run: RunDir, name: str, step: int, token: str) -> dict[s
     try:
         config, _ = load_config(run.config)
         if not token:
-            raise Refused(f"{name}: there is no token; {_TOKEN_HELP}")
+            raise Refused(f"{name}: there is no token; {token_help()}")
         repo = Repo(HfApi(token=token), name)
         match task:
             case "check":
@@ -103,12 +116,12 @@ def converse(task: str, run: RunDir, name: str, step: int, token: str) -> dict[s
     except (Altered, CheckpointError) as error:
         return {"error": "altered", "message": str(error)}
     except HfHubHTTPError as error:
-        return explain(error, name)
+        return explain(error, name) | _as_gone(task, error)
     except (ConfigError, HFValidationError, OfflineModeIsEnabled) as error:
         return {"error": "refused", "message": f"{name}: {error}"}
     except (httpx2.HTTPError, OSError, ValueError, RuntimeError) as error:
         if isinstance(error.__cause__, HfHubHTTPError):  # how the client reports a failed upload
-            return explain(error.__cause__, name)
+            return explain(error.__cause__, name) | _as_gone(task, error.__cause__)
         return {"error": "failed", "message": f"{type(error).__name__}: {error}"}
 
 
@@ -117,15 +130,37 @@ def explain(error: HfHubHTTPError, name: str) -> dict[str, Any]:
     status = error.response.status_code
     said = " ".join(str(error.server_message or error).split())
     if status in (401, 403, 404):
-        return {"error": "refused", "message": f"{name}: the Hub refuses ({status}: {said}); {_TOKEN_HELP}"}
+        about_token = status == 401 or (status == 403 and _ABOUT_TOKENS.search(said))
+        advice = f"; {token_help()}" if about_token else ""
+        return {"error": "refused", "message": f"{name}: the Hub refuses ({status}: {said}){advice}"}
     wait_s = retry_after_s(error)
     if status == 429 and (found := _IN_ABOUT.search(said)):
         wait_s = max(wait_s, float(found[1]) * _UNIT_S[found[2]])
     return {"error": "failed", "message": f"the Hub answered {status}: {said}", "retry_after_s": wait_s}
 
 
+def token_help() -> str:
+    """Where the token in use comes from decides what would help: the environment goes before a login."""
+    name = next((name for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN") if os.environ.get(name)), None)
+    if name is None:
+        return (
+            "set HF_TOKEN, or run 'hf auth login', with a token that may write to it (a running service sees a changed "
+            "HF_TOKEN when it is started again)"
+        )
+    return (
+        f"the token in use is that of {name} in the environment, which goes before that of 'hf auth login': set it to "
+        f"a token that may write to it, or unset it to use the login; then start a running service again, which keeps "
+        "the old one"
+    )
+
+
+def _as_gone(task: str, error: HfHubHTTPError) -> dict[str, Any]:
+    """After `check` everything was there; what a 404 means then is for another check to find out."""
+    return {"error": "gone"} if task != "check" and error.response.status_code == 404 else {}
+
+
 def check(repo: Repo, config: RunConfig, run: RunDir) -> dict[str, Any]:
-    """Make the repository if need be; find out whether it may be written to, and whose it is.
+    """Make the repository if need be; find out whether it may be written to, whose it is, and what it has lost.
 
     Raises:
         Refused: it is public though it should be private, or holds the checkpoints of another run, or other files.
@@ -138,16 +173,45 @@ def check(repo: Repo, config: RunConfig, run: RunDir) -> dict[str, Any]:
     refuse_strange_files(repo)  # before anything is written there
     patient(lambda: _make_branch(repo))  # needs the right to write
     visibility = "private" if private else "public"
-    return {"message": f"{repo.name} ({visibility}) takes the checkpoints of this run", "private": private}
+    message = f"{repo.name} ({visibility}) takes the checkpoints of this run"
+    return {"message": message, "private": private, **find_lost(repo, config, run)}
+
+
+def find_lost(repo: Repo, config: RunConfig, run: RunDir) -> dict[str, Any]:
+    """What the ledger says to be on the Hub, compared with the tags that are there, in one request.
+
+    `gone`: steps to upload again, or lost. Those whose tag says to be the same checkpoint at another commit (a history
+    that was rewritten) are `moved`, or `to_read`: one that lies on this disk is read back again before it counts.
+    """
+    there, here = repo.refs()[1], choose.identities(run)
+    doomed = plan.untaggable(run, config.model_copy(update={"hub": config.hub.model_copy(update={"repo": repo.name})}))
+    gone: list[int] = []
+    to_read: list[int] = []
+    moved: list[tuple[int, str]] = []
+    for step, upload in ledger.uploads(run).items():
+        if upload.repo != repo.name or upload.removed or there.get(upload.tag) == upload.commit:
+            continue
+        if here.get(step, upload.checkpoint) != upload.checkpoint:  # saved again since: that one waits
+            continue
+        if upload.tag not in there:
+            if step not in doomed:  # else it was taken away by us, which could not be recorded any more
+                gone.append(step)
+        elif marked(dict(repo.commits(upload.tag)).get(there[upload.tag], ""), CHECKPOINT) != upload.checkpoint:
+            gone.append(step)
+        elif step in here:
+            to_read.append(step)
+        else:
+            moved.append((step, there[upload.tag]))
+    return {"gone": gone, "to_read": to_read, "moved": moved}
 
 
 def refuse_strange_files(repo: Repo) -> None:
-    """`main` is made to hold what a run shows and nothing else, so it must be a run's, or empty, to begin with.
+    """`main` is made to show a run's checkpoint, so it must be a run's, or empty, to begin with.
 
     Raises:
         Refused: no run has begun this repository, and somebody's files are there.
     """
-    if any(brings_checkpoint(message) for _, message in repo.commits()):
+    if any(any(brings_checkpoint(message) for _, message in find(repo)) for find in (Repo.commits, from_tags)):
         return
     head = repo.refs()[0].get(MAIN)
     strange = [] if head is None else sorted(set(repo.tree(head)) - {".gitattributes", "README.md"})
@@ -155,7 +219,7 @@ def refuse_strange_files(repo: Repo) -> None:
         more = f" and {len(strange) - 3} more" if len(strange) > 3 else ""
         raise Refused(
             f"{repo.name} holds files that no run of llmtrain has brought ({', '.join(strange[:3])}{more}), which "
-            "renewing main would delete; name an empty or a new repository (hub.repo)"
+            "renewing main would mix with its own; name an empty or a new repository (hub.repo)"
         )
 
 
@@ -179,10 +243,13 @@ def upload(repo: Repo, config: RunConfig, run: RunDir, step: int, token: str) ->
     described = manifest.read(run.checkpoint(step))
     identity = manifest.identity(described)
     wanted = local_files(run, step, described, config.hub.optimizer_state)
-    if repo.find(identity) is None:
+    if repo.find(identity, wanted) is None:
         refuse_secrets([*own_files(run), *(file.path for file in wanted.values())], token)
-    description = f"{marker(identity)}\n{run_marker(origin.read(run).id)}"
-    commit = patient(lambda: repo.find(identity) or commit_files(repo, run, wanted, f"step {step}", description))
+    saved = f"{SAVED}{(run.checkpoint(step) / manifest.NAME).stat().st_mtime:.3f}"
+    description = f"{marker(identity)}\n{run_marker(origin.read(run).id)}\n{saved}"
+    commit = patient(
+        lambda: repo.find(identity, wanted) or commit_files(repo, run, wanted, f"step {step}", description)
+    )
     crash.point("after-commit")
     if wrong := repo.differences(wanted, commit):
         manifest.verify(run.checkpoint(step))  # it may be this side that has changed
@@ -191,7 +258,8 @@ def upload(repo: Repo, config: RunConfig, run: RunDir, step: int, token: str) ->
     repo.set_tag(tag, commit)
     crash.point("after-tag")
     size = sum(file.size_bytes for file in wanted.values())
-    return {"upload": {"checkpoint": identity, "commit": commit, "tag": tag, "size_bytes": size}}
+    record = {"checkpoint": identity, "commit": commit, "tag": tag, "size_bytes": size}
+    return {"upload": record | {"with_state": config.hub.optimizer_state}}
 
 
 def refuse_secrets(paths: list[Path], token: str) -> None:

@@ -24,7 +24,7 @@ class Shown:
     def entry(self) -> Entry | None:
         """Its place in the ranking; None as long as this very checkpoint is not scored."""
         entries = [] if self.ranked is None else self.ranked.entries
-        return next((entry for entry in entries if _is(entry, self.upload)), None)
+        return next((entry for entry in entries if is_of(entry, self.upload)), None)
 
     def title(self) -> str:
         """Of the commit that brings it."""
@@ -85,11 +85,11 @@ def to_show(run: RunDir, repo: str) -> Shown | None:
     Where that is not confirmed, the first that cannot be told from the best one, else the best of them; before any of
     them is scored, the newest.
     """
-    uploads = {s: u for s, u in ledger.uploads(run).items() if u.repo == repo and not u.removed}
+    uploads = uploads_at(run, repo)
     if not uploads:
         return None
     ranked = choose.ranking(run)
-    there = [] if ranked is None else [e for e in ranked.entries if any(_is(e, u) for u in uploads.values())]
+    there = [] if ranked is None else [e for e in ranked.entries if any(is_of(e, u) for u in uploads.values())]
     if ranked is None or not there:
         return Shown(uploads[max(uploads)], ranked)
     proposed = [e for e in there if e is ranked.proposed]
@@ -97,16 +97,23 @@ def to_show(run: RunDir, repo: str) -> Shown | None:
     return Shown(uploads[(proposed or ties or [min(there, key=lambda e: e.score.loss)])[0].step], ranked)
 
 
-def _is(entry: Entry, upload: Upload) -> bool:
+def uploads_at(run: RunDir, repo: str) -> dict[int, Upload]:
+    """What this repository holds under tags."""
+    return {s: u for s, u in ledger.uploads(run).items() if u.repo == repo and not u.removed}
+
+
+def is_of(entry: Entry, upload: Upload) -> bool:
     """Whether these are one checkpoint: a step may have been saved again with other content."""
     return (entry.step, entry.score.checkpoint) == (upload.step, upload.checkpoint)
 
 
 def untaggable(run: RunDir, config: RunConfig) -> list[int]:
-    """Uploaded steps whose tags the rule removes (hub.prune)."""
+    """Uploaded steps whose tags the rule removes (hub.prune); never one that it keeps on this disk: after `restore
+    --step` an abandoned life's later ones are on the Hub alone."""
     if not config.hub.prune:
         return []
     losses = {step: score.loss for step, score in ledger.scores(run).items()}
     tagged = [s for s, u in ledger.uploads(run).items() if u.repo == config.hub.repo and not u.removed]
     kept = retention.to_keep(tagged, losses, config.checkpoint)
+    kept |= retention.to_keep(run.checkpoint_steps(), losses, config.checkpoint)
     return [s for s in sorted(tagged) if s not in kept and s in losses]

@@ -1,13 +1,17 @@
 """The branch that people see: the best checkpoint's weights, a model card, scores; renewed in one commit."""
 
 import hashlib
+import tempfile
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationCopy, CommitOperationDelete
+from huggingface_hub.errors import RemoteEntryNotFoundError
 from huggingface_hub.hf_api import RepoFile
 
-from llmtrain import summary
+from llmtrain import manifest, summary
 from llmtrain.config import RunConfig
+from llmtrain.errors import CheckpointError
 from llmtrain.rundir import RunDir
 from llmtrain.service import card, crash, plan
 from llmtrain.service.plan import Shown
@@ -19,6 +23,7 @@ _HUBS = ".gitattributes"
 
 def publish(repo: Repo, config: RunConfig, run: RunDir) -> dict[str, Any]:
     """Make `main` show the proposed confirmed checkpoint, which is copied on the Hub: nothing is sent twice.
+    Files of somebody else stay.
 
     What is to stand there is worked out from the ledgers at this moment, so that no repeated or late request can
     bring older weights back; `parent_commit` makes sure that nobody was there in between.
@@ -42,7 +47,8 @@ def publish(repo: Repo, config: RunConfig, run: RunDir) -> dict[str, Any]:
     ]
     additions = [CommitOperationAdd(path, content) for path, content in documents(repo, config, run, best).items()]
     added = {addition.path_in_repo for addition in additions}
-    deletions = [CommitOperationDelete(path) for path in shown if path not in {*wanted, *added, _HUBS}]
+    others = {*shown} - {*wanted, *added, _HUBS}
+    deletions = [CommitOperationDelete(path) for path in sorted(others & _brought(repo, head, others))]
     if not deletions and {copy.path_in_repo for copy in copies} <= added and all(_stands(a, shown) for a in additions):
         return {"digest": digest, "message": f"{repo.name} shows step {step:,} already"}  # an answer was lost
     repo.api.create_commit(
@@ -54,6 +60,21 @@ def publish(repo: Repo, config: RunConfig, run: RunDir) -> dict[str, Any]:
     )
     crash.point("after-publish")
     return {"digest": digest, "message": f"{repo.name} shows step {step:,}, {best.describe()}"}
+
+
+def _brought(repo: Repo, head: str, others: set[str]) -> set[str]:
+    """Of the files that are not to be shown, those that an earlier renewal has brought: the manifest that came with
+    them lists them. Anything else is somebody's (a LICENSE), and stays."""
+    ours = {path for path in others if path.startswith(own_path(""))}
+    if ours == others:
+        return ours
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            file = repo.api.hf_hub_download(repo.name, own_path(manifest.NAME), revision=head, local_dir=folder)
+            described = manifest.read(Path(file).parent)
+    except (RemoteEntryNotFoundError, CheckpointError):  # no renewal was here: nothing else is known to be ours
+        return ours
+    return ours | {name.removeprefix("model/") for name in described.files}
 
 
 def _stands(addition: CommitOperationAdd, shown: dict[str, RepoFile]) -> bool:

@@ -45,6 +45,12 @@ class Work:
         upload = self.uploads.get(step)
         return upload is not None and (upload.checkpoint, upload.repo) == (self.whole[step].identity, repo)
 
+    def lacks_state(self) -> bool:
+        """Whether the newest is on the Hub without its optimizer's state: hub.optimizer_state was turned on since."""
+        newest = max(self.whole, default=-1)
+        upload = self.uploads.get(newest)
+        return newest not in self.to_upload and upload is not None and upload.with_state is False and not upload.removed
+
 
 class Inspector:
     """Looks at a run's checkpoints; every one is verified once, a bad one is put into quarantine.
@@ -83,6 +89,8 @@ class Inspector:
                 work.to_score.append(step)
             if config.hub.repo is not None and not work.is_uploaded(step, config.hub.repo):
                 work.to_upload.append(step)
+        if config.hub.repo is not None and config.hub.optimizer_state and work.lacks_state():
+            work.to_upload.append(max(work.whole))
         return work
 
     def _inspect(self, step: int, nice: int) -> Found | None:

@@ -4,7 +4,7 @@ import hashlib
 import json
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -13,12 +13,13 @@ import httpx2
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, RevisionNotFoundError
 from huggingface_hub.hf_api import GitCommitInfo, RepoFile
+from huggingface_hub.utils import hf_raise_for_status, parse_ratelimit_headers
 
 from llmtrain import access_tokens, files, manifest, origin
 from llmtrain.rundir import RunDir
 
 BRANCH, MAIN = "checkpoints", "main"
-CHECKPOINT, RUN = "checkpoint: ", "run: "
+CHECKPOINT, RUN, SAVED = "checkpoint: ", "run: ", "saved: "
 """Marks in commits' messages: lines that begin so."""
 _TAG = re.compile(r"step-(\d+)")
 _OWN = "llmtrain"
@@ -31,6 +32,10 @@ Result = TypeVar("Result")
 
 class Refused(Exception):
     """A person has to mend something."""
+
+
+class LongWait(HfHubHTTPError):
+    """The Hub asks for more time than a process may sleep: the service waits, and shows that it does."""
 
 
 @dataclass(frozen=True)
@@ -108,8 +113,32 @@ def patient(call: Callable[[], Result]) -> Result:
 
 def retry_after_s(error: Exception) -> float:
     """How long the Hub asks to wait; 0 where it does not say."""
-    header = error.response.headers.get("Retry-After", "") if isinstance(error, HfHubHTTPError) else ""
+    return asked_wait_s(error.response) if isinstance(error, HfHubHTTPError) else 0.0
+
+
+def asked_wait_s(response: httpx2.Response) -> float:
+    """What an answer says of that, in the two headers that the client heeds."""
+    limit = parse_ratelimit_headers(response.headers) if response.status_code == 429 else None
+    if limit is not None and limit.remaining == 0:
+        return float(limit.reset_in_seconds)
+    header = response.headers.get("Retry-After", "").strip()
     return float(header) if header.isdigit() else 0.0
+
+
+def leave_long_waits(stall_s: float) -> Callable[[httpx2.Response], None]:
+    """For the client of a process that is ended when it makes no progress for so long: a look at each answer, which
+    raises LongWait where the client, or `patient`, would sleep for as long as the Hub asks."""
+    longest_s = min(_SHORT_WAIT_S, stall_s / 2)
+
+    def look(response: httpx2.Response) -> None:
+        if response.is_error and asked_wait_s(response) > longest_s:
+            response.read()
+            try:
+                hf_raise_for_status(response)
+            except HfHubHTTPError as error:
+                raise LongWait(str(error), response=response, server_message=error.server_message) from error
+
+    return look
 
 
 def is_passing(error: Exception) -> bool:
@@ -119,7 +148,7 @@ def is_passing(error: Exception) -> bool:
     if not isinstance(error, HfHubHTTPError):
         return True
     status, wait_s = error.response.status_code, retry_after_s(error)
-    if wait_s > _SHORT_WAIT_S:  # the service waits, and shows that it does
+    if isinstance(error, LongWait) or wait_s > _SHORT_WAIT_S:
         return False
     return status >= 500 or status == 412 or (status == 429 and wait_s > 0)
 
@@ -140,20 +169,35 @@ class Repo:
         entries = patient(lambda: list(self.api.list_repo_tree(self.name, recursive=True, revision=revision)))
         return {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
 
-    def history(self) -> list[GitCommitInfo]:
-        """The commits of the checkpoints' branch, newest first."""
+    def history(self, revision: str = BRANCH) -> list[GitCommitInfo]:
+        """The commits of a branch, or those that led to a tag, newest first."""
         try:
-            return patient(lambda: self.api.list_repo_commits(self.name, revision=BRANCH))
+            return patient(lambda: self.api.list_repo_commits(self.name, revision=revision))
         except RevisionNotFoundError:
             return []
 
-    def commits(self) -> list[tuple[str, str]]:
+    def commits(self, revision: str = BRANCH) -> list[tuple[str, str]]:
         """(commit, message) of the checkpoints' branch, newest first."""
-        return [(commit.commit_id, f"{commit.title}\n{commit.message}") for commit in self.history()]
+        return [(commit.commit_id, message_of(commit)) for commit in self.history(revision)]
 
-    def find(self, identity: str) -> str | None:
-        """The commit of a checkpoint, by the marker in its description."""
-        return next((commit for commit, message in self.commits() if marker(identity) in message), None)
+    def tagged(self) -> dict[int, str]:
+        """The commit of each step that has a tag."""
+        return {step: commit for tag, commit in self.refs()[1].items() if (step := step_of(tag)) is not None}
+
+    def behind(self, commits: Iterable[str], known: Iterable[GitCommitInfo] = ()) -> dict[str, GitCommitInfo]:
+        """These commits and what led to them, beside those known already: where the branch was squashed or deleted
+        nothing else tells what the tags hold. One request where they lie upon one another, the last of them first."""
+        found = {commit.commit_id: commit for commit in known}
+        for commit in commits:
+            if commit not in found:
+                found |= {one.commit_id: one for one in self.history(commit) if one.commit_id not in found}
+        return found
+
+    def find(self, identity: str, paths: Collection[str]) -> str | None:
+        """The commit of a checkpoint, by the marker in its description. One without all of these paths does not count:
+        hub.optimizer_state may have been turned on since."""
+        found = (commit for commit, message in self.commits() if marker(identity) in message)
+        return next((commit for commit in found if self.tree(commit).keys() >= {*paths}), None)
 
     def set_tag(self, tag: str, commit: str) -> None:
         """Point a tag at a commit, and read it back: the client takes an existing one for done."""
@@ -174,6 +218,10 @@ class Repo:
         """Paths that the Hub does not hold as they should be."""
         tree = self.tree(revision)
         return [path for path, file in wanted.items() if not file.is_at(tree.get(path))]
+
+
+def message_of(commit: GitCommitInfo) -> str:
+    return f"{commit.title}\n{commit.message}"
 
 
 def marker(identity: str) -> str:
@@ -215,11 +263,23 @@ def marked(message: str, mark: str) -> str | None:
     return next((line.removeprefix(mark) for line in message.splitlines() if line.startswith(mark)), None)
 
 
+def owner_of(repo: Repo) -> str | None:
+    """`owner`, by the branch; where that has no checkpoint (it is new, squashed or deleted), by what the tags hold."""
+    return owner(repo.commits()) or owner(from_tags(repo))
+
+
+def from_tags(repo: Repo) -> list[tuple[str, str]]:
+    """(commit, message) of what the tags step-N hold and what led there, newest first."""
+    behind = repo.behind(commit for _, commit in sorted(repo.tagged().items(), reverse=True))
+    ordered = sorted(behind.values(), key=lambda commit: commit.created_at, reverse=True)
+    return [(commit.commit_id, message_of(commit)) for commit in ordered]
+
+
 def refuse_others(repo: Repo, run: RunDir) -> None:
     """Called between reading a branch's head and committing upon it: who commits in between moves the head.
 
     Raises:
         Refused: the repository belongs to another run.
     """
-    if owner(repo.commits()) not in (None, origin.read(run).id):
+    if owner_of(repo) not in (None, origin.read(run).id):
         raise Refused(f"{repo.name} holds the checkpoints of another run; name another repository (hub.repo)")

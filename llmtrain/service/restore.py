@@ -15,6 +15,7 @@ from pathlib import Path
 import httpx2
 from huggingface_hub import HfApi, get_token, set_client_factory
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.hf_api import GitCommitInfo
 
 from llmtrain import files, jsonl, ledger, log, manifest
 from llmtrain.config import load_config, resolved_yaml
@@ -25,7 +26,19 @@ from llmtrain.manifest import Manifest
 from llmtrain.origin import Origin
 from llmtrain.rundir import RunDir
 from llmtrain.service.hub import client, explain
-from llmtrain.service.remote import CHECKPOINT, MAIN, RUN, Repo, marked, own_path, owner, step_of, tag_of
+from llmtrain.service.remote import (
+    CHECKPOINT,
+    MAIN,
+    RUN,
+    SAVED,
+    Repo,
+    marked,
+    message_of,
+    own_path,
+    owner_of,
+    step_of,
+    tag_of,
+)
 
 _STALL_S = 300.0
 
@@ -80,23 +93,41 @@ def restore(repo: Repo, run: RunDir, step: int | None) -> None:
 
 
 def find(repo: Repo, step: int | None) -> tuple[str, str, str]:
-    """Tag, commit, and the identity of the run whose checkpoint it is: of this step, or of the newest."""
-    tags = _tags(repo)
+    """Tag, commit, and the identity of the run whose checkpoint it is: of this step, or of the newest.
+
+    The newest is the one that was saved last: after `restore --step` an abandoned life's higher steps are there too.
+    """
+    tags = repo.tagged()
     if not tags:
         raise CheckpointError(f"{repo.name} holds no checkpoint of a run (no tag step-N)")
-    wanted = max(tags) if step is None else step
-    if wanted not in tags:
+    if step is not None and step not in tags:
         there = ", ".join(str(number) for number in sorted(tags))
-        raise CheckpointError(f"{repo.name} holds no step {wanted}; there are: {there}")
-    run_id = marked(dict(repo.commits()).get(tags[wanted], ""), RUN)
-    if run_id is None:
-        raise CheckpointError(f"{repo.name}: the commit of {tag_of(wanted)} is not one of a run of ours")
-    return tag_of(wanted), tags[wanted], run_id
+        raise CheckpointError(f"{repo.name} holds no step {step}; there are: {there}")
+    made = _made(repo, tags)
+    ours = {number: run_id for number, commit in made.items() if (run_id := marked(message_of(commit), RUN))}
+    if not ours or (step is not None and step not in ours):
+        which = "any tag step-N" if step is None else tag_of(step)
+        raise CheckpointError(f"{repo.name}: the commit of {which} is not one of a run of ours")
+    wanted = max(ours, key=lambda number: (_saved(made[number]), number)) if step is None else step
+    if step is None and (higher := max(ours)) > wanted:
+        log.warning(f"{repo.name}: step {wanted} was saved last; step {higher} before it (--step {higher} takes that)")
+    return tag_of(wanted), tags[wanted], ours[wanted]
 
 
-def _tags(repo: Repo) -> dict[int, str]:
-    """The commit of each step that has a tag."""
-    return {step: commit for tag, commit in repo.refs()[1].items() if (step := step_of(tag)) is not None}
+def _made(repo: Repo, tags: dict[int, str]) -> dict[int, GitCommitInfo]:
+    """The commits that the tags show: from the branch, or where that was squashed from what led to the tags."""
+    newest_first = [commit for _, commit in sorted(tags.items(), reverse=True)]
+    behind = repo.behind(newest_first, repo.history())
+    return {step: behind[commit] for step, commit in tags.items() if commit in behind}
+
+
+def _saved(commit: GitCommitInfo) -> float:
+    """When the checkpoint was saved. An upload may be late (a failed one is tried again after the next), so the time
+    of the commit counts only where nothing else is known."""
+    try:
+        return float(marked(message_of(commit), SAVED) or "")
+    except ValueError:
+        return commit.created_at.timestamp()
 
 
 def look(repo: Repo, commit: str, received: Path) -> Manifest:
@@ -131,7 +162,7 @@ def recall(repo: Repo, run_id: str, folder: Path, run: RunDir) -> None:
         ledger.append(run.uploads, upload)
     head = repo.refs()[0].get(MAIN)
     name = own_path(run.scores.name)
-    if head is None or owner(repo.commits()) != run_id or name not in repo.tree(head):
+    if head is None or owner_of(repo) != run_id or name not in repo.tree(head):
         return  # `main` was never renewed, or it is another run's
     path = Path(repo.api.hf_hub_download(repo.name, name, revision=head, local_dir=folder))
     try:
@@ -148,17 +179,13 @@ def uploads(repo: Repo, run_id: str) -> list[Upload]:
 
     Those whose tags were removed are left out: nothing that is on no disk asks for them.
     """
-    made = {commit.commit_id: commit for commit in repo.history()}
     found: list[Upload] = []
-    for step, commit in sorted(_tags(repo).items()):
-        if commit not in made or marked(made[commit].message, RUN) != run_id:
-            continue
-        identity = marked(made[commit].message, CHECKPOINT)
-        if identity is not None:
-            time = made[commit].created_at.timestamp()
-            found.append(
-                Upload(step=step, checkpoint=identity, repo=repo.name, commit=commit, tag=tag_of(step), time=time)
-            )
+    for step, commit in sorted(_made(repo, repo.tagged()).items()):
+        message, time = message_of(commit), commit.created_at.timestamp()
+        identity = marked(message, CHECKPOINT)
+        if marked(message, RUN) == run_id and identity is not None:
+            oid, tag = commit.commit_id, tag_of(step)
+            found.append(Upload(step=step, checkpoint=identity, repo=repo.name, commit=oid, tag=tag, time=time))
     return found
 
 

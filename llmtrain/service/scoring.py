@@ -43,7 +43,7 @@ def place(run: RunDir, config: RunConfig, trains: bool) -> str:
         return "cpu"
     if started.device == "mps":
         return "cpu" if trains else "mps"
-    used = started.gpus_used if trains else 0
+    used = origin.gpus_used_here(run) if trains else 0
     if num_gpus() > used:
         return f"cuda:{used}"
     return "cpu" if config.model.kind == "gpt" else "training"

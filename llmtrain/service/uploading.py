@@ -13,7 +13,7 @@ from llmtrain import files, ledger, log
 from llmtrain.config import RunConfig
 from llmtrain.ledger import Event, HubState, Upload
 from llmtrain.rundir import RunDir
-from llmtrain.service import crash, plan
+from llmtrain.service import crash, gone, plan
 from llmtrain.service.children import Child, Pause
 from llmtrain.service.niceness import niceness
 from llmtrain.service.queue import Work
@@ -23,6 +23,8 @@ Task = tuple[str, int | None]
 """What the child does, and to which step."""
 _MODULE = "llmtrain.service.hub"
 _REFUSED_S = 60.0
+_LOOKS = 3
+"""Attempts at what turns out not to be there, each followed by a check; after these a person has to look."""
 _COMMITS_KEPT_FREE = 100
 """`main` is not renewed when so many commits were made within the hour (the Hub takes 128): weights go first."""
 
@@ -38,6 +40,8 @@ class Uploading:
         self._repo = ""
         """The repository that the child talks to."""
         self._checked: str | None = None
+        self._seen: str | None = None
+        """The repository of which this session knows what it still holds, of all that was ever uploaded."""
         self.pause = Pause(first_s=pause_s)
         self.last_error: str | None = None
         self.problem: str | None = None
@@ -59,12 +63,23 @@ class Uploading:
             case _:
                 return "looking at the Hub"
 
+    def trusts_uploads(self, config: RunConfig) -> bool:
+        """Whether an upload in the ledger is known to be on the Hub still: nothing is deleted here before."""
+        return self._seen == config.hub.repo
+
+    @property
+    def is_looking(self) -> bool:
+        """No contact has come to an end yet, well or badly."""
+        return self._seen is None and self.last_error is None
+
     def waits(self, config: RunConfig, work: Work) -> bool:
         """Whether anything is still to be sent."""
         if config.hub.repo is None:
             return False
         if work.to_upload or self._checked != config.hub.repo:
             return True
+        if work.uploads.keys() - ledger.uploads(self._run).keys():
+            return True  # found gone after that look
         return plan.is_stale(self._run, config.hub.repo) or bool(plan.untaggable(self._run, config))
 
     def advance(self, config: RunConfig, work: Work, hurry: bool) -> list[tuple[int, str]]:
@@ -120,7 +135,10 @@ class Uploading:
                 self._succeed(task, step, answer, child.seconds)
             case "altered" if step is not None:
                 return [(step, answer["message"])]
-            case "refused":
+            case "gone" if self._attempts[self._task] < _LOOKS:
+                self._fail("upload-failed", answer["message"])
+                self._checked = self._seen = None  # look what else is not there
+            case "refused" | "gone":
                 self._refuse(answer["message"])
             case _:
                 self._fail("upload-failed", answer["message"], answer.get("retry_after_s", 0.0))
@@ -129,6 +147,9 @@ class Uploading:
     def _succeed(self, task: str, step: int | None, answer: dict[str, Any], seconds: float) -> None:
         self.pause.succeeded()
         attempts, repo = self._attempts.pop(self._task, 1), self._repo
+        if task == "check":
+            gone.record(self._run, repo, answer)
+            self._seen = repo
         if task == "check" and self._refused != "check":  # what was refused since has not been tried again yet
             self._checked = repo
             return
@@ -186,8 +207,9 @@ class Uploading:
         if config.hub.repo is None or not plan.is_stale(self._run, config.hub.repo):
             return False
         is_training = self._run.is_training()
-        within_the_hour = [u for u in ledger.uploads(self._run).values() if u.time > time.time() - 3600]
+        now = time.time()  # what lies ahead of it was noted by a clock that was ahead, and says nothing
+        within_the_hour = [u for u in ledger.uploads(self._run).values() if 0 <= now - u.time < 3600]
         if len(within_the_hour) >= _COMMITS_KEPT_FREE and (is_training or work.to_upload):
             return False  # at the end there are no weights left to keep commits free for, and training waits for main
         last = self._run.published.stat().st_mtime if self._run.published.exists() else 0.0
-        return hurry or not is_training or time.time() - last >= config.hub.publish_every_s
+        return hurry or not is_training or not 0 <= now - last < config.hub.publish_every_s

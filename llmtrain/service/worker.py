@@ -84,6 +84,8 @@ class Service:
         config = config.model_copy(update={"service": config.service.model_copy(update={"score": where})})
         work = self._inspector.look(config, scoring=where != "training")
         if self._options.only == "prune":
+            if self._is_to_look(config):
+                return True
             self._prune(config, work)
             return False
         self._scoring.advance(config, work, where)
@@ -105,13 +107,23 @@ class Service:
             return False
         return self._run.is_training() or time.monotonic() - self._idle_since < _LINGER_S
 
+    def _is_to_look(self, config: RunConfig) -> bool:
+        """Before it deletes: whether the Hub still holds what was uploaded. Asked once."""
+        if config.hub.repo is None or not self._uploading.is_looking:
+            return False
+        self._uploading.advance(config, Work(), hurry=False)
+        if not self._uploading.is_looking and not self._uploading.trusts_uploads(config):
+            log.warning("nothing is deleted that only an upload would be left of: the Hub could not be asked")
+        return True
+
     def _prune(self, config: RunConfig, work: Work) -> None:
         if config.service.start == "never" and not self._options.only:
             return
         if time.monotonic() - self._tidied > _TIDY_S:
             self._tidied = time.monotonic()
             retention.remove_leftovers(self._run)
-        doomed, _ = retention.deletable(self._run, config, max(work.whole, default=None))
+        trusts = self._uploading.trusts_uploads(config)
+        doomed, _ = retention.deletable(self._run, config, max(work.whole, default=None), trusts)
         doomed &= set(work.whole)
         if doomed:
             retention.remove(self._run, doomed, on_rename=lambda: crash.point("between-rename-and-delete"))
@@ -129,7 +141,14 @@ class Service:
             for step, score in work.scores.items()
             if step <= newest and (step not in work.whole or work.is_scored(step))
         }
-        since = choose.saves_without_improvement(scores)
+        later = choose.saves_without_improvement(scores)
+        if len(later) < patience:
+            return
+        # A save that a stop forced may lie a few steps after the last one: it may be the best, and else says nothing.
+        # Training measures the held-out loss before every save but those.
+        measured = {step for step, found in work.whole.items() if found.heldout_loss is not None}
+        measured |= ledger.heldout_at_saves(self._run).keys()
+        since = sum(step in measured for step in later)
         if since < patience:
             return
         message = f"the held-out loss has not improved for {since} saves (service.patience={patience})"

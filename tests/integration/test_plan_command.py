@@ -49,6 +49,14 @@ def test_steps_and_epochs_come_from_the_shards(workplace: Workplace):
     assert f"steps        {-(-4 * rows // 8):,}, " in said
 
 
+def test_a_runs_own_pace_is_taken_for_what_it_computed_alone(workplace: Workplace):
+    workplace.train("run.name=paced", "train.steps=1")
+    words = [str(workplace.config), "--device", "cpu", "run.name=paced"]
+    assert "tokens/s (as in the last start of runs/paced)" in plan(workplace.folder, *words)
+    assert "had other settings (ranks=1" in plan(workplace.folder, *words, "--gpus", "2")
+    assert "had other settings (train.precision=" in plan(workplace.folder, *words, "train.precision=bf16")
+
+
 # Large enough that the model outweighs Python, small enough for a test: width, layers, rows, and what is special.
 CONFIGURATIONS = {
     "weights": ["model.width=768", "model.num_layers=6", "model.num_heads=12", "train.global_batch_size=2"],

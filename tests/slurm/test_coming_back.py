@@ -1,5 +1,6 @@
 """The way back into the queue: a controller that is silent, starts that end in vain, and the service job's patience."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from launcher.jobs import JobDir
+from launcher.keeper.meeting import Meeting
 from launcher.keeper.supervisor import Rules
 from launcher.slurm import client, job, node
 from launcher.slurm.client import Queued
@@ -225,6 +227,39 @@ def test_preemption_is_not_counted(starts: Callable[[list[Start]], int]):
     assert starts([PREEMPTED] * 6) == EXIT_REQUEUE
 
 
+def test_a_note_that_cannot_be_written_keeps_no_job_from_its_return(
+    starts: Callable[[list[Start]], int], controller: Controller, monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+):  # fmt: skip
+    """A disk that is full: the run itself is saved."""
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(node.files, "write_atomic", full)
+    monkeypatch.setattr(node.Meeting, "tell", lambda *_: None)  # it tries for some seconds
+    monkeypatch.setattr(node.Meeting, "wait_for_first", lambda *_: 0.0)
+    assert starts([PREEMPTED]) == EXIT_REQUEUE
+    assert controller.calls[-1] == REQUEUE
+    assert "progress.json cannot be written ([Errno 28] No space left on device)" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(("at", "restart", "is_left"), [(499, 0, False), (500, 0, True), (499, 1, True)])
+def test_a_stop_of_before_the_job_was_submitted_is_not_meant_for_it(
+    tmp_path: Path, controller: Controller, at: int, restart: int, is_left: bool
+):
+    """sbatch, unlike `llmtrain submit`, does not take the file away."""
+    (controller.folder / "scontrol").write_text("#!/bin/sh\necho JobId=7 JobState=RUNNING SubmitTime=500\n")
+    (controller.folder / "scontrol").chmod(0o755)
+    run = RunDir(tmp_path / "runs" / "gpt")
+    jobs = JobDir.of(run)
+    jobs.path.mkdir(parents=True)
+    jobs.stop.touch()
+    os.utime(jobs.stop, (at, at))
+    node._begin(jobs, run, node.Node("7", 0, 1, restart), Meeting(None), 3)
+    assert jobs.stop.exists() == is_left
+
+
 def test_what_llmtrain_stop_has_ended_does_not_come_back(
     tmp_path: Path, starts: Callable[[list[Start]], int], controller: Controller
 ):
@@ -278,11 +313,17 @@ class Days:
 
 
 def test_the_service_job_waits_with_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Preempted for an hour; then it trains for ten minutes."""
+    """Preempted for an hour, in which SLURM is silent once; then it trains for ten minutes."""
     run, days = RunDir(tmp_path / "run"), Days()
     run.create()
     run.config.touch()
     told, served_at = [Queued("7", "PENDING")], list[float]()
+    silent = [False, False, True]
+
+    def queue(_: list[str]) -> dict[str, Queued]:
+        if silent and silent.pop(0):
+            raise SlurmError(SILENT)
+        return {"7": told[0]}
 
     def run_service(command: list[str], check: bool) -> "subprocess.CompletedProcess[str]":
         if "llmtrain.service" in command:
@@ -299,7 +340,7 @@ def test_the_service_job_waits_with_training(tmp_path: Path, monkeypatch: pytest
 
     days.events[3600.0] = train
     monkeypatch.setattr(job, "time", days)
-    monkeypatch.setattr(client, "queue", lambda _: {"7": told[0]})
+    monkeypatch.setattr(client, "queue", queue)
     monkeypatch.setattr(job, "subprocess", types.SimpleNamespace(run=run_service))
     job.ServiceJob(run.path, "7")()
     waiting = [at for at in served_at if at < 3600]

@@ -80,13 +80,19 @@ def test_the_service_has_a_job_of_its_own(cluster: Cluster, workplace: Workplace
 def test_two_jobs_of_one_run_are_refused(cluster: Cluster, workplace: Workplace, monkeypatch: pytest.MonkeyPatch):
     name = "twice"
     monkeypatch.setenv("SBATCH_PARTITION", "closed")  # the profile's word counts
-    submit(workplace, name, "train.steps=100000", "--ranks-per-node", "1")
+    monkeypatch.setenv("SBATCH_EXPORT", "NONE")  # what the script sets reaches Python all the same
+    for variable in ("JOB_ID", "ARRAY_JOB_ID", "ARRAY_TASK_ID", "MEM_PER_CPU", "MEM_PER_NODE"):
+        monkeypatch.setenv(f"SLURM_{variable}", "1")  # as in an allocation
+    seen = workplace.folder / "seen"
+    environment = write_profile(workplace, environment="{SEEN: here}", setup=f"['srun env > {seen}']")
+    submit(workplace, name, "train.steps=100000", "--ranks-per-node", "1", profile=environment)
     words = [str(workplace.config), f"run.name={name}", "train.device=cpu", "--ranks-per-node", "1"]
     profile = str(write_profile(workplace))
     said = launch(workplace, "submit", *words, "--cluster", profile, code=2)
     assert cluster.describe(JobDir.of(run_of(workplace, name)).records()[0].job_id)["Partition"] == "low"
     assert re.search(r"run twice is (PENDING|RUNNING) already, as job \d+: stop it first", said)
     wait_until(lambda: RunDir(workplace.run_folder(name)).checkpoint_steps())
+    assert "SEEN=here" in seen.read_text().splitlines()
     launch(workplace, "stop", f"runs/{name}")
     assert "because of llmtrain stop: the run saves first" in output_of(workplace, name)
     assert len(JobDir.of(run_of(workplace, name)).records()) == 1

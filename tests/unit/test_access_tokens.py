@@ -40,11 +40,34 @@ CALLERS = pytest.mark.parametrize("found", [refused_in_a_profile, kept_from_the_
         "sk-ant-api03-" + "a1B2" * 8,
         "sk-" + "a1_B2-c3" * 4,
         "AKIA" + "A1B2" * 4,
+        "github_pat_" + "a1B2" * 8,
+        "gho_" + "a1B2" * 9,
+        "api_org_" + "aBcD" * 8,
+        "AIza" + "a1-B2_c" * 5,
+        "xoxb-" + "a1B2-" * 4,
+        "nvapi-" + "a1B2" * 12,
+        "my_hf_" + "a1B2" * 5,
+        ".".join(["eyJ" + "a1B2" * 5] * 3),
     ],
 )
 @pytest.mark.parametrize("around", ["{}", "https://me:{}@host/path", "KEY={}"])
 def test_tokens_are_found(found: Callable[[Path, str], bool], tmp_path: Path, token: str, around: str):
     assert found(tmp_path, around.format(token))
+
+
+@CALLERS
+@pytest.mark.parametrize(
+    "address",
+    [
+        "https://jane:S3cretPassw0rd@host/x",
+        "s3://host/x?X-Amz-Signature=" + "0a1b" * 8,
+        "https://host/x?sv=2024&sig=" + "a1%2B" * 5,
+    ],
+)
+def test_passwords_and_signatures_of_addresses_are_found(
+    found: Callable[[Path, str], bool], tmp_path: Path, address: str
+):
+    assert found(tmp_path, address)
 
 
 @CALLERS
@@ -58,6 +81,8 @@ def test_tokens_are_found(found: Callable[[Path, str], bool], tmp_path: Path, to
         "disk-a1B2a1B2a1B2a1B2a1B2a1B2a1B2",
         "AKIA-2024",
         "llama-7b_instruct-0123456789abcdef0123456789abcdef",
+        "https://host:8080/jane@home?sig=short",
+        "git@github.com:jane/x.git",
     ],
 )
 def test_ordinary_text_is_not(found: Callable[[Path, str], bool], tmp_path: Path, text: str):

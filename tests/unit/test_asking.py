@@ -202,6 +202,28 @@ def test_an_adapter_from_the_hub_is_asked_as_its_configuration_says(work: Path, 
     assert adapters.find(received).tokenizer.name == str(made.data.tokenizer)
 
 
+def test_an_adapter_that_was_exported_is_asked_as_its_run_is(work: Path, base: Path):
+    tuned_tokenizer(work / "tuned", OWN)
+    made = train(work, "chat", *lora(base))
+    export.export(made.model, work / "exported", merge=False, base="original", dtype=torch.float32)
+    assert trained.format_of(work / "exported").kind == "chat"
+    there, here = (adapters.find(folder) for folder in (made.model, work / "exported"))
+    assert (here.base, here.tokenizer) == (there.base, there.tokenizer)
+
+
+def test_a_bases_own_code_runs_for_its_run_alone(work: Path, base: Path):
+    """Beside an adapter that was downloaded lies a stranger's configuration."""
+    tuned_tokenizer(work / "tuned", OWN)
+    made = train(work, "chat", *lora(base))
+    made.run.config.write_text(
+        made.run.config.read_text().replace("trust_remote_code: false", "trust_remote_code: true")
+    )
+    assert adapters.find(made.model).base.trust_remote_code
+    export.export(made.model, work / "exported", merge=False, base="original", dtype=torch.float32)
+    assert not adapters.find(work / "exported").base.trust_remote_code
+    assert adapters.find(work / "exported", trust_remote_code=True).base.trust_remote_code
+
+
 def test_the_plain_template_beside_a_model_is_the_plain_template():
     format = load_config(None, [*GPT, "data.sources=[{kind: json, paths: [x]}]", "data.format.kind=chat"])[
         0

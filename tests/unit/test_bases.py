@@ -21,7 +21,7 @@ from llmtrain.errors import ModelError, RunFolderError
 from llmtrain.memory_lora import LoraSizes, lora_parameters
 from llmtrain.models import base as bases
 from llmtrain.models import base_checks, build_model, isolation
-from llmtrain.models.qlora import QLoRA
+from llmtrain.models.qlora import QLoRA, check_adapter
 from llmtrain.rundir import RunDir
 from llmtrain.shards import Rows
 from tests.support.bases import configure, copy, write_llama
@@ -205,6 +205,44 @@ def test_what_is_trained_beside_experts_is_what_is_counted(tmp_path: Path, targe
     assert sizes["experts"] == 2 * experts
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
     assert sizes["base"] + sizes["embeddings"] + sizes["experts"] == 2 * frozen
+
+
+@pytest.mark.parametrize("kind", ["mamba", "rwkv"])
+def test_a_base_without_attention_is_a_message(tmp_path: Path, kind: str):
+    assert "not a model with attention" in refused(configure(write(tmp_path, kind)))
+
+
+def test_a_base_whose_output_layer_cannot_be_left_out_is_a_message(tmp_path: Path):
+    write(tmp_path, "llama4_text", **SHAPE, head_dim=16, intermediate_size_mlp=128, num_local_experts=4)
+    assert "does not tell its output layer" in refused(configure(tmp_path, "model.quantisation=none"))
+
+
+def test_layers_that_peft_refuses_are_a_message(tmp_path: Path):
+    mamba = {"mamba_num_heads": 4, "mamba_head_dim": 32, "n_groups": 1, "ssm_state_size": 16}
+    write_weights(tmp_path, "nemotron_h", head_dim=16, layers_block_type=["mamba", "attention"], **mamba)
+    config = configure(tmp_path, "model.quantisation=none", "model.lora.target_modules=all-linear")
+    assert config.model.kind == "qlora"
+    with pytest.raises(ModelError, match=r"peft says: .*'out_proj' is incompatible") as caught:
+        build(config)
+    assert str(caught.value).startswith("model.lora.target_modules=all-linear: LoRA cannot be added")
+    assert "the base has in_proj, out_proj, q_proj" in str(caught.value)
+    with pytest.raises(ModelError) as planned:
+        check_adapter(config.model)
+    assert str(planned.value) == str(caught.value)
+    named = configure(tmp_path, "model.quantisation=none", "model.lora.target_modules=[q_proj]")
+    assert build(named).num_parameters() > 0
+
+
+def test_routers_are_left_out_of_all_linear(tmp_path: Path):
+    """Phi-MoE's are linear layers by their class, but give two tensors."""
+    write_weights(tmp_path, "phimoe", num_local_experts=4, num_experts_per_tok=2)
+    config = configure(tmp_path, "model.quantisation=none", "model.lora.target_modules=all-linear")
+    assert config.model.kind == "qlora"
+    facts, model = facts_of(config), build(config)
+    check_adapter(config.model)
+    assert lora_parameters(config.model, facts) == model.num_parameters()
+    assert facts.names == ["q_proj", "k_proj", "v_proj", "o_proj"]
+    model(torch.arange(1, 9).unsqueeze(0), torch.arange(2, 10).unsqueeze(0)).backward()
 
 
 def test_int8_in_company_is_not_taken_for_a_leak(tmp_path: Path):

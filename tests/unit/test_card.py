@@ -1,6 +1,8 @@
 """What the Hub shows of a run: which checkpoint on `main` and what is said of it, and whose repository it is."""
 
+import os
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,7 +22,7 @@ from llmtrain.service.uploading import Uploading
 from tests.support import checkpoint_runs, hub_client
 from tests.support.checkpoint_runs import config_of, make_run, save, score, stretches, upload
 from tests.support.hub_client import REPO, add, commit, sent
-from tests.support.hub_server import Hub
+from tests.support.hub_server import TOKEN, Hub
 
 run = checkpoint_runs.run  # fixtures
 hub, waits, api, make_own = hub_client.hub, hub_client.waits, hub_client.api, hub_client.make_own
@@ -113,6 +115,29 @@ def test_the_card_says_what_the_test_split_was_used_for(run: RunDir):
     assert "not used for choosing" not in rendered(run)
 
 
+def test_a_second_repository_tells_of_its_own_uploads_alone(run: RunDir):
+    upload(run, 400, "ada/second")
+    found = plan.to_show(run, "ada/second")
+    assert found is not None
+    text = card.render("ada/second", config_of(run), run, found)
+    assert [step for step in (100, 200, 300, 400) if "not here" in row(text, step)] == [100, 200, 300]
+    assert "not here" not in row(rendered(run), 300)  # 300 is in the first one
+    assert "not here" in row(rendered(run), 400)
+
+
+def test_no_tag_is_taken_away_of_what_the_rule_keeps_here(run: RunDir):
+    """800 and 500 are of a life that `restore --step` has abandoned: on the Hub they are the last ones."""
+    config = config_of(run)
+    rule = config.checkpoint.model_copy(update={"keep_last": 1, "keep_best": 0})
+    config = config.model_copy(update={"checkpoint": rule, "hub": config.hub.model_copy(update={"prune": True})})
+    for step in (200, 500):
+        upload(run, step)
+    for step in (300, 400, 500, 800):
+        shutil.rmtree(run.checkpoint(step))
+    assert run.checkpoint_steps() == [200]
+    assert plan.untaggable(run, config) == [100, 300]
+
+
 class Children:
     """In place of the upload lane's processes: each has done its task by the time that anybody looks."""
 
@@ -138,6 +163,26 @@ def test_main_is_not_held_back_at_the_end_for_weights_that_do_not_come(run: RunD
     assert children.tasks == ["check"]
     lane.advance(config_of(run), Work(), hurry=False)
     assert children.tasks == ["check", "publish"]
+
+
+@pytest.mark.parametrize(("ahead_s", "is_renewed"), [(-60.0, False), (7200.0, True)])
+@pytest.mark.parametrize("uploads", [1, 100])
+def test_a_clock_that_was_ahead_does_not_keep_main_stale(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch, ahead_s: float, is_renewed: bool, uploads: int
+):
+    """It was set right since: main was renewed, and weights were uploaded, in what is the future now."""
+    noted = time.time() + ahead_s
+    record = ledger.uploads(run)[100]
+    for number in range(uploads):
+        ledger.append(run.uploads, record.model_copy(update={"step": 1000 + number, "time": noted}))
+    run.published.write_text("{}")
+    os.utime(run.published, (noted, noted))
+    monkeypatch.setattr(uploading, "Child", children := Children())
+    lane = Uploading(run, lock=0, pause_s=1.0)
+    with run.lock():  # training goes on
+        for _ in range(3):
+            lane.advance(config_of(run), Work(), hurry=False)
+    assert children.tasks == ["check", "publish"][: 1 + is_renewed]
 
 
 # ---------------------------------------------------------------------------------------------- whose repository
@@ -196,6 +241,27 @@ def test_the_run_whose_checkpoint_came_first_keeps_a_repository_that_holds_two(
     conversation.check(Repo(api, REPO), config_of(first), first)
     with pytest.raises(Refused, match="another run"):
         conversation.check(Repo(api, REPO), config_of(second), second)
+
+
+@pytest.mark.parametrize("squashed", [True, False])
+def test_a_branch_that_was_squashed_or_deleted_leaves_the_repository_its_owner(
+    hub: Hub, api: HfApi, make_own: Callable[[str], RunDir], squashed: bool
+):
+    first, second = make_own("first"), make_own("second")
+    repo, config = Repo(api, REPO), config_of(first)
+    conversation.check(repo, config, first)
+    sent(api, first)
+    publish.publish(repo, config, first)
+    if squashed:
+        api.super_squash_history(REPO, branch=BRANCH)
+    else:
+        api.delete_branch(REPO, branch=BRANCH)
+    with pytest.raises(Refused, match="another run"):
+        conversation.check(repo, config_of(second), second)
+    assert conversation.check(repo, config, first)["gone"] == []
+    save(first, 200)
+    conversation.upload(repo, config, first, 200, TOKEN)
+    assert hub.repos[REPO].tags.keys() == {"step-100", "step-200"}
 
 
 def test_a_repository_with_somebody_s_files_is_refused_before_anything_is_written(

@@ -80,6 +80,8 @@ def test_all_mistakes_are_reported_at_once_with_their_lines(tmp_path: Path):
         ('gpus_per_node: 1\nsetup: ["a\\nb"]\n', "setup.0"),
         ("gpus_per_node: 1\nmem: lots\n", 'mem="lots" (c.yaml:2)'),
         ("gpus_per_node: 1\nextra: {--nice: 3}\n", "extra.--nice (c.yaml:2): is no option of sbatch"),
+        ("gpus_per_node: 1\nextra: {chdir: /tmp}\n", "extra.chdir (c.yaml:2): is decided by 'llmtrain submit'"),
+        ("gpus_per_node: 1\nextra: {wait: ''}\n", "extra.wait (c.yaml:2): is decided by 'llmtrain submit'"),
     ],
 )
 def test_bad_profiles(tmp_path: Path, text: str, expected: str):

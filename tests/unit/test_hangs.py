@@ -1,5 +1,6 @@
 """Signs of life, and what is read from them: who hangs, who only waits, who may take its time."""
 
+import errno
 import json
 import os
 import signal
@@ -179,6 +180,34 @@ def test_the_life_of_a_rank(tmp_path: Path):
         assert rank.poll() is None
         rank.communicate("\n")
         assert rank.returncode == 0
+
+
+def test_a_full_disk_leaves_no_sign_of_life_that_only_looks_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The supervisor would take it for a rank that does not run any more, and end the run."""
+
+    def pwrite(*_: Any) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(heartbeat, "_ended", ended := threading.Event())
+    ended.set()  # after one beat
+    with (tmp_path / "beat-0").open("w") as file:
+        heartbeat._beat(file.fileno(), 0)
+        assert [beat.rank for beat in heartbeat.read(tmp_path)] == [0]
+        monkeypatch.setattr(os, "pwrite", pwrite)
+        heartbeat._beat(file.fileno(), 0)
+        assert heartbeat.read(tmp_path) == []
+
+
+def test_a_phase_that_nobody_watches_has_no_parts(monkeypatch: pytest.MonkeyPatch):
+    """A step's parts may take as long as they like before training, as in the isolation check."""
+    monkeypatch.setattr(heartbeat, "_heart", heart := heartbeat._Heart())
+    heartbeat.at("preparing", watched=False)
+    before = replace(heart)
+    heartbeat.on_to("forward")
+    assert heart == before
+    heartbeat.at("data", 3)
+    heartbeat.on_to("forward")
+    assert (heart.phase, heart.step, heart.watched) == ("forward", 3, True)
 
 
 def test_nothing_is_written_where_nobody_looks(monkeypatch: pytest.MonkeyPatch):

@@ -5,17 +5,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import pytest
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, constants
+from huggingface_hub.utils import _http
 
-from llmtrain import manifest
+from llmtrain import ledger, manifest
 from llmtrain.errors import CheckpointError
 from llmtrain.rundir import RunDir
 from llmtrain.service import hub as conversation
 from llmtrain.service import publish
-from llmtrain.service.remote import BRANCH, MAIN, LocalFile, Repo, patient, secrets_in
+from llmtrain.service.queue import Inspector
+from llmtrain.service.remote import BRANCH, MAIN, LocalFile, Repo, asked_wait_s, patient, secrets_in
 from tests.support import hub_client
-from tests.support.checkpoint_runs import config_of, make_run, save
+from tests.support.checkpoint_runs import config_of, make_run, save, score, stretches
 from tests.support.hub_client import REPO, add, commit, sent
 from tests.support.hub_server import TOKEN, Hub
 
@@ -86,6 +89,44 @@ def test_an_answer_never_holds_the_token(
     assert json.loads(said)["message"].endswith("Bearer ***")
 
 
+@pytest.mark.parametrize(
+    ("request_", "status"), [("/preupload/", 429), ("^PUT ", 503), ("/refs$", 429), ("/commit/checkpoints", 503)]
+)
+def test_a_long_wait_is_left_to_the_service(
+    hub: Hub,
+    api: HfApi,
+    waits: list[float],
+    make_own: Callable[[str], RunDir],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    request_: str,
+    status: int,
+):
+    """The client would sleep through it, and whoever makes no progress for hub.stall_s is ended, and begins again."""
+    run = make_own("run")
+    conversation.check(Repo(api, REPO), config_of(run), run)
+    monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
+    monkeypatch.setattr(conversation, "get_token", lambda: TOKEN)
+    monkeypatch.setattr(_http, "_GLOBAL_CLIENT_FACTORY", _http.default_client_factory)  # is put back at the end
+    fault = hub.faults.add("status", request_, times=100, status=status, retry_after_s=25)
+    conversation.main(["upload", str(run.path), "--repo", REPO, "--step", "100", "--stall", "20"])
+    said = {"error": "failed", "message": f"the Hub answered {status}: Out of order", "retry_after_s": 25.0}
+    assert json.loads(capsys.readouterr().out) == said
+    assert fault.struck == 1
+    assert waits == []
+
+
+def test_how_long_the_hub_asks_to_wait_stands_in_two_headers():
+    def asked(status: int = 429, **headers: str) -> float:
+        named = {name.replace("_", "-"): value for name, value in headers.items()}
+        return asked_wait_s(httpx2.Response(status, headers=named))
+
+    assert asked() == asked(Retry_After="Wed, 21 Oct 2026 07:28:00 GMT") == 0
+    assert asked(Retry_After=" 7") == asked(503, Retry_After="7") == 7
+    assert asked(RateLimit='"api";r=0;t=55', Retry_After="7") == 55  # as the client reads them
+    assert asked(RateLimit='"api";r=3;t=55') == asked(503, RateLimit='"api";r=0;t=55') == 0
+
+
 def test_what_changed_here_after_it_was_sent_is_this_sides_fault(
     hub: Hub, api: HfApi, make_own: Callable[[str], RunDir]
 ):
@@ -126,6 +167,60 @@ def test_a_commit_holds_the_files_of_its_checkpoint_and_no_others(
     assert hub.files(REPO, "step-200").keys() == names | own
 
 
+@pytest.mark.parametrize("is_recorded", [True, False])
+def test_the_optimizers_state_follows_when_it_is_asked_for_later(
+    hub: Hub, api: HfApi, make_own: Callable[[str], RunDir], is_recorded: bool
+):
+    """For the newest; also where the service was killed between the commit and its record."""
+    run = make_own("run")
+    repo, known = Repo(api, REPO), config_of(run)
+    conversation.check(repo, known, run)
+    first = sent(api, run)["upload"]["commit"]
+    if not is_recorded:
+        run.uploads.unlink()
+    config = known.model_copy(update={"hub": known.hub.model_copy(update={"optimizer_state": True})})
+    assert Inspector(run).look(known, scoring=True).to_upload == ([] if is_recorded else [100])
+    assert Inspector(run).look(config, scoring=True).to_upload == [100]
+    answer = conversation.upload(repo, config, run, 100, TOKEN)
+    assert "state/optimizer-00000-of-00001.safetensors" in hub.files(REPO, "step-100")
+    assert hub.repos[REPO].tags == {"step-100": answer["upload"]["commit"]}
+    assert first != answer["upload"]["commit"]
+    ledger.append(run.uploads, ledger.Upload(step=100, repo=REPO, **answer["upload"]))
+    assert conversation.upload(repo, config, run, 100, TOKEN) == answer  # found again
+    for asked in (known, config):
+        assert Inspector(run).look(asked, scoring=True).to_upload == []
+    save(run, 200)
+    assert Inspector(run).look(config, scoring=True).to_upload == [200]
+
+
+def test_main_loses_what_a_renewal_has_brought_and_nothing_else(
+    hub: Hub, api: HfApi, make_own: Callable[[str], RunDir]
+):
+    run = make_own("run")
+    repo, config = Repo(api, REPO), config_of(run)
+    conversation.check(repo, config, run)
+    weights = run.checkpoint(100) / "model/model-00001-of-00001.safetensors"
+    weights.write_text("a name that the next one does not have")
+    described = manifest.read(run.checkpoint(100))
+    listed = {**described.files, **manifest.describe_files(run.checkpoint(100), [weights])}
+    manifest.write(run.checkpoint(100), described.model_copy(update={"files": listed}))
+    run.base.write_text("{}\n")
+    sent(api, run)
+    publish.publish(repo, config, run)
+    assert {weights.name, "llmtrain/base.json"} <= hub.files(REPO).keys()
+    commit(api, add("LICENSE", b"MIT"), add("images/a.svg", b"<svg/>"))
+    run.base.unlink()
+    save(run, 200)
+    score(run, 200, stretches(-0.1))
+    answer = conversation.upload(repo, config, run, 200, TOKEN)
+    ledger.append(run.uploads, ledger.Upload(step=200, repo=REPO, **answer["upload"]))
+    publish.publish(repo, config, run)
+    own = {"README.md", "model.safetensors", "llmtrain/manifest.json", "llmtrain/config.yaml", "llmtrain/scores.jsonl"}
+    there = hub.files(REPO).keys() - {".gitattributes", "llmtrain/curve.png"}
+    assert there == own | {"LICENSE", "images/a.svg"}
+    assert publish.publish(repo, config, run)["message"].endswith("shows step 200 already")
+
+
 @pytest.mark.parametrize("branch", [MAIN, BRANCH])
 def test_who_commits_in_between_is_noticed(
     hub: Hub, api: HfApi, make_own: Callable[[str], RunDir], monkeypatch: pytest.MonkeyPatch, branch: str
@@ -151,4 +246,5 @@ def test_who_commits_in_between_is_noticed(
     else:
         sent(api, run)
     assert len(heads) == len(set(heads)) == 2  # the second time upon what somebody has brought
-    assert "meanwhile.txt" not in hub.files(REPO, branch)  # main and the checkpoints hold this run's files alone
+    stays = branch == MAIN  # the commits of checkpoints hold their files alone
+    assert ("meanwhile.txt" in hub.files(REPO, branch)) is stays

@@ -11,11 +11,11 @@ from tests.support.runs import environment, free_port
 
 ROOT = Path(__file__).parents[2]
 CONTRACTS = [
-    "log", "errors", "files", "jsonl", "locks", "heartbeat", "config.yaml_lines", "config.section",
+    "access_tokens", "log", "errors", "files", "jsonl", "locks", "heartbeat", "config.yaml_lines", "config.section",
     "config.data_sections", "config.model_sections", "config.service_sections", "config.schema", "config.explain",
     "config.load", "config", "config.reference", "rundir", "shards", "manifest", "recipe", "batches", "memory",
     "base_facts", "memory_lora", "ledger", "intervals", "choose", "retention", "summary", "origin", "gpus", "cpu",
-    "prompts", "access_tokens",
+    "prompts", "transformers_ids",
 ]  # fmt: skip
 PROCESS = ["devices", "world", "stop"]
 PARTS = ["models", "data", "optim", "metrics", "evaluate", "task", "hardware", "progress", "tensorboard", "tensorfile"]

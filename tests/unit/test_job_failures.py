@@ -146,6 +146,45 @@ def test_a_file_in_which_nothing_stands_is_not_shown(waiting: RunDir, slurm: Slu
     assert "13_0_log.out" in told(capsys, waiting.path).replace(" ", "")
 
 
+def test_a_job_whose_output_could_not_be_opened(waiting: RunDir, slurm: Slurm, capsys: pytest.CaptureFixture[str]):
+    """Its folder was removed while it trained, or the disk is full."""
+    jobs = submitted(waiting, "13")
+    slurm.says("scontrol", f"{UP}\nJobId=13 JobState=FAILED ExitCode=0:53")
+    slurm.queued("13|FAILED|RaisedSignal:53(Real-time_signal_19)|n1|1:00|1")
+    said = told(capsys, waiting.path)
+    assert "job 13 ended: SLURM could not open its output (signal 53) in " in said
+    assert f"{jobs.folder('13')}: is it there, is the disk full? Then submit again" in said.replace(" /", "/").replace(
+        "in/", "in /"
+    )
+
+
+# Saved, and not back
+
+
+@pytest.mark.parametrize(("asked", "job"), [(True, "12"), (False, "12"), (True, "11"), (None, "")])
+def test_whether_a_stop_was_asked_for(
+    tmp_path: Path, slurm: Slurm, capsys: pytest.CaptureFixture[str], asked: bool | None, job: str
+):
+    """With requeue: false a time limit and a preemption end a job in the same way."""
+    run = make_run(tmp_path / "runs" / "gpt", "train.steps=1000", "service.start=never")
+    train(run, 500)
+    jobs = submitted(run, "12")
+    if asked is not None:
+        jobs.progress.write_text(json.dumps({"job": job, "asked": asked}))
+    slurm.says("scontrol", f"{UP}\nJobId=12 JobState=FAILED ExitCode=75:0")
+    slurm.queued("12|FAILED|NonZeroExitCode|n1|1:00|1")
+    said = told(capsys, run.path)
+    mend = "mend job 12 ended before training was finished, and does not come back: submit the run again"
+    if asked and job == "12":
+        assert "job 12 of big (train): ended, as 'llmtrain stop' asked it to" in said
+        assert "mend" not in said
+    else:
+        assert "job 12 of big (train): ended before training was finished (exit code 75)" in said
+        assert mend in said
+    make_run(tmp_path / "runs" / "other", "service.start=never")
+    assert "12 stopped" in told(capsys, tmp_path / "runs")
+
+
 # Forgotten
 
 

@@ -297,6 +297,30 @@ def test_scores_of_a_former_life_do_not_end_a_restored_run(
     assert ledger.events(run)[-1].step == 30
 
 
+def test_saves_that_a_stop_forced_do_not_end_a_run(service: Service, run: RunDir, monkeypatch: pytest.MonkeyPatch):
+    """Of a job that is preempted again and again: they lie close together. One of them may be the best all the same."""
+    monkeypatch.setattr(RunDir, "is_training", lambda _: True)
+    config = load_config(run.config, ["service.patience=2"])[0]
+
+    def is_ended_by(step: int, loss: float, forced: bool) -> bool:
+        save(run, step, None if forced else loss)
+        score(run, step, loss)
+        service._ask_to_stop(config, service._inspector.look(config, scoring=True))
+        return run.early_stop.exists()
+
+    score(run, 10, 3.0)
+    assert not any(is_ended_by(step, 3.1, forced=True) for step in (11, 12, 13))
+    assert not is_ended_by(20, 3.1, forced=False)
+    assert not is_ended_by(21, 2.9, forced=True)
+    assert not is_ended_by(30, 3.0, forced=False)
+    assert not is_ended_by(31, 3.0, forced=True)
+    retention.remove(run, [30])  # it counts without its manifest too
+    assert is_ended_by(40, 3.0, forced=False)
+    asked = choose.early_stop(run)
+    assert asked is not None
+    assert asked.saves == 2
+
+
 def test_what_a_deletion_had_to_leave_is_deleted_later(service: Service, run: RunDir, clock: list[float]):
     work = service._inspector.look(config_of(run), scoring=True)
     service._prune(config_of(run), work)

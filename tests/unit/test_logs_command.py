@@ -16,7 +16,7 @@ from launcher.watching import logs
 from launcher.watching.logs import Wanted, find, show_logs, start_of_last
 from llmtrain.errors import RunFolderError
 from llmtrain.rundir import RunDir
-from tests.support.checkpoint_runs import make_run, train
+from tests.support.checkpoint_runs import make_run, save, train
 from tests.support.jobs import Slurm, submitted
 from tests.support.runs import environment
 
@@ -163,6 +163,7 @@ def test_following_goes_on_in_new_files_until_the_run_has_ended(run: RunDir):
     assert process.stdout.readline() == "five\n"
     with run.log.open("a") as log:
         log.write("six\n")
+    save(run, 1000)
     train(run, 1000)
     assert process.communicate(timeout=60) == ("six\n", None)
     assert process.returncode == 0

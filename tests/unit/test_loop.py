@@ -5,6 +5,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,11 +14,13 @@ from llmtrain.batches import BatchPlan
 from llmtrain.config import load_config
 from llmtrain.data import Batch, StepData
 from llmtrain.errors import NotFinite
+from llmtrain.evaluation import make_evaluate
 from llmtrain.manifest import Manifest, TrainState
 from llmtrain.metrics import Meter
 from llmtrain.optim import learning_rate
 from llmtrain.progress import Progress
 from llmtrain.rundir import RunDir
+from llmtrain.shards import Rows
 from llmtrain.stop import StopFlag
 from llmtrain.trainer import Due, Parts, advanced, train, what_is_due
 from llmtrain.world import World
@@ -123,3 +126,25 @@ def test_passes_end_where_they_end_whatever_floats_say(rows: int):
     every = ["checkpoint.every_steps=null", "checkpoint.every_epochs=0.1", "evaluate.every_steps=null"]
     saves = [step for step in range(1, 60) if due(step, *every, rows_per_epoch=rows).save]
     assert saves == [step for step in range(1, 60) if 80 * step // rows > 80 * (step - 1) // rows]
+
+
+def test_each_split_is_scored_on_rows_of_its_own():
+    asked: dict[str, list[int]] = {"heldout": [], "train": []}
+
+    def split(name: str) -> Any:
+        """All its tokens are the number of the split, which is what the strategy takes for their losses."""
+        ids = list(asked).index(name) + 1
+
+        def rows(numbers: np.ndarray) -> Rows:
+            asked[name] += numbers.tolist()
+            return Rows(np.full((len(numbers), 5), ids, np.uint16), [np.array([5], np.int32)] * len(numbers), None)
+
+        return SimpleNamespace(num_rows=20, rows=rows, info=SimpleNamespace(text_tokens=30, text_bytes=60))
+
+    config = load_config(None, ["evaluate.train_rows=4", "evaluate.batch_size=3"])[0]
+    data, strategy = SimpleNamespace(split=split), SimpleNamespace(loss=lambda batch: batch.targets.float().sum())
+    evaluate = make_evaluate(config, cast(Any, data), PLAN, cast(Any, strategy), ALONE, lambda _: {"task_exact": 0.5})
+    expected = {"loss": 1.0, "perplexity": math.e, "bits_per_byte": 0.5 / math.log(2), "train_loss": 2.0}
+    assert evaluate(TrainState(), False) == pytest.approx(expected)
+    assert asked == {"heldout": [*range(20)], "train": [0, 5, 10, 15]}
+    assert evaluate(TrainState(), True) == pytest.approx({**expected, "task_exact": 0.5})

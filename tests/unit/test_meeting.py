@@ -109,3 +109,16 @@ def test_an_error_of_the_first_node_ends_every_nodes_task(
     else:
         assert keep_going() == 1
         assert "the first node has ended without a word on 'begin': its output says why" in capfd.readouterr().err
+
+
+def test_a_task_of_an_array_is_known_by_both_of_its_numbers(monkeypatch: pytest.MonkeyPatch):
+    """SLURM_JOB_ID is another number then, under which nobody has written the job down."""
+    variables = {"JOB_ID": "125", "NODEID": "1", "JOB_NUM_NODES": "2", "RESTART_COUNT": "3"}
+    for name, value in variables.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    for name in ("ARRAY_JOB_ID", "ARRAY_TASK_ID", "STEP_NUM_NODES"):
+        monkeypatch.delenv(f"SLURM_{name}", raising=False)
+    assert node.this_node() == node.Node("125", 1, 2, 3)
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "123")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "1")
+    assert node.this_node() == node.Node("123_1", 1, 2, 3)

@@ -61,6 +61,18 @@ def test_zero2_takes_less_the_more_ranks_there_are():
     assert total("zero2", 64) < total("zero2", 8) < total("ddp", 8) == total("ddp", 64)
 
 
+def test_zero2_keeps_a_share_of_the_gradients():
+    config = RunConfig()
+    sizes = GPTSizes(config.model, 8192)
+
+    def gradients(ranks: int) -> float:
+        parts = sizes.estimate(config, PLAN, ranks, "zero2", bf16=True, device="cuda")
+        (found,) = [part.size_bytes for part in parts if part.name == "gradients"]
+        return found
+
+    assert gradients(1) - gradients(4) == pytest.approx(3 * sizes.trainable)  # 4 bytes each, and a quarter of that
+
+
 def test_activation_checkpointing_takes_less():
     assert total("ddp", activation_checkpointing=True) < total("ddp")
 

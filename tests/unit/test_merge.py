@@ -1,6 +1,7 @@
 """`llmtrain export --merge`: memory, devices, and bases whose own settings transformers does not write again."""
 
 import json
+import math
 import weakref
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,12 @@ import torch
 
 from llmtrain import export
 from llmtrain.adapters import Adapter, TokenizerPlace
-from llmtrain.errors import ConfigError, ModelError
+from llmtrain.errors import CheckpointError, ConfigError, ModelError
 from llmtrain.models import base as bases
 from llmtrain.models import build_model
 from llmtrain.models.qlora import QLoRA
 from tests.support.bases import configure, copy, write_llama
+from tests.support.checkpoint_runs import make_run, save
 
 CPU = torch.device("cpu")
 
@@ -106,3 +108,26 @@ def test_a_base_that_does_not_sample_stays_so(llama: Path, tmp_path: Path):
     adapter = adapter_on(llama, tmp_path / "adapter", "model.quantisation=none")
     export.write_merged(adapter, tmp_path / "merged", "original", torch.float32, CPU)
     assert "do_sample" not in json.loads((tmp_path / "merged/generation_config.json").read_text())
+
+
+def test_an_altered_checkpoint_is_not_exported(tmp_path: Path):
+    run = make_run(tmp_path / "run")
+    save(run, 10)
+    weights = run.checkpoint(10) / "model" / "model.safetensors"
+    (weights.parent / "config.json").write_text("{}")
+    content = bytearray(weights.read_bytes())
+    content[100] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: altered"):
+        export.export(run.checkpoint(10), tmp_path / "new", merge=False, base="original", dtype=torch.float32)
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("change", [1.0, math.nan, math.inf])
+def test_logits_that_moved_or_are_none_are_refused(change: float):
+    before = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0))
+    export.compare("merging", before, before + 1e-6, tolerance=1e-4)
+    after = before.clone()
+    after[1, 2, 3] += change
+    with pytest.raises(CheckpointError, match="merging changed the logits by .*nothing was kept"):
+        export.compare("merging", before, after, tolerance=1e-4)

@@ -1,16 +1,18 @@
 """Schedules and parameter groups."""
 
 import copy
+import itertools
 
 import pytest
 import torch
 from torch import nn
 
+from llmtrain.batches import warmup_problem
 from llmtrain.config.schema import OptimSection, ScheduleSection
 from llmtrain.optim import FusedAdamW, Optimizer, build_optimizer, learning_rate, restore_state, saved_state
 
 
-def rates(kind: str, steps: int = 100, **settings) -> list[float]:
+def rates(kind: str, steps: int = 100, **settings: object) -> list[float]:
     schedule = ScheduleSection.model_validate({"kind": kind, "warmup_steps": 10, "min_lr_ratio": 0.1, **settings})
     return [learning_rate(step, steps, OptimSection(lr=1.0, schedule=schedule)) for step in range(steps + 1)]
 
@@ -19,6 +21,38 @@ def rates(kind: str, steps: int = 100, **settings) -> list[float]:
 def test_warmup_is_linear_and_reaches_the_peak(kind: str):
     assert rates(kind)[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
     assert max(rates(kind)) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("settings", "total", "told"),
+    [
+        ({"kind": "cosine"}, 10, None),
+        ({"kind": "cosine", "warmup_steps": 50}, 30, "the learning rate ends at 0.6 and never reaches optim.lr=1"),
+        ({"kind": "cosine", "warmup_steps": 0}, 1, None),
+        ({"kind": "wsd", "warmup_steps": 81}, 100, None),  # of which the last step has the whole rate, as without
+        ({"kind": "wsd", "warmup_steps": 82}, 100, "wsd begins after step 81, before"),
+        ({"kind": "wsd", "warmup_steps": 100}, 100, "wsd begins after step 81, before"),
+        ({"kind": "wsd", "warmup_steps": 101}, 100, "ends at 0.99 and never reaches"),
+        ({"kind": "wsd", "warmup_steps": 90, "min_lr_ratio": 1.0}, 100, None),  # it does not decay
+    ],
+)
+def test_a_warmup_that_is_too_long_for_the_run_is_told(settings: dict[str, object], total: int, told: str | None):
+    schedule = ScheduleSection.model_validate({"warmup_steps": 10, "min_lr_ratio": 0.1, **settings})
+    problem = warmup_problem(OptimSection(lr=1.0, schedule=schedule), total)
+    assert (told or "") in (problem or "")
+    assert (problem is None) == (told is None)
+    rate = [learning_rate(step, total, OptimSection(lr=1.0, schedule=schedule)) for step in range(total)]
+    falls = [before - after for before, after in itertools.pairwise(rate)]
+    decay = 0.9 / max(1.0, schedule.decay_share * total)  # of wsd, in a step
+    is_sudden = schedule.kind == "wsd" and max(falls, default=0) > 1.001 * decay
+    if problem is None:
+        assert max(rate) == 1.0
+        assert not is_sudden
+    elif "never reaches" in problem:
+        assert f"{max(rate):.3g}" in problem
+        assert max(rate) < 1.0
+    else:
+        assert is_sudden or schedule.warmup_steps == total
 
 
 def test_shapes():

@@ -1,5 +1,6 @@
 """What `llmtrain plan` says of a run over its time, and what it must not need for that."""
 
+import io
 import json
 import os
 import subprocess
@@ -9,17 +10,24 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from launcher.cluster import Profile
+from launcher.display import duration
 from launcher.planning import forecast
+from launcher.planning.plan import Machine, Told, show
+from launcher.sharding.build import build
 from launcher.slurm.limits import Request
 from launcher.submitting.plan_job import Wishes, find_job, find_nodes, machine_for, train_seconds
 from launcher.submitting.submit import Order
-from llmtrain.batches import BatchPlan
-from llmtrain.config import load_config
+from llmtrain import origin
+from llmtrain.batches import ANY_ROWS, BatchPlan, plan_batches
+from llmtrain.config import load_config, resolved_yaml
+from llmtrain.config.load import Origins, with_precision
 from llmtrain.config.schema import RunConfig
 from llmtrain.errors import ConfigError
 from llmtrain.memory import GPTSizes
+from llmtrain.rundir import RunDir
 from tests.support.runs import environment
 
 ROOT = Path(__file__).parents[2]
@@ -71,23 +79,90 @@ def test_what_is_on_disk_and_what_is_uploaded():
 # ---------------------------------------------------------------------------------------------- time
 
 
+def pace_of(config: RunConfig, told: float | None = None, ranks: int = 2, device: str = "cpu") -> forecast.Pace | str:
+    plan = plan_batches(config, Origins(), ranks, ANY_ROWS)
+    return forecast.find_pace(config, plan, told, float(config.model.context), ranks, device)
+
+
 def test_the_pace_is_told_or_measured(tmp_path: Path):
-    config = configured(f"run.dir={tmp_path}", "model.context=256")
-    assert forecast.find_pace(config, steps(300), None) is None
-    assert forecast.find_pace(config, steps(300), 5000.0) == forecast.Pace(5000.0, "as you say")
+    config = configured(f"run.dir={tmp_path}", "model.context=256", "train.global_batch_size=8")
+    assert "start the run: its pace is then taken" in str(pace_of(config))
+    assert pace_of(config, 5000.0) == forecast.Pace(5000.0, "as you say")
     run = tmp_path / "stdlib-gpt"
     run.mkdir()
+    (run / "config.yaml").write_text(resolved_yaml(with_precision(config, "fp32")))
+    origin.note(RunDir(run), "cpu", 2, ranks=2)
     began = time.time() - 100
     events = [{"kind": "started", "message": "", "step": 0, "time": 0}, {"kind": "resumed", "message": "", "step": 40, "time": began}]  # fmt: skip  # noqa: E501
     (run / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
     (run / "metrics.jsonl").write_text('{"step": 40}\n')
-    assert forecast.find_pace(config, steps(300), None) is None  # not a step since
+    assert "start the run" in str(pace_of(config))  # not a step since
     (run / "metrics.jsonl").write_text('{"step": 40}\n{"step": 90}\n')
     os.utime(run / "metrics.jsonl", (began + 100, began + 100))
-    pace = forecast.find_pace(config, steps(300), None)
-    assert pace is not None
+    pace = pace_of(config)
+    assert isinstance(pace, forecast.Pace)
     assert pace.tokens_per_s == pytest.approx(50 * 8 * 256 / 100, rel=1e-6)
     assert str(run) in pace.told
+
+
+def test_the_pace_of_other_settings_says_nothing(tmp_path: Path):
+    given = [f"run.dir={tmp_path}", "model.context=64", "train.global_batch_size=8"]
+    run = RunDir(tmp_path / "stdlib-gpt")
+    run.path.mkdir()
+    run.events.write_text(json.dumps({"kind": "started", "message": "", "step": 0, "time": time.time() - 100}) + "\n")
+    run.metrics.write_text('{"step": 40}\n')
+    run.config.write_text(resolved_yaml(with_precision(configured(*given), "fp32")))
+    assert "how many ranks" in str(pace_of(configured(*given)))
+    origin.note(run, "cpu", 2, ranks=2)
+    same = ["optim.lr=0.5", "train.steps=7", "train.micro_batch_size=4", "checkpoint.every_steps=3", "data.dir=x"]
+    assert isinstance(pace_of(configured(*given, *same)), forecast.Pace)
+    for setting, told in [
+        ("model.context=128", "(model)"),
+        ("model.num_layers=1", "(model)"),
+        ("data.tokenizer.vocab_size=300", "(data)"),
+        ("train.global_batch_size=16", "(train.global_batch_size=8, train.micro_batch_size=4)"),
+        ("train.micro_batch_size=2", "(train.micro_batch_size=4)"),
+        ("train.precision=bf16", "(train.precision=fp32)"),
+        ("strategy.kind=zero2", "(strategy)"),
+    ]:
+        said = pace_of(configured(*given, setting))
+        assert "not known for these settings" in str(said)
+        assert told in str(said)
+    assert "(ranks=2" in str(pace_of(configured(*given), ranks=1))
+    assert "(device=cpu)" in str(pace_of(configured(*given), device="cuda"))
+
+
+def time_line(config: RunConfig, told: Told) -> str:
+    out = io.StringIO()
+    show(config, Origins(), Machine("cpu", 1, None, ""), told, Console(file=out, width=300))
+    return next(line for line in out.getvalue().splitlines() if line.startswith("time "))
+
+
+def test_padding_takes_no_time_where_shards_tell_how_much_there_is(tmp_path: Path):
+    """--tokens-per-s is what training shows, which leaves padding out."""
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": f"text {n}"}) + "\n" for n in range(300)))
+    config = configured(
+        f"data.sources=[{{kind: jsonl, paths: ['{tmp_path}/a.jsonl']}}]", "data.tokenizer.vocab_size=300",
+        f"data.dir={tmp_path}/shards", "data.packing=none", "model.context=64", "train.steps=100",
+        "train.global_batch_size=10", f"run.dir={tmp_path}",
+    )  # fmt: skip
+    told = Told(tokens_per_s=100.0, vocab_size=300)
+    full = time_line(config, told)
+    assert f" {duration(100 * 10 * 64 / 100)} at 100 tokens/s" in full
+    assert "rows are counted as full" in full
+    train = build(config, workers=1).folder.manifest.splits["train"]
+    assert train.tokens / train.rows < 32
+    line = time_line(config, told)
+    assert f" {duration(100 * 10 * train.tokens / train.rows / 100)} at 100 tokens/s" in line
+    assert "full" not in line
+
+
+def test_a_plan_says_that_the_warmup_is_too_long():
+    for total, said in ((30, True), (50, False)):
+        out = io.StringIO()
+        config = configured(f"train.steps={total}")
+        show(config, Origins(), Machine("cpu", 1, None, ""), Told(vocab_size=300), Console(file=out, width=300))
+        assert ("\nwarm-up      50 of 30 steps: the learning rate ends at 0.0012 and" in out.getvalue()) == said
 
 
 def test_a_run_is_spread_over_jobs(tmp_path: Path):

@@ -13,7 +13,7 @@ from torch import Tensor
 from llmtrain.config.schema import RunConfig
 from llmtrain.data import IGNORE, Documents, make_batch
 from llmtrain.errors import ModelError
-from llmtrain.memory_lora import layer_activations, lora_parameters
+from llmtrain.memory_lora import layer_activations, lora_parameters, weight_bytes
 from llmtrain.models import base as bases
 from llmtrain.models import base_checks, build_model, isolation
 from llmtrain.models.qlora import QLoRA
@@ -203,6 +203,26 @@ def test_an_adapter_is_saved_and_loaded_here_and_by_peft(llama: Path, tmp_path: 
 def test_alpha_is_twice_r_unless_it_is_given(llama: Path):
     assert configure(llama).model.lora.scale_alpha == 16  # pyright: ignore[reportAttributeAccessIssue]
     assert configure(llama, "model.lora.alpha=3").model.lora.scale_alpha == 3  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@pytest.mark.parametrize(("rslora", "scale"), [("true", 3 / 8**0.5), ("false", 3 / 8)])
+def test_what_the_adapter_is_scaled_by(llama: Path, rslora: str, scale: float):
+    model = build(configure(llama, "model.lora.alpha=3", f"model.lora.rslora={rslora}"), stir=False)
+    found = {module.scaling["default"] for module in model.peft.modules() if hasattr(module, "lora_A")}
+    assert list(found) == [pytest.approx(scale)]
+
+
+@pytest.mark.parametrize("double", [True, False])
+def test_the_counted_bytes_of_nf4_weights_are_the_models(llama: Path, double: bool):
+    config = configure(llama, f"model.double_quantisation={str(double).lower()}").model
+    assert config.kind == "qlora"
+    for _, module in bases.linear_modules(bases.load(config, torch.float32, CPU)):
+        weight: Any = module.weight
+        state = weight.quant_state
+        assert state.nested == double
+        scales = [state.absmax, state.state2.absmax] if double else [state.absmax]
+        size = weight.nbytes + sum(scale.nbytes for scale in scales)
+        assert size / state.shape.numel() == pytest.approx(weight_bytes(config, 4), rel=0.005)
 
 
 @pytest.mark.parametrize("settings", [[], ["model.lora.dora=true"], ["model.lora.target_modules=[q_proj, down_proj]"]])

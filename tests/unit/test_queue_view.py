@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from launcher.jobs import JobDir, JobRecord
+from launcher.slurm import client
 from launcher.watching.logs import Wanted, find
-from launcher.watching.queue_view import outputs
+from launcher.watching.queue_view import outputs, read_queue
 from launcher.watching.status import find_runs, find_submitted, read_status
 from launcher.watching.status_display import show_status
 from llmtrain.errors import RunFolderError
@@ -178,3 +179,20 @@ def test_reading_starts_no_process(run: RunDir, slurm: Slurm):
     submitted(run, "12")
     assert read_status(run).jobs == []
     assert slurm.calls == []
+
+
+def test_a_job_that_waits_again_does_not_train(run: RunDir, slurm: Slurm):
+    """Within a minute of its last line, from a machine whose locks are not seen here."""
+    submitted(run, "12")
+    (run.path / "lock").write_text("process 7 on n1")
+    for state, expected in {"RUNNING": "running", "PENDING": "stopped", "CANCELLED": "stopped"}.items():
+        slurm.queued(f"12|{state}|None||10:00|1")
+        assert read_status(run, read_queue([run])).training.state == expected
+
+
+def test_an_array_of_which_one_failed_has_failed(slurm: Slurm):
+    slurm.queued("7_0|COMPLETED|None|n1|1:00|1", "7_1|FAILED|NonZeroExitCode|n2|1:00|1")
+    told = client.queue(["7"])["7"]
+    assert (told.state, told.reason, told.nodes) == ("FAILED", "1 failed, 1 completed", "n2")
+    slurm.queued("7_0|FAILED|NonZeroExitCode|n1|1:00|1", "7_1|PENDING|Resources||1:00|N/A")
+    assert client.queue(["7"])["7"].state == "PENDING"

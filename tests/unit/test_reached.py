@@ -1,11 +1,12 @@
 """What a supervisor remembers of a run folder: how far the run was, and that it was there."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from launcher.keeper.reached import Reached
-from llmtrain import ledger
+from llmtrain import jsonl, ledger
 from llmtrain.ledger import Event
 from llmtrain.rundir import RunDir
 from tests.support.checkpoint_runs import make_run, save
@@ -54,3 +55,21 @@ def test_training_has_begun_where_there_is_another_start(run: RunDir):
     ledger.append(run.events, Event(kind="resumed", message="new", step=0, time=4000.0))
     assert reached.has_begun(None)
     assert reached.has_begun(since=5001.0)
+
+
+def test_events_that_cannot_be_read_are_those_of_a_run_that_has_begun(run: RunDir, monkeypatch: pytest.MonkeyPatch):
+    """Taken for one that has not, it would be moved aside with all of its checkpoints."""
+    ledger.append(run.events, Event(kind="started", message="old", step=0))
+    reached = Reached(run)
+    assert not reached.has_begun(None)
+    with monkeypatch.context() as patched:
+
+        def stale(_: Path) -> list[dict[str, Any]]:
+            raise OSError("Stale file handle")
+
+        patched.setattr(jsonl, "read", stale)
+        assert reached.has_begun(None)
+    assert not reached.has_begun(None)
+    with run.events.open("a") as events:
+        events.write('{"kind": "star\n')
+    assert reached.has_begun(None)

@@ -218,6 +218,13 @@ def test_ties_and_where_each_lies_stand_in_the_ranking(tmp_path: Path):
     assert float(cells[2][8]) == pytest.approx(0.3, abs=0.01)  # the gap
 
 
+@pytest.mark.parametrize(("shifts", "told"), [((0.0, 0.0, 5.0, 6.0), True), ((0.0, 0.2), False)])
+def test_what_the_figure_of_intervals_leaves_out_is_said(tmp_path: Path, shifts: tuple[float, ...], told: bool):
+    text = page_of(make_run(tmp_path / "run", shifts=shifts)).text
+    assert ("2 checkpoints further off: in the table alone." in text) is told
+    assert ("further off" in text) is told
+
+
 def test_a_run_without_a_service_says_what_is_missing(tmp_path: Path):
     run = checkpoint_runs.make_run(tmp_path / "run", "train.steps=300", "service.start=never")
     checkpoint_runs.train(run, 300)
@@ -334,6 +341,7 @@ def test_other_data_are_said_loudly_and_bits_per_byte_are_compared(tmp_path: Pat
     page = compare([a.path, b.path], None, Console(file=out, width=160))
     assert page == tmp_path / "compare.html"
     assert "NOT COMPARABLE" in out.getvalue()
+    assert "learned tokens" in out.getvalue()
     assert "bits per byte" in out.getvalue()
     found = compare_runs([a, b])
     assert found.measure == "bits_per_byte"

@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import logging
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -88,6 +90,45 @@ def test_main_goes_on_showing_the_best_checkpoint(hub: Hub, api: HfApi, lost: Ru
         "origin.json",
         "service",
     ]
+
+
+def test_the_newest_is_the_one_that_was_saved_last(
+    hub: Hub, api: HfApi, lost: RunDir, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    """Not the highest step, which may be of a life that `restore --step` has abandoned."""
+    run = brought_back(api, tmp_path / "back", 100)
+    save(run, 200, 2.5, content="of the second life")
+    conversation.upload(Repo(api, REPO), config_of(run), run, 200, TOKEN)
+    assert lost.checkpoint_steps() == [100, 200, 300]
+    with caplog.at_level(logging.WARNING):
+        again = brought_back(api, tmp_path / "again")
+    assert again.checkpoint_steps() == [200]
+    assert f"{REPO}: step 200 was saved last; step 300 before it (--step 300 takes that)" in caplog.text
+    assert brought_back(api, tmp_path / "first", 300).checkpoint_steps() == [300]
+
+
+def test_an_upload_that_came_late_is_not_the_newest(api: HfApi, tmp_path: Path):
+    """One that fails holds up nothing: the next one was uploaded before it."""
+    run = make_lost(tmp_path / "lost")
+    conversation.check(Repo(api, REPO), config_of(run), run)
+    for number, step in enumerate((100, 200, 300)):
+        os.utime(run.checkpoint(step) / manifest.NAME, (1e9 + number, 1e9 + number))
+    for step in (100, 300, 200):
+        conversation.upload(Repo(api, REPO), config_of(run), run, step, TOKEN)
+    assert brought_back(api, tmp_path / "back").checkpoint_steps() == [300]
+
+
+def test_tagged_checkpoints_come_back_from_a_branch_that_was_squashed(api: HfApi, lost: RunDir, tmp_path: Path):
+    """Tags that are not ours are passed over, unless they are asked for."""
+    api.super_squash_history(REPO, branch=BRANCH)
+    api.create_tag(REPO, tag="step-1000", revision="main")
+    run = brought_back(api, tmp_path / "back")
+    assert run.checkpoint_steps() == [300]
+    assert sorted(ledger.uploads(run)) == [100, 200, 300]
+    assert ledger.scores(run) == ledger.scores(lost)
+    assert brought_back(api, tmp_path / "earlier", 100).checkpoint_steps() == [100]
+    with pytest.raises(CheckpointError, match="the commit of step-1000 is not one of a run of ours"):
+        brought_back(api, tmp_path / "foreign", 1000)
 
 
 def test_scores_that_cannot_be_read_are_left_out(api: HfApi, lost: RunDir, tmp_path: Path):

@@ -1,5 +1,7 @@
 """A GPU that training has left is for scoring until training takes it again; a child moves with that."""
 
+import json
+import os
 import signal
 import time
 from collections.abc import Callable
@@ -13,6 +15,7 @@ from llmtrain import log, origin
 from llmtrain.rundir import RunDir
 from llmtrain.service import scoring
 from llmtrain.service.__main__ import work
+from llmtrain.service.children import Pause
 from llmtrain.service.queue import Work
 from llmtrain.service.scoring import Presence, Scoring, place
 from llmtrain.service.worker import Options
@@ -78,6 +81,38 @@ def test_scoring_takes_a_gpu_that_training_does_not_use(
     origin.note(run, "cuda", used)
     monkeypatch.setattr(scoring, "num_gpus", lambda: gpus)
     assert place(run, config_of(run), trains) == expected
+
+
+@pytest.mark.parametrize(
+    ("noted", "expected"),
+    [
+        ({"machine": "another"}, "cuda:0"),  # training's GPUs are not here
+        ({"machine": "another", "num_machines": 2}, "cpu"),  # this may be the second one
+        ({}, "cpu"),
+        ({"machine": ""}, "cpu"),  # a run that is older than this
+    ],
+)
+def test_gpus_of_another_machine_are_not_taken_for_this_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, noted: dict[str, Any], expected: str
+):
+    run = make_run(tmp_path / "run")
+    origin.note(run, "cuda", 2)
+    run.origin.write_text(json.dumps(json.loads(run.origin.read_text()) | noted))
+    monkeypatch.setattr(scoring, "num_gpus", lambda: 1)
+    assert place(run, config_of(run), trains=True) == expected
+
+
+def test_a_container_with_a_name_of_its_own_is_still_the_same_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    boot_id = tmp_path / "boot_id"
+    boot_id.write_text("1f0c\n")
+    monkeypatch.setattr(origin, "_BOOT_ID", boot_id)
+    run = make_run(tmp_path / "run")
+    origin.note(run, "cuda", 2)
+    monkeypatch.setattr(os, "uname", lambda: SimpleNamespace(nodename="container"))
+    assert origin.gpus_used_here(run) == 2
+    boot_id.unlink()  # not Linux
+    assert origin.machine() == "container"
+    assert origin.gpus_used_here(run) == 0
 
 
 @pytest.mark.parametrize(
@@ -176,6 +211,20 @@ class Failing(Endless):
 
     def close(self) -> None:
         pass
+
+
+def test_a_step_that_cannot_be_scored_keeps_no_other_waiting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    Failing.started = []
+    monkeypatch.setattr(scoring, "Child", Failing)
+    monkeypatch.setattr(log, "warning", lambda _: None)
+    run = make_run(tmp_path / "run")
+    origin.note(run, "cpu", 0)
+    lane = Scoring(run, lock=0)
+    lane.pause = Pause(first_s=0.0)
+    for _ in range(5):  # each child is started, and then has failed at its first step
+        lane.advance(config_of(run), Work(to_score=[10, 20]), "cuda:0")
+    order = [arguments[arguments.index("--steps") + 1 :] for arguments in Failing.started]
+    assert order == [["10", "20"], ["20", "10"], ["10", "20"]]
 
 
 def test_a_service_that_has_given_up_scoring_says_what_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

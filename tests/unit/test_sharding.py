@@ -176,6 +176,32 @@ def test_the_lecture_text_gives_the_lectures_rows(tmp_path: Path):
     assert heldout.targets == heldout.text_tokens - 1
 
 
+@pytest.mark.parametrize(("packing", "unpredicted"), [("contiguous", 1), ("bestfit", 0), ("none", 0)])
+def test_bits_per_byte_count_what_the_tokenizer_puts_before_a_text_only_where_it_is_predicted(
+    tmp_path: Path, packing: str, unpredicted: int
+):
+    from tokenizers import Tokenizer, processors
+
+    tokenize.prepare(schema.DataSection(), tmp_path / "t", ["some text to train on"] * 10)
+    own = Tokenizer.from_file(str(tmp_path / "t/tokenizer.json"))
+    own.add_special_tokens(["<s>"])
+    special = [("<s>", own.token_to_id("<s>"))]
+    own.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=special)  # pyright: ignore[reportAttributeAccessIssue]
+    own.save(str(tmp_path / "t/tokenizer.json"))
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": f"text {n}"}) + "\n" for n in range(100)))
+    config = configure(
+        tmp_path,
+        f"{{kind: jsonl, paths: ['{tmp_path}/a.jsonl']}}",
+        f"data.tokenizer={{kind: folder, path: '{tmp_path}/t'}}",
+        "data.split={by: hash, heldout: 0.3, test: 0.0}",
+        f"data.packing={packing}",
+        "model.context=32",
+    )
+    heldout = build(config, workers=1).folder.manifest.splits["heldout"]
+    assert heldout.documents > 1
+    assert heldout.text_tokens - heldout.targets == unpredicted
+
+
 def test_every_recipe_has_a_folder_of_its_own():
     one, two = (load_config(None, [f"data.tokenizer.vocab_size={v}"])[0] for v in (300, 400))
     assert recipe.shard_folder(one) != recipe.shard_folder(two)

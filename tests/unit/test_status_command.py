@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -144,8 +145,17 @@ def test_finished_ended_early_and_not_started(run: RunDir, tmp_path: Path, capsy
     run.early_stop.write_text('{"message": "no improvement for 3 saves", "saves": 3}')
     assert read_status(run).training.state == "ended early"
     assert "asked to end early: no improvement for 3 saves" in told(run, capsys)
+    run.early_stop.unlink()
     train(run, 1000)
+    assert read_status(run).training.state == "stopped"
+    assert "mend its last step was not saved: start it again, and it goes on from step 400" in told(run, capsys)
+    save(run, 1000)
     assert read_status(run).training.state == "finished"
+    shutil.rmtree(run.checkpoint(1000))  # by the rule, once it was scored
+    assert read_status(run).training.state == "stopped"
+    run.summary.write_text('{"steps": 1000}')
+    assert read_status(run).training.state == "finished"
+    assert "not saved" not in told(run, capsys)
     fresh = make_run(tmp_path / "runs" / "fresh", "service.start=never")
     assert read_status(fresh).training.state == "not started"
     assert "checkpoints none yet service none (service.start=never)" in told(fresh, capsys)

@@ -16,15 +16,16 @@ import pytest
 from launcher import stop
 from launcher.jobs import JobDir
 from launcher.keeper.one_machine import train_here
-from launcher.keeper.supervisor import Rules
+from launcher.keeper.supervisor import Rules, Supervisor
 from launcher.keeper.torchrun import Start
+from launcher.slurm import client
 from launcher.stop import alive_jobs, ask, keeper, stop_runs
 from launcher.watching.status import find_submitted, read_status
 from launcher.watching.status_display import show_status
 from llmtrain import locks
 from llmtrain.errors import RunFolderError, SlurmError
 from llmtrain.rundir import RunDir
-from tests.support.checkpoint_runs import make_run, save
+from tests.support.checkpoint_runs import make_run, save, train
 from tests.support.jobs import Slurm, submitted
 
 HOLD = """
@@ -163,6 +164,14 @@ def test_a_second_llmtrain_run_is_refused_and_takes_no_stop_away(run: RunDir, pa
     assert stop_file.exists()
 
 
+def test_a_stop_of_before_llmtrain_run_is_not_meant_for_it(run: RunDir, monkeypatch: pytest.MonkeyPatch):
+    stop_file = JobDir.of(run).stop
+    stop_file.parent.mkdir(parents=True)
+    stop_file.touch()
+    monkeypatch.setattr(Supervisor, "supervise", lambda _: 75 if stop_file.exists() else 0)
+    assert train_here(Start([f"run.dir={run.path.parent}", f"run.name={run.path.name}"], 1), Rules()) == 0
+
+
 @pytest.mark.parametrize(
     ("said", "expected"),
     [
@@ -278,6 +287,76 @@ def test_where_slurm_is_silent_the_nodes_are_asked_all_the_same(run: RunDir, slu
     with pytest.raises(SlurmError, match=r"slurmctld does not answer.*whether job 11 waits .* is not known"):
         ask(run, alive_jobs(run), False)
     assert jobs.stop.exists()
+
+
+def started(run: RunDir, job: str) -> JobDir:
+    """As by a script that was given to sbatch itself: nothing was written down when it was queued."""
+    jobs = JobDir.of(run)
+    jobs.start(job, 0).mkdir(parents=True)
+    return jobs
+
+
+def test_a_job_of_sbatchs_own_is_asked(run: RunDir, slurm: Slurm, hold: Holder, capsys: pytest.CaptureFixture[str]):
+    """A signal would make it queue itself again."""
+    jobs = started(run, "11")
+    hold("process 7 on faraway")
+    slurm.says("scontrol", f"Slurmctld(primary) at x is UP\nJobId=11 StartTime={time.time():.0f} Restarts=0")
+    slurm.queued("11|RUNNING|None|n1|10:00|1")
+    stopping = ask(run, alive_jobs(run), False)
+    assert stopping is not None
+    assert stopping.job_ids == ["11"]
+    assert jobs.stop.exists()
+    assert "job 11 is asked to save and to end" in capsys.readouterr().out
+    slurm.says("scontrol", "Slurmctld(primary) at x is UP\nJobId=11 Restarts=1")
+    slurm.queued("11|PENDING|BeginTime|n1|10:00|1")
+    assert [told.job_id for told in alive_jobs(run)] == ["11"]
+
+
+@pytest.mark.parametrize("line", ["11|RUNNING|None|n1|10:00|1", "11|PENDING|Priority||10:00|N/A"])
+def test_another_job_of_that_number_is_left_alone(run: RunDir, slurm: Slurm, line: str):
+    """The cluster was set up again since, and counts from the beginning."""
+    started(run, "11")
+    slurm.says("scontrol", f"Slurmctld(primary) at x is UP\nJobId=11 StartTime={time.time() + 3600:.0f} Restarts=0")
+    slurm.queued(line)
+    assert alive_jobs(run) == []
+
+
+def test_where_slurm_is_not_at_hand_the_job_is_asked_through_its_file(
+    run: RunDir, hold: Holder, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(client, "is_here", lambda: False)
+    jobs = started(run, "11")
+    hold("process 7 on faraway")
+    with pytest.raises(
+        RunFolderError, match=r"A job .* is asked to save and to end .*stop\)\. Of another job: scancel"
+    ):
+        stop_runs([run.path], False)
+    assert jobs.stop.exists()
+
+
+@pytest.mark.parametrize("write_down", [submitted, started])
+def test_a_job_that_was_cancelled_does_not_train(
+    run: RunDir, slurm: Slurm, capsys: pytest.CaptureFixture[str], write_down: Callable[[RunDir, str], JobDir]
+):
+    """Though it wrote a moment ago, on a machine whose locks are not seen here."""
+    write_down(run, "11")
+    train(run, 10)
+    (run.path / "lock").write_text("process 7 on faraway")
+    slurm.queued("11|CANCELLED|None|n1|10:00|1")
+    stop_runs([run.path], False)
+    assert "does not run (job 11 is over: cancelled); last checkpoint: step 5" in capsys.readouterr().out
+
+
+def test_what_is_not_yours_is_said_in_words(run: RunDir, hold: Holder, monkeypatch: pytest.MonkeyPatch):
+    process = hold()
+
+    def refuse(*_: object) -> None:
+        raise psutil.AccessDenied(process.pid)
+
+    monkeypatch.setattr(psutil.Process, "send_signal", refuse)
+    with pytest.raises(RunFolderError, match="it is not yours to stop"):
+        stop_runs([run.path], False)
+    assert process.poll() is None
 
 
 @pytest.mark.parametrize(

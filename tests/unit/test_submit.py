@@ -12,16 +12,18 @@ from launcher.checks import preflight
 from launcher.jobs import JobDir, JobRecord
 from launcher.slurm import batch
 from launcher.slurm.batch import JobSpec
-from launcher.submitting import submit
+from launcher.submitting import dependencies, submit
 from launcher.submitting.command import Wishes, order_of
+from launcher.submitting.variables import forget_overrides
 from llmtrain.errors import ConfigError, SlurmError
 from llmtrain.rundir import RunDir
+from tests.support.jobs import Slurm
 
 
-def wishes(tmp_path: Path, time: str = "") -> Wishes:
+def wishes(tmp_path: Path, time: str = "", after: str = "", more: str = "") -> Wishes:
     profile = tmp_path / "c.yaml"
-    profile.write_text("gpus_per_node: 0\n")
-    return Wishes([], profile, 1, None, None, time, "", [], True, 3, 600.0)
+    profile.write_text(f"gpus_per_node: 0\n{more}")
+    return Wishes([], profile, 1, None, None, time, after, [], True, 3, 600.0)
 
 
 def test_a_service_that_cannot_be_queued_leaves_no_training_job_unknown(
@@ -50,11 +52,32 @@ def test_a_service_that_cannot_be_queued_leaves_no_training_job_unknown(
     assert found == [[("7_0", "train"), ("8", "service")], [("7_1", "train")], [("7_2", "train")]]
 
 
+def test_a_run_that_is_submitted_again_is_not_stopped_by_an_older_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """And the job that is queued knows how long before its limit the signal comes."""
+    queued: list[Any] = []
+
+    def queue_jobs(_: JobSpec, jobs: Sequence[Any]) -> list[str]:
+        queued.extend(jobs)
+        return ["8"]
+
+    monkeypatch.setattr(submit, "queue_jobs", queue_jobs)
+    monkeypatch.setattr(preflight, "check", lambda *_: [])
+    stop_file = JobDir.of(RunDir(tmp_path / "runs" / "gpt")).stop
+    stop_file.parent.mkdir(parents=True)
+    stop_file.touch()
+    words, order = [f"run.dir={tmp_path}/runs", "run.name=gpt"], order_of(wishes(tmp_path, more="signal_s: 77\n"))
+    [record] = submit.submit(words, order, [], False, Console())
+    assert (record.job_id, stop_file.exists()) == ("8", False)
+    [job] = queued
+    assert job.rules.lead_s == 77
+    assert "--lead 77" in submit.preview(words, order, [], plain=True)
+
+
 def test_a_signal_of_the_users_own_does_not_reach_the_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """SLURM hands the shell's variables on to the job, where submitit would wait for another signal than it is sent."""
     monkeypatch.setenv("SUBMITIT_PREEMPT_SIGNAL", "USR1")
     spec = JobSpec("gpt", tmp_path, order_of(wishes(tmp_path)).profile, ())
-    submit.forget_overrides(batch.parameters(spec))
+    forget_overrides(batch.parameters(spec))
     assert "SUBMITIT_PREEMPT_SIGNAL" not in os.environ
 
 
@@ -87,10 +110,100 @@ def test_time_limits(tmp_path: Path, time: str):
     assert order_of(wishes(tmp_path, time)).request.time == (time or None)
 
 
+@pytest.mark.parametrize(("time", "minutes"), [("0:90", 2), ("2:00", 2), ("1:00:01", 61), ("90", 90)])
+def test_a_job_has_all_of_the_time_that_was_asked_for(tmp_path: Path, time: str, minutes: int):
+    """submitit takes whole minutes."""
+    assert JobSpec("gpt", tmp_path, order_of(wishes(tmp_path)).profile, (), time=time).minutes == minutes
+
+
 def test_variables_of_the_shell_do_not_beat_what_the_script_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """sbatch takes SBATCH_NO_REQUEUE over --requeue: the job would not come back. What the script leaves open stays."""
     for name in ("NO_REQUEUE", "REQUEUE", "SIGNAL", "TIMELIMIT", "JOB_NAME", "PARTITION", "ACCOUNT", "MEM_BIND"):
         monkeypatch.setenv(f"SBATCH_{name}", "mine")
     profile = order_of(wishes(tmp_path)).profile.model_copy(update={"partition": "gpu"})
-    submit.forget_overrides(batch.parameters(JobSpec("gpt", tmp_path, profile, ())))
+    forget_overrides(batch.parameters(JobSpec("gpt", tmp_path, profile, ())))
     assert {name for name in os.environ if name.startswith("SBATCH_")} == {"SBATCH_ACCOUNT", "SBATCH_MEM_BIND"}
+
+
+ALWAYS = ["GPUS", "GPUS_PER_NODE", "GRES", "ARRAY_INX", "WAIT", "OPEN_MODE", "OUTPUT", "ERROR"]
+MEMORY = ["MEM_PER_NODE", "MEM_PER_CPU", "MEM_PER_GPU"]
+
+
+@pytest.mark.parametrize("more", ["", "mem: 64G\nextra: {reservation: mine}\n"])
+def test_nor_do_those_of_gpus_memory_and_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: str):
+    for name in (*ALWAYS, *MEMORY, "RESERVATION"):
+        monkeypatch.setenv(f"SBATCH_{name}", "1")
+    forget_overrides(batch.parameters(JobSpec("gpt", tmp_path, order_of(wishes(tmp_path, more=more)).profile, ())))
+    left = {name.removeprefix("SBATCH_") for name in os.environ if name.startswith("SBATCH_")}
+    assert left == (set() if more else {*MEMORY, "RESERVATION"})
+
+
+def test_in_an_allocation_its_variables_are_not_handed_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A job with two settings of its memory dies at its start; submitit reads which job it is from the others."""
+    for name in ("JOB_ID", "ARRAY_JOB_ID", "ARRAY_TASK_ID", "MEM_PER_CPU", "NTASKS", "CONF", "CLUSTERS"):
+        monkeypatch.setenv(f"SLURM_{name}", "1")
+    forget_overrides(batch.parameters(JobSpec("gpt", tmp_path, order_of(wishes(tmp_path)).profile, ())))
+    assert {name for name in os.environ if name.startswith("SLURM_")} == {"SLURM_CONF", "SLURM_CLUSTERS"}
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_the_script_starts_python_with_its_own_environment(tmp_path: Path, plain: bool):
+    """Where sbatch was told --export=NONE, srun would start it with none."""
+    profile = order_of(wishes(tmp_path, more="environment: {A: b}\nextra: {hold: '', nice: 5}\n")).profile
+    script = batch.render(JobSpec("gpt", tmp_path, profile, ("node",)), plain).splitlines()
+    setup = script.index("# setup")
+    assert script[setup + 1 : setup + 3] == ["unset SLURM_EXPORT_ENV", "export A=b"]
+    assert {"#SBATCH --hold", "#SBATCH --nice=5"} <= set(script)
+
+
+# After other jobs
+
+
+@pytest.mark.parametrize(
+    ("after", "expected"),
+    [
+        ("", ""),
+        ("4711", "afterok:4711"),
+        ("4711,4712", "afterok:4711:4712"),
+        ("4711, 4712:4713_2", "afterok:4711:4712:4713_2"),
+        ("afterany:4711:4712", "afterany:4711:4712"),
+        ("after:1+10,afternotok:2?singleton", "after:1+10,afternotok:2?singleton"),
+    ],
+)
+def test_after(tmp_path: Path, after: str, expected: str):
+    assert order_of(wishes(tmp_path, after=after)).dependency == expected
+
+
+@pytest.mark.parametrize("after", ["gpt", "4711;4712", "afterok:gpt", "afterok:4711,4712", "afterever:1", "afterok:"])
+def test_after_what_is_neither_a_job_nor_a_dependency(tmp_path: Path, after: str):
+    with pytest.raises(ConfigError, match=f"--after {after}: write a job's number"):
+        order_of(wishes(tmp_path, after=after))
+
+
+def test_after_a_job_that_slurm_does_not_know(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    Slurm(tmp_path / "bin", monkeypatch).queued("4711|RUNNING|None|n1|1:00|1", "4712_0|COMPLETED|None|n1|1:00|1")
+    assert dependencies.check_known("afterok:4711:4712_0,after:4711+10") == []
+    [found] = dependencies.check_known("afterok:4711:4799")
+    assert (found.severity, found.message) == (
+        "warning", "SLURM does not know job 4799, and does not wait for it: is the number right?",
+    )  # fmt: skip
+
+
+# Names
+
+
+def test_a_folder_that_slurm_would_look_for_elsewhere(tmp_path: Path):
+    words = [f"run.dir={tmp_path}/100%j", "run.name=gpt"]
+    with pytest.raises(ConfigError, match=r"100%j/.jobs/gpt: SLURM takes % in a path for the start of a pattern"):
+        submit.preview(words, order_of(wishes(tmp_path)), [])
+
+
+def test_names_of_a_sweep_are_names_of_runs(tmp_path: Path):
+    words = [f"run.dir={tmp_path}/runs", "run.name=gpt"]
+    [training] = submit.plan_runs(words, ["optim.lr=1e+1", f"data.dir=é/{'b' * 200}"])
+    assert training.run.path.name == f"00-lr_1e_1-dir___{'b' * 83}"
+
+
+def test_the_runs_of_a_sweep_do_not_share_a_repository():
+    with pytest.raises(ConfigError, match=r"--sweep with hub.repo=me/gpt: a repository holds one run; leave it out"):
+        submit.plan_runs(["hub.repo=me/gpt"], ["optim.lr=1e-3,1e-2"])

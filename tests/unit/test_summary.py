@@ -68,7 +68,7 @@ def test_one_measurement_says_nothing_of_overfitting(tmp_path: Path):
     save(run, 300, 3.0)
     found = summary.summarise(run)
     assert found is not None
-    assert "3.0000 at step 300 -> 3.0000 at the end" in summary.describe(run, found)
+    assert "\nheld-out loss   3.0000 at step 300 (measured once)\n" in summary.describe(run, found)
     assert "not known: the held-out loss was measured once" in summary.describe(run, found)
     score(run, 300, stretches(0.0))
     ranked = choose.ranking(run)

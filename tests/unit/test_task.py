@@ -1,5 +1,6 @@
 """The task metric: questions from masked rows, answers compared."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -106,6 +107,22 @@ def test_answers_are_spread_over_ranks_and_added_up(tmp_path: Path):
     assert len(right) > 0
     _, pairs = task.answer(lambda: Parrot([*right, *right]), asked, tokenizer, 0, short, alone)
     assert all(len(tokenizer.encode(answer).ids) <= 1 for _, answer in pairs)
+
+
+def test_an_end_of_text_that_is_not_flagged_as_special_is_no_part_of_the_answer(tmp_path: Path):
+    write_tokenizer(tmp_path)
+    file = tmp_path / "tokenizer.json"
+    spec = json.loads(file.read_text())
+    spec["added_tokens"][0]["special"] = False
+    file.write_text(json.dumps(spec))
+    tokenizer = Tokenizer.from_file(str(file))
+    right, number = tokenizer.encode("self").ids, tokenizer.encode("12").ids
+    assert tokenizer.decode([*right, 0]) != "self"
+    alone, section = World(0, 1, 0, torch.device("cpu")), TaskSection(samples=1, max_tokens=20)
+    scores, _ = task.answer(lambda: Parrot(right), [task.Question([5], [*right, 0])], tokenizer, 0, section, alone)
+    assert scores == {"task_exact_match": 1.0}
+    scores, _ = task.answer(lambda: Parrot(number), [task.Question([5], [*number, 0])], tokenizer, 0, section, alone)
+    assert scores["task_mean_absolute_error"] == 0.0
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 4])
