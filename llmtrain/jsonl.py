@@ -6,7 +6,6 @@ import os
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from llmtrain import files
 from llmtrain.errors import RunFolderError
 
 _BLOCK = 1 << 16
@@ -99,7 +98,25 @@ def _end_of_last_line(file: BinaryIO, size: int) -> int:
 
 
 def rewind(path: Path, last_step: int) -> None:
-    """Drop the records after `last_step`, which a resumed run will write again."""
-    if path.exists():
-        kept = [record for record in read(path) if record["step"] <= last_step]
-        files.write_atomic(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept))
+    """Drop the records after `last_step`, which a resumed run will write again; records are in the order of steps.
+
+    From the end, in place: of a million steps nothing but the last is read, and a full disk has room for it.
+
+    Raises:
+        RunFolderError: a line that is read is damaged.
+    """
+    size = mend(path)
+    if not size:
+        return
+    with path.open("r+b") as file:
+        kept = size if last_step >= 0 else 0
+        while kept:
+            start = _end_of_last_line(file, kept - 1)
+            file.seek(start)
+            line = file.read(kept - start).strip()
+            if line and _parsed(path, line, f"the line at byte {start:,}")["step"] <= last_step:
+                break
+            kept = start
+        if kept < size:
+            file.truncate(kept)
+            os.fsync(file.fileno())

@@ -236,6 +236,11 @@ def _resume_step(run: RunDir, config: RunConfig, origins: Origins, data: ShardFo
                 "Bring the old shards back, or make them again ('llmtrain shard CONFIG --force') of the old text with "
                 "the version that made them; this one goes on with them. Or give this run another run.name"
             )
+        if not any(name.startswith("state/optimizer-") for name in described.files):
+            raise CheckpointError(
+                f"{run.checkpoint(step)}: its optimizer state was written by an older version of llmtrain, in a form "
+                "that this one does not read: go on with that version. This one scores, exports and generates with it"
+            )
     return step
 
 

@@ -85,7 +85,10 @@ def is_run(path: Path) -> bool:
 
 def runs_below(folder: Path) -> list[RunDir]:
     """The runs in a folder of runs, by name."""
-    return [RunDir(path) for path in sorted(folder.iterdir()) if is_run(path)] if folder.is_dir() else []
+    if not folder.is_dir():
+        return []
+    paths = (path for path in sorted(folder.iterdir()) if not path.name.startswith("."))  # such as .restoring-NAME
+    return [RunDir(path) for path in paths if is_run(path)]
 
 
 def open_run(path: Path) -> RunDir:

@@ -32,7 +32,7 @@ from launcher.sharding.records import Unit
 from launcher.sharding.sources import group_units, list_units, stamp_of
 from llmtrain import files, locks, recipe, shards
 from llmtrain.config.schema import RunConfig
-from llmtrain.errors import ConfigError, DataMismatch, SourceError, UserError
+from llmtrain.errors import ConfigError, DataMismatch, SourceError, TooLittleData, UserError
 
 _UNPUBLISHED = ".unpublished"
 
@@ -70,10 +70,20 @@ def make_plan(config: RunConfig) -> Plan:
 
     Raises:
         SourceError: names all files that are missing, empty or unreadable.
+        TooLittleData: there are fewer documents than splits, which hours of tokenising would not change.
     """
     units = list_units(config.data.sources, config.data.format)
     if not units:
         raise SourceError("the sources hold no text at all")
+    split = config.data.split
+    if split.by == "hash" and all(s.kind == "text" and s.separator is None for s in config.data.sources):
+        documents, wanted = len({unit.path for unit in units}), 3 if split.test else 2
+        if documents < wanted:
+            raise TooLittleData(
+                f"{documents} {'document' if documents == 1 else 'documents'} (a file is one) for {wanted} splits: "
+                "data.split.by=hash puts each document into one. Set data.split.by=tail, which cuts the text, or give "
+                "the source a separator"
+            )
     return Plan(config, recipe.shard_folder(config), group_units(units), _key(config, units))
 
 

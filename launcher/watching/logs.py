@@ -171,14 +171,23 @@ def _modified(path: Path) -> float:
 
 def start_of_last(file: BinaryIO, lines: int) -> int:
     """Where the last so many lines begin, without reading what is before them."""
-    position, found = file.seek(0, os.SEEK_END), b""
-    while position and found.count(b"\n") <= lines:
+    end = file.seek(0, os.SEEK_END)
+    if not lines:
+        return end
+    position, left = end, lines  # line breaks to be found before what is shown
+    while position:
         step = min(_BLOCK, position)
+        file.seek(position - step)
+        block = file.read(step)
+        if position == end and block.endswith(b"\n"):
+            left += 1
+        at = len(block)
+        while left and (at := block.rfind(b"\n", 0, at)) >= 0:
+            left -= 1
+        if not left:
+            return position - step + at + 1
         position -= step
-        file.seek(position)
-        found = file.read(step) + found
-    kept = found.split(b"\n")[-lines - 1 :] if found.endswith(b"\n") else found.split(b"\n")[-lines:]
-    return position + len(found) - (len(b"\n".join(kept)) if lines else 0)
+    return 0
 
 
 def _announce(source: Path) -> None:

@@ -4,7 +4,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from llmtrain.config.section import Section
+from llmtrain.config.section import MAY_CHANGE, Section
 
 
 class GPTModel(Section):
@@ -75,7 +75,7 @@ class QLoRAModel(Section):
     """What the base computes in, and the type of its weights that are not quantised; auto: `train.precision`."""
     context: Annotated[int, Field(ge=2)] = 1024
     """Length of a training row, in tokens."""
-    trust_remote_code: bool = False
+    trust_remote_code: Annotated[bool, Field(json_schema_extra=MAY_CHANGE)] = False
     """Run Python code that comes with the base. Only for authors whom you trust with this machine."""
     lora: LoraSection = LoraSection()
 

@@ -24,8 +24,9 @@ class Board:
             if wanted[: len(self._shown)] != self._shown or self._writer is None:
                 self._start_anew()
             assert self._writer is not None
-            for step, checkpoint in wanted[len(self._shown) :]:
-                self._write(scores[step], status)
+            new = wanted[len(self._shown) :]
+            for step, checkpoint in new:
+                self._write(scores[step], self._now(status) if step == new[-1][0] else {})
                 self._shown.append((step, checkpoint))
             self._writer.flush()
         if status.problem != self._problem and self._writer is not None:
@@ -39,15 +40,21 @@ class Board:
         if self._writer is not None:
             self._writer.close()
 
-    def _write(self, score: Score, status: Status) -> None:
+    def _now(self, status: Status) -> dict[str, float]:
+        return {
+            "service/waiting_to_score": len(status.to_score),
+            "service/waiting_to_upload": len(status.to_upload),
+            "service/uploaded": len(ledger.uploads(self._run)),
+        }
+
+    def _write(self, score: Score, now: dict[str, float]) -> None:
+        """`now`: what the service has to do, for the newest score alone; of older ones it is not known any more."""
         assert self._writer is not None
         values = {
             "heldout/loss": score.loss,
             "heldout/perplexity": score.perplexity,
             "service/seconds_to_score": score.seconds,
-            "service/waiting_to_score": len(status.to_score),
-            "service/waiting_to_upload": len(status.to_upload),
-            "service/uploaded": len(ledger.uploads(self._run)),
+            **now,
         }
         if not math.isnan(score.bits_per_byte):
             values["heldout/bits_per_byte"] = score.bits_per_byte

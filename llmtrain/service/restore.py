@@ -41,6 +41,8 @@ from llmtrain.service.remote import (
 )
 
 _STALL_S = 300.0
+_FROM = "from"
+"""Holds the commit that is being restored."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -75,8 +77,12 @@ def restore(repo: Repo, run: RunDir, step: int | None) -> None:
             tag, commit, run_id = find(repo, step)
             log.info(f"{repo.name}: {tag} ({commit[:10]})")
             received, main_branch = aside.path / "received", aside.path / "main"
+            _begin(aside, commit)
             described = look(repo, commit, received)
-            repo.api.snapshot_download(repo.name, revision=commit, local_dir=received)
+            if described.train_state.step != step_of(tag):
+                raise CheckpointError(f"{repo.name}: {tag} holds step {described.train_state.step}")
+            wanted = [*map(_on_the_hub, described.files), own_path("*")]  # not whatever else may lie there
+            repo.api.snapshot_download(repo.name, revision=commit, local_dir=received, allow_patterns=wanted)
             recall(repo, run_id, main_branch, aside)
         except HfHubHTTPError as error:
             raise HubError(explain(error, repo.name)["message"]) from None
@@ -87,9 +93,19 @@ def restore(repo: Repo, run: RunDir, step: int | None) -> None:
         files.write_atomic(aside.origin, Origin(id=run_id, folder=Path.cwd()).model_dump_json() + "\n")
         for downloaded in (received, main_branch):
             shutil.rmtree(downloaded, ignore_errors=True)
+        (aside.path / _FROM).unlink()
         aside.path.rename(run.path)
     command = f"python -m llmtrain {shlex.quote(str(run.config))}"
     log.info(f"{run.path}: step {step_of(tag)} verified; go on: {command}")
+
+
+def _begin(aside: RunDir, commit: str) -> None:
+    """An attempt that was cut short goes on; of another commit, or another repository, nothing may stay."""
+    mark = aside.path / _FROM
+    if aside.path.exists() and not (mark.is_file() and mark.read_text() == commit):
+        shutil.rmtree(aside.path)
+    aside.path.mkdir(parents=True, exist_ok=True)
+    mark.write_text(commit)
 
 
 def find(repo: Repo, step: int | None) -> tuple[str, str, str]:
@@ -147,6 +163,9 @@ def look(repo: Repo, commit: str, received: Path) -> Manifest:
             f"step {described.train_state.step} has no optimizer state on the Hub (hub.optimizer_state=false), so "
             "training cannot go on with it; the model alone loads with from_pretrained(REPO, revision=...)"
         )
+    if lost := [name for name in described.files if _on_the_hub(name) not in there]:
+        more = f", nor are {len(lost) - 1} more" if len(lost) > 1 else ""
+        raise CheckpointError(f"{repo.name}: {lost[0]} is not in {commit[:10]} (any more){more}")
     return described
 
 
@@ -202,8 +221,14 @@ def arrange(received: Path, described: Manifest, run: RunDir) -> None:
 
 def _configure(received: Path, aside: RunDir, run: RunDir, repo: str) -> None:
     """The configuration, under the run's new name and with the repository that it came from: that may have got another
-    name since, or stood on a command line alone."""
+    name since, or stood on a command line alone. It may not allow a base to run code of its own."""
     config, _ = load_config(received / own_path(aside.config.name))
+    if config.model.kind == "qlora" and config.model.trust_remote_code:
+        log.warning(
+            f"{repo}: trained with model.trust_remote_code=true, which is off here: code of the base "
+            f"{config.model.base} would run. If you trust its authors, go on with model.trust_remote_code=true"
+        )
+        config = config.model_copy(update={"model": config.model.model_copy(update={"trust_remote_code": False})})
     named = config.run.model_copy(update={"dir": str(run.path.parent), "name": run.path.name})
     hub = config.hub.model_copy(update={"repo": repo})
     files.write_atomic(aside.config, resolved_yaml(config.model_copy(update={"run": named, "hub": hub})))

@@ -254,6 +254,12 @@ def test_lengths(length: str, steps: int):
     assert plan_batches(config, Origins(), 1, 18).total_steps == steps
 
 
+def test_rounding_of_floats_adds_no_step():
+    """0.14 x 100 is 14.000000000000002 in floats."""
+    config, _ = load_config(ROOT / "configs/verdict.yaml", ["train.epochs=0.14"])
+    assert plan_batches(config, Origins(), 1, 100).total_steps == 7
+
+
 @pytest.mark.parametrize(
     ("batch", "ranks", "nodes", "used"), [(512, 4, 4, 4), (512, 4, 3, 2), (48, 8, 5, 3), (96, 8, 5, 4), (7, 2, 3, 3)]
 )

@@ -150,6 +150,16 @@ def test_one_that_is_worse_is_still_found_among_ten():
     assert all(above_the_best(generator.normal(3 + shifts, 0.5, (10, count)))[-1] for _ in range(20))
 
 
+@pytest.mark.parametrize(("largest", "given"), [(64, True), (16 * 64, False)])
+def test_one_document_that_is_most_of_the_text_gives_no_interval(largest: int, given: bool):
+    """What is known of the spread is then one figure, however many stretches there are."""
+    targets = np.full(intervals.MIN_UNITS, 64.0)
+    targets[3] = largest
+    reference, other = (np.stack([targets * per_token, targets]) for per_token in (3.0, 3.1))
+    (found,) = intervals.compare(reference, [other], 1)
+    assert (found is not None) == given
+
+
 def test_losses_that_are_not_finite_have_no_interval_and_change_none():
     reference = np.stack([np.full(50, 200.0), np.full(50, 64.0)])
     other = np.add(reference, [np.random.default_rng(0).normal(0.1, 1, 50), np.zeros(50)])

@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 
@@ -19,6 +21,7 @@ from llmtrain.rundir import RunDir
 from llmtrain.service import queue, worker
 from llmtrain.service.queue import Inspector
 from llmtrain.service.worker import Options, Service
+from llmtrain.shards import ShardFolder
 from tests.support.checkpoint_runs import config_of, make_run, save, score
 
 WHOLE = b'{"step": 1}\n{"step": 2, "text": "\xc3\xa9"}\n'
@@ -355,3 +358,14 @@ def test_records_and_replaced_files_are_on_the_disk_before_anything_builds_on_th
     (aside, content), folder = synced  # the bytes before they have the name, and then the name
     assert (aside.parent, content, folder) == (tmp_path, "{}", (tmp_path, ""))
     assert aside.name != "status.json"
+
+
+def test_a_start_takes_back_what_was_recorded_after_its_checkpoint(tmp_path: Path):
+    run = make_run(tmp_path / "run")
+    save(run, 5)
+    ledgers = (run.metrics, run.heldout, run.samples)
+    for path in ledgers:
+        jsonl.append(path, [{"step": step, "text": "said"} for step in (5, 6, 7)])
+    shards = cast(ShardFolder, SimpleNamespace(fingerprint="f" * 64, path=Path("shards")))
+    assert prepare.prepare_run(run, *load_config(run.config), shards) == 5
+    assert [{record["step"] for record in jsonl.read(path)} for path in ledgers] == [{5}] * 3

@@ -14,9 +14,9 @@ from launcher.keeper.supervisor import Rules
 from launcher.keeper.torchrun import Start
 from launcher.slurm.batch import JobSpec
 from launcher.submitting import submit
-from llmtrain import assemble, log
+from llmtrain import assemble, log, manifest
 from llmtrain.config import load_to_start
-from llmtrain.errors import ConfigError, DataMismatch
+from llmtrain.errors import CheckpointError, ConfigError, DataMismatch
 from llmtrain.prepare import prepare_run
 from llmtrain.rundir import RunDir
 from llmtrain.shards import ShardFolder
@@ -48,6 +48,20 @@ def test_a_run_goes_on_without_what_is_not_started_any_more(run: RunDir):
     assert config_of(run).evaluate.task.samples == 2
     assert go_on(run, "f" * 64) == 5
     assert config_of(run).evaluate.task.samples == 0
+
+
+def test_state_that_this_version_does_not_read_is_refused_and_the_run_left_as_it_is(run: RunDir):
+    folder = run.checkpoint(5)
+    (state,) = (folder / "state").iterdir()
+    state.rename(folder / "state/optimizer.safetensors")
+    files = manifest.describe_files(
+        folder, [folder / "model/model.safetensors", folder / "state/optimizer.safetensors"]
+    )
+    manifest.write(folder, manifest.read(folder).model_copy(update={"files": files}))
+    before = {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()}
+    with pytest.raises(CheckpointError, match="written by an older version of llmtrain"):
+        go_on(run, "f" * 64)
+    assert {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()} == before
 
 
 def test_shards_of_another_version_are_not_taken_for_other_text_alone(run: RunDir):

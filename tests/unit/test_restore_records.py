@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 from huggingface_hub import HfApi
 
+from launcher.choosing import listing
 from llmtrain import ledger, manifest, origin
 from llmtrain.config import resolved_yaml
+from llmtrain.config.load import fixed_differences
 from llmtrain.errors import CheckpointError
 from llmtrain.rundir import RunDir
 from llmtrain.service import hub as conversation
@@ -149,6 +151,45 @@ def test_it_uploads_to_the_repository_that_it_came_from(api: HfApi, tmp_path: Pa
 def test_what_its_base_was_is_not_forgotten(hub: Hub, api: HfApi, tmp_path: Path):
     assert hub.read(REPO, "llmtrain/base.json", "step-300").decode() == BASE
     assert brought_back(api, tmp_path / "back").base.read_text() == BASE
+
+
+def test_a_repository_may_not_let_a_base_run_code(api: HfApi, tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    run = make_run(tmp_path / "run", "hub.optimizer_state=true", "model.kind=qlora", "model.base=some/base")
+    run.config.write_text(run.config.read_text().replace("trust_remote_code: false", "trust_remote_code: true"))
+    assert config_of(run).model.trust_remote_code  # pyright: ignore[reportAttributeAccessIssue]
+    origin.note(run, "cpu", 1)
+    save(run, 100)
+    score(run, 100, 3.0)
+    send(api, run)
+    back = brought_back(api, tmp_path / "back")
+    assert not config_of(back).model.trust_remote_code  # pyright: ignore[reportAttributeAccessIssue]
+    assert "trained with model.trust_remote_code=true, which is off here" in caplog.text
+    on_again = [*fixed_differences(config_of(back), config_of(run))]
+    assert [key for key, _, _ in on_again if key.startswith("model")] == []
+
+
+def test_what_an_attempt_at_another_repository_left_does_not_come_with_it(api: HfApi, lost: RunDir, tmp_path: Path):
+    shutil.rmtree(lost.path)
+    left = tmp_path / ".restoring-back"
+    (left / "checkpoints").mkdir(parents=True)
+    (left / "config.yaml").write_text("")
+    (left / "deepspeed.json").write_text("of another run")
+    assert listing.runs_below(tmp_path) == []
+    assert not brought_back(api, tmp_path / "back").deepspeed.exists()
+
+
+def test_files_that_no_manifest_names_are_not_downloaded(
+    hub: Hub, api: HfApi, lost: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """A stranger's repository may be larger than the disk."""
+    wanted: list[str] = []
+    download = api.snapshot_download
+    monkeypatch.setattr(
+        api, "snapshot_download", lambda *a, **k: (wanted.extend(k["allow_patterns"]), download(*a, **k))
+    )
+    brought_back(api, tmp_path / "back")
+    assert "model.safetensors" in wanted
+    assert not {"*", "**"} & set(wanted)
 
 
 def test_without_the_optimizers_state_nothing_is_downloaded(hub: Hub, api: HfApi, tmp_path: Path):

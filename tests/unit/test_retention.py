@@ -4,6 +4,7 @@ import errno
 import os
 import shutil
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 from hypothesis import given
@@ -13,7 +14,8 @@ from llmtrain import checkpoint, choose, jsonl, ledger, retention, rundir
 from llmtrain.config.schema import CheckpointSection
 from llmtrain.retention import plan_deletions
 from llmtrain.service import plan
-from llmtrain.service.queue import Inspector
+from llmtrain.service.queue import Inspector, Work
+from llmtrain.service.worker import Options, Service
 from tests.support.checkpoint_runs import config_of, make_run, save, score, stretches, upload
 
 STEPS = [100, 200, 300, 400, 500]
@@ -246,3 +248,16 @@ def test_a_tag_stays_until_its_checkpoint_is_scored(tmp_path: Path):
     assert plan.untaggable(run, config_of(run)) == [200]
     score(run, 300, stretches(0.4))
     assert plan.untaggable(run, config_of(run)) == [200, 300]
+
+
+def test_the_service_deletes_only_what_it_has_verified(tmp_path: Path):
+    """What does not verify goes into quarantine instead, for people to look at."""
+    run = make_run(tmp_path / "run", "checkpoint.keep_last=1", "checkpoint.keep_best=0", "service.score=training")
+    for step in (100, 200, 300):
+        save(run, step)
+    lock = run.lock_service()
+    assert lock is not None
+    with lock:
+        service = Service(run, lock, Options())
+        service._prune(config_of(run), Work(whole=cast(Any, dict.fromkeys([200, 300]))))
+    assert run.checkpoint_steps() == [100, 300]

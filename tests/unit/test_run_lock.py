@@ -165,3 +165,12 @@ def test_preflight_says_that_there_are_none(run: RunDir, monkeypatch: pytest.Mon
     assert found.severity == "warning"
     assert f"{run.path} has no locks ({os.strerror(errno.ENOSYS)}; Lustre" in found.message
     assert sorted(run.path.iterdir()) == before
+
+
+def test_two_that_look_do_not_see_each_other(run: RunDir):
+    """Looking takes the lock for an instant; another who looks then should not say that training runs."""
+    with run.lock():
+        assert run.is_training()
+    with (run.path / "lock").open() as other:
+        fcntl.flock(other, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        assert not run.is_training()

@@ -106,8 +106,9 @@ TAIL = "data.split.by=tail (few documents cannot be split by their hash)"
     ],
 )
 def test_too_little_text_for_a_split(settings: list[str], name: str, advice: str):
-    Path("a.txt").write_text("".join(f"some words of text, {number}\n" for number in range(100)))
-    said = refused(TooLittleData, configure("{kind: text, paths: [a.txt]}", *settings))
+    for first, file in enumerate(("a.txt", "b.txt", "c.txt")):
+        Path(file).write_text("".join(f"some words of text, {number}\n" for number in range(first, 100, 3)))
+    said = refused(TooLittleData, configure("{kind: text, paths: [a.txt, b.txt, c.txt]}", *settings))
     assert said.startswith(f"the {name} split has ")
     assert said.split("\n")[0].endswith(f" tokens. {advice}")
 
@@ -277,3 +278,12 @@ def test_the_command_line_is_one_in_each_way():
     for module in ("launcher", "launcher.cli"):
         done = subprocess.run([sys.executable, "-m", module, "schema"], text=True, capture_output=True, check=True)
         assert done.stdout.startswith('{\n "$schema"'), module
+
+
+def test_fewer_files_than_splits_are_said_before_anything_is_tokenised(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(tasks, "tokenise", lambda _: pytest.fail("tokenised"))
+    for name in ("a.txt", "b.txt"):
+        Path(name).write_text("words and more words\n" * 50)
+    config = configure("{kind: text, paths: [a.txt, b.txt]}", "data.split={by: hash, heldout: 0.2, test: 0.1}")
+    assert "2 documents (a file is one) for 3 splits" in refused(TooLittleData, config)
+    assert not Path("shards").exists()

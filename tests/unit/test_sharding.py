@@ -150,6 +150,13 @@ def test_invalid_utf8_can_be_replaced_or_skipped(tmp_path: Path):
         assert built.folder.manifest.skipped == skipped
 
 
+def test_texts_of_windows_have_plain_line_ends_and_no_mark(tmp_path: Path):
+    (tmp_path / "a.txt").write_bytes("\ufeffone\r\ntwo\r\n".encode())
+    source = configure(tmp_path, f"{{kind: text, paths: ['{tmp_path}/a.txt']}}").data
+    (unit,) = list_units(source.sources, source.format)
+    assert [d.text for d in read_documents(source.sources[0], unit, source.format, Counter())] == ["one\ntwo\n"]
+
+
 def test_too_little_text_for_a_row(tmp_path: Path):
     (tmp_path / "a.txt").write_text("only a few words here, not enough for held-out rows of any length")
     with pytest.raises(
@@ -214,6 +221,14 @@ def test_a_long_document_gives_a_sample_to_train_the_tokenizer_on(tmp_path: Path
     source = f"{{kind: text, paths: ['{tmp_path}/a.txt']}}"
     config = configure(tmp_path, source, "data.tokenizer={vocab_size: 500, train_bytes: 30000}")
     assert build(config, workers=1).folder.manifest.tokenizer.vocab_size == 500
+
+
+def test_the_tokenizer_is_trained_on_the_training_split_alone(tmp_path: Path):
+    (tmp_path / "a.txt").write_text("a plain word and another one of them " * 200 + "zq qz zzz qq " * 200)
+    config = configure(tmp_path, f"{{kind: text, paths: ['{tmp_path}/a.txt']}}", "data.split.heldout=0.4")
+    tokens = json.loads((build(config, workers=1).folder.tokenizer / "tokenizer.json").read_text())["model"]["vocab"]
+    assert "word" in "".join(token for token in tokens if len(token) > 2)
+    assert not [token for token in tokens if token in ("zq", "qz", "zz", "qq", "Ġzq", "Ġqz", "Ġq", "Ġz")]
 
 
 def test_a_build_that_died_before_its_manifest_is_finished_by_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

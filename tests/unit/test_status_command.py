@@ -242,6 +242,13 @@ def test_an_upload_of_what_was_saved_here_before_does_not_count(run: RunDir):
     assert hub.waiting == [200, 300, 400]
 
 
+def test_an_upload_whose_tag_was_removed_is_neither_on_the_hub_nor_waiting(run: RunDir):
+    upload(run, 200, removed=True)
+    hub = read_status(run).hub
+    assert hub is not None
+    assert (hub.confirmed, hub.waiting) == ([], [300, 400])
+
+
 def test_what_a_person_has_to_mend_is_said(run: RunDir, capsys: pytest.CaptureFixture[str]):
     say(run, problem="the token was refused; run 'hf auth login'")
     assert "mend the token was refused; run 'hf auth login'" in told(run, capsys)

@@ -111,6 +111,19 @@ def test_ledgers_survive_a_cut_line_and_rewind(tmp_path: Path):
     assert ledger.read_text() == '{"step": 0}\n{"step": 1}\n{"step": 2}\n'
 
 
+def test_rewinding_reads_the_end_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    ledger = tmp_path / "l.jsonl"
+    jsonl.append(ledger, [{"step": s // 2, "text": "\u00e9" * (s % 7) * 20_000} for s in range(60)])
+    whole = ledger.read_text().splitlines(keepends=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(jsonl, "read", lambda _: pytest.fail("all of it was read"))
+        for last in (30, 25, 11, 0, -1):
+            jsonl.rewind(ledger, last)
+            assert ledger.read_text() == "".join(whole[: 2 * (last + 1)])
+        jsonl.rewind(tmp_path / "none.jsonl", 3)
+    assert not (tmp_path / "none.jsonl").exists()
+
+
 def lives(folder: Path) -> None:
     """A run that was started and resumed twice: values are 10 x the start, plus the step."""
     for start, (first, end) in enumerate(((0, 5), (3, 7), (5, 8))):

@@ -13,7 +13,7 @@ from llmtrain.service import card, plan
 from llmtrain.service.board import Board
 from llmtrain.service.queue import Inspector
 from llmtrain.service.scoring import Scoring
-from tests.support.checkpoint_runs import config_of, make_run, save, upload
+from tests.support.checkpoint_runs import config_of, make_run, save, score, upload
 
 HERE = "ada/gpt"
 
@@ -44,6 +44,19 @@ def test_the_card_leaves_it_out(run: RunDir):
     results = card.metadata(config_of(run), run, shown.upload).eval_results
     assert results is not None
     assert [result.metric_type for result in results] == ["loss", "perplexity"]
+
+
+def test_the_board_says_of_the_newest_alone_what_is_waiting_now(run: RunDir):
+    """Rewritten after a restart, older ones would have today's figures."""
+    for step in (120, 130):
+        save(run, step)
+        score(run, step, 3.0)
+    board = Board(run)
+    board.show(ledger.scores(run), Status(pid=1, host="here"))
+    board.close()
+    events = EventAccumulator(str(run.validation_board)).Reload()
+    assert len(events.Scalars("heldout/loss")) > 1
+    assert [event.step for event in events.Scalars("service/uploaded")] == [130]
 
 
 def test_the_board_leaves_it_out(run: RunDir):
