@@ -175,6 +175,8 @@ def write_shards(folder: Path, row: Row, num_steps: int = 16) -> Path:
     from tokenizers import Tokenizer, models
 
     Tokenizer(models.BPE({"<|endoftext|>": 0}, [])).save(str(out / "tokenizer/tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast"}  # as shards have that `llmtrain shard` made
+    (out / "tokenizer/tokenizer_config.json").write_text(json.dumps(settings))
     splits: dict[Any, Any] = {}
     for name, part in (("train", tokens), ("heldout", tokens[: row.batch])):
         path = out / f"{name}-00000.arrow"

@@ -5,6 +5,7 @@ Some of transformers' classes (LlamaTokenizer) take the vocabulary alone from th
 """
 
 import contextlib
+import json
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ if TYPE_CHECKING:  # most who need this module's names load no tokenizer
 _FILE = "tokenizer.json"
 _AS_IT_STANDS = ("PreTrainedTokenizerFast", "TokenizersBackend")
 """Classes that apply tokenizer.json; older versions of transformers know the first one alone."""
+_GPT2 = ("GPT2Tokenizer", "GPT2TokenizerFast")
 _TEXTS = (
     "The quick brown fox jumps over the lazy dog.",
     " a space before,  two  within, one after ",
@@ -38,8 +40,8 @@ def settings_needed(folder: Path, model_type: str | None = None) -> dict[str, An
         model_type: transformers' name of the model's kind, which decides as well, where no config.json lies there yet.
     """
     settings = prompts.read_settings(folder)
-    if settings.get("tokenizer_class") in _AS_IT_STANDS:
-        return {}
+    if settings.get("tokenizer_class") in _AS_IT_STANDS or _is_gpt2s(folder, settings, model_type):
+        return {}  # known without transformers, whose import would delay each start by seconds
     theirs = _load(folder, model_type)
     if theirs is None or not differing(_own(folder), theirs):
         return {}
@@ -47,6 +49,18 @@ def settings_needed(folder: Path, model_type: str | None = None) -> dict[str, An
     needed = {name: str(token) for name, token in theirs.special_tokens_map.items() if name in prompts.TOKENS}
     needed |= {"padding_side": theirs.padding_side, "model_input_names": theirs.model_input_names}
     return {"tokenizer_class": _AS_IT_STANDS[0], **{n: v for n, v in needed.items() if not settings.get(n)}}
+
+
+def _is_gpt2s(folder: Path, settings: dict[str, Any], model_type: str | None) -> bool:
+    """Whether the file splits text as GPT-2's class does anyway."""
+    kind = settings.get("tokenizer_class")
+    if kind not in _GPT2 and not (kind is None and model_type == "gpt2"):
+        return False
+    own = json.loads((folder / _FILE).read_text(encoding="utf-8"))
+    splits = own.get("pre_tokenizer") or {}
+    prefixed = splits.get("add_prefix_space", True) or settings.get("add_prefix_space", False)
+    is_plain = own.get("normalizer") is None and own["model"].get("type") == "BPE" and not prefixed
+    return is_plain and splits.get("type") == "ByteLevel" and splits.get("use_regex", True)
 
 
 def wrong_texts(folder: Path, format: Format) -> list[str]:

@@ -18,7 +18,7 @@ from llmtrain.errors import TokenizerError
 from tests.support import asked_runs
 from tests.support.asked_runs import CHAT, GPT, lora, rendered, train, tuned_tokenizer
 from tests.support.bases import write_tokenizer
-from tests.support.data import python_sources
+from tests.support.data import python_sources, shared
 
 fresh_encoders, base, work = asked_runs.fresh_encoders, asked_runs.base, asked_runs.work
 ZEPHYR = (
@@ -151,3 +151,22 @@ def test_an_end_that_the_older_file_names(work: Path, token: Any, settings: dict
     (source / "special_tokens_map.json").write_text("{")
     with pytest.raises(TokenizerError, match=r"special_tokens_map\.json: not JSON"):
         tokenize.prepare(config, work / "out", [])
+
+
+@pytest.mark.parametrize("kind", ["GPT2Tokenizer", "GPT2TokenizerFast", None])
+def test_gpt2s_own_tokenizer_delays_no_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str | None):
+    """transformers takes seconds to import; and its ids are those of the file, as is known without it."""
+    shutil.copytree(shared("gpt2"), tmp_path / "gpt2")
+    (tmp_path / "gpt2/tokenizer_config.json").write_text(json.dumps({"tokenizer_class": kind} if kind else {}))
+    if kind is not None:
+        own = Tokenizer.from_file(str(tmp_path / "gpt2/tokenizer.json"))
+        assert transformers_ids.differing(own, loaded(tmp_path / "gpt2")) == []
+    loads: list[Path] = []
+    monkeypatch.setattr(transformers_ids, "_load", lambda folder, _: loads.append(folder))
+    assert transformers_ids.settings_needed(tmp_path / "gpt2", "gpt2") == {}
+    assert not loads
+    changed = json.loads((tmp_path / "gpt2/tokenizer.json").read_text())
+    changed["pre_tokenizer"]["use_regex"] = False
+    (tmp_path / "gpt2/tokenizer.json").write_text(json.dumps(changed))
+    transformers_ids.settings_needed(tmp_path / "gpt2", "gpt2")
+    assert loads
