@@ -113,7 +113,7 @@ def test_all_scores_of_a_run_are_in_one_precision(workplace: Workplace, many: st
     shutil.copytree(RunDir(workplace.run_folder(many)).checkpoint(2), run.checkpoint(2))
     shutil.rmtree(run.service / "losses")
     monkeypatch.chdir(workplace.folder)
-    monkeypatch.setattr(choose, "MAX_UNITS", 50)
+    monkeypatch.setattr(intervals, "MAX_UNITS", 50)
     (score,) = validate.validate(run, config_of(run), [2], "heldout", torch.device("cpu"))
     assert score.how == "cpu bf16"
     losses = choose.read_losses(run, score)
