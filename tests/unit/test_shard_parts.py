@@ -193,7 +193,7 @@ def test_a_source_that_changed_since_it_was_prepared_is_noticed(tmp_path: Path, 
     prepare_build(config, workers=1)
     assert "starting anew" in capsys.readouterr().err
     assert isinstance(build_part(config, Part(0, 1), workers=1), BuiltPart)
-    other, _ = load_config(None, [*given_, "data.split.by=hash", f"data.dir={tmp_path}/shards"])
+    other, _ = load_config(None, [*given_, "data.split={by: tail, heldout: 0.3}", f"data.dir={tmp_path}/shards"])
     with pytest.raises(DataMismatch, match="another configuration uses the same"):
         build_part(other, Part(0, 1), workers=1)
 
