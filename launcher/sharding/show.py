@@ -143,14 +143,10 @@ def _decoded(tokenizer: "Tokenizer", ids: list[int], special: set[int]) -> Itera
         else:
             # With the token before it: some decoders drop a space at the beginning.
             name, whole = (tokenizer.decode(each, skip_special_tokens=False) for each in (before, before + piece))
-            yield (
-                (
-                    whole.removeprefix(name)
-                    if whole.startswith(name)
-                    else tokenizer.decode(piece, skip_special_tokens=False)
-                ),
-                False,
-            )
+            if whole.startswith(name):
+                yield whole.removeprefix(name), False
+            else:
+                yield tokenizer.decode(piece, skip_special_tokens=False), False
 
 
 def _visible(text: str) -> str:
