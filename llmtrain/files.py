@@ -44,3 +44,12 @@ def remove_asides(folder: Path) -> None:
     """Delete what kills have left of `write_atomic`; for a folder that nobody else writes to."""
     for aside in folder.glob(f".*{_ASIDE}*"):
         aside.unlink(missing_ok=True)
+
+
+def is_utf8(text: str) -> bool:
+    """Whether a text can be written down: a path or an argument may hold bytes that are no letters."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

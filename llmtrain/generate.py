@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer
 
-from llmtrain import adapters, devices, log, prompts, summary, trained
+from llmtrain import adapters, devices, files, log, prompts, summary, trained
 from llmtrain.config.data_sections import Format, TextFormat
 from llmtrain.config.schema import SampleSection
 from llmtrain.errors import CheckpointError, ConfigError, exit_with_code
@@ -91,7 +91,7 @@ def generate(options: argparse.Namespace) -> None:
     folder = find_model(options.checkpoint)
     if not options.prompt:
         raise ConfigError(["--prompt is empty; give the model something to continue"])
-    if any("\ud800" <= letter <= "\udfff" for letter in options.prompt):
+    if not files.is_utf8(options.prompt):
         raise ConfigError([f"--prompt={options.prompt!r}: is not UTF-8"])
     format = TextFormat() if options.raw else trained.format_of(folder)
     if adapters.is_adapter(folder):

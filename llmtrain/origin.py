@@ -39,10 +39,8 @@ def note(run: RunDir, device: str, local_ranks: int, num_machines: int = 1, rank
     Raises:
         ConfigError: the folder's name is not UTF-8, and cannot be written down.
     """
-    try:
-        str(Path.cwd()).encode()
-    except UnicodeEncodeError:
-        raise ConfigError([f"{Path.cwd()!r}: this folder's name is not UTF-8; start from another one"]) from None
+    if not files.is_utf8(str(Path.cwd())):
+        raise ConfigError([f"{Path.cwd()!r}: this folder's name is not UTF-8; start from another one"])
     started = Origin(
         id=read(run).id if run.origin.exists() else uuid.uuid4().hex,
         folder=Path.cwd(),

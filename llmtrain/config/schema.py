@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from llmtrain import files
 from llmtrain.config.data_sections import DataSection
 from llmtrain.config.model_sections import QLORA_DEFAULTS, GPTModel, Model
 from llmtrain.config.section import MAY_CHANGE, RUN_NAME, Section
@@ -35,7 +36,7 @@ class RunSection(Section):
     @field_validator("dir")
     @classmethod
     def _can_be_written_down(cls, text: str) -> str:
-        if any(letter == "\0" or "\ud800" <= letter <= "\udfff" for letter in text):
+        if "\0" in text or not files.is_utf8(text):
             raise ValueError("is no path in UTF-8")
         return text
 

@@ -13,6 +13,11 @@ from llmtrain.config.schema import RunConfig
 from tests.support.data import python_sources
 
 VOCAB = 512
+SHAPE: dict[str, Any] = {
+    "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "vocab_size": VOCAB, "max_position_embeddings": 256, "bos_token_id": None,
+    "eos_token_id": 0,
+}  # fmt: skip
 
 
 def write_tokenizer(folder: Path, size: int = VOCAB) -> None:
@@ -25,13 +30,8 @@ def write_llama(folder: Path, vocab: int = VOCAB, **changes: Any) -> Path:
     """A Llama of two layers with shared key-value heads."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    shape = {
-        "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "vocab_size": vocab, "max_position_embeddings": 256, "bos_token_id": None,
-        "eos_token_id": 0,
-    }  # fmt: skip
     torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(**{**shape, **changes})).save_pretrained(str(folder))
+    LlamaForCausalLM(LlamaConfig(**{**SHAPE, "vocab_size": vocab, **changes})).save_pretrained(str(folder))
     write_tokenizer(folder)
     return folder
 

@@ -24,14 +24,11 @@ from llmtrain.models import base_checks, build_model, isolation
 from llmtrain.models.qlora import QLoRA, check_adapter
 from llmtrain.rundir import RunDir
 from llmtrain.shards import Rows
+from tests.support import bases as bases_made
 from tests.support.bases import configure, copy, write_llama
 
 CPU = torch.device("cpu")
-SHAPE: dict[str, Any] = {
-    "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "vocab_size": 512, "max_position_embeddings": 256, "bos_token_id": None,
-    "eos_token_id": 0, "pad_token_id": None,
-}  # fmt: skip
+SHAPE: dict[str, Any] = {**bases_made.SHAPE, "pad_token_id": None}
 LONGROPE: dict[str, Any] = {
     "num_key_value_heads": 4, "original_max_position_embeddings": 32,
     "rope_parameters": {

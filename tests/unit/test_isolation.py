@@ -15,14 +15,11 @@ from llmtrain.models import base as bases
 from llmtrain.models import build_model, isolation
 from llmtrain.models.qlora import QLoRA
 from llmtrain.shards import Rows
+from tests.support import bases as bases_made
 from tests.support.bases import configure, write_llama
 
 CPU = torch.device("cpu")
-SHAPE: dict[str, Any] = {
-    "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "vocab_size": 512, "max_position_embeddings": 256, "bos_token_id": None,
-    "eos_token_id": 0, "pad_token_id": None,
-}  # fmt: skip
+SHAPE: dict[str, Any] = {**bases_made.SHAPE, "num_hidden_layers": 4, "pad_token_id": None}
 LEAKS: dict[str, dict[str, Any]] = {
     "bloom": {"n_layer": 4, "n_head": 4},  # distances alone tell it where a token stands
     "jamba": {
