@@ -198,7 +198,7 @@ def best(run: RunDir) -> Path:
             f"{run.path}: step {row.step} is proposed, but it is not on this disk any more. It is on the Hub: {where}. "
             f"Bring it here with: {listing.download(row)}"
         )
-    if found.ranked is None:
+    if row.entry is None:
         print(f"note: step {row.step} has {found.why}", file=sys.stderr)
     return run.checkpoint(row.step)
 

@@ -161,17 +161,19 @@ def _size(found: Manifest | None) -> int | None:
 
 def propose(rows: list[Row], ranked: Ranking | None) -> tuple[Row | None, str]:
     """The one to use, and why that one."""
-    if ranked is None:
-        known = [(row.loss_at_save, row) for row in rows if row.on_disk and row.loss_at_save is not None]
-        if not known:
-            return None, "no checkpoint has a held-out loss yet"
+    if ranked is not None:
+        chosen = ranked.proposed
+        there = {row.step: row for row in rows if row.entry is not None and (row.on_disk or row.upload is not None)}
+        if chosen.step in there:
+            return there[chosen.step], ranked.reason()
+    known = [(row.loss_at_save, row) for row in rows if row.on_disk and row.loss_at_save is not None]
+    if known:
         lowest = min(known, key=lambda pair: (pair[0], pair[1].step))[1]
-        return lowest, "the lowest held-out loss that training computed; none has been scored from disk"
-    chosen = ranked.proposed
-    there = {row.step: row for row in rows if row.entry is not None and (row.on_disk or row.upload is not None)}
-    if chosen.step not in there:
-        return None, "of those that were scored none is left, neither on disk nor on the Hub"
-    return there[chosen.step], ranked.reason()
+        scored = "none has been scored" if ranked is None else "none is left of those that were scored"
+        return lowest, f"the lowest held-out loss that training computed; {scored} from disk"
+    if ranked is None:
+        return None, "no checkpoint has a held-out loss yet"
+    return None, "of those that were scored none is left, neither on disk nor on the Hub"
 
 
 def missing_intervals(run: RunDir, ranked: Ranking | None) -> list[str]:

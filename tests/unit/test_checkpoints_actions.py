@@ -53,6 +53,21 @@ def test_best_of_nothing_is_an_error(tmp_path: Path, run: RunDir):
         act(run.path, "best", None, Options())
 
 
+def test_where_the_scored_ones_are_gone_the_lowest_loss_at_a_save_is_proposed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    run = make_run(tmp_path / "resumed")
+    save(run, 10)
+    score(run, 10, 3.0)
+    shutil.rmtree(run.checkpoint(10))
+    save(run, 20, 2.5)
+    save(run, 30, 2.75)
+    act(run.path, "best", None, Options())
+    output = capsys.readouterr()
+    assert output.out == f"{run.checkpoint(20)}\n"
+    assert "none is left of those that were scored from disk" in output.err
+
+
 # ---------------------------------------------------------------------------------------------- verify
 
 
