@@ -1,10 +1,13 @@
 """`llmtrain` and `python -m launcher`."""
 
-from launcher.cli import app
+from llmtrain.errors import exit_with_code
 
 
 def main() -> None:
-    app()
+    with exit_with_code():
+        from launcher.cli import app
+
+        app()
 
 
 if __name__ == "__main__":

@@ -193,7 +193,12 @@ def checkpoints(
     json: Annotated[bool, typer.Option("--json", help="The table for programs.")] = False,
     test: Annotated[bool, typer.Option("--test", help="Score the proposed one on the test split, once.")] = False,
     again: Annotated[bool, typer.Option("--again", help="With --test: though the split was used before.")] = False,
-    device: Annotated[str | None, typer.Option(help="With --test: cpu, cuda, cuda:1 or mps.")] = None,
+    device: Annotated[
+        str | None,
+        typer.Option(
+            help="With --test: cpu, cuda, cuda:1 or mps; by default a free GPU if training took one, else cpu."
+        ),
+    ] = None,
     yes: Annotated[bool, typer.Option("--yes", help="With prune: delete.")] = False,
     repo: Annotated[str | None, typer.Option(help="With push: user/name, in place of hub.repo.")] = None,
 ) -> None:
@@ -296,10 +301,33 @@ app.command(epilog="Example: `llmtrain compare runs/a runs/b`; all runs in a fol
 )
 
 
+_ELSEWHERE = {
+    "train": "to train: llmtrain run CONFIG, or python -m llmtrain CONFIG",
+    "resume": "to resume: the command that started the run, once more",
+    "finetune": "to fine-tune: llmtrain run CONFIG, with model.kind=qlora in it",
+    "merge": "to merge an adapter into its base: llmtrain export RUN FOLDER --merge",
+    "evaluate": "held-out losses of all checkpoints: llmtrain checkpoints RUN",
+    "chat": "to ask a model: llmtrain generate RUN --prompt TEXT",
+    "sample": "to continue a text: llmtrain generate RUN --prompt TEXT",
+}
+"""What other trainers have commands for."""
+
+
+def _elsewhere(context: typer.Context) -> None:
+    typer.echo(f"error: there is no command '{context.info_name}'; {_ELSEWHERE[context.info_name or '']}", err=True)
+    raise typer.Exit(2)
+
+
+for _name in _ELSEWHERE:
+    app.command(_name, hidden=True, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(
+        _elsewhere
+    )
+
+
 def become(module: str, *arguments: str) -> None:
     """Go on as a module of the core: this package does not import torch."""
     sys.stdout.flush()
-    os.execv(sys.executable, [sys.executable, "-m", module, *arguments])
+    os.execv(sys.executable, [sys.executable, "-m", "llmtrain.command", module, *arguments])
 
 
 if __name__ == "__main__":  # `python -m launcher` is the usual way; this one did nothing, in silence

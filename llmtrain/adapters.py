@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from llmtrain import prompts, trained, transformers_ids
+from llmtrain import files, prompts, trained, transformers_ids
 from llmtrain.base_facts import is_path
 from llmtrain.config.model_sections import QLoRAModel
 from llmtrain.errors import CheckpointError
@@ -55,10 +55,10 @@ def find(folder: Path, trust_remote_code: bool = False) -> Adapter:
     """
     try:
         described = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-        base, revision = described["base_model_name_or_path"], described.get("revision")
-    except (OSError, ValueError, KeyError) as error:
+        base, revision = files.expand_home(described["base_model_name_or_path"]), described.get("revision")
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{folder / ADAPTER_CONFIG}: cannot be read as an adapter's: {error}") from error
-    if is_path(base) and not Path(base).expanduser().is_dir():
+    if is_path(base) and not Path(base).is_dir():
         raise CheckpointError(
             f"{folder / ADAPTER_CONFIG}: the adapter's base is {base}, and no such folder is here (any more). Bring it "
             "back, or write into base_model_name_or_path where it is now"
@@ -96,7 +96,7 @@ def find_tokenizer(training: Training, base: str, base_here: str) -> TokenizerPl
             return TokenizerPlace(base_here if chosen.name == base else chosen.name, chosen.revision)
         case "folder":
             named = base_here if chosen.path == base else chosen.path
-            path = training.start / Path(named).expanduser()
+            path = training.start / named
             if not path.is_dir():
                 raise CheckpointError(
                     f"data.tokenizer.path={named} ({training.file}): no such folder ({path}). {lost}, so the tokenizer "

@@ -10,7 +10,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from llmtrain import checkpoint, files, heartbeat, log, manifest, prompts, recipe, shards, transformers_ids
+from llmtrain import checkpoint, choose, files, heartbeat, log, manifest, prompts, recipe, shards, transformers_ids
 from llmtrain.batches import BatchPlan, plan_batches, warmup_problem
 from llmtrain.config import RunConfig, load_to_start, resolved_yaml
 from llmtrain.config.data_sections import Format
@@ -23,9 +23,9 @@ from llmtrain.manifest import FileInfo, TrainState
 from llmtrain.metrics import Meter
 from llmtrain.models import GPT, build_model
 from llmtrain.out_of_memory import explained
-from llmtrain.prepare import failures_noted
+from llmtrain.prepare import failures_noted, note
 from llmtrain.progress import Progress
-from llmtrain.rank0 import Prepared, early_stop, prepare
+from llmtrain.rank0 import Prepared, prepare
 from llmtrain.rundir import RunDir
 from llmtrain.saver import Saver
 from llmtrain.service.beside import Companion
@@ -62,8 +62,9 @@ def go_on(
     config: RunConfig, origins: Origins, world: World, run_dir: RunDir, prepared: Prepared, companion: Companion
 ) -> int:
     """Collective. Train what rank 0 has prepared."""
-    looks = world.is_main and config.service.patience is not None
-    stop = StopFlag((lambda: early_stop(run_dir, config) is not None) if looks else None)
+    patience = config.service.patience
+    looks = world.is_main and patience is not None
+    stop = StopFlag((lambda: choose.asked_to_end(run_dir, patience) is not None) if looks else None)
     stop.listen()
     world.start_groups(config.strategy.timeout_s, even_alone=config.strategy.kind == "zero2")
     with explained(config, origins, world):
@@ -85,7 +86,7 @@ def go_on(
             parts.meter.close()
     finished = state.step >= parts.plan.total_steps or stop.early_stop or prepared.early_stop is not None
     if world.is_main and not finished:
-        say_stopped(parts, state)
+        say_stopped(parts, state, run_dir)
     heartbeat.at("ending", watched=False)
     world.sum_counts(0)  # collective: rank 0 may hold the store, so it leaves after the others have used it
     world.close()
@@ -133,6 +134,7 @@ def build(
         rows_per_epoch=training.num_rows,
         tokens_per_row=data.manifest.tokens_per_row,
         flops_per_token=model.flops_per_token(),
+        bf16=config.train.precision == "bf16",
     )
     isolate = config.data.isolates_documents
     writer = make_model_writer(data, model, config.data.format if world.is_main else None)
@@ -148,7 +150,15 @@ def build(
         fingerprint=prepared.fingerprint,
         evaluate=make_evaluate(config, data, plan, strategy, world, make_task(config, data, model, world, meter)),
         write_sample=make_sampler(config, data, model, world, meter),
-        saver=Saver(run_dir, world, strategy, writer, config.checkpoint, companion.after_save),
+        saver=Saver(
+            run_dir,
+            world,
+            strategy,
+            writer,
+            config.checkpoint,
+            companion.after_save,
+            held=lambda: companion.held(hurry=stop.requested),
+        ),
     )
     if world.is_main and config.service.start == "auto":
         companion.say_hub()
@@ -253,7 +263,9 @@ def make_model_writer(data: ShardFolder, model: Trainable, format: Format | None
     return write_model
 
 
-def say_stopped(parts: Parts, state: TrainState) -> None:
-    """On rank 0, where the run is not at its end."""
+def say_stopped(parts: Parts, state: TrainState, run_dir: RunDir) -> None:
+    """On rank 0, where the run is not at its end; also for those who ask later whether it was killed."""
     reason = parts.stop.signal_name or "another rank's signal"
+    with contextlib.suppress(OSError):  # it is saved, whatever becomes of this line
+        note(run_dir, "stopped", f"by {reason}, saved", state.step)
     log.info(f"stopped by {reason} at step {state.step:,}, saved; the same command goes on from there")

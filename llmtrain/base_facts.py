@@ -19,7 +19,7 @@ def check_place(config: RunConfig, origins: Origins) -> None:
     Raises:
         ModelError: the base can only be a folder, and is none.
     """
-    if config.model.kind != "qlora" or Path(base := config.model.base).expanduser().is_dir():
+    if config.model.kind != "qlora" or Path(base := config.model.base).is_dir():
         return
     told = f"{origins.describe(config, 'model.base')}: no folder {base} here"
     if is_path(base):
@@ -31,6 +31,18 @@ def check_place(config: RunConfig, origins: Origins) -> None:
 def is_path(base: str) -> bool:
     """Whether it can be no name on the Hub."""
     return base.startswith(("/", ".", "~"))
+
+
+def hub_name(config: RunConfig, start: Path) -> str | None:
+    """The base's name, where it is one on the Hub; `start`: where the configuration's relative paths begin.
+
+    A folder that is gone, or on another machine, is known by the tokenizer: a folder's is taken from there by itself.
+    """
+    if config.model.kind != "qlora":
+        return None
+    base, tokenizer = config.model.base, config.data.tokenizer
+    is_folder = (start / base).is_dir() or (tokenizer.kind == "folder" and tokenizer.path == base)
+    return None if is_path(base) or is_folder or base.count("/") != 1 else base
 
 
 @dataclass(frozen=True)
@@ -88,6 +100,16 @@ class BaseFacts:
     def targets(self, wanted: list[str] | str) -> list[Linear]:
         """The layers that `model.lora.target_modules` means."""
         return [linear for linear in self.linears if wanted == "all-linear" or linear.name in wanted]
+
+    def tokenizer_problems(self, size: int | None) -> list[str]:
+        """What is wrong with a tokenizer of so many ids, if anything; None: not known."""
+        if size is None or size <= self.vocab_size:
+            return []
+        return [
+            f"the tokenizer has {size:,} tokens, but the base's embedding only {self.vocab_size:,} rows: "
+            "ids beyond it cannot be read. Use the base's own tokenizer (leave data.tokenizer out), or a base whose "
+            "embedding was enlarged"
+        ]
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))

@@ -12,6 +12,7 @@ Nothing random is saved: dropout's generator is seeded from (seed, step, rank) a
 
 import contextlib
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,10 +22,14 @@ from llmtrain import files, fragments, log, manifest, retention
 from llmtrain.errors import CheckpointError, DiskFull
 from llmtrain.fragments import Fragment, FragmentReader
 from llmtrain.manifest import FileInfo, Manifest
+from llmtrain.retention import Held
 from llmtrain.rundir import RunDir
 from llmtrain.strategies.interface import Strategy
 
 _ASIDE = ".writing-"
+_LOOK_S = 0.5
+_SPARE_BYTES = 16_000_000
+"""To be left by a save that may wait for more room: training goes on writing its records until the next one."""
 
 ModelWriter = Callable[[Path, dict[str, Tensor]], dict[str, FileInfo]]
 """Writes `model/`; returns the files that it has hashed and synced to disk itself."""
@@ -44,7 +49,7 @@ def aside(run: RunDir, step: int) -> Path:
 
 def write_model(folder: Path, weights: dict[str, Tensor], write: ModelWriter) -> dict[str, FileInfo]:
     """Write `model/`; returns its files, synced to disk."""
-    (folder / "model").mkdir(parents=True, exist_ok=True)
+    _make(folder / "model")
     synced = write(folder / "model", weights)
     rest = [path for path in sorted((folder / "model").iterdir()) if path.name not in synced]
     for path in rest:
@@ -55,8 +60,14 @@ def write_model(folder: Path, weights: dict[str, Tensor], write: ModelWriter) ->
 def write_share(folder: Path, share: list[Fragment], rank: int, size: int) -> dict[str, FileInfo]:
     """Write one rank's file in `state/`; returns it, synced to disk. Ranks write at the same time."""
     path = folder / "state" / fragments.file_name(rank, size)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    _make(path.parent)
     return {f"state/{path.name}": fragments.write(path, share)}
+
+
+def _make(part: Path) -> None:
+    """A part of a checkpoint that is being written; not where the run's folder has gone meanwhile."""
+    part.parent.mkdir(exist_ok=True)
+    part.mkdir(exist_ok=True)
 
 
 def publish(run: RunDir, folder: Path, whole: Manifest) -> Path:
@@ -119,16 +130,41 @@ def remove_leftovers(run: RunDir) -> None:
         shutil.rmtree(path)
 
 
-def check_room(run: RunDir, needed: int) -> None:
-    """Before anything is written.
+def await_room(run: RunDir, needed: int, held: Callable[[], Held] = retention.nothing_held) -> None:
+    """Before anything is written: until `needed` bytes are free, and some for the lines of the next steps, as long as
+    what is `held` lets hope for it.
 
     Raises:
-        DiskFull: fewer than `needed` bytes are free.
+        DiskFull: fewer than `needed` are.
     """
-    free = shutil.disk_usage(run.checkpoints).free
-    if needed > free:
-        raise DiskFull(
-            f"a checkpoint takes {needed / 1e6:,.0f} MB, but {run.checkpoints} has only {free / 1e6:,.0f} MB free; "
-            "free some space or keep fewer (checkpoint.keep_last, checkpoint.keep_best), then run the same "
-            "command again: it goes on from the last checkpoint"
-        )
+    began, told, spare = time.monotonic(), False, min(needed, _SPARE_BYTES)
+    while needed + spare > shutil.disk_usage(run.checkpoints).free:
+        found = held()
+        free = shutil.disk_usage(run.checkpoints).free  # after that: what has just gone is held no more
+        if not found.why or time.monotonic() - began >= found.wait_s:
+            if needed <= free:
+                break
+            raise DiskFull(
+                f"a checkpoint takes {needed / 1e6:,.0f} MB, but {run.checkpoints} has only {free / 1e6:,.0f} MB free; "
+                f"{_advice(found, time.monotonic() - began)}"
+            )
+        if not told:
+            log.warning(
+                f"saving     waits for room, up to {found.wait_s:,.0f} s: {needed / 1e6:,.0f} MB for a checkpoint and "
+                f"{spare / 1e6:,.0f} to spare, {free / 1e6:,.0f} MB are free in {run.checkpoints}; {found.why}"
+            )
+            told = True
+        time.sleep(_LOOK_S)
+    if told:
+        log.info(f"saving     goes on: there is room again, after {time.monotonic() - began:,.0f} s")
+
+
+def _advice(found: Held, waited_s: float) -> str:
+    again = "then run the same command again: it goes on from the last checkpoint"
+    if not found.why:
+        return f"free some space or keep fewer (checkpoint.keep_last, checkpoint.keep_best), {again}"
+    waited = f" (waited {waited_s:,.0f} s)" if waited_s >= 1 else ""
+    return (
+        f"{found.why}{waited}. Free some space, save less often (checkpoint.every_steps, checkpoint.every_epochs) or "
+        f"have them scored faster (service.score, service.nice), {again}"
+    )

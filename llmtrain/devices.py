@@ -30,11 +30,39 @@ def find(name: str, told: str) -> torch.device:
     return torch.device(kind, int(number)) if number else torch.device(kind)
 
 
+def check_kernels(device: torch.device, told: str) -> None:
+    """Raises ConfigError for a GPU that this build of torch holds no code for: its first kernel would fail."""
+    built = torch.cuda.get_arch_list() if device.type == "cuda" else []  # empty where torch does not tell
+    if not built:
+        return
+    capability = torch.cuda.get_device_capability(device)
+    if not any(_runs_on(architecture, capability) for architecture in built):
+        wanted = "for CUDA 12.6" if capability < (7, 5) else "for a newer CUDA"
+        raise ConfigError(
+            [
+                f"{told}: torch {torch.__version__} holds no code for {torch.cuda.get_device_name(device)} (compute "
+                f"capability {capability[0]}.{capability[1]}); install its build {wanted} (docs/dependencies.md, "
+                f'"Another build of torch"), or set {told.partition("=")[0]}=cpu'
+            ]
+        )
+
+
+def _runs_on(architecture: str, capability: tuple[int, int]) -> bool:
+    """Whether code for sm_80, sm_90a or compute_90 runs on a GPU of that compute capability."""
+    found = re.fullmatch(r"(sm|compute)_(\d+)(\d)[a-z]?", architecture)
+    if found is None:
+        return True  # a kind that is not known here: torch finds out
+    compiled_for = int(found[2]), int(found[3])
+    # Machine code goes with its generation; what the driver still compiles (PTX) also with later ones.
+    return capability >= compiled_for and (found[1] == "compute" or capability[0] == compiled_for[0])
+
+
 def take(name: str, told: str) -> torch.device:
     """The same, as what this process computes on from now on."""
     device = find(name, told)
     if device.type == "cuda":
         device = torch.device("cuda", device.index or 0)
+        check_kernels(device, told)
         torch.cuda.set_device(device)  # kernels that are not torch's own start on the current one
     keep_deepspeed_on(device)
     return device

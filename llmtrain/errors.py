@@ -8,14 +8,20 @@ a batch script may branch on them.
 import contextlib
 import errno
 import os
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NoReturn
 
 from llmtrain import log
 
 EXIT_REQUEUE = 75
 """Stopped on request after saving: start the same command again to go on (sysexits' EX_TEMPFAIL)."""
+EXIT_INTERRUPTED = 130
+"""Left at once, by Ctrl-C: what shells say of it."""
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_NOT_ALLOWED = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 class UserError(Exception):
@@ -147,41 +153,76 @@ def of_another_rank(message: str, exit_code: int) -> Exception:
     return RuntimeError(message) if kind is None else kind(message)
 
 
+_GOES_ON = "it goes on where it stopped"
+
+
 @contextlib.contextmanager
-def disk_errors(what: str, folder: Path) -> Iterator[None]:
+def disk_errors(what: str, folder: Path, then: str = _GOES_ON) -> Iterator[None]:
     """Turn "no space left" (and a full quota, or a file-size limit) into a `DiskFull` that names the folder, and what
-    may not be written into a `RunFolderError`."""
+    may not be written into a `RunFolderError`.
+
+    Args:
+        then: what the same command does once that is mended. Where it is not training that goes on, fewer checkpoints
+            are no advice.
+    """
     try:
         yield
-    except OSError as error:
-        if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
-            where = "" if error.filename in (None, str(folder)) else f"{error.filename}: "
+    except UserError:
+        raise
+    except Exception as error:
+        number = _number_of(error)
+        if number in _NOT_ALLOWED:
+            file = error.filename if isinstance(error, OSError) else None
+            where = "" if file in (None, str(folder)) else f"{file}: "
             raise RunFolderError(
-                f"{what}: {folder}: {where}{error.strerror}. See to it that this process may read and write there "
-                "('mount', 'ls -l' and 'dmesg' say more), then run the same command again: it goes on where it stopped."
+                f"{what}: {folder}: {where}{os.strerror(number)}. See to it that this process may read and write there "
+                f"('mount', 'ls -l' and 'dmesg' say more), then run the same command again: {then}."
             ) from error
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if number not in _NO_ROOM:
             raise
+        fewer = (
+            "keep fewer checkpoints (checkpoint.keep_last, checkpoint.keep_best), or save less often where many wait "
+            "to be scored ('llmtrain status'), "
+        )
         raise DiskFull(
-            f"{what}: no space left in {folder} ({error.strerror}); nothing half-written is left there. "
-            "Free some space, or keep fewer checkpoints (checkpoint.keep_last, checkpoint.keep_best), "
-            "then run the same command again: it goes on where it stopped."
+            f"{what}: no space left in {folder} ({os.strerror(number)}); nothing half-written is left there. "
+            f"Free some space, {fewer if then == _GOES_ON else ''}then run the same command again: {then}."
         ) from error
+
+
+def is_full_or_forbidden(error: Exception) -> bool:
+    """Whether `disk_errors` has words for it."""
+    return _number_of(error) in (*_NO_ROOM, *_NOT_ALLOWED)
+
+
+def _number_of(error: Exception) -> int | None:
+    """The system's number of an error. Libraries written in Rust (tokenizers, safetensors) and `shutil.copytree` have
+    it in their text alone."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno
+    form = r"\[Errno (\d+)\]" if isinstance(error, OSError) else r"\(os error (\d+)\)"
+    found = re.search(form, str(error))
+    return int(found[1]) if found else None
 
 
 @contextlib.contextmanager
 def exit_with_code() -> Iterator[None]:
     """For entry points: print a `UserError` without a traceback and leave with its exit code."""
     log.stand_in()
+    log.escape_letters()
     try:
         yield
     except UserError as error:
-        with contextlib.suppress(OSError):  # nobody can read it any more; the code says it too
-            print("error:", log.printable(str(error), keep="\n"), file=sys.stderr, flush=True)  # noqa: T201
-        leave_code(error.exit_code)
-        sys.exit(error.exit_code)
+        _leave_with(error)
     except SystemExit as leaving:
         leave_code(leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None))
+        raise
+    except KeyboardInterrupt:
+        sys.exit(EXIT_INTERRUPTED)  # the terminal shows ^C, and a traceback would say no more
+    except OSError as error:
+        if error.errno in _NO_ROOM and error.filename is None:  # such as standard output's
+            _leave_with(DiskFull(f"no space left for what this command writes or prints ({error.strerror})"))
+        leave_code(1, f"{type(error).__name__}: {error}")
         raise
     except Exception as error:
         leave_code(1, f"{type(error).__name__}: {error}")
@@ -190,6 +231,13 @@ def exit_with_code() -> Iterator[None]:
         leave_code(0)
     finally:
         log.flush()
+
+
+def _leave_with(error: UserError) -> NoReturn:
+    with contextlib.suppress(OSError):  # nobody can read it any more; the code says it too
+        print("error:", log.printable(str(error), keep="\n"), file=sys.stderr, flush=True)  # noqa: T201
+    leave_code(error.exit_code)
+    sys.exit(error.exit_code)
 
 
 EXIT_CODES = "LLMTRAIN_EXIT_CODES"
@@ -211,5 +259,6 @@ def leave_code(code: int, why: str = "") -> None:
     own = str(os.getpid())
     if (folder := os.environ.get(EXIT_CODES)) and os.environ.get(_OWNER) == own:
         with contextlib.suppress(OSError):
+            Path(folder).mkdir(exist_ok=True)  # a cleaner of /tmp deletes what stays empty for days
             if not any(Path(folder).glob(f"{own}.*")):
                 (Path(folder) / f"{own}.{code}").write_text(why)

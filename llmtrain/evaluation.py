@@ -73,17 +73,19 @@ def make_task(
 def make_sampler(
     config: RunConfig, data: ShardFolder, model: Trainable, world: World, meter: Meter
 ) -> Callable[[TrainState], None]:
-    """On rank 0: continue the configured prompt and write the text down."""
+    """On rank 0: continue the configured prompt, asked as the samples ask, and write the text down."""
     bf16 = config.train.precision == "bf16"
     sampling, eos_id = config.evaluate.sample, data.manifest.tokenizer.eos_id
     tokenizer = Tokenizer.from_file(str(data.tokenizer / "tokenizer.json"))
-    prompt_ids = prompts.prompt_ids(tokenizer, sampling.prompt, has_prefix=False) or [eos_id]
+    format = config.data.format
+    prompt_ids = prompts.asked_ids(tokenizer, data.tokenizer, eos_id, format, sampling.prompt) or [eos_id]
+    prompt = tokenizer.decode(prompt_ids) if format.kind in ("instruction", "chat") else sampling.prompt
 
     def write_sample(state: TrainState) -> None:
         with autocast(world.device, bf16):  # around all tokens: each weight is cast once, and read in half the bytes
             ids = list(continue_text(model.text_generator(), prompt_ids, sampling, config.run.seed, eos_id))
         text = tokenizer.decode(ids)
-        meter.sample(state, sampling.prompt, text)
-        log.info(f"sample     {log.printable(sampling.prompt + text)}")
+        meter.sample(state, prompt, text)
+        log.info(f"sample     {log.printable(prompt + text)}")
 
     return write_sample

@@ -3,6 +3,8 @@
 import argparse
 import contextlib
 import gc
+import glob
+import secrets
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
@@ -22,6 +24,7 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
 """Root mean square of the logits' differences that rounding explains, as a share of their standard deviation."""
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _TEXTS, _LENGTH = 4, 64
+_ASIDE_BYTES = 4
 _CPU = torch.device("cpu")
 _SAMPLING = {
     "temperature": 1.0, "top_p": 1.0, "top_k": 50, "typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0,
@@ -83,10 +86,10 @@ def export(
     if merge and not is_adapter:
         raise ConfigError([f"--merge: {folder} is a whole model, not an adapter; leave --merge out"])
     format = find_format(folder, merge) if merge or not is_adapter else None  # an adapter goes without a tokenizer
-    aside = to.with_name(f".writing-{to.name}")
-    shutil.rmtree(aside, ignore_errors=True)
+    say_leftovers(to)
+    aside = to.with_name(f".writing-{to.name}-{secrets.token_hex(_ASIDE_BYTES)}")  # another export may be at work
     try:
-        with disk_errors("export", to.parent):
+        with disk_errors("export", to.parent, then="it begins anew"):
             if merge:
                 with memory_errors(device):
                     write_merged(adapters.find(folder, trust_remote_code), aside, base, dtype, device)
@@ -100,6 +103,8 @@ def export(
                 check_tokenizer(aside, format or TextFormat())
         if not is_adapter:
             check_whole(folder, aside)
+        if to.exists():
+            raise ConfigError([f"{to} exists already: another export was faster; nothing of this one is kept"])
         aside.rename(to)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
@@ -107,6 +112,12 @@ def export(
     loader = "AutoPeftModelForCausalLM" if kind == "adapter" else "AutoModelForCausalLM"
     unchecked = ", copied as it is (with --merge the whole model's logits are checked)" if kind == "adapter" else ""
     say(f"exported   {kind} in {to}{unchecked}: {loader}.from_pretrained({str(to)!r})")
+
+
+def say_leftovers(to: Path) -> None:
+    """Exports that were killed leave gigabytes; whether one is still at work cannot be told from here."""
+    for left in sorted(to.parent.glob(f".writing-{glob.escape(to.name)}-{'[0-9a-f]' * 2 * _ASIDE_BYTES}")):
+        log.warning(f"{left}: left by an export that was killed, unless it is still at work; delete it")
 
 
 def copy_beside(training: trained.Training, to: Path) -> None:
@@ -124,8 +135,8 @@ def memory_errors(device: torch.device) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, ModelError) as error:
-        cause = error.__cause__ or error
-        if not isinstance(cause, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(cause):
+        causes = (error, error.__cause__)
+        if not any(isinstance(each, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(each) for each in causes):
             raise
         instead = "use --device=cpu" if device.type == "cuda" else "take a machine with more"
         raise ModelError(

@@ -46,6 +46,12 @@ def remove_asides(folder: Path) -> None:
         aside.unlink(missing_ok=True)
 
 
+def expand_home(path: str) -> str:
+    """With the home folder in place of ~. Else as it was written: pathlib would make x of ./x, which are two recipes of
+    shards, and fails where no user has the name behind ~."""
+    return os.path.expanduser(path)  # noqa: PTH111
+
+
 def is_utf8(text: str) -> bool:
     """Whether a text can be written down: a path or an argument may hold bytes that are no letters."""
     try:

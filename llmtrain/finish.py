@@ -7,7 +7,6 @@ import argparse
 import contextlib
 import os
 import signal
-import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,8 +14,9 @@ from pathlib import Path
 from llmtrain import choose, log, origin, summary
 from llmtrain.config import load_config
 from llmtrain.errors import disk_errors, exit_with_code
+from llmtrain.ledger import drain_command
 from llmtrain.rundir import RunDir
-from llmtrain.service.beside import Companion, drain_command
+from llmtrain.service.beside import Companion
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -48,8 +48,7 @@ def finish(run: RunDir) -> None:
     if result is None:
         return
     if config.log.report:
-        # A process border instead of an import: the core does not depend on the launcher.
-        subprocess.run([sys.executable, "-m", "launcher", "report", str(run.path), "--quiet"], check=False)
+        summary.write_report(run)
     with contextlib.suppress(OSError):  # nobody reads it any more: it is in the run folder too
         print("\n" + summary.describe(run, result), flush=True)  # noqa: T201  the run's result
 

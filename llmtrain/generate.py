@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 from llmtrain import adapters, devices, files, log, prompts, summary, trained
 from llmtrain.config.data_sections import Format, TextFormat
 from llmtrain.config.schema import SampleSection
-from llmtrain.errors import CheckpointError, ConfigError, exit_with_code
+from llmtrain.errors import CheckpointError, ConfigError, ModelError, exit_with_code
 from llmtrain.evaluate import Generator, continue_text
 from llmtrain.rundir import RunDir
 
@@ -69,7 +69,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--trust-remote-code", action="store_true")
     options = parser.parse_args(arguments)
     with exit_with_code():
-        generate(options)
+        try:
+            generate(options)
+        except torch.OutOfMemoryError as error:
+            said = str(error).partition(" If reserved")[0].removesuffix(".")
+            raise ModelError(f"--device={options.device}: {said}; take another GPU, or --device=cpu") from error
 
 
 def generate(options: argparse.Namespace) -> None:
@@ -144,11 +148,7 @@ def load_adapter(
 def ask(folder: Path, eos_id: int, format: Format, prompt: str) -> tuple[Tokenizer, list[int]]:
     """The tokenizer of a folder, and the prompt's ids as samples of this format have them."""
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    own, tokens = prompts.read_own(folder)
-    asked, has_prefix = prompts.question(
-        format, prompt, own, {**tokens, "eos_token": tokenizer.id_to_token(eos_id) or ""}
-    )
-    return tokenizer, prompts.prompt_ids(tokenizer, asked, has_prefix)
+    return tokenizer, prompts.asked_ids(tokenizer, folder, eos_id, format, prompt)
 
 
 if __name__ == "__main__":

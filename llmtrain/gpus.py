@@ -2,6 +2,7 @@
 
 import itertools
 import os
+from typing import Any
 
 
 def num_gpus() -> int:
@@ -17,13 +18,60 @@ def num_gpus() -> int:
         return 0
 
 
+def handle(number: int) -> Any:
+    """NVML's handle of the GPU that this process calls cuda:`number` (where those of a machine are alike: CUDA may put
+    the fastest first, NVML goes by their places).
+
+    Raises:
+        pynvml.NVMLError: there is none, or it does not answer.
+    """
+    import pynvml
+
+    pynvml.nvmlInit()
+    names = _named()
+    if names is None:
+        return pynvml.nvmlDeviceGetHandleByIndex(number)
+    if number >= len(names):
+        raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_FOUND)
+    name = names[number]
+    if name.isdecimal():
+        return pynvml.nvmlDeviceGetHandleByIndex(int(name))
+    if name.startswith("MIG-"):
+        return pynvml.nvmlDeviceGetHandleByUUID(name)
+    for index in range(pynvml.nvmlDeviceGetCount()):  # CUDA takes the beginning of a UUID too, NVML does not
+        found = pynvml.nvmlDeviceGetHandleByIndex(index)
+        if pynvml.nvmlDeviceGetUUID(found).startswith(name):
+            return found
+    raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_FOUND)
+
+
+def memory_used(number: int) -> float | None:
+    """Bytes in use on cuda:`number`, by whatever process, without what the driver keeps for itself (half a GB and more
+    on large GPUs); None where nobody tells."""
+    import pynvml
+
+    try:
+        gpu = handle(number)
+        try:
+            return float(pynvml.nvmlDeviceGetMemoryInfo(gpu, version=pynvml.nvmlMemory_v2).used)
+        except pynvml.NVMLError:  # a driver from before there was this
+            return float(pynvml.nvmlDeviceGetMemoryInfo(gpu).used)
+    except pynvml.NVMLError:
+        return None
+
+
 def _num_named() -> int | None:
-    """GPUs that CUDA_VISIBLE_DEVICES names, up to the first word that names none (-1, NoDevFiles), as CUDA reads it;
-    None where it is not set."""
+    names = _named()
+    return None if names is None else len(names)
+
+
+def _named() -> list[str] | None:
+    """The GPUs that CUDA_VISIBLE_DEVICES names, up to the first word that names none (-1, NoDevFiles), as CUDA reads
+    it; None where it is not set."""
     names = os.environ.get("CUDA_VISIBLE_DEVICES")
     if names is None:
         return None
-    return len(list(itertools.takewhile(_names_a_gpu, (name.strip() for name in names.split(",")))))
+    return list(itertools.takewhile(_names_a_gpu, (name.strip() for name in names.split(","))))
 
 
 def _names_a_gpu(name: str) -> bool:

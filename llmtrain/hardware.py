@@ -20,16 +20,18 @@ _PEAK_BF16_TFLOPS = {  # dense, from NVIDIA's data sheets; of several that fit a
     "RTX 4090": 165.0,
     "A10": 125.0,
     "A10G": 70.0,
-    "V100": 125.0,
-    "T4": 65.0,
 }
+_SLOWER = r"\b(MIG|D|Laptop|Max-Q)\b"
+"""Words in the name of a part of a GPU (MIG), and of those that share another one's name with fewer units."""
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """Dense bf16 FLOP/s of a GPU that is known by name; None for others."""
+    """Dense bf16 FLOP/s of a GPU that is known by name; None for others, and for those that emulate bf16."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
+    if re.search(_SLOWER, name):
+        return None
     # Whole words: an RTX A1000 is no A100, an A10G no A10.
     known = [tflops for words, tflops in _PEAK_BF16_TFLOPS.items() if re.search(rf"\b{words}\b", name)]
     return known[0] * 1e12 if known else None

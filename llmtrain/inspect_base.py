@@ -5,6 +5,7 @@ For `llmtrain plan`, which does not import torch. Checks the base on the way; do
 
 import sys
 
+from llmtrain import recipe
 from llmtrain.config import load_config
 from llmtrain.config.load import split_settings
 from llmtrain.errors import ConfigError, exit_with_code
@@ -19,7 +20,7 @@ def main() -> None:
 
         base.be_quiet()
         facts = base.describe(config.model)
-        base_checks.check(config.model, facts, None)
+        base_checks.check(config.model, facts, recipe.tokenizer_size(config))
         qlora.check_adapter(config.model)
         sys.stdout.write(facts.to_json() + "\n")
 

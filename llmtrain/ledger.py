@@ -8,6 +8,7 @@ record, replaced as a whole.
 
 import contextlib
 import math
+import shlex
 import time
 from pathlib import Path
 from typing import Any, Literal
@@ -22,6 +23,9 @@ Split = Literal["heldout", "test"]
 EventKind = Literal[
     "started",
     "resumed",
+    "branched",
+    "stopped",
+    "unsaved",
     "failed",
     "rejected",
     "quarantined",
@@ -153,7 +157,7 @@ def events(run: RunDir) -> list[Event]:
 
 def append(path: Path, record: Score | Upload | Event) -> None:
     """Add a record at the end, synced to disk."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    _make_room(path)
     jsonl.append(path, [record.model_dump(mode="json")])
     files.sync(path)
 
@@ -173,13 +177,31 @@ def hub_state(run: RunDir) -> HubState | None:
 
 def write(path: Path, record: Status | HubState) -> None:
     """Replace the file by this record."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    _make_room(path)
     files.write_atomic(path, record.model_dump_json(indent=1) + "\n")
+
+
+def _make_room(path: Path) -> None:
+    """The folder `service` may be missing yet. Never the run's own: it was moved away, or its disk is not there, and
+    could not be brought back to where another one lies."""
+    folder = path.parent
+    if folder == RunDir(folder.parent).service:
+        folder.mkdir(exist_ok=True)
 
 
 def heldout_at_saves(run: RunDir) -> dict[int, dict[str, Any]]:
     """What the training ranks measured, by step: loss, train_loss, task_... (the last record of a step)."""
     return {record["step"]: record for record in jsonl.read(run.heldout)}
+
+
+def drain_command(path: Path) -> str:
+    """Does what waits, and ends; also where service.start is never."""
+    return f"python -m llmtrain.service --run {shlex.quote(str(path))} --drain"
+
+
+def saved_steps(run: RunDir) -> set[int]:
+    """Where checkpoints were saved, whether they are still there or not."""
+    return {*(record["step"] for record in jsonl.read(run.saves)), *scores(run), *run.checkpoint_steps()}
 
 
 def heldout_losses(run: RunDir) -> dict[int, float]:

@@ -6,6 +6,7 @@ The terminal may be closed while a run is at work: then the lines go into the ru
 import contextlib
 import errno
 import functools
+import io
 import logging
 import os
 import stat
@@ -93,6 +94,14 @@ def stand_in() -> None:
     for name in _OUTPUTS:
         if getattr(sys, name) is None:
             setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115  for the rest of the process
+
+
+def escape_letters() -> None:
+    """For an output whose encoding lacks letters (LC_ALL=C, PYTHONIOENCODING=ascii): they are escaped in what follows,
+    as standard error does it, and end nothing. Names whose bytes are no letters stay what they are, where they can."""
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        with contextlib.suppress(OSError):  # what is held of what was printed before cannot be written
+            sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def flush() -> None:

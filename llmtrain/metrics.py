@@ -65,12 +65,13 @@ class Meter:
         rows_per_epoch: int,
         tokens_per_row: float,
         flops_per_token: float,
+        bf16: bool,
     ):
         self._run, self._world, self._tensorboard, self._progress = run, world, tensorboard, progress
         self._plan, self._rows_per_epoch, self._tokens_per_row = plan, rows_per_epoch, tokens_per_row
         self._flops_per_token = flops_per_token
         self._hardware = HardwareMeter(world.device)
-        peak = peak_flops(world.device)
+        peak = peak_flops(world.device) if bf16 else None  # of bf16: what computes in fp32 cannot come near it
         self._peak_flops = None if peak is None else peak * world.size
         self.has_observed = False
         """Whether this process has done a step."""

@@ -17,7 +17,10 @@ class Origin(pydantic.BaseModel):
     """RUN/origin.json."""
 
     id: str
-    """Never changes; tells this run from any other, and binds the Hub's repository to it."""
+    """Never changes, but in a copy; tells this run from any other, and binds the Hub's repository to it."""
+    run: Path | None = None
+    """The run folder at that start, absolute: where it is another one now, the folder was moved or copied. None: not
+    noted (older versions)."""
     folder: Path
     """Relative paths of the configuration (shards, base, tokenizer) start here."""
     device: str = "cpu"
@@ -34,15 +37,17 @@ class Origin(pydantic.BaseModel):
 
 
 def note(run: RunDir, device: str, local_ranks: int, num_machines: int = 1, ranks: int | None = None) -> None:
-    """Write origin.json, at each start of training; an id that is there stays.
+    """Write origin.json, at each start of training; an id that is there stays, but not in a copy of a run.
 
     Raises:
         ConfigError: the folder's name is not UTF-8, and cannot be written down.
     """
     if not files.is_utf8(str(Path.cwd())):
         raise ConfigError([f"{Path.cwd()!r}: this folder's name is not UTF-8; start from another one"])
+    is_new = not run.origin.exists() or copied_from(run) is not None
     started = Origin(
-        id=read(run).id if run.origin.exists() else uuid.uuid4().hex,
+        id=uuid.uuid4().hex if is_new else read(run).id,
+        run=run.path.absolute(),
         folder=Path.cwd(),
         device=device,
         gpus_used=local_ranks if device == "cuda" else 0,
@@ -51,6 +56,16 @@ def note(run: RunDir, device: str, local_ranks: int, num_machines: int = 1, rank
         ranks=ranks,
     )
     files.write_atomic(run.origin, started.model_dump_json() + "\n")
+
+
+def copied_from(run: RunDir) -> RunDir | None:
+    """The run that this folder is a copy of, since it was last trained: that one is still there, with the same id."""
+    if not run.origin.exists():
+        return None
+    known = read(run)
+    if known.run is None or not (there := RunDir(known.run)).origin.exists() or there.path.samefile(run.path):
+        return None
+    return there if read(there).id == known.id else None
 
 
 def machine() -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
-from llmtrain import checkpoint, files, jsonl, ledger, log, manifest, recipe, retention, shards
+from llmtrain import checkpoint, files, jsonl, ledger, log, manifest, recipe, retention, shards, summary, unsaved
 from llmtrain.base_facts import OTHER_FORMATS
 from llmtrain.config.load import COMMAND_LINE, Origins, fixed_differences, load_config, resolved_yaml
 from llmtrain.config.schema import RunConfig
@@ -121,22 +121,39 @@ def prepare_run(
         if step is None and config.run.resume == "must":
             raise _nothing_to_resume(run, config, origins)
         last = -1 if step is None else step
+        if total_steps is None or last < total_steps:
+            summary.discard(run)
+        again = _note_unsaved(run, last)
         for records in (run.metrics, run.heldout, run.samples):
             jsonl.rewind(records, last)
         _warn_of_lost_records(run, last)
-        jsonl.mend(run.events)
         if step is not None:
             for rejected in checkpoint.discard_after(run, step):
                 note(run, "rejected", f"did not verify, moved to {run.quarantined(rejected)}", rejected)
-            note(run, "resumed", f"from step {step:,}", step)
+            note(run, "resumed", f"from step {step:,}{again}", step)
         else:
             for old in run.tensorboard.glob("events.*"):  # of a start that never saved
                 old.unlink()
-            note(run, "started", "from the beginning", 0)
+            note(run, "started", f"from the beginning{again}", 0)
         if step is not None and total_steps is not None and step > total_steps:
             config = _with_length_of(config, load_config(run.config)[0])
         files.write_atomic(run.config, resolved_yaml(config))
     return step
+
+
+def _note_unsaved(run: RunDir, last: int) -> str:
+    """Before records are rewound to `last`: note that the process before was killed, if so; returns, for the event
+    that follows, which steps are done again."""
+    jsonl.mend(run.events)
+    with contextlib.suppress(RunFolderError, ValueError):  # a damaged line of a ledger keeps no run from going on
+        if (lost := unsaved.find(run)) is not None:
+            note(run, "unsaved", lost.describe(), lost.reached)
+            log.warning(f"unsaved    the start before {lost.describe()}; {lost.steps} are done again")
+    reached = jsonl.last_record(run.metrics)
+    first = max(last, 0) + 1
+    if reached is None or reached["step"] < first:
+        return ""
+    return f"; {unsaved.name_range(first, int(reached['step']))} again"
 
 
 def _with_length_of(config: RunConfig, old: RunConfig) -> RunConfig:
@@ -159,16 +176,34 @@ def failures_noted(run: RunDir) -> Iterator[None]:
     """Around what rank 0 does with a run that is its own: how that fails goes into the run's log and its events too.
 
     Whoever starts a run overnight may have no terminal to look at any more.
+
+    Raises:
+        RunFolderError: it failed because the run folder is gone.
     """
     try:
-        yield
+        with _gone_is_told(run):
+            yield
     except Exception as error:
         known = isinstance(error, UserError)
         code, message = (error.exit_code, str(error)) if known else (1, f"{type(error).__name__}: {error}")
         log.to_file_alone(f"error: {message}" if known else traceback.format_exc().rstrip())
         with contextlib.suppress(OSError):  # such as the full disk that this is about
-            note(run, "failed", f"exit code {code}: {message}", None)
+            if run.config.exists():  # else what is there is an empty mount point
+                note(run, "failed", f"exit code {code}: {message}", None)
         raise
+
+
+@contextlib.contextmanager
+def _gone_is_told(run: RunDir) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError as error:
+        if run.config.exists():
+            raise
+        raise RunFolderError(
+            f"{run.path}: the run folder is gone: was it moved or deleted, or its disk unmounted? Bring it back, then "
+            "run the same command again: it goes on from the last checkpoint"
+        ) from error
 
 
 def note(run: RunDir, kind: ledger.EventKind, message: str, step: int | None) -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llmtrain import files
 from llmtrain.config.data_sections import ChatFormat, Format
 from llmtrain.errors import TokenizerError
 
@@ -107,7 +108,7 @@ def question(format: Format, text: str, own: str | None, tokens: Mapping[str, st
 
 def read_template(setting: str) -> str:
     """A template as it was given, or out of the file that was named."""
-    path = Path(setting).expanduser()
+    path = Path(files.expand_home(setting))
     is_file = "{" not in setting and path.is_file()
     if "{" not in setting and not is_file:
         raise TokenizerError(f"data.format.template={setting}: neither a file nor a template ({{% for ... %}})")
@@ -130,6 +131,13 @@ def prompt_ids(tokenizer: "Tokenizer", text: str, has_prefix: bool) -> list[int]
     """
     prefix = [] if has_prefix else prefix_ids(tokenizer)
     return [*prefix, *tokenizer.encode(text, add_special_tokens=False).ids]
+
+
+def asked_ids(tokenizer: "Tokenizer", folder: Path, eos_id: int, format: Format, prompt: str) -> list[int]:
+    """The ids of what a person asks as samples of this format have them, given the tokenizer's folder."""
+    own, tokens = read_own(folder)
+    asked, has_prefix = question(format, prompt, own, {**tokens, "eos_token": tokenizer.id_to_token(eos_id) or ""})
+    return prompt_ids(tokenizer, asked, has_prefix)
 
 
 def files_of(folder: Path) -> list[Path]:

@@ -8,14 +8,14 @@ from typing import IO
 
 import torch
 
-from llmtrain import choose, devices, log, origin
+from llmtrain import choose, devices, log, origin, recipe
 from llmtrain.base_facts import check_place
 from llmtrain.batches import ANY_ROWS, plan_batches
 from llmtrain.config import RunConfig, load_config
-from llmtrain.config.load import Origins, auto_is_fp32, with_precision
+from llmtrain.config.load import Origins, auto_is_fp32, fixed_differences, with_precision
 from llmtrain.errors import ConfigError, disk_errors
 from llmtrain.hardware import is_bf16_fast
-from llmtrain.prepare import check_resumable, check_same_base, failures_noted, prepare_run, prepare_shards
+from llmtrain.prepare import check_resumable, check_same_base, failures_noted, note, prepare_run, prepare_shards
 from llmtrain.rundir import RunDir
 from llmtrain.service.beside import Companion
 from llmtrain.world import World
@@ -66,10 +66,10 @@ def prepare(
     check_resumable(run_dir, config, origins)  # this and the next before hours of sharding
     check_device(config, origins, world.device)
     check_place(config, origins)
-    check_base(config, None)
+    check_base(config)
     plan_batches(config, origins, world.size, ANY_ROWS)
     data = prepare_shards(config)
-    check_base(config, data.manifest.tokenizer.vocab_size)
+    check_base(config)  # with what is known now of the tokenizer
     base_folder = fetch_base(config)
     plan = plan_batches(config, origins, world.size, data.manifest.splits["train"].rows)  # before touching the run
     with disk_errors("run folder", run_dir.path):
@@ -82,18 +82,35 @@ def prepare(
         with failures_noted(run_dir):
             if base_folder is not None:
                 check_same_base(run_dir, base_folder, resuming=step is not None)
+            if (source := origin.copied_from(run_dir)) is not None:
+                note_branch(run_dir, config, source)
             machines = math.ceil(world.size / world.local_size)
             origin.note(run_dir, world.device.type, world.local_size, machines, world.size)
+        ended = choose.asked_to_end(run_dir, config.service.patience)
+        if ended is None:  # it was said of a smaller patience
+            run_dir.early_stop.unlink(missing_ok=True)
     if config.service.start == "auto":
         companion.start()
-    return Prepared(step, data.fingerprint, early_stop(run_dir, config), config.train.precision)
+    return Prepared(step, data.fingerprint, ended, config.train.precision)
+
+
+def note_branch(run_dir: RunDir, config: RunConfig, source: RunDir) -> None:
+    """This folder is a copy of a run that is still there: from here on it is one of its own, on the Hub too."""
+    changed = ""
+    with contextlib.suppress(ConfigError):  # of another version
+        pairs = fixed_differences(load_config(source.config)[0], config)
+        changed = "".join(f"; {key} {before} -> {after}" for key, before, after in pairs)
+    message = f"off {source.path}, of which this folder was a copy{changed}"
+    log.info(f"branched   {message}")
+    note(run_dir, "branched", message, None)
 
 
 def check_device(config: RunConfig, origins: Origins, device: torch.device) -> None:
-    """Raises ConfigError for what torch computes wrongly there, in silence; and where the service, which starts on
-    this machine, is to score on a device that is not there."""
+    """Raises ConfigError for what torch cannot compute there, or computes wrongly in silence; and where the service,
+    which starts on this machine, is to score on a device that is not there."""
     if config.service.start == "auto" and config.service.score not in ("auto", "training"):
         devices.find(config.service.score, origins.describe(config, "service.score"))
+    devices.check_kernels(device, origins.describe(config, "train.device"))
     dropout = config.model.dropout if config.model.kind == "gpt" else config.model.lora.dropout
     if device.type == "mps" and dropout and config.train.activation_checkpointing:
         raise ConfigError(
@@ -104,23 +121,12 @@ def check_device(config: RunConfig, origins: Origins, device: torch.device) -> N
         )
 
 
-def early_stop(run_dir: RunDir, config: RunConfig) -> str | None:
-    """Why the service has ended this run, if `service.patience` still says so."""
-    asked = choose.early_stop(run_dir)
-    if asked is None:
-        return None
-    if config.service.patience is None or asked.saves < config.service.patience:
-        run_dir.early_stop.unlink()
-        return None
-    return asked.message
-
-
-def check_base(config: RunConfig, tokenizer_size: int | None) -> None:
+def check_base(config: RunConfig) -> None:
     """Raises ModelError for all that can be known of a base before its weights are loaded."""
     if config.model.kind == "qlora":
         from llmtrain.models import base, base_checks
 
-        base_checks.check(config.model, base.describe(config.model), tokenizer_size)
+        base_checks.check(config.model, base.describe(config.model), recipe.tokenizer_size(config))
 
 
 def fetch_base(config: RunConfig) -> Path | None:

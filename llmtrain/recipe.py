@@ -10,8 +10,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from llmtrain import files, log
+from llmtrain import files, log, shards
 from llmtrain.config.schema import RunConfig
+from llmtrain.errors import TokenizerError
 
 _LOOK_AT = 10_000
 """Files of the sources whose times are read before a run: on a network's file system each takes a millisecond."""
@@ -22,6 +23,9 @@ _LEADS_NOWHERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
 def recipe_of(config: RunConfig) -> dict[str, Any]:
     """The settings that shards are made from: equal recipes and equal input give equal bytes."""
     data = config.data.model_dump(mode="json", exclude={"dir", "verify"})
+    for source in data["sources"]:
+        if source["use"] is None:
+            del source["use"]  # as `format` below: shards from before there was a `use` keep their recipe
     if config.data.format.kind == "text":
         del data["format"]  # so that shards of text keep the recipe that they had before there were formats
     elif config.data.format.kind == "chat":
@@ -33,9 +37,9 @@ def _template_files(config: RunConfig, template: str | None) -> dict[str, str]:
     """Hashes of the files that a chat template may come from: a changed template makes other shards."""
     tokenizer = config.data.tokenizer
     if template is not None:
-        paths = [] if "{" in template else [Path(template).expanduser()]
+        paths = [] if "{" in template else [Path(files.expand_home(template))]
     elif tokenizer.kind == "folder":
-        folder = Path(tokenizer.path).expanduser()
+        folder = Path(tokenizer.path)
         paths = [folder / "chat_template.jinja", folder / "tokenizer_config.json"]
     else:
         paths = []
@@ -48,6 +52,29 @@ def tokenizer_file(config: RunConfig) -> Path | None:
         return None
     file = Path(config.data.tokenizer.path) / "tokenizer.json"
     return file if file.is_file() else None
+
+
+def tokenizer_size(config: RunConfig) -> int | None:
+    """How many ids the tokenizer has, from the shards; where there are none yet, as far as that is known without them:
+    of one that is trained as many as it was asked for, of one on the Hub None.
+
+    Raises:
+        ShardError: there are shards, and they are not whole.
+        TokenizerError: its file is not one.
+    """
+    if shards.exists(folder := shard_folder(config)):
+        return shards.open_folder(folder, "size").manifest.tokenizer.vocab_size
+    if config.data.tokenizer.kind == "train":
+        return config.data.tokenizer.vocab_size
+    if (file := tokenizer_file(config)) is None:
+        return None
+    from tokenizers import Tokenizer
+
+    try:
+        ids = Tokenizer.from_file(str(file)).get_vocab(with_added_tokens=True).values()
+    except Exception as error:
+        raise TokenizerError(f"{file}: not a tokenizer: {error}") from error
+    return max(ids, default=-1) + 1
 
 
 def shard_folder(config: RunConfig) -> Path:
@@ -72,7 +99,7 @@ def source_files(pattern: str, on_error: Callable[[OSError], None] = _raise) -> 
     Args:
         on_error: is given what cannot be looked at, with its name; the rest is found all the same.
     """
-    path = Path(pattern).expanduser()
+    path = Path(files.expand_home(pattern))
     try:
         if path.is_dir():
             return _text_files(path, on_error)

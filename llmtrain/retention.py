@@ -5,10 +5,28 @@ The checkpoint service deletes, and nobody else; without one (service.start=neve
 
 import shutil
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
 
 from llmtrain import choose, jsonl, ledger, rundir
 from llmtrain.config.schema import CheckpointSection, RunConfig
 from llmtrain.rundir import RunDir
+
+UNSCORED, UNCONFIRMED = "not scored yet", "not confirmed on the Hub yet"
+"""Why a checkpoint stays for now that the rule would delete."""
+
+
+@dataclass(frozen=True)
+class Held:
+    """What lies on the disk beyond the rule of `checkpoint`, and goes in time."""
+
+    why: str
+    """E.g. "of the checkpoints there 6 wait to be scored"; empty: there is nothing."""
+    wait_s: float
+    """How long waiting for that makes sense; 0: nobody is at work on it."""
+
+
+def nothing_held() -> Held:
+    return Held("", 0.0)
 
 
 def to_keep(steps: Collection[int], losses: Mapping[int, float], rule: CheckpointSection) -> set[int]:
@@ -51,9 +69,9 @@ def plan_deletions(
         elif step in kept_of_whole:  # newer ones push it out, but nobody knows that they are whole
             held[step] = f"those after step {verified_newest} are not verified"
         elif scored is not None and step not in scored:
-            held[step] = "not scored yet"
+            held[step] = UNSCORED
         elif confirmed is not None and step not in confirmed:
-            held[step] = "not confirmed on the Hub yet"
+            held[step] = UNCONFIRMED
         else:
             deleted.add(step)
     return deleted, held

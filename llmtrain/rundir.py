@@ -10,7 +10,7 @@ DIR/NAME/
     samples.jsonl           generated text
     saves.jsonl             how long each checkpoint took to be written
     tensorboard/            event files
-    events.jsonl            what happened to training: starts, resumes, failures, rejected checkpoints
+    events.jsonl            what happened to training: starts, resumes, stops, kills, failures, rejected checkpoints
     origin.json             where and on what training was started (relative paths of the configuration start there)
     summary.json curve.png  written at the end
     report/                 index.html and its pictures (llmtrain report)
@@ -24,6 +24,7 @@ DIR/NAME/
         hub.json            whether the Hub took the token and the repository
         published.json      what `main` on the Hub was last renewed with
         stop.json           asks training to end: no improvement for service.patience saves
+        reserve             some hundred kB of nothing, deleted where a full disk has no room for a score
         log.txt  lock
 """
 
@@ -128,6 +129,10 @@ class RunDir:
     @property
     def published(self) -> Path:
         return self.service / "published.json"
+
+    @property
+    def reserve(self) -> Path:
+        return self.service / "reserve"
 
     @property
     def early_stop(self) -> Path:

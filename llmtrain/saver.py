@@ -25,6 +25,7 @@ from llmtrain.config.schema import CheckpointSection
 from llmtrain.errors import UserError, disk_errors, of_another_rank
 from llmtrain.fragments import Fragment
 from llmtrain.manifest import FileInfo, Manifest
+from llmtrain.retention import Held, nothing_held
 from llmtrain.rundir import RunDir
 from llmtrain.strategies.interface import Strategy
 from llmtrain.world import World
@@ -43,8 +44,13 @@ class Saver:
         write_model: checkpoint.ModelWriter,
         rule: CheckpointSection,
         on_published: Callable[[], None],
+        held: Callable[[], Held] = nothing_held,
     ):
-        """`on_published` is called after each save, on rank 0's thread: other checkpoints may now be deleted."""
+        """On rank 0's thread `on_published` is called after each save: other checkpoints may now be deleted; and `held`
+        where there is no room for one."""
+        self._held = held
+        self._beyond_tensors = 0
+        """Bytes of the last checkpoint beside its tensors: tokenizer, headers, manifest."""
         self._run, self._world, self._strategy = run, world, strategy
         self._write_model, self._rule, self._on_published = write_model, rule, on_published
         self._host = HostCopy(world.device)
@@ -129,7 +135,8 @@ class Saver:
         began, world, step = time.perf_counter(), self._world, described.train_state.step
         folder = checkpoint.aside(self._run, step)
         if not world.is_main:
-            world.post(f"share-{step}-{world.rank}", self._report(folder, share))
+            has_room = world.wait_for(f"room-{step}")["found"]
+            world.post(f"share-{step}-{world.rank}", self._report(folder, share) if has_room else {"files": {}})
             outcome = world.wait_for(f"saved-{step}")
             if "exit_code" in outcome:
                 raise SystemExit(outcome["exit_code"])
@@ -154,9 +161,10 @@ class Saver:
         world, step = self._world, described.train_state.step
         failed: Exception | None = None
         own: dict[str, FileInfo] = {}
+        needed = _size_bytes(weights, []) + _size_bytes({}, share) * world.size
         try:
             with disk_errors(f"checkpoint of step {step}", self._run.checkpoints):
-                checkpoint.check_room(self._run, _size_bytes(weights, []) + _size_bytes({}, share) * world.size)
+                self._await_room(step, needed + self._beyond_tensors)
                 own = checkpoint.write_model(folder, weights, self._write_model)
                 own |= checkpoint.write_share(folder, share, 0, world.size)
         finally:  # wait for the others in any case: they write into the same folder
@@ -171,7 +179,18 @@ class Saver:
         with disk_errors(f"checkpoint of step {step}", self._run.checkpoints):
             self._sync_records()
             checkpoint.publish(self._run, folder, described.model_copy(update={"files": dict(sorted(own.items()))}))
+        self._beyond_tensors = max(0, sum(info.size_bytes for info in own.values()) - needed)
         self._on_published()
+
+    def _await_room(self, step: int, needed: int) -> None:
+        """On rank 0: then the others may write too. Training goes on meanwhile, up to the next save."""
+        found = False
+        try:
+            checkpoint.await_room(self._run, needed, self._held)
+            found = True
+        finally:
+            if self._world.size > 1:
+                self._world.post(f"room-{step}", {"found": found})
 
     def _sync_records(self) -> None:
         """A power loss must not take the lines up to a checkpoint and leave the checkpoint."""

@@ -1,12 +1,16 @@
 """What a run came to: the best checkpoint, where overfitting began, and a picture of it."""
 
+import contextlib
+import io
 import json
 import shlex
+import subprocess
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from llmtrain import choose, files, jsonl
+from llmtrain import choose, files, jsonl, ledger
 from llmtrain.choose import Ranking
 from llmtrain.rundir import RunDir
 
@@ -25,7 +29,8 @@ class Summary:
     lowest_epoch: float
     best_checkpoint: str | None
     best_checkpoint_heldout: float | None
-    overfits: bool
+    overfits: bool | None
+    """None where it is not known."""
     overfitting: str
     """What became of the held-out loss after its lowest point, for people."""
     best_reason: str
@@ -44,7 +49,7 @@ def summarise(run: RunDir) -> Summary | None:
     ranked = choose.ranking(run)
     best, best_loss, reason = _choose(run, ranked, evaluations)
     last_train_loss = last.get("train_loss", metrics[-1]["loss"])
-    overfits, overfitting = _overfitting(ranked, evaluations, lowest, last_train_loss)
+    overfits, overfitting = _overfitting(run, ranked, evaluations, lowest, last_train_loss)
     return Summary(
         steps=metrics[-1]["step"],
         epochs=metrics[-1]["epoch"],
@@ -65,18 +70,24 @@ def summarise(run: RunDir) -> Summary | None:
 
 
 def _overfitting(
-    ranked: Ranking | None, evaluations: list[dict[str, Any]], lowest: dict[str, Any], last_train_loss: float
-) -> tuple[bool, str]:
-    """Whether, and in words: of the scored checkpoints; of fewer than two, of training's evaluations."""
+    run: RunDir,
+    ranked: Ranking | None,
+    evaluations: list[dict[str, Any]],
+    lowest: dict[str, Any],
+    last_train_loss: float,
+) -> tuple[bool | None, str]:
+    """Whether, where known, and in words: of the scored checkpoints; of fewer than two, of training's evaluations."""
     first, last = evaluations[0], evaluations[-1]
     if ranked is not None and (verdict := choose.overfitting(ranked)).is_known:
-        return verdict.began, verdict.describe()
+        return None if verdict.perhaps else verdict.began, verdict.describe()
     if last["step"] == first["step"]:
-        return False, "not known: the held-out loss was measured once"
+        return None, "not known: the held-out loss was measured once"
     if last["step"] > lowest["step"] and last["loss"] > lowest["loss"] * choose.RISE:
-        return True, (
-            f"began at step {lowest['step']} (epoch {lowest['epoch']:.2f}): since then the held-out loss rose by "
-            f"{last['loss'] / lowest['loss'] - 1:.1%} while the training loss went to {last_train_loss:.4f}"
+        scored = "nothing" if ranked is None else "only one checkpoint"
+        return None, (
+            f"perhaps since step {lowest['step']} (epoch {lowest['epoch']:.2f}): the held-out loss rose by "
+            f"{last['loss'] / lowest['loss'] - 1:.1%} while the training loss went to {last_train_loss:.4f}; "
+            f"{choose.UNSURE} ({scored} scored from disk: {ledger.drain_command(run.path)})"
         )
     return False, "none seen: the held-out loss ended at (or within 1% of) its lowest"
 
@@ -84,16 +95,15 @@ def _overfitting(
 def _choose(
     run: RunDir, ranked: Ranking | None, evaluations: list[dict[str, Any]]
 ) -> tuple[int | None, float | None, str]:
-    """(step, held-out loss, why) of the checkpoint to use: by the service's ranking, else by training's own figures."""
+    """(step, held-out loss, why) of the checkpoint on disk to use: by the service's ranking, else by training's own
+    figures."""
     there = set(run.checkpoint_steps())
-    if ranked is not None and (proposed := ranked.proposed).step in there:
-        how = "scored from disk" if proposed.score.origin == "disk" else "scored at the save"
-        return proposed.step, proposed.score.loss, f"{how}: {ranked.reason()}"
-    saved = [e for e in evaluations if e["step"] in there]
-    if not saved:
+    at_save = {e["step"]: e["loss"] for e in evaluations if e["step"] in there}
+    chosen = choose.propose(ranked, at_save, on_disk_alone=True)
+    if chosen is None:
         return None, None, ""
-    best = min(saved, key=lambda e: e["loss"])
-    return best["step"], best["loss"], "scored at the save"
+    how = "scored from disk" if chosen.origin == "disk" else "scored at the save"
+    return chosen.step, chosen.loss, how if ranked is None else f"{how}: {chosen.why}"
 
 
 def describe(run: RunDir, summary: Summary) -> str:
@@ -102,9 +112,12 @@ def describe(run: RunDir, summary: Summary) -> str:
         heldout = f"{summary.first_heldout:.4f} at step {summary.first_step} (measured once)"
     else:
         first = f"step {summary.first_step}" if summary.first_step else "the start"
+        last = "the end" if summary.last_step == summary.steps else f"step {summary.last_step}"
+        saved = "" if summary.lowest_step in {0, *ledger.saved_steps(run)} else ", not saved"
         heldout = (
-            f"{summary.first_heldout:.4f} at {first} -> {summary.last_heldout:.4f} at the end, "
-            f"lowest {summary.lowest_heldout:.4f} at step {summary.lowest_step} (epoch {summary.lowest_epoch:.2f})"
+            f"{summary.first_heldout:.4f} at {first} -> {summary.last_heldout:.4f} at {last}, "
+            f"lowest {summary.lowest_heldout:.4f} at step {summary.lowest_step} "
+            f"(epoch {summary.lowest_epoch:.2f}{saved})"
         )
     lines = [
         f"{summary.steps} steps, {summary.epochs:.2f} epochs",
@@ -113,7 +126,7 @@ def describe(run: RunDir, summary: Summary) -> str:
     ]
     if summary.best_checkpoint is not None:
         lines += [
-            f"best checkpoint {summary.best_checkpoint} (held-out loss {summary.best_checkpoint_heldout:.4f}, "
+            f"use checkpoint  {summary.best_checkpoint} (held-out loss {summary.best_checkpoint_heldout:.4f}, "
             f"{summary.best_reason})",
             f"try it          llmtrain generate {shlex.quote(summary.best_checkpoint)}",
         ]
@@ -129,12 +142,56 @@ def write(run: RunDir, with_curve: bool = True) -> Summary | None:
     """Write summary.json and curve.png; returns the summary. A curve of the run's earlier life does not stay."""
     summary = summarise(run)
     if summary is not None:
-        files.write_atomic(run.summary, json.dumps(asdict(summary), indent=1) + "\n")
+        files.write_atomic(run.summary, _json(summary))
         if with_curve:
             draw(run, run.curve)
         else:
             run.curve.unlink(missing_ok=True)
     return summary
+
+
+def renew(run: RunDir, with_curve: bool) -> bool:
+    """Write both again if what they say has changed since, as checkpoints were scored or deleted; whether it had."""
+    summary = summarise(run)
+    if summary is None or (run.summary.exists() and _content(run.summary.read_bytes()) == _content(_json(summary))):
+        return False
+    write(RunDir(run.path.absolute()), with_curve)
+    return True
+
+
+def _json(summary: Summary) -> str:
+    return json.dumps(asdict(summary), indent=1) + "\n"
+
+
+def _content(text: str | bytes) -> object:
+    """Of a summary.json, whatever folder it was written from; of a damaged one nothing."""
+    with contextlib.suppress(ValueError, TypeError, KeyError):
+        found = json.loads(text, parse_constant=str)  # NaN equals nothing
+        best = found["best_checkpoint"]
+        return {**found, "best_checkpoint": None if best is None else Path(best).name}
+    return None
+
+
+def discard(run: RunDir) -> None:
+    """Of a run that goes on after its end: what was written then would be taken for what it has come to now."""
+    if run.summary.exists():
+        for path in (run.report, run.curve, run.summary):
+            path.unlink(missing_ok=True)
+
+
+def write_report(run: RunDir) -> None:
+    """The page. A process border instead of an import: the core does not depend on the launcher."""
+    subprocess.run([sys.executable, "-m", "launcher", "report", str(run.path), "--quiet"], check=False)
+
+
+def _lowest_saved(run: RunDir, evaluations: list[dict[str, Any]]) -> tuple[int, float, float, str] | None:
+    """Step, epoch and held-out loss of the best checkpoint, kept or not: as scored, else as measured at the save."""
+    if (ranked := choose.ranking(run)) is not None:
+        return ranked.best.step, ranked.best.score.epoch, ranked.best.score.loss, ranked.scope
+    steps = ledger.saved_steps(run)
+    saved = [e for e in evaluations if e["step"] in steps]
+    best = min(saved, key=lambda e: e["loss"], default=None)
+    return None if best is None else (best["step"], best["epoch"], best["loss"], "saved")
 
 
 def draw(run: RunDir, to: Path) -> None:
@@ -166,10 +223,24 @@ def draw(run: RunDir, to: Path) -> None:
         fontsize=8,
         color="#8c2f3b",
     )
+    saved = _lowest_saved(run, evaluations)
+    if saved is not None and saved[0] != lowest["step"]:
+        step, epoch, loss, of = saved
+        axes.plot([epoch], [loss], marker="*", markersize=9, linestyle="none", color="#8c2f3b")
+        axes.annotate(
+            f"lowest {of} {loss:.3f}\nstep {step}",
+            (epoch, loss),
+            textcoords="offset points",
+            xytext=(6, -24),
+            fontsize=8,
+            color="#8c2f3b",
+        )
     per_epoch = metrics[-1]["targets"] / metrics[-1]["epoch"]
     upper = axes.secondary_xaxis("top", functions=(lambda e: e * per_epoch, lambda t: t / per_epoch))
     upper.set_xlabel("learned tokens")
-    axes.set(xlabel="epochs", ylabel="loss (nats per token)", title=run.path.name)
+    axes.set(xlabel="epochs", ylabel="loss (nats per token)", title=run.path.name.replace("$", r"\$"))
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)
-    figure.savefig(to)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png")
+    files.write_atomic(to, drawn.getvalue())

@@ -88,7 +88,8 @@ def train(parts: Parts, state: TrainState) -> TrainState:
             heartbeat.at("log")
             # Collective; the only host sync; raises if not finite.
             meter.flush(parts.loader.wait_s, at_once=due.evaluate or due.save)
-        heldout = evaluate(parts, state, with_task=due.save)["loss"] if due.evaluate else None  # collective
+        # Collective; answers, which take longer than the loss, are not generated in a hurry.
+        heldout = evaluate(parts, state, with_task=due.save and not stops)["loss"] if due.evaluate else None
         if due.sample and parts.world.is_main:
             heartbeat.at("sample")
             parts.write_sample(state)
@@ -148,9 +149,10 @@ def what_is_due(parts: Parts, before: TrainState, state: TrainState, stopping: b
         return int(state.samples / rows + 1e-9) > int(before.samples / rows + 1e-9)
 
     scheduled_save = last or every(config.checkpoint.every_steps) or passed(config.checkpoint.every_epochs)
-    # A save that a stop forces is not scored: the time until the process is killed may be short.
-    evaluating = not stopping and (
-        scheduled_save or every(config.evaluate.every_steps) or step in config.evaluate.also_at
+    # A save that a stop forces is not scored: the time until the process is killed may be short. The last one is all
+    # the same: no later step would make up for it.
+    evaluating = last or (
+        not stopping and (scheduled_save or every(config.evaluate.every_steps) or step in config.evaluate.also_at)
     )
     sampling = passed(1.0) if config.evaluate.sample.every == "epoch" else evaluating
     save_now = scheduled_save or stopping

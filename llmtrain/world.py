@@ -134,8 +134,17 @@ def find_world(device_setting: str, place: str | None = None) -> World:
         place: where `train.device` was set, for the error.
 
     Raises:
-        ConfigError: the device that was asked for is not there.
+        ConfigError: the device that was asked for is not there; or srun started several tasks without a launcher.
     """
+    tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
+    if tasks not in ("0", "1") and "RANK" not in os.environ:
+        raise ConfigError(
+            [
+                f"srun started {tasks} tasks that know nothing of each other: each would train alone, in one folder. "
+                "Start one task a node with 'llmtrain run' or torchrun in it, or take 'llmtrain submit'; for a run of "
+                "its own in each task set RANK=0 and another run.name there"
+            ]
+        )
     rank, size = rank_from_environment(), int(os.environ.get("WORLD_SIZE", "1"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     told = f"train.device={device_setting}" + (f" ({place})" if place else "")

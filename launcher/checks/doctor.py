@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ from rich.console import Console
 
 from launcher import display
 from launcher.checks.draft import draft_profile
-from launcher.checks.environment import look_into
+from launcher.checks.environment import Environment, look_into
 from launcher.checks.places import kind_of_file_system, nearest_existing
 from launcher.findings import Finding, doubtful, fine, show, wrong
 from launcher.slurm import client
@@ -54,10 +55,11 @@ def draft(partition: str | None, output: Path | None) -> None:
 
 def examine() -> list[Finding]:
     """Everything, in the order in which a run needs it."""
-    drivers = _driver_cuda()
+    drivers, found = _driver_cuda(), look_into([sys.executable])
     return [
-        *_examine_python(drivers),
+        *_examine_python(found, drivers),
         *_examine_gpus(drivers),
+        *([] if drivers is None else _examine_kernels(found)),
         _examine_cpu(),
         fine("memory", f"{display.size(psutil.virtual_memory().total)}"),
         _examine_disk(Path("runs")),
@@ -66,8 +68,7 @@ def examine() -> list[Finding]:
     ]
 
 
-def _examine_python(driver: tuple[int, int] | None) -> list[Finding]:
-    found = look_into([sys.executable])
+def _examine_python(found: Environment, driver: tuple[int, int] | None) -> list[Finding]:
     python = fine("Python", f"{found.version} in {found.prefix}")
     if found.torch is None:
         return [python, wrong("torch", "not installed: make setup (docs/dependencies.md)")]
@@ -116,6 +117,32 @@ def _examine_gpus(driver: tuple[int, int] | None) -> list[Finding]:
     listed = "; ".join(f"{count} x {kind}" for kind, count in kinds.items()) or "a driver, and no GPU"
     version = f"driver {pynvml.nvmlSystemGetDriverVersion()} up to CUDA {driver[0]}.{driver[1]}"
     return failed if failed and not kinds else [fine("GPUs", f"{listed}; {version}"), *failed]
+
+
+def _examine_kernels(found: Environment) -> list[Finding]:
+    """GPUs that the torch here holds no code for: the first step would fail."""
+    import pynvml
+
+    if found.torch is None or not (built := re.fullmatch(r"CUDA (\d+)\.(\d+)", found.torch.accelerator or "")):
+        return []  # said already
+    # Of torch 2.13's builds; a test compares it with torch's own table. A newer GPU takes a newer build.
+    is_old = (int(built[1]), int(built[2])) <= (12, 6)
+    first, last = ((5, 0), (9, 0)) if is_old else ((7, 5), (99, 0))
+    wanted = "a newer CUDA" if is_old else "CUDA 12.6"
+    without: dict[str, None] = {}
+    for number in range(pynvml.nvmlDeviceGetCount()):
+        with contextlib.suppress(pynvml.NVMLError):  # said already
+            handle = pynvml.nvmlDeviceGetHandleByIndex(number)
+            major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(handle)
+            if not first <= (major, minor) <= last:
+                without[f"{pynvml.nvmlDeviceGetName(handle)} (compute capability {major}.{minor})"] = None
+    return [
+        wrong(
+            "GPUs",
+            f"torch for {found.torch.accelerator} holds no code for {gpu}; install its build for {wanted} ({_BUILDS})",
+        )
+        for gpu in without
+    ]
 
 
 def _describe_gpu(number: int) -> str:

@@ -34,7 +34,7 @@ from llmtrain.batches import ANY_ROWS, BatchPlan, nodes_that_train, plan_batches
 from llmtrain.config.data_sections import Source
 from llmtrain.config.load import Origins, fixed_differences, load_config, resolved_yaml, with_precision
 from llmtrain.config.schema import RunConfig
-from llmtrain.errors import ConfigError, SlurmError, UserError
+from llmtrain.errors import ConfigError, ModelError, SlurmError, UserError
 from llmtrain.rundir import RunDir
 from llmtrain.shards import ShardManifest
 
@@ -237,6 +237,8 @@ def _check_disk(config: RunConfig, run: RunDir, plan: BatchPlan | None, built: S
         return []
     try:
         size = find_sizes(config, None, None, built).checkpoint_bytes(config)
+    except ModelError as error:
+        return [wrong("base", str(error))]
     except UserError as error:
         return [doubtful("disk", f"not compared with checkpoints: {display.one_line(str(error))}")]
     rows = built.splits["train"].rows if built else None

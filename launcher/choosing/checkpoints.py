@@ -200,6 +200,8 @@ def best(run: RunDir) -> Path:
         )
     if row.entry is None:
         print(f"note: step {row.step} has {found.why}", file=sys.stderr)
+    elif found.ranked is not None and (lower := found.ranked.lower_at_save):
+        print(f"note: {lower}; it is not scored yet", file=sys.stderr)
     return run.checkpoint(row.step)
 
 

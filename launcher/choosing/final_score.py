@@ -9,7 +9,7 @@ from rich.console import Console
 from launcher.choosing import listing
 from launcher.choosing.listing import Row, config_of
 from launcher.display import Column, duration, figure, fitted, say, when, words
-from llmtrain import ledger
+from llmtrain import ledger, scoring_place
 from llmtrain.config import RunConfig
 from llmtrain.errors import CheckpointError, ConfigError, UserError
 from llmtrain.ledger import Score
@@ -25,10 +25,12 @@ def score_test(run: RunDir, again: bool, device: str | None) -> None:
         UserError: the split was used for another checkpoint.
     """
     config = config_of(run)
-    if config.data.split.test == 0:
-        raise ConfigError(
-            [f"data.split.test=0 ({run.config}): there is no test split; set it to a share such as 0.01 and train anew"]
-        )
+    if not config.data.has_test:
+        if config.data.split.test:  # of no source: each has a `use`
+            problem, instead = "data.sources", "give a source use: test"
+        else:
+            problem, instead = "data.split.test=0", "set it to a share such as 0.01"
+        raise ConfigError([f"{problem} ({run.config}): there is no test split; {instead} and train anew"])
     found = listing.gather(run)
     row = found.proposed
     if row is None or row.entry is None:
@@ -65,20 +67,25 @@ def _refuse(run: RunDir, row: Row, used: Mapping[int, Score], again: bool) -> No
         )
 
 
-def _device_of(config: RunConfig) -> str | None:
-    """Where the service scores, if it was told; the validator's default otherwise."""
-    return None if config.service.score in ("auto", "training") else config.service.score
+def _device_of(run: RunDir, config: RunConfig) -> tuple[str, str]:
+    """Where the service would score now, on the CPU where it would not; and what says so."""
+    if config.service.score not in ("auto", "training"):
+        return config.service.score, f"--device is not given, and {run.config} has service.score"
+    service = config.service.model_copy(update={"score": "auto"})
+    found = scoring_place.find(run, config.model_copy(update={"service": service}), run.is_training())
+    return ("cpu" if found == "training" else found), "--device is not given, which means here --device"
 
 
 def _validate(run: RunDir, step: int, device: str | None, config: RunConfig) -> None:
     """Leaves with the validator's exit code if it fails; it has said why."""
     command = [sys.executable, "-m", "llmtrain.service.validate", str(run.path), "--steps", str(step)]
     command += ["--split", "test"]
-    if device is None and (device := _device_of(config)) is not None:
-        command += ["--asked-by", f"--device is not given, and {run.config} has service.score"]
-    command += [] if device is None else ["--device", device]
+    if device is None:
+        device, asked_by = _device_of(run, config)
+        command += ["--asked-by", asked_by]
+    command += ["--device", device]
     console = Console(stderr=True)
-    with console.status(f"scoring step {step} on the test split"):
+    with console.status(f"scoring step {step} on the test split, on {device}"):
         done = subprocess.run(command, stdout=subprocess.DEVNULL, check=False)
     if done.returncode:
         raise SystemExit(done.returncode if done.returncode > 0 else 128 - done.returncode)

@@ -12,7 +12,7 @@ from launcher.display import words
 from llmtrain import choose, intervals, ledger, manifest
 from llmtrain.choose import Entry, Ranking
 from llmtrain.config import RunConfig, load_config
-from llmtrain.errors import CheckpointError, RunFolderError
+from llmtrain.errors import CheckpointError, RunFolderError, UserError
 from llmtrain.ledger import Upload
 from llmtrain.manifest import Manifest
 from llmtrain.rundir import RunDir
@@ -73,7 +73,9 @@ class Listing:
 
     @property
     def overfitting(self) -> str | None:
-        return None if self.ranked is None else choose.overfitting(self.ranked).describe()
+        if self.ranked is None:
+            return "not known without scores from disk" if any(row.on_disk for row in self.rows) else None
+        return choose.overfitting(self.ranked).describe()
 
     def path(self, row: Row) -> Path:
         return self.run.quarantined(row.step) if row.quarantined else self.run.checkpoint(row.step)
@@ -117,7 +119,7 @@ def gather(run: RunDir) -> Listing:
     rows += [_row(run, step, scored.get(step), uploads.get(step)) for step in known]
     rows.sort(key=lambda row: (row.step, row.quarantined))
     proposed, why = propose(rows, ranked)
-    return Listing(run, rows, ranked, proposed, why, [*_notes(rows), *missing_intervals(run, ranked)])
+    return Listing(run, rows, ranked, proposed, why, [*_notes(run, rows), *missing_intervals(run, ranked)])
 
 
 def read_manifest(folder: Path) -> Manifest | None:
@@ -161,16 +163,11 @@ def _size(found: Manifest | None) -> int | None:
 
 def propose(rows: list[Row], ranked: Ranking | None) -> tuple[Row | None, str]:
     """The one to use, and why that one."""
-    if ranked is not None:
-        chosen = ranked.proposed
-        there = {row.step: row for row in rows if row.entry is not None and (row.on_disk or row.upload is not None)}
-        if chosen.step in there:
-            return there[chosen.step], ranked.reason()
-    known = [(row.loss_at_save, row) for row in rows if row.on_disk and row.loss_at_save is not None]
-    if known:
-        lowest = min(known, key=lambda pair: (pair[0], pair[1].step))[1]
-        scored = "none has been scored" if ranked is None else "none is left of those that were scored"
-        return lowest, f"the lowest held-out loss that training computed; {scored} from disk"
+    at_save = {row.step: row.loss_at_save for row in rows if row.on_disk and row.loss_at_save is not None}
+    chosen = choose.propose(ranked, at_save)
+    there = {row.step: row for row in rows if row.on_disk or row.upload is not None}
+    if chosen is not None and chosen.step in there:  # it may have been deleted while this was read
+        return there[chosen.step], chosen.why
     if ranked is None:
         return None, "no checkpoint has a held-out loss yet"
     return None, "of those that were scored none is left, neither on disk nor on the Hub"
@@ -206,12 +203,24 @@ def missing_intervals(run: RunDir, ranked: Ranking | None) -> list[str]:
     return notes
 
 
-def _notes(rows: list[Row]) -> list[str]:
+def is_never_scored(run: RunDir) -> bool:
+    """Nobody scores what is not scored, unless it is asked for."""
+    with contextlib.suppress(UserError):
+        return config_of(run).service.start == "never" and not run.is_served()
+    return False
+
+
+def _notes(run: RunDir, rows: list[Row]) -> list[str]:
     unscored = [row for row in rows if row.entry is None and row.on_disk]
     notes: list[str] = []
     if unscored:
         at_save = ", in brackets the loss at the save" if any(row.loss_at_save is not None for row in unscored) else ""
-        notes.append(f"not scored from disk yet: {name_steps(row.step for row in unscored)}{at_save}")
+        which = f"{name_steps(row.step for row in unscored)}{at_save}"
+        if is_never_scored(run):
+            notes.append(f"never scored from disk (service.start=never): {which}")
+            notes.append(f"to score: {ledger.drain_command(run.path)}")
+        else:
+            notes.append(f"not scored from disk yet: {which}")
     damaged = [row.step for row in rows if row.damaged]
     if damaged:
         notes.append(f"the manifest cannot be read ('verify' says why): {name_steps(damaged)}")

@@ -1,6 +1,7 @@
 """The processes of a run on this machine: which they are, how they ended, how to end them."""
 
 import contextlib
+import os
 import signal
 import tempfile
 from collections.abc import Iterator
@@ -92,13 +93,21 @@ def _scratch(where: Path | None) -> "tempfile.TemporaryDirectory[str]":
     return scratch
 
 
+def keep_from_cleaners(codes: Path, beats: Path) -> None:
+    """Touch what is not written to while ranks live: from /tmp many machines delete what is ten days old."""
+    for path in (codes, *beats.glob("stacks-*")):
+        with contextlib.suppress(OSError):
+            os.utime(path)
+
+
 def read_codes(folder: Path) -> dict[int, Left]:
     """What the ranks left, by process id; one that was killed left nothing."""
     left: dict[int, Left] = {}
-    for file in folder.iterdir():
-        number, _, code = file.name.partition(".")
-        why = file.read_text().strip().partition("\n")[0]
-        left[int(number)] = Left(int(code), why, file.stat().st_mtime)
+    with contextlib.suppress(FileNotFoundError):  # a cleaner of /tmp was here, while this machine slept
+        for file in folder.iterdir():
+            number, _, code = file.name.partition(".")
+            why = file.read_text().strip().partition("\n")[0]
+            left[int(number)] = Left(int(code), why, file.stat().st_mtime)
     return left
 
 

@@ -25,6 +25,7 @@ from launcher.keeper.meeting import Meeting
 from launcher.keeper.processes import (
     folders_of_ranks,
     ignores,
+    keep_from_cleaners,
     kill_tree,
     ranks_of,
     read_codes,
@@ -155,7 +156,7 @@ class Supervisor:
             return Decision(again=False, code=code if code > 0 else 1)
         say(f"{why}; starting again from step {reached:,}")
         self._note("restarted", why, reached)
-        self._rest(min(30.0, 2.0 ** (self._failures - 1)) if self._failures > 1 else 0.0)
+        self._rest(min(30.0, 2.0 ** min(self._failures - 1, 5)) if self._failures > 1 else 0.0)
         stopped = self.stopped_by is not None
         return Decision(again=not stopped, code=EXIT_REQUEUE if stopped else code)
 
@@ -183,7 +184,7 @@ class Supervisor:
             told_to_ranks = {EXIT_CODES: str(codes), heartbeat.FOLDER: str(beats), log.RANK_LOGS: str(self._logs)}
             # A session of its own: Ctrl-C comes here alone, and is passed on once.
             process = self._process = subprocess.Popen(
-                torchrun.command(self._start, place, again),
+                torchrun.command(self._start, place, again, codes.with_name("torchrun")),
                 env=torchrun.environment(self._start, restarted, told_to_ranks),
                 start_new_session=True,
                 preexec_fn=torchrun.ignore_stops,  # noqa: PLW1509  there are no threads here
@@ -223,6 +224,7 @@ class Supervisor:
             if now >= next_look:
                 next_look = now + _LOOK_S
                 ranks.meet()
+                keep_from_cleaners(ranks.codes, beats)
                 if self._start.node == 0:
                     self._reached.look()
                 self._look_for_reasons_to_stop()

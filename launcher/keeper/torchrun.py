@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 from llmtrain import cpu
 from llmtrain.errors import ConfigError
@@ -53,8 +54,13 @@ class Place:
     own: str
 
 
-def command(start: Start, place: Place | None = None, again: bool = False) -> list[str]:
-    """The process that trains on this node. `again`: never from the beginning, whatever run.resume says."""
+def command(start: Start, place: Place | None = None, again: bool = False, scratch: Path | None = None) -> list[str]:
+    """The process that trains on this node.
+
+    Args:
+        again: never from the beginning, whatever run.resume says.
+        scratch: for torchrun's folders; else it leaves one in /tmp at each start.
+    """
     words = [*([f"train.device={start.device}"] if start.device else []), *start.words]
     if again:
         words.append("run.resume=auto")
@@ -70,7 +76,7 @@ def command(start: Start, place: Place | None = None, again: bool = False) -> li
     return [
         sys.executable, "-m", "torch.distributed.run", *meeting, "--nproc_per_node", str(start.ranks),
         "--signals_to_handle", "SIGQUIT", "--max_restarts", "0", "--shutdown_timeout", str(_SHUTDOWN_S),
-        "-m", "llmtrain", "--", *words,
+        *([] if scratch is None else ["--log-dir", str(scratch)]), "-m", "llmtrain", "--", *words,
     ]  # fmt: skip
 
 

@@ -30,7 +30,7 @@ def read_facts(model: QLoRAModel, base: str | None) -> BaseFacts | None:
     Args:
         base: a folder with config.json, in place of `model.base`.
     """
-    file = _find(base or model.base, model.revision)
+    file = find(base or model.base, model.revision)
     if file is None:
         return None
     try:
@@ -45,8 +45,8 @@ def read_facts(model: QLoRAModel, base: str | None) -> BaseFacts | None:
     return facts if known and fits else None
 
 
-def _find(base: str, revision: str | None) -> Path | None:
-    """In a folder, or where the Hub's client keeps what was downloaded."""
+def find(base: str, revision: str | None) -> Path | None:
+    """A base's config.json: in a folder, or where the Hub's client keeps what was downloaded."""
     folder = Path(base).expanduser()
     if not folder.is_dir():
         home = Path(os.environ.get("HF_HOME", Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "huggingface"))

@@ -12,6 +12,9 @@ from llmtrain.errors import UserError
 from llmtrain.memory import Sizes
 from llmtrain.rundir import RunDir
 
+_LISTED = 5_000_000
+"""Saves by passes that are looked at one by one, for those that fall on a save by steps; some seconds."""
+
 
 def count_saves(config: RunConfig, plan: BatchPlan, rows: int | None) -> int:
     """Checkpoints of a run that is not interrupted, its last one included.
@@ -19,15 +22,18 @@ def count_saves(config: RunConfig, plan: BatchPlan, rows: int | None) -> int:
     Args:
         rows: of the training split; None where that is not known yet (checkpoint.every_epochs then counts for nothing).
     """
-    every, epochs = config.checkpoint.every_steps, config.checkpoint.every_epochs
-    steps = {plan.total_steps}
-    if every is not None:
-        steps.update(range(every, plan.total_steps, every))
-    if epochs is not None and rows is not None:
-        apart = epochs * rows / plan.global_batch_size
-        passes = range(1, int(plan.total_steps / apart) + 1)
-        steps.update(min(plan.total_steps, math.ceil(number * apart - 1e-9)) for number in passes)
-    return len(steps)
+    every, epochs, last = config.checkpoint.every_steps, config.checkpoint.every_epochs, plan.total_steps
+    saves = 1 if every is None else (last - 1) // every + 1
+    if epochs is None or rows is None:
+        return saves
+    apart = epochs * rows / plan.global_batch_size
+    if apart <= 1:
+        return last
+    others = int(last / apart)
+    if others <= _LISTED:
+        after = (math.ceil(number * apart - 1e-9) for number in range(1, others + 1))
+        others = sum(step < last and (every is None or step % every > 0) for step in after)
+    return min(last, saves + others)
 
 
 def most_on_disk(config: RunConfig, plan: BatchPlan, saves: int) -> int:

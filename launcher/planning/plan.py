@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -14,9 +15,10 @@ from launcher.planning import forecast
 from launcher.planning.sizes import find_sizes
 from llmtrain import cpu, recipe, shards
 from llmtrain.batches import BatchPlan, plan_batches, warmup_problem
-from llmtrain.config.load import Origins, auto_is_fp32
+from llmtrain.config.load import Origins, auto_is_fp32, with_precision
 from llmtrain.config.schema import RunConfig
 from llmtrain.errors import ConfigError
+from llmtrain.gpus import handle
 from llmtrain.memory import Device, Part, Sizes
 from llmtrain.shards import ShardManifest
 
@@ -32,40 +34,50 @@ class Machine:
     memory_bytes: float | None
     """That one rank may take; None: nobody has said."""
     told: str
+    bf16: bool | None = None
+    """Whether its GPUs compute in bf16, which those before Ampere only emulate; None: nobody has said."""
 
 
 def find_machine(gpus: int, gpu_memory_gb: float | None, device: str) -> Machine:
     """The GPUs that were described, or that are here; without any, this machine's CPU."""
-    if device == "cpu" or (device == "auto" and gpu_memory_gb is None and _gpu_memory() is None):
+    here = None if device == "cpu" or gpu_memory_gb is not None else _gpu_here()
+    if device == "cpu" or (device == "auto" and gpu_memory_gb is None and here is None):
         total = float(psutil.virtual_memory().total)
         return Machine("cpu", gpus, total / gpus, f"{total / GB:.0f} GB of host memory, {num_ranks(gpus)}")
-    size = gpu_memory_gb * GB if gpu_memory_gb is not None else _gpu_memory()
-    if size is None:
+    if gpu_memory_gb is not None:
+        here = gpu_memory_gb * GB, None
+    if here is None:
         raise ConfigError(["there is no GPU on this machine to ask: give --gpu-memory in GB, or --device cpu"])
-    return Machine("cuda", gpus, size, f"{gpus} GPU{'s' * (gpus > 1)} with {size / GB:.0f} GB")
+    size, bf16 = here
+    return Machine("cuda", gpus, size, f"{gpus} GPU{'s' * (gpus > 1)} with {size / GB:.0f} GB", bf16)
 
 
 def num_ranks(count: int) -> str:
     return "1 rank" if count == 1 else f"{count} ranks"
 
 
-def _gpu_memory() -> float | None:
+def _gpu_here() -> tuple[float, bool | None] | None:
+    """Memory of the first GPU that this process may use, and whether it computes in bf16; None where there is none."""
     import pynvml
 
     try:
-        pynvml.nvmlInit()
-        return float(pynvml.nvmlDeviceGetMemoryInfo(pynvml.nvmlDeviceGetHandleByIndex(0)).total)
+        gpu = handle(0)
+        size = float(pynvml.nvmlDeviceGetMemoryInfo(gpu).total)
     except pynvml.NVMLError:
         return None
+    try:
+        return size, pynvml.nvmlDeviceGetCudaComputeCapability(gpu)[0] >= 8
+    except pynvml.NVMLError:
+        return size, None
 
 
-def uses_bf16(config: RunConfig, device: Device) -> bool:
-    """As training decides it."""
+def uses_bf16(config: RunConfig, machine: Machine) -> bool:
+    """As training decides it; GPUs of which nobody has said what they are count as ones that do."""
     if config.train.precision != "auto":
         return config.train.precision == "bf16"
     if auto_is_fp32(config):
         return False
-    return device == "cuda" or (device == "cpu" and cpu.has_fast_bf16())
+    return machine.bf16 is not False if machine.device == "cuda" else cpu.has_fast_bf16()
 
 
 @dataclass(frozen=True)
@@ -81,7 +93,7 @@ class Outlook:
 
 
 def outlook(config: RunConfig, sizes: Sizes, plan: BatchPlan, machine: Machine, kind: str) -> Outlook:
-    bf16 = uses_bf16(config, machine.device)
+    bf16 = uses_bf16(config, machine)
     parts = sizes.estimate(config, plan, machine.ranks, kind, bf16, machine.device)
     if machine.device == "cpu":  # GPUs' copies for saving are in host memory
         copy = sizes.host_copy(config, machine.ranks)
@@ -170,7 +182,7 @@ def count_rows(config: RunConfig, told: Told, built: ShardManifest | None) -> tu
 def show(config: RunConfig, origins: Origins, machine: Machine, told: Told, console: Console) -> bool:
     """Print the plan; returns whether the configured run fits."""
     folder = recipe.shard_folder(config)
-    built = shards.open_folder(folder, "size").manifest if shards.exists(folder) else None
+    built = _open_built(config, folder) if shards.exists(folder) else None
     rows, data = count_rows(config, told, built)
     sizes = find_sizes(config, told.vocab_size, told.base_config, built)
     plan = plan_batches(config, origins, machine.ranks, rows if rows is not None else 2**62)
@@ -199,6 +211,7 @@ def show(config: RunConfig, origins: Origins, machine: Machine, told: Told, cons
     outlooks = [outlook(config, sizes, plan, machine, kind) for kind in display.STRATEGIES]
     console.print(_table(outlooks, machine))
     chosen = next(o for o in outlooks if o.kind == config.strategy.kind)
+    _say_precision(config, sizes, plan, machine, say)
     if machine.memory_bytes is None:
         say("fits?", "give --gpu-memory, or gpu_memory_gb in the cluster's profile, to know")
         return True
@@ -215,6 +228,26 @@ def show(config: RunConfig, origins: Origins, machine: Machine, told: Told, cons
             "  ", "no setting here makes it fit: use a smaller model, a shorter model.context, or more GPUs with ZeRO-2"
         )
     return False
+
+
+def _open_built(config: RunConfig, folder: Path) -> ShardManifest:
+    """Finished shards, where they are those that training would take."""
+    opened = shards.open_folder(folder, "size")
+    opened.check_recipe(recipe.recipe_of(config), recipe.tokenizer_file(config))
+    return opened.manifest
+
+
+def _say_precision(
+    config: RunConfig, sizes: Sizes, plan: BatchPlan, machine: Machine, say: Callable[[str, str], None]
+) -> None:
+    """Where bf16 was taken for granted, and fp32 might not fit."""
+    if machine.device != "cuda" or machine.bf16 is not None or config.train.precision != "auto":
+        return
+    if not uses_bf16(config, machine):
+        return
+    slower = outlook(with_precision(config, "fp32"), sizes, plan, machine, config.strategy.kind)
+    if machine.memory_bytes is None or not fits(slower, machine):
+        say("precision", "counted in bf16; GPUs before Ampere take fp32: for those add train.precision=fp32")
 
 
 def _say_course(

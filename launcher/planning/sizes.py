@@ -5,20 +5,19 @@ import sys
 import tempfile
 from pathlib import Path
 
-from launcher.planning.base_config import read_facts
-from llmtrain import memory
+from launcher.planning.base_config import find, read_facts
+from llmtrain import memory, recipe
 from llmtrain.base_facts import BaseFacts
-from llmtrain.config.data_sections import FolderTokenizer, TrainedTokenizer
 from llmtrain.config.load import resolved_yaml
 from llmtrain.config.schema import RunConfig
-from llmtrain.errors import ConfigError, UserError
+from llmtrain.errors import ConfigError, ModelError, UserError
 from llmtrain.memory import Sizes
 from llmtrain.memory_lora import LoraSizes
 from llmtrain.shards import ShardManifest
 
 
 class UnknownBase(UserError):
-    """What a base is made of cannot be had; leaves with the exit code of the process that asked."""
+    """A base is refused, or cannot be had; leaves with the exit code of the process that asked."""
 
     def __init__(self, message: str, code: int):
         self.exit_code = code
@@ -31,12 +30,15 @@ def find_sizes(config: RunConfig, vocabulary: int | None, base: str | None, buil
 
     Raises:
         ConfigError: it would take a download to know.
+        ModelError: the base cannot be used with the tokenizer.
         UnknownBase: the base cannot be asked.
     """
     model = config.model
     if model.kind == "gpt":
         return memory.GPTSizes(model, vocab_size(config, vocabulary, built))
     if (facts := read_facts(model, base)) is not None:
+        if problems := facts.tokenizer_problems(recipe.tokenizer_size(config)):
+            raise ModelError(f"model.base={model.base} cannot be used so:" + "".join(f"\n  - {p}" for p in problems))
         return LoraSizes(model, facts)
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch) / "config.yaml"
@@ -45,9 +47,11 @@ def find_sizes(config: RunConfig, vocabulary: int | None, base: str | None, buil
         command = [sys.executable, "-m", "llmtrain.inspect_base", str(file), *told]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        hint = "" if base else "; where it cannot be reached, give --base-config FOLDER with its config.json"
         said = done.stderr.strip().removeprefix("error: ")
-        raise UnknownBase(f"{said}\nwhat {model.base} is made of is not known{hint}", done.returncode)
+        if find(base or model.base, model.revision) is None:  # else it was read, or downloaded, and refused
+            hint = "" if base else "; where it cannot be reached, give --base-config FOLDER with its config.json"
+            said += f"\nwhat {model.base} is made of is not known{hint}"
+        raise UnknownBase(said, done.returncode)
     return LoraSizes(model, BaseFacts.from_json(done.stdout.splitlines()[-1]))
 
 
@@ -62,15 +66,11 @@ def vocab_size(config: RunConfig, told: int | None, built: ShardManifest | None)
     if built is not None:
         return built.tokenizer.vocab_size
     tokenizer = config.data.tokenizer
-    if isinstance(tokenizer, TrainedTokenizer):
-        return tokenizer.vocab_size
-    if isinstance(tokenizer, FolderTokenizer):
-        from tokenizers import Tokenizer
-
-        path = Path(tokenizer.path) / "tokenizer.json"
-        if not path.is_file():
-            raise ConfigError([f"data.tokenizer.path={tokenizer.path}: there is no tokenizer.json in it"])
-        return Tokenizer.from_file(str(path)).get_vocab_size()
+    if (size := recipe.tokenizer_size(config)) is not None:
+        return size
+    if tokenizer.kind == "folder":
+        raise ConfigError([f"data.tokenizer.path={tokenizer.path}: there is no tokenizer.json in it"])
+    assert tokenizer.kind == "hub"
     raise ConfigError(
         [
             f"the vocabulary of {tokenizer.name} is not known yet: "

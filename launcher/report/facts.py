@@ -146,8 +146,10 @@ def _is_finite(record: dict[str, Any]) -> bool:
 
 
 def ranking_of_training(run: RunDir, evaluations: dict[int, dict[str, Any]]) -> Ranking | None:
-    """For a run that nothing has scored from disk: training's own losses, without intervals. None before the first."""
-    measured = {step: r for step, r in evaluations.items() if step > 0 and np.isfinite(r["loss"])}
+    """For a run that nothing has scored from disk: training's own losses of what was saved, without intervals. None
+    before the first."""
+    saved = ledger.saved_steps(run)
+    measured = {step: r for step, r in evaluations.items() if step in saved and np.isfinite(r["loss"])}
     if not measured:
         return None
     best, there = min(measured, key=lambda step: (measured[step]["loss"], step)), set(run.checkpoint_steps())

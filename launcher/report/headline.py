@@ -115,26 +115,46 @@ def _when(facts: Facts) -> str | None:
     """From the first start to the last step, pauses included."""
     began = next((event.time for event in facts.events if event.kind == "started"), None)
     written = facts.now.training.written
-    rates = sorted(facts.speed.tokens_per_s.values())
     parts = [
         None if began is None else f"began {words.moment(began)}",
         None if began is None or written is None else f"last step {display.duration(written - began)} later",
-        f"{words.quantity(rates[len(rates) // 2])} tokens a second" if rates else None,
+        _pace(facts, None if began is None or written is None else written - began),
     ]
     text = "; ".join(part for part in parts if part is not None)
     return text[:1].upper() + text[1:] or None
 
 
+def _pace(facts: Facts, seconds: float | None) -> str | None:
+    """While it computes steps, and over all that time: evaluations, saves, pauses, steps done twice."""
+    rates = sorted(facts.speed.tokens_per_s.values())
+    if not rates:
+        return None
+    has_prompts = facts.config is not None and facts.config.data.format.kind != "text"
+    included, learned = (", prompts included", " learned ones") if has_prompts else ("", "")
+    told = f"{words.quantity(rates[len(rates) // 2])} tokens a second while stepping{included}"
+    if not seconds or seconds < 0:
+        return told
+    return f"{told} ({words.quantity(float(facts.clock.tokens[-1]) / seconds)}{learned} overall)"
+
+
 def _heldout(facts: Facts) -> list[str | None]:
     measured = sorted(facts.heldout().steps.astype(int).tolist())
-    if not measured or facts.ranking is None:
+    if measured and facts.ranking is None and not measured[-1]:
+        start = words.loss(facts.evaluations[measured[0]]["loss"])
+        return [f"{start} before the first step", "None since; one comes at evaluate.every_steps, or at a save."]
+    if not measured:
         return ["No evaluation yet", "The first one comes at evaluate.every_steps, or at the first save."]
-    losses, best = facts.evaluations, facts.ranking.best.score
+    losses, ranked = facts.evaluations, facts.ranking
+    best = None if ranked is None else ranked.best.score
     first, last = losses[measured[0]]["loss"], losses[measured[-1]]["loss"]
-    low = (
-        f"Lowest {words.loss(best.loss)} at step {best.step:,} (epoch {best.epoch:.2f}): perplexity "
-        f"{words.figure(best.perplexity)}, {words.figure(best.bits_per_byte, 3)} bits per byte"
-    )
+    lower = choose.lowest_measured(facts.run, 0 if best is None else best.step)
+    low = lower[:1].upper() + lower[1:] or None
+    if ranked is not None and best is not None:
+        low = (
+            f"Lowest {f'of the {ranked.scope} ones ' if lower else ''}{words.loss(best.loss)} at step {best.step:,} "
+            f"(epoch {best.epoch:.2f}): perplexity {words.figure(best.perplexity)}, "
+            f"{words.figure(best.bits_per_byte, 3)} bits per byte{lower and f'; {lower}'}"
+        )
     tested = [f"Test split {words.loss(s.loss)} (step {s.step:,})" for _, s in sorted(facts.test_scores.items())]
     return [
         f"{words.loss(first)} \u2192 {words.loss(last)}",
@@ -163,6 +183,8 @@ def _overfitting(facts: Facts) -> list[str | None]:
         return ["Not known yet", "It takes two checkpoints with a held-out loss."]
     said = verdict.describe()
     big = f"Began after step {verdict.best.step:,}" if verdict.began else "None seen"
+    if verdict.perhaps:
+        big = f"Perhaps since step {verdict.best.step:,}"
     told = said if verdict.began else said.partition(": ")[2] or said
     return [big, told[:1].upper() + told[1:]]
 
@@ -229,6 +251,7 @@ def _all_well(facts: Facts) -> str:
     counts = {
         "resume": kinds.count("resumed"),
         "restart": kinds.count("restarted"),
+        "unsaved end": kinds.count("unsaved"),
         "failed attempt": sum(kinds.count(kind) for kind in ("score-failed", "upload-failed", "stalled")),
         "rejected checkpoint": kinds.count("rejected"),
     }

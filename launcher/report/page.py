@@ -9,7 +9,7 @@ from launcher.report import headline, sections, theme, words
 from launcher.report.facts import AXES, read_facts
 from launcher.report.markup import Html, element
 from launcher.report.plots import Picture
-from llmtrain import __version__, files
+from llmtrain import __version__, files, summary
 from llmtrain.errors import disk_errors
 from llmtrain.rundir import RunDir
 
@@ -22,6 +22,7 @@ _CONTENTS = {
     "events": "On the way",
     "configuration": "Configuration",
 }
+_ANEW = "it writes the page anew"
 
 
 def write_report(run: RunDir) -> Path:
@@ -31,6 +32,9 @@ def write_report(run: RunDir) -> Path:
         RunFolderError: there is no run in that folder.
     """
     facts = read_facts(run)
+    if facts.now.training.state in ("finished", "ended early"):
+        with disk_errors("summary", run.path, then=_ANEW):
+            summary.renew(run, with_curve=facts.config is None or facts.config.log.report)
     below, pictures = sections.everything(facts)
     body = element("main", headline.header(facts), headline.cards(facts), below)
     write_page(run.report, f"{facts.name}: {facts.now.training.state}", [bar(_CONTENTS), body, footer()])
@@ -39,13 +43,13 @@ def write_report(run: RunDir) -> Path:
 
 
 def write_page(path: Path, title: str, body: list[Html]) -> None:
-    with disk_errors("report", path.parent):
+    with disk_errors("report", path.parent, then=_ANEW):
         path.parent.mkdir(parents=True, exist_ok=True)
         files.write_atomic(path, theme.document(title, Html("".join(body))))
 
 
 def write_pictures(folder: Path, pictures: list[Picture]) -> None:
-    with disk_errors("report", folder):
+    with disk_errors("report", folder, then=_ANEW):
         for picture in pictures:
             files.write_atomic(folder / f"{picture.name}.png", picture.png)
 

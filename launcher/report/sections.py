@@ -12,7 +12,7 @@ from launcher.report.figures import Estimate, crop, estimates, gap_series
 from launcher.report.markup import Child, Html, element, join, table
 from launcher.report.plots import Picture, picture
 from llmtrain.choose import Entry
-from llmtrain.ledger import Event
+from llmtrain.ledger import Event, drain_command
 
 _ROWS = 12
 """Of a ranking that are shown at once."""
@@ -23,6 +23,9 @@ _EVENTS = 60
 _KINDS = {  # what an event is called, and its tone
     "started": ("Started", ""),
     "resumed": ("Resumed", ""),
+    "branched": ("Branched", ""),
+    "stopped": ("Stopped", ""),
+    "unsaved": ("Ended without saving", "warn"),
     "restarted": ("Started again", "warn"),
     "failed": ("Training failed", "bad"),
     "rejected": ("Checkpoint rejected", "bad"),
@@ -110,7 +113,8 @@ def ranking(facts: Facts) -> tuple[Html, list[Picture]]:
     """All checkpoints with a score, the best first, and how sure their order is."""
     ranked = facts.ranking
     if ranked is None:
-        return section("ranking", "Which checkpoint", notice("Nothing to rank yet: no held-out loss so far.")), []
+        nothing = notice("Nothing to rank yet: no saved checkpoint has a held-out loss.")
+        return section("ranking", "Which checkpoint", nothing), []
     order = sorted(ranked.entries, key=lambda e: (not np.isfinite(e.score.loss), e.score.loss, e.step))
     tasks = sorted({name for e in order for name in e.task})
     chosen = None if facts.listed.proposed is None else facts.listed.proposed.step
@@ -170,8 +174,8 @@ def _row(facts: Facts, chosen: int | None, place: int, entry: Entry, tasks: list
 def _how_scored(facts: Facts) -> str:
     if not facts.is_scored or facts.ranking is None:
         return (
-            "As training itself measured them. Nothing was scored from disk, so there are no intervals: small "
-            "differences may be chance."
+            "As training itself measured them at the saves. Nothing was scored from disk, so there are no intervals: "
+            f"differences may be chance. To score them: {drain_command(facts.run.path)}"
         )
     scores = [e.score for e in facts.ranking.entries]
     hows = sorted({score.how for score in scores if score.how and score.origin == "disk"})
@@ -180,8 +184,9 @@ def _how_scored(facts: Facts) -> str:
     where = f"Loaded from their files and scored on held-out text{how}" if disk else "As the training ranks scored them"
     return (
         f"{where}. Two checkpoints are compared on the same stretches of text, drawn again with replacement. Where the "
-        "95% interval of the difference to the best contains 0 it is a tie, and the one saved first is proposed. The "
-        "intervals hold for all of them together, since the best of many is the best by luck too."
+        "95% interval of the difference to the best contains 0 it is a tie, and the first of those on this disk is "
+        "proposed (else of those on the Hub). The intervals hold for all of them together, since the best of many is "
+        "the best by luck too."
     )
 
 

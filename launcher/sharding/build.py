@@ -22,11 +22,13 @@ from launcher.sharding.processes import RunAll, processes
 from launcher.sharding.progress import ShardProgress
 from launcher.sharding.sources import default_workers
 from launcher.sharding.work import (
+    WORK,
     Plan,
     check_folder,
     check_unchanged,
     locked,
     make_plan,
+    may_lock,
     open_work,
     remove_work,
     take_manifest,
@@ -88,7 +90,9 @@ def build(config: RunConfig, workers: int | None = None, force: bool = False) ->
     """
     folder = recipe.shard_folder(config)
     early = _plan_early(config)
-    with disk_errors("sharding", folder), locked(folder):
+    if not force and (found := _find_read_only(config)):
+        return found
+    with _disk_errors(folder), locked(folder):
         if not force and (found := _find_finished(config)):
             remove_work(folder)  # of a build killed just after its manifest
             return found
@@ -119,7 +123,9 @@ def prepare_build(config: RunConfig, workers: int | None = None, force: bool = F
     """
     folder = recipe.shard_folder(config)
     early = _plan_early(config)
-    with disk_errors("sharding", folder), locked(folder):
+    if not force and (found := _find_read_only(config)):
+        return found
+    with _disk_errors(folder), locked(folder):
         if not force and (found := _find_finished(config)):
             return found
         check_folder(config)
@@ -143,7 +149,9 @@ def build_part(config: RunConfig, part: Part, workers: int | None = None) -> Bui
     """
     folder = recipe.shard_folder(config)
     early = _plan_early(config)
-    with disk_errors("sharding", folder), locked(folder, shared=True):
+    if found := _find_read_only(config):
+        return found
+    with _disk_errors(folder), locked(folder, shared=True):
         if found := _find_finished(config):
             return found
         started = time.perf_counter()
@@ -154,10 +162,14 @@ def build_part(config: RunConfig, part: Part, workers: int | None = None) -> Bui
         return BuiltPart(plan, part, chosen, time.perf_counter() - started, size_bytes)
 
 
+def _disk_errors(folder: Path) -> contextlib.AbstractContextManager[None]:
+    return disk_errors("sharding", folder, then=f"what is finished is kept in {folder / WORK}")
+
+
 def _plan_early(config: RunConfig) -> Plan | None:
     """The plan where no folder is yet: sources that cannot be read leave none behind."""
     folder = recipe.shard_folder(config)
-    with disk_errors("sharding", folder):
+    with _disk_errors(folder):
         return None if folder.exists() else make_plan(config)
 
 
@@ -192,6 +204,13 @@ def _find_finished(config: RunConfig) -> Built | None:
     opened.check_recipe(recipe.recipe_of(config), recipe.tokenizer_file(config))
     newer = recipe.newer_source(config, folder / shards.MANIFEST)
     return Built(opened, 0.0, 0, fast=False, was_there=True, newer_source=newer)
+
+
+def _find_read_only(config: RunConfig) -> Built | None:
+    """The finished folder where the lock's file cannot be written, as training takes it."""
+    folder = recipe.shard_folder(config)
+    with _disk_errors(folder):
+        return None if may_lock(folder) else _find_finished(config)
 
 
 def _tokenise(

@@ -39,7 +39,7 @@ def write_shards(plan: Plan, read: reasons.Input, run_all: RunAll[Any], progress
     progress.stage("pack", sum(stream.text_bytes for stream in streams.values()))
     splits: dict[SplitName, SplitInfo] = {}
     for name in tasks.SPLITS:
-        if name == "test" and config.data.split.test == 0:
+        if name == "test" and not config.data.has_test:
             continue
         jobs, dropped = _pack_jobs(config, name, streams[name], work, encoder)
         packed = list(run_all(tasks.write_packed, jobs))

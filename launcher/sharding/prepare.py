@@ -18,7 +18,7 @@ import numpy as np
 from launcher.sharding import tasks, tokenize
 from launcher.sharding.processes import RunAll
 from launcher.sharding.progress import ShardProgress
-from launcher.sharding.records import Unit
+from launcher.sharding.readers import Unit
 from launcher.sharding.work import Plan, check_work, not_prepared
 from llmtrain import files
 from llmtrain.config.data_sections import DataSection
@@ -102,7 +102,7 @@ def _measure(plan: Plan, run_all: RunAll[Any], progress: ShardProgress) -> list[
 def _place_in_text(plan: Plan, counts: list[int]) -> tuple[list[int], tuple[int, int]]:
     """Where each task begins, and the bounds of the splits; zeros where a document's hash decides."""
     starts = [0, *np.cumsum(counts).tolist()]
-    return starts[:-1], tasks.tail_bounds(starts[-1], plan.config.data.split)
+    return starts[:-1], tasks.tail_bounds(starts[-1], plan.config.data.rest_split)
 
 
 def _training_bytes(plan: Plan) -> int:

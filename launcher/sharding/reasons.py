@@ -83,17 +83,25 @@ def too_little(config: RunConfig, name: SplitName, tokens: int, documents: int, 
         )
     if count < samples or not count:
         *ways, last = _ways(config, name, documents)
-        said += f" {'Otherwise use' if count else 'Use'} {', '.join(ways)}, or {last}"
+        listed = f"{', '.join(ways)}, or {last}" if ways else last
+        said += f" {'Otherwise use' if count else 'Use'} {listed}"
     return "\n".join([said, *told_skipped(read.skipped), *told_found(config.data, read.found)])
 
 
 def _ways(config: RunConfig, name: SplitName, documents: int) -> Iterator[str]:
-    split = config.data.split
+    split, uses = config.data.rest_split, {source.use for source in config.data.sources}
+    if name in uses and (name != "train" or None not in uses):
+        yield f"more text in the source with use: {name}"
+        if name == "train" and config.data.packing == "contiguous":
+            yield "a shorter model.context"
+        return
     yield "more text"
     if name == "train":
         if config.data.packing == "contiguous":  # only there a row has to be full, and only in this split
             yield "a shorter model.context"
-        yield "a smaller data.split.heldout" + (" or data.split.test" if split.test else "")
+        shares = [f"data.split.{each}" for each in ("heldout", "test") if getattr(split, each)]
+        if shares:
+            yield f"a smaller {' or '.join(shares)}"
     else:
         yield f"a larger data.split.{name}"
     if name == "test":

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from launcher.sharding import messages as chats
 from launcher.sharding import unseen
 from launcher.sharding.records import TOOLS, Document, text_of
 from launcher.sharding.tokenize import Encoder
@@ -24,8 +25,8 @@ from llmtrain.config import data_sections as schema
 from llmtrain.errors import SourceError, TokenizerError
 
 RULES = 4
-"""Raise it whenever this module, records.py or tasks.py cuts, masks or counts differently: what an older version
-has tokenised of an unfinished build is not used then."""
+"""Raise it whenever this module, messages.py, readers.py, records.py or tasks.py cuts, masks or counts differently:
+what an older version has tokenised of an unfinished build is not used then."""
 
 TOO_LONG, COMPLETION_TOO_LONG = "longer than model.context", "completion longer than model.context"
 """Reasons to leave a sample out."""
@@ -40,7 +41,9 @@ class Segment:
     text: str
     learned: bool
     ends: bool = False
-    """An end-of-text token follows, learned too."""
+    """An end-of-text token follows, learned as it is."""
+    never: bool = False
+    """Not learned even where prompts are."""
 
 
 @dataclass(frozen=True)
@@ -134,7 +137,7 @@ class SampleMaker:
         learned_bytes, start = 0, 0
         for piece in pieces:
             stop = start + len(piece.ids)
-            learned = piece.segment.learned or not completion_only
+            learned = not piece.segment.never and (piece.segment.learned or not completion_only)
             if piece.segment.learned and gone > 0 and start <= gone < stop:
                 learned = False  # nothing of its question is left, and of the answer perhaps only the end
             flags.append(np.full(len(piece.ids), learned, np.uint8))
@@ -211,7 +214,8 @@ class Chat:
         self.special_text = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
 
     def segments(self, document: Document) -> list[Segment]:
-        """What the others say is not learned; what the assistant says is, with its end-of-text token."""
+        """What the others say is not learned; what the assistant says is, with its end-of-text token, unless it has
+        weight 0. What comes after the last answer that is learned is left out."""
         messages, tools = self._messages(document), _tools(document.record or {})
         try:
             segments, written = self._split(document, messages, tools)
@@ -223,7 +227,7 @@ class Chat:
     def _split(
         self, document: Document, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None
     ) -> tuple[list[Segment], str]:
-        """Also all that the template wrote up to the end of the last answer."""
+        """Also all that the template wrote."""
         segments: list[Segment] = []
         done = after = ""
         for number, message in enumerate(messages):
@@ -234,7 +238,8 @@ class Chat:
             if not before.startswith(done) or not after.startswith(before):
                 raise TokenizerError(
                     "the chat template writes a turn differently once the next one follows, so "
-                    "that what is learned is not what is seen later; set data.format.template to one that does not"
+                    "that what is learned is not what is seen later; set data.format.template to one that does not "
+                    "(Qwen3's own drops the reasoning of earlier turns: take configs/templates/qwen3.jinja)"
                 )
             said, ends = after[len(before) :], False
             if self._eos in said:
@@ -247,19 +252,26 @@ class Chat:
                     f"model would never learn to stop. It wrote {after[len(before) :][-40:]!r}. Set "
                     "data.format.append_eos=true, or data.format.template to one that writes it"
                 )
-            segments += [Segment(before[len(done) :], learned=False), Segment(said, learned=True, ends=ends)]
+            if not message["content"].strip() and not said.replace(self._eos, "").strip():
+                raise SourceError(
+                    f"{document.where()}: the assistant says nothing in message {number + 1}, and the chat template "
+                    f"makes nothing of its '{chats.CALLS}'; data.format.template takes another template"
+                )
+            learned = chats.is_learned(message)
+            segments += [
+                Segment(before[len(done) :], learned=False),
+                Segment(said, learned=learned, ends=ends, never=not learned),
+            ]
             done = before + said
         return segments, after
 
     def _note(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, written: str) -> None:
-        """Count what the template leaves out of the messages up to the last answer."""
-        last = max(number for number, message in enumerate(messages) if message["role"] == "assistant")
-        messages = messages[: last + 1]
+        """Count what the template leaves out of the messages."""
         self._noted[unseen.CONTENT] += not unseen.is_written(messages, written)
         if tools:
             self._noted[unseen.TOOLS] += self._writes(messages, None) == written
-        if any(message.get("tool_calls") for message in messages):
-            without = [{name: each for name, each in m.items() if name != "tool_calls"} for m in messages]
+        if any(message.get(chats.CALLS) for message in messages):
+            without = [{name: each for name, each in m.items() if name != chats.CALLS} for m in messages]
             self._noted[unseen.TOOL_CALLS] += self._writes(without, tools) == written
 
     def _writes(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None) -> str | None:
@@ -270,20 +282,15 @@ class Chat:
 
     def _messages(self, document: Document) -> list[dict[str, Any]]:
         field, where = self._format.messages, document.where
-        messages = (document.record or {})[field]
-        if not isinstance(messages, list) or not all(
-            isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
-            for m in messages
-        ):
-            raise SourceError(f"{where()}: '{field}' must be a list of messages with 'role' and 'content' as text")
-        said = [m["content"] for m in messages if m["role"] == "assistant"]
+        messages = chats.read((document.record or {})[field], field, where)
+        said = [m for m in messages if m["role"] == "assistant"]
         if not said:
             roles = ", ".join(sorted({m["role"] for m in messages})) or "none"
             raise SourceError(
                 f"{where()}: the assistant says nothing: there is nothing to learn. The roles here are: {roles}; write "
                 "'assistant' for the one whose messages are to be learned, or remove the record"
             )
-        if not all(content.strip() for content in said):
+        if not all(m["content"].strip() or m.get(chats.CALLS) for m in said):
             raise SourceError(
                 f"{where()}: the assistant says nothing in one of its messages: there is nothing to learn; remove the "
                 "record"
@@ -292,4 +299,9 @@ class Chat:
             text_of(message["content"], field, where)
             if any(token in message["content"] for token in self._special):
                 raise NotUsable("a special token stands in the text")
-        return messages
+        learned = [number for number, message in enumerate(messages) if chats.is_learned(message)]
+        if not learned:
+            raise SourceError(
+                f"{where()}: all that the assistant says has weight 0: there is nothing to learn; remove the record"
+            )
+        return messages[: learned[-1] + 1]

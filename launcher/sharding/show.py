@@ -12,7 +12,7 @@ from rich.text import Text
 
 from launcher.sharding import reasons
 from launcher.sharding.build import Built, BuiltPart, PreparedBuild
-from llmtrain import recipe
+from llmtrain import log, recipe
 from llmtrain.shards import ShardFolder, SplitName
 
 if TYPE_CHECKING:
@@ -122,7 +122,7 @@ def show_samples(folder: ShardFolder, count: int, console: Console) -> None:
         ):
             style = "bold green" if is_learned else "dim"
             pieces = [
-                (_SPECIAL.format(_visible(piece)) if plain and special else _visible(piece), special)
+                (log.printable(_SPECIAL.format(piece) if plain and special else piece, keep="\n\t"), special)
                 for piece, special in _decoded(tokenizer, part.tolist(), numbers)
             ]
             if is_learned and plain:
@@ -147,8 +147,3 @@ def _decoded(tokenizer: "Tokenizer", ids: list[int], special: set[int]) -> Itera
                 yield whole.removeprefix(name), False
             else:
                 yield tokenizer.decode(piece, skip_special_tokens=False), False
-
-
-def _visible(text: str) -> str:
-    """Control characters would reach the terminal: all but line breaks and tabs are shown by their codes."""
-    return "".join(c if c.isprintable() or c in "\n\t" else f"\\x{ord(c):02x}" for c in text)

@@ -10,10 +10,12 @@ import os
 import sysconfig
 from pathlib import Path
 
-from launcher.sharding.records import Unit, check_fields, load_dataset, open_parquet, wanted_fields
-from llmtrain import cpu
+from launcher.sharding.readers import Unit, check_fields, load_dataset, open_parquet
+from launcher.sharding.records import wanted_fields
+from llmtrain import cpu, log
 from llmtrain.config import data_sections as schema
 from llmtrain.errors import SourceError
+from llmtrain.files import expand_home
 from llmtrain.recipe import TEXT_SUFFIXES, source_files
 
 UNIT_BYTES = 4_000_000
@@ -35,7 +37,7 @@ def list_units(sources: list[schema.Source], format: schema.Format) -> list[Unit
             case schema.HuggingFaceSource():
                 units += _dataset_units(number, source, format)
             case _:
-                for path in _find_files(source.paths, problems):
+                for path in _find_files(number, source.paths, problems):
                     units += _split_file(number, source, path, format)
     if problems:
         raise SourceError("the sources cannot be read:\n" + "\n".join(f"  - {p}" for p in problems))
@@ -52,15 +54,15 @@ def _stdlib_files() -> list[Path]:
     return sorted(found, key=lambda path: path.relative_to(root).as_posix())
 
 
-def _find_files(patterns: list[str], problems: list[str]) -> list[Path]:
-    """The files that the patterns mean, each once, in the order of the patterns and then by name."""
+def _find_files(number: int, patterns: list[str], problems: list[str]) -> list[Path]:
+    """The files that the patterns of source `number` mean, each once, in the order of the patterns and then by name."""
     files: dict[Path, None] = {}
-    for pattern in patterns:
+    for position, pattern in enumerate(patterns):
         errors: list[OSError] = []
         found = sorted(source_files(pattern, errors.append))
         problems += [f"{error.filename or pattern}: cannot be read ({error.strerror})" for error in errors]
         if not found and not errors:
-            path = Path(pattern).expanduser()
+            path = Path(expand_home(pattern))
             looked = "" if path.is_absolute() else f" (looked for it from {Path.cwd().name}/, the working directory)"
             if path.is_dir():
                 nothing = f"the folder has no {' or '.join(TEXT_SUFFIXES)} files; name them by a glob"
@@ -69,6 +71,11 @@ def _find_files(patterns: list[str], problems: list[str]) -> list[Path]:
             else:
                 nothing = f"no such file{looked}"
             problems.append(f"{pattern}: {nothing}")
+        if pattern in patterns[:position] or Path(expand_home(pattern)) in files:
+            log.warn_once(
+                f"data       data.sources.{number}.paths: {pattern} is named twice and read once; to give it twice the "
+                "weight, list the source twice"
+            )
         files.update(dict.fromkeys(found))
     return [path for path in files if _is_readable(path, problems)]
 

@@ -17,7 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from launcher.sharding import pack
-from launcher.sharding.records import Document, Found, Unit, read_documents
+from launcher.sharding.readers import Unit
+from launcher.sharding.records import RECORD_ERRORS, Document, Found, read_documents
 from launcher.sharding.samples import NotUsable, Sample, SampleMaker
 from launcher.sharding.tokenize import Encoder
 from launcher.sharding.unseen import SpecialText
@@ -43,14 +44,20 @@ class Piece:
 
 
 def count_characters(data: schema.DataSection, task: list[Unit]) -> int:
-    return sum(len(document.text) for document in _documents(data, task, Counter()))
+    """Of what is split by data.split; sources with a `use` lie outside of the text that is measured."""
+    return sum(len(document.text) for use, document in _documents(data, task, Counter()) if use is None)
 
 
 def _documents(
     data: schema.DataSection, task: list[Unit], skipped: Counter[str], found: Found | None = None
-) -> Iterator[Document]:
+) -> Iterator[tuple[SplitName | None, Document]]:
+    """Each with the `use` of its source."""
+    found = found or Found()
     for unit in task:
-        yield from read_documents(data.sources[unit.source], unit, data.format, skipped, found)
+        source = data.sources[unit.source]
+        for document in read_documents(source, unit, data.format, skipped, found):
+            yield source.use, document
+    found.problems.tell()
 
 
 def tail_bounds(total: int, split: schema.SplitSection) -> tuple[int, int]:
@@ -94,8 +101,12 @@ def read_pieces(
     found: Found | None = None,
 ) -> Iterator[Piece]:
     """All pieces of a task whose text begins `start` characters into the whole."""
-    for document in _documents(data, task, skipped, found):
-        yield from split_document(document, data.split, start, bounds)
+    split = data.rest_split
+    for use, document in _documents(data, task, skipped, found):
+        if use is not None:
+            yield Piece(use, document.text, begins=True, ends=True, document=document)
+            continue
+        yield from split_document(document, split, start, bounds)
         start += len(document.text)
 
 
@@ -158,6 +169,9 @@ def tokenise(job: TokeniseJob) -> int:
             sample = maker.make(piece.document)
         except NotUsable as reason:
             skipped[str(reason)] += 1
+            continue
+        except RECORD_ERRORS as error:
+            found.problems.add(error, piece.document.where)
             continue
         cut += sample.cut
         tokens[piece.split].add_sample(sample)

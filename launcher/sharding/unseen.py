@@ -6,7 +6,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from launcher.sharding.records import Found
+from launcher.sharding.records import UNREAD, Found
 from llmtrain.config import data_sections as schema
 
 CONTENT, TOOLS, TOOL_CALLS = "content", "tools", "tool_calls"
@@ -78,6 +78,11 @@ def told(found: Found) -> Iterator[str]:
                 f"warning    in {count:,} {of} the template makes nothing of '{name}'; data.format.template takes "
                 "another template"
             )
+    for name in _named(noted, UNREAD):
+        yield (
+            f"warning    {noted[UNREAD + name]:,} of {found.records:,} records have something in '{name}', which is "
+            "not trained on; docs/finetuning.md makes chats of such records"
+        )
     if tokens := _named(noted, _TEMPLATE):
         yield (
             f"warning    data.format.template holds the text of a special token ({tokens[0]}): kept as plain text, not "

@@ -28,12 +28,13 @@ from pathlib import Path
 from typing import IO
 
 from launcher.sharding import samples, tasks
-from launcher.sharding.records import Unit
+from launcher.sharding.readers import Unit
 from launcher.sharding.sources import group_units, list_units, stamp_of
 from llmtrain import files, locks, recipe, shards
 from llmtrain.config.schema import RunConfig
 from llmtrain.errors import ConfigError, DataMismatch, SourceError, TooLittleData, UserError
 
+WORK = ".work"
 _UNPUBLISHED = ".unpublished"
 
 
@@ -53,7 +54,7 @@ class Plan:
 
     @property
     def work(self) -> Path:
-        return self.folder / ".work"
+        return self.folder / WORK
 
     @property
     def tokenizer(self) -> Path:
@@ -75,14 +76,19 @@ def make_plan(config: RunConfig) -> Plan:
     units = list_units(config.data.sources, config.data.format)
     if not units:
         raise SourceError("the sources hold no text at all")
-    split = config.data.split
-    if split.by == "hash" and all(s.kind == "text" and s.separator is None for s in config.data.sources):
-        documents, wanted = len({unit.path for unit in units}), 3 if split.test else 2
+    split = config.data.rest_split
+    rest = {number for number, source in enumerate(config.data.sources) if source.use is None}
+    sources = [config.data.sources[number] for number in rest]
+    if split.by == "hash" and all(s.kind == "text" and s.separator is None for s in sources):
+        documents = len({unit.path for unit in units if unit.source in rest})
+        needs_train = all(source.use != "train" for source in config.data.sources)
+        wanted = needs_train + (split.heldout > 0) + (split.test > 0)
         if documents < wanted:
+            named = len(rest) < len(config.data.sources)
             raise TooLittleData(
                 f"{documents} {'document' if documents == 1 else 'documents'} (a file is one) for {wanted} splits: "
                 "data.split.by=hash puts each document into one. Set data.split.by=tail, which cuts the text, or give "
-                "the source a separator"
+                "the source a separator" + ("; or use: train for it, to train on all of it" if named else "")
             )
     return Plan(config, recipe.shard_folder(config), group_units(units), _key(config, units))
 
@@ -153,7 +159,7 @@ def check_folder(config: RunConfig) -> None:
     ours = folder / shards.TOKENIZER
     setting = f"the shards' folder, {folder}" if config.data.dir is None else f"data.dir={folder}"
     elsewhere = f"set data.dir to another folder, such as {folder / 'shards'}"
-    if chosen.kind == "folder" and Path(chosen.path).expanduser().resolve().is_relative_to(ours.resolve()):
+    if chosen.kind == "folder" and Path(chosen.path).resolve().is_relative_to(ours.resolve()):
         problem = (
             f"data.tokenizer.path={chosen.path}: a build replaces {ours} ({setting}) by the shards' own copy of the "
             f"tokenizer; {elsewhere}, or move the tokenizer and set data.tokenizer.path to where it is then"
@@ -182,7 +188,7 @@ def take_manifest(plan: Plan) -> None:
 def remove_work(folder: Path) -> None:
     """Delete what a build needs until its manifest is written."""
     (folder / _UNPUBLISHED).unlink(missing_ok=True)
-    shutil.rmtree(folder / ".work", ignore_errors=True)
+    shutil.rmtree(folder / WORK, ignore_errors=True)
 
 
 def check_work(plan: Plan) -> None:
@@ -210,6 +216,16 @@ def not_prepared(plan: Plan) -> UserError:
     )
 
 
+def _lock_file(folder: Path) -> Path:
+    return folder.with_name(folder.name + ".lock")
+
+
+def may_lock(folder: Path) -> bool:
+    """Whether this process may write what `locked` needs: finished shards may lie where nobody may write."""
+    path = _lock_file(folder)
+    return os.access(path if path.exists() else path.parent, os.W_OK)
+
+
 @contextlib.contextmanager
 def locked(folder: Path, shared: bool = False) -> Iterator[None]:
     """Keep others out of a folder; with `shared`, only those who do not share. Waits for them, and says so.
@@ -220,7 +236,7 @@ def locked(folder: Path, shared: bool = False) -> Iterator[None]:
         UserError: the file system knows no locks.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder.with_name(folder.name + ".lock")
+    path = _lock_file(folder)
     with path.open("a+") as lock:  # NFS wants a file that may be read for a shared lock, written for the other one
         kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
         if not _lock(lock, kind | fcntl.LOCK_NB, path):

@@ -93,9 +93,9 @@ def _short(setting: str) -> str:
 
 
 def _values(setting: str) -> list[str]:
-    """ "optim.lr=1e-4,3e-4" as one setting for each value."""
+    """ "optim.lr=1e-4,3e-4" as one setting for each value; commas within brackets belong to a value."""
     name, equals, values = setting.partition("=")
-    found = [value.strip() for value in values.split(",") if value.strip()]
+    found = [value.strip() for value in re.split(r",(?![^\[{]*[\]}])", values) if value.strip()]
     if not equals or not found:
         raise ConfigError([f"--sweep {setting}: write it as section.key=value,value, e.g. optim.lr=1e-4,3e-4"])
     return [f"{name}={value}" for value in found]

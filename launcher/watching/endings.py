@@ -4,7 +4,7 @@ import contextlib
 import json
 
 from launcher.display import when
-from llmtrain import jsonl, ledger, origin
+from llmtrain import jsonl, ledger, origin, unsaved
 from llmtrain.rundir import RunDir
 
 
@@ -25,6 +25,15 @@ def missing_save(run: RunDir) -> str:
     saved = run.checkpoint_steps()
     where = f"from step {saved[-1]:,}" if saved else "from its beginning"
     return f"its last step was not saved: start it again, and it goes on {where}"
+
+
+def lost_steps(run: RunDir) -> str | None:
+    """What a process that was killed has cost, and what to do; None where training has noted how it ended."""
+    lost = unsaved.find(run)
+    if lost is None:
+        return None
+    where = f"goes on from step {lost.saved:,}" if lost.saved else "starts from the beginning"
+    return f"{lost.describe()}: {lost.steps} are lost; the same command {where}"
 
 
 def last_failure(run: RunDir) -> str | None:

@@ -22,6 +22,8 @@ from llmtrain.rundir import RunDir
 _POLL_S = 0.5
 _LOOK_S = 2.0
 _BLOCK = 1 << 16
+_GONE_S = 6.0
+"""For a run that begins anew, and moves the old one aside first."""
 _FOLLOWED_LINES = 20
 """Shown of what was there before, with -f."""
 
@@ -53,7 +55,7 @@ def show_logs(path: Path, wanted: Wanted, follow: bool, lines: int | None) -> No
             file.seek(0 if lines is None else start_of_last(file, lines))
             _pass_on(file)
             if follow:
-                _follow(file, source, lambda: find(run, wanted), lambda: _is_over(run))
+                _follow(file, source, lambda: find(run, wanted), lambda: _is_over(run), lambda: _is_gone(run))
     except KeyboardInterrupt:
         return
     except BrokenPipeError:  # `llmtrain logs RUN | head` has seen enough
@@ -212,12 +214,21 @@ def _shown(line: str) -> str:
     return log.printable(line.rstrip("\r").rpartition("\r")[2].replace("\t", "    "))
 
 
-def _follow(file: BinaryIO, source: Path, newest: Callable[[], Path], is_over: Callable[[], bool]) -> None:
-    """As `tail -F`: goes on in the file of a newer start."""
-    next_look = time.monotonic()
+def _follow(
+    file: BinaryIO,
+    source: Path,
+    newest: Callable[[], Path],
+    is_over: Callable[[], bool],
+    is_gone: Callable[[], bool],
+) -> None:
+    """As `tail -F`: goes on in the file of a newer start, and from the beginning in one that was cut off."""
+    next_look, gone_since = time.monotonic(), None
     with contextlib.ExitStack() as later:
         while True:
             if _pass_on(file):
+                continue
+            if os.fstat(file.fileno()).st_size < file.tell():  # logrotate's copytruncate
+                file.seek(0)
                 continue
             if time.monotonic() >= next_look:
                 over = is_over()
@@ -226,13 +237,25 @@ def _follow(file: BinaryIO, source: Path, newest: Callable[[], Path], is_over: C
                 with contextlib.suppress(RunFolderError):  # it was moved away
                     there = newest()
                 if not there.exists():
+                    gone_since = gone_since or time.monotonic()
+                    if over or (time.monotonic() - gone_since >= _GONE_S and is_gone()):
+                        print(f"{source} is gone", file=sys.stderr, flush=True)
+                        return
                     continue
+                gone_since = None
                 if there != source or there.stat().st_ino != os.fstat(file.fileno()).st_ino:
                     source, file = there, later.enter_context(there.open("rb"))
                     _announce(source)
                 elif over and not _pass_on(file):
                     return
             time.sleep(_POLL_S)
+
+
+def _is_gone(run: RunDir) -> bool:
+    """The folder was moved away or deleted, and nobody is about to make it again."""
+    if run.path.exists() or JobDir.of(run).is_kept_going():
+        return False
+    return not any(job.kind == "train" and not job.is_over for job in queue_view.read_queue([run]).of(run))
 
 
 def _is_over(run: RunDir) -> bool:

@@ -3,13 +3,10 @@
 `read_status` gathers, from the run folder and from what SLURM said of its jobs.
 """
 
-import dataclasses
-import functools
-import json
 import math
 import os
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +14,7 @@ from typing import Any, Literal
 from launcher.choosing import listing
 from launcher.jobs import JobDir
 from launcher.watching import queue_view
-from launcher.watching.endings import is_complete, last_failure, missing_save
+from launcher.watching.endings import is_complete, last_failure, lost_steps, missing_save
 from launcher.watching.queue_view import Job, Queue
 from llmtrain import choose, jsonl, ledger
 from llmtrain.batches import ANY_ROWS, plan_batches
@@ -28,6 +25,8 @@ from llmtrain.rundir import RunDir
 
 _RECENT_S = 60.0
 """A process on another machine, whose lock may be invisible here, counts as running so long after its last write."""
+_QUIET_S = 900.0
+"""After which such a process is taken for dead: an evaluation writes nothing for a while."""
 
 State = Literal["starting", "running", "finished", "ended early", "stopped", "not started", "unreadable"]
 """Starting: `llmtrain run` keeps it going and no rank trains yet, or none trains again yet. Unreadable: a record file
@@ -62,6 +61,7 @@ class Checkpoints:
     best: tuple[int, float] | None
     """Step and held-out loss, as scored from disk."""
     proposed: tuple[int, float] | None
+    """As `llmtrain checkpoints` does: where none is scored, by training's own losses."""
     quarantined: list[int]
     not_scored: list[int]
     """On disk, without a score of their own."""
@@ -184,6 +184,8 @@ def read_status(run: RunDir, queue: Queue | None = None) -> RunStatus:
         problems.append(said)
     elif training.state == "stopped" and failure is None and training.step >= (training.total_steps or math.inf):
         problems.append(missing_save(run))
+    elif training.state == "stopped" and not _may_come_back(training, jobs, elsewhere):
+        problems += [lost] if (lost := lost_steps(run)) is not None else []
     return RunStatus(
         path=run.path,
         time=time.time(),
@@ -261,10 +263,17 @@ def _holder(folder: Path) -> str | None:
     return (lock.read_text().strip() or None) if lock.exists() else None
 
 
-def _is_at_work_elsewhere(who: str | None, sign: float | None) -> bool:
+def _is_at_work_elsewhere(who: str | None, sign: float | None, recent_s: float = _RECENT_S) -> bool:
     """Not every shared file system shows another machine's locks: there a recent sign counts."""
     here = os.uname().nodename
-    return who is not None and not who.endswith(f" on {here}") and sign is not None and time.time() - sign < _RECENT_S
+    return who is not None and not who.endswith(f" on {here}") and sign is not None and time.time() - sign < recent_s
+
+
+def _may_come_back(training: Training, jobs: list[Job], elsewhere: bool) -> bool:
+    """Whether a run that seems to have stopped may go on without anybody: its job is in the queue, or its process works
+    on another machine on something that takes longer than a step."""
+    in_queue = any(job.kind == "train" and not job.is_over for job in jobs)
+    return in_queue or (elsewhere and _is_at_work_elsewhere(training.who, training.written, _QUIET_S))
 
 
 def _is_summed_up(run: RunDir, written: float | None) -> bool:
@@ -273,28 +282,32 @@ def _is_summed_up(run: RunDir, written: float | None) -> bool:
 
 
 def read_checkpoints(run: RunDir) -> Checkpoints:
-    ranked = _ranking(run, _stamp(run))
+    ranked, chosen = _ranking(run)
     on_disk = run.checkpoint_steps()
     entries = [] if ranked is None else ranked.entries
     scored = {entry.step for entry in entries if entry.on_disk}
     best = None if ranked is None else (ranked.best.step, ranked.best.score.loss)
-    chosen = None if ranked is None else ranked.proposed
-    there = chosen is not None and (chosen.on_disk or chosen.uploaded)
     return Checkpoints(
         last=on_disk[-1] if on_disk else None,
         on_disk=on_disk,
         best=best,
-        proposed=(chosen.step, chosen.score.loss) if chosen is not None and there else None,
+        proposed=None if chosen is None else (chosen.step, chosen.loss),
         quarantined=run.quarantined_steps(),
         not_scored=[step for step in on_disk if step not in scored],
     )
 
 
-@functools.lru_cache(maxsize=256)
-def _ranking(run: RunDir, stamp: tuple[object, ...]) -> choose.Ranking | None:
-    """Kept while nothing that it depends on has changed: --watch asks every two seconds."""
-    del stamp
-    return choose.ranking(run)
+_rankings: dict[RunDir, tuple[tuple[object, ...], choose.Ranking | None, choose.Choice | None]] = {}
+"""The last one of each run, with what it depends on."""
+
+
+def _ranking(run: RunDir) -> tuple[choose.Ranking | None, choose.Choice | None]:
+    """And the proposed one. Kept while nothing that it depends on has changed: --watch asks every two seconds."""
+    stamp = _stamp(run)
+    if run not in _rankings or _rankings[run][0] != stamp:
+        ranked, losses, here = choose.ranking(run), ledger.heldout_losses(run), choose.identities(run)
+        _rankings[run] = stamp, ranked, choose.propose(ranked, {step: losses[step] for step in here if step in losses})
+    return _rankings[run][1:]
 
 
 def _stamp(run: RunDir) -> tuple[object, ...]:
@@ -329,12 +342,3 @@ def _read_hub(run: RunDir, config: RunConfig | None, on_disk: list[int]) -> Hub 
         confirmed=sorted(confirmed),
         waiting=[step for step in on_disk if step not in done],
     )
-
-
-def as_json(statuses: Iterable[RunStatus]) -> list[dict[str, Any]]:
-    """For programs: the fields of `RunStatus`."""
-
-    def plain(value: Any) -> Any:
-        return value.model_dump(mode="json") if isinstance(value, ledger.Status | ledger.HubState) else str(value)
-
-    return [json.loads(json.dumps(dataclasses.asdict(status), default=plain)) for status in statuses]

@@ -1,10 +1,12 @@
 """How `llmtrain status` shows what `status` has gathered: a block for one run, a line each for several."""
 
+import dataclasses
 import json
 import shlex
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -13,7 +15,8 @@ from rich.text import Text
 from launcher.display import Column, duration, figure, fitted, named, one_line, steps, when, words
 from launcher.watching import queue_view
 from launcher.watching.queue_view import read_queue
-from launcher.watching.status import Hub, RunStatus, Service, Training, as_json, find_submitted, read_status_or_why
+from launcher.watching.status import Hub, RunStatus, Service, Training, find_submitted, read_status_or_why
+from llmtrain import ledger
 
 REFRESH_S = 2.0
 _STALE_S = 30.0
@@ -60,9 +63,20 @@ def _read(paths: Sequence[Path]) -> list[RunStatus]:
 def _print(paths: Sequence[Path], json_too: bool, console: Console) -> None:
     statuses = _read(paths)
     if json_too:
-        print(json.dumps(as_json(statuses), indent=1), flush=True)
+        print(json.dumps(as_json(statuses), indent=1, allow_nan=False), flush=True)
     else:
         console.print(render(statuses, console.width))
+
+
+def as_json(statuses: Sequence[RunStatus]) -> list[dict[str, Any]]:
+    """For programs: the fields of `RunStatus`. JSON has no infinity and no NaN, such as the loss of a run that
+    diverged: null."""
+
+    def plain(value: Any) -> Any:
+        return value.model_dump(mode="json") if isinstance(value, ledger.Status | ledger.HubState) else str(value)
+
+    every = [dataclasses.asdict(status) for status in statuses]
+    return json.loads(json.dumps(every, default=plain), parse_constant=lambda _: None)
 
 
 def render(statuses: Sequence[RunStatus], width: int) -> RenderableType:
@@ -192,9 +206,11 @@ def _checkpoints_line(status: RunStatus) -> str:
         parts.append(f"best step {found.best[0]:,} ({found.best[1]:.4f})")
     if found.proposed is not None:
         same = found.proposed == found.best
-        parts.append(f"use step {found.proposed[0]:,}" + ("" if same else f" ({found.proposed[1]:.4f})"))
+        at_save = ", measured at the save" if found.proposed[0] in found.not_scored else ""
+        parts.append(f"use step {found.proposed[0]:,}" + ("" if same else f" ({found.proposed[1]:.4f}{at_save})"))
     if found.best is None:
-        parts.append("none scored from disk yet")
+        never = not status.service.wanted and not status.service.at_work
+        parts.append("never scored from disk (service.start=never)" if never else "none scored from disk yet")
     return "; ".join(parts)
 
 

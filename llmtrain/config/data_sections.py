@@ -4,12 +4,21 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from llmtrain.config.section import MAY_CHANGE, Section
+from llmtrain.config.section import MAY_CHANGE, Folder, Section
+
+Use = Annotated[
+    Literal["train", "heldout", "test"] | None,
+    Field(
+        description="Put all of this source into one split, e.g. a held-out file of its own; where one is for held-out "
+        "(or test), the others give nothing to it. By default `data.split` decides."
+    ),
+]
 
 
 class StdlibSource(Section):
     kind: Literal["stdlib"] = "stdlib"
     """The Python standard library's own sources: text that every machine already has (about 30 MB)."""
+    use: Use = None
 
 
 class TextSource(Section):
@@ -20,6 +29,7 @@ class TextSource(Section):
     """Text between two documents of a file, e.g. "<|endoftext|>"; without it a file is one document."""
     invalid_utf8: Literal["error", "replace", "skip"] = "error"
     """What to do with a file that is not valid UTF-8."""
+    use: Use = None
 
 
 class JsonlSource(Section):
@@ -28,6 +38,7 @@ class JsonlSource(Section):
     """Files or globs; one JSON object a line."""
     field: str = "text"
     """The object's key that holds the text."""
+    use: Use = None
 
 
 class JsonSource(Section):
@@ -36,6 +47,7 @@ class JsonSource(Section):
     """Files or globs; each file is one list of JSON objects."""
     field: str = "text"
     """The object's key that holds the text."""
+    use: Use = None
 
 
 class CsvSource(Section):
@@ -44,6 +56,7 @@ class CsvSource(Section):
     """Files or globs with a header line."""
     field: str = "text"
     """The column that holds the text."""
+    use: Use = None
 
 
 class ParquetSource(Section):
@@ -52,11 +65,12 @@ class ParquetSource(Section):
     """Files or globs."""
     field: str = "text"
     """The column that holds the text."""
+    use: Use = None
 
 
 class HuggingFaceSource(Section):
     kind: Literal["huggingface"]
-    name: str
+    name: Folder
     """A dataset's name on the Hub, or what `datasets.load_dataset` takes as its first argument
     ("json", "parquet", a local folder)."""
     config: str | None = None
@@ -65,10 +79,11 @@ class HuggingFaceSource(Section):
     """The dataset's split, e.g. "train" or "train[:10%]"."""
     revision: str | None = None
     """Branch, tag or commit; pin a commit for byte-identical shards."""
-    data_files: list[str] | None = None
+    data_files: list[Folder] | None = None
     """Files to load, for the generic builders ("json", "csv", "parquet", "text")."""
     field: str = "text"
     """The column that holds the text."""
+    use: Use = None
 
 
 Source = Annotated[
@@ -161,7 +176,7 @@ class TrainedTokenizer(Section):
 
 class FolderTokenizer(Section):
     kind: Literal["folder"]
-    path: str
+    path: Folder
     """A folder with tokenizer.json (Hugging Face format)."""
 
 
@@ -181,7 +196,7 @@ class SplitSection(Section):
     """tail: held-out and test are the last shares of the text, in order. hash: each document goes where
     its SHA-256 says, so a document keeps its split when others come or go."""
     heldout: Annotated[float, Field(gt=0, lt=1)] = 0.02
-    """Share of the text used for choosing a checkpoint."""
+    """Share of the text used for choosing a checkpoint (a file of its own: `use: heldout` of a source)."""
     test: Annotated[float, Field(ge=0, lt=1)] = 0.01
     """Share of the text that choosing never sees; 0 for none."""
 
@@ -197,7 +212,7 @@ class SplitSection(Section):
 class DataSection(Section):
     sources: Annotated[list[Source], Field(min_length=1)] = [StdlibSource()]
     """Where the text comes from, in order."""
-    dir: Annotated[str | None, Field(json_schema_extra=MAY_CHANGE)] = None
+    dir: Annotated[Folder | None, Field(json_schema_extra=MAY_CHANGE)] = None
     """Folder of the shards; by default shards/ and a hash of what decides them: this section but for `dir` and
     `verify`, and `model.context`."""
     format: Format = TextFormat()
@@ -217,6 +232,29 @@ class DataSection(Section):
     def isolates_documents(self) -> bool:
         """Documents that share a row are kept apart: each has its own attention and positions."""
         return self.packing == "bestfit"
+
+    @property
+    def rest_split(self) -> SplitSection:
+        """How the sources without a `use` are split: they give nothing to held-out and test where a source does."""
+        uses = {source.use for source in self.sources}
+        named = {name: 0.0 for name in ("heldout", "test") if name in uses or None not in uses}
+        return self.split.model_copy(update=named)
+
+    @property
+    def has_test(self) -> bool:
+        return self.rest_split.test > 0 or any(source.use == "test" for source in self.sources)
+
+    @model_validator(mode="after")
+    def _sources_leave_something(self) -> Self:
+        uses = {source.use for source in self.sources}
+        if None not in uses and "heldout" not in uses:
+            raise ValueError(
+                "every source has a `use`, and none is for held-out text: give one use: heldout, or leave `use` out "
+                "of one, which data.split then divides"
+            )
+        if not uses & {None, "train"}:
+            raise ValueError("no source is left to train on: leave `use` out of one, or give it use: train")
+        return self
 
     @model_validator(mode="after")
     def _samples_stay_whole(self) -> Self:

@@ -12,6 +12,7 @@ from pydantic import BaseModel
 from pydantic_core import ErrorDetails
 
 from llmtrain.config import yaml_lines
+from llmtrain.config.other_names import MEANT
 from llmtrain.config.schema import RunConfig
 from llmtrain.config.section import IN_WORDS
 
@@ -211,6 +212,8 @@ def _nearest_key(path: yaml_lines.Path, model: type[BaseModel] | None, root: typ
     name = str(path[-1])
     prefix = ".".join(map(str, path[:-1]))
     siblings = list((model or root).model_fields)
+    if root is RunConfig and name in MEANT:
+        return f"here that is {MEANT[name]}"
     near = difflib.get_close_matches(name, siblings, n=1, cutoff=0.6)
     if near:
         return f"did you mean {prefix + '.' if prefix else ''}{near[0]}?"

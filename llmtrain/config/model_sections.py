@@ -4,7 +4,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from llmtrain.config.section import MAY_CHANGE, Section
+from llmtrain.config.section import MAY_CHANGE, Folder, Section
 
 
 class GPTModel(Section):
@@ -63,7 +63,7 @@ class LoraSection(Section):
 class QLoRAModel(Section):
     kind: Literal["qlora"]
     """A frozen, quantised base model with LoRA (Hu et al. 2021; Dettmers et al. 2023)."""
-    base: Annotated[str, Field(min_length=1)]
+    base: Annotated[Folder, Field(min_length=1)]
     """The base model: a local folder, or a name on the Hugging Face Hub."""
     revision: str | None = None
     """The base's branch, tag or commit on the Hub."""

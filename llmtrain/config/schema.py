@@ -17,15 +17,15 @@ from pydantic import Field, field_validator, model_validator
 from llmtrain import files
 from llmtrain.config.data_sections import DataSection
 from llmtrain.config.model_sections import QLORA_DEFAULTS, GPTModel, Model
-from llmtrain.config.section import MAY_CHANGE, RUN_NAME, Section
+from llmtrain.config.section import MAY_CHANGE, RUN_NAME, Folder, Section
 from llmtrain.config.service_sections import HubSection, ServiceSection
 
 
 class RunSection(Section):
-    name: Annotated[str, Field(pattern=RUN_NAME, max_length=100)] = "stdlib-gpt"
+    name: Annotated[str, Field(pattern=RUN_NAME, max_length=100, json_schema_extra=MAY_CHANGE)] = "stdlib-gpt"
     """Name of the run; its folder is DIR/NAME. At most 100 letters (A to Z, a to z), digits, ".", "_" and "-"; it
     begins with a letter or a digit."""
-    dir: Annotated[str, Field(json_schema_extra=MAY_CHANGE)] = "runs"
+    dir: Annotated[Folder, Field(json_schema_extra=MAY_CHANGE)] = "runs"
     """Folder that holds all runs."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 123
     """Decides the initial weights, the order of the samples and dropout."""
@@ -112,7 +112,8 @@ class TrainSection(Section):
 
 class SampleSection(Section):
     prompt: str = "def main("
-    """Text that the model continues after an evaluation; empty for no samples."""
+    """Text that the model continues after an evaluation (of instructions and chats: that it is asked, in the template
+    of `data.format`); empty for no samples."""
     tokens: Annotated[int, Field(ge=1)] = 50
     """Length of a sample, in tokens; it is shorter where the model ends the text before."""
     temperature: Annotated[float, Field(ge=0)] = 0.8
@@ -258,6 +259,6 @@ def _with_default(values: dict[str, Any], dotted: str, value: Any) -> dict[str, 
 def _tokenizer_of(model: dict[str, Any]) -> dict[str, Any]:
     """The base's own tokenizer: from its folder, or from the Hub."""
     base = str(model.get("base", ""))
-    if Path(base).expanduser().is_dir():
+    if Path(files.expand_home(base)).is_dir():
         return {"kind": "folder", "path": base}
     return {"kind": "hub", "name": base, "revision": model.get("revision")}

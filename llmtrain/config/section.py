@@ -1,12 +1,17 @@
 """What every section of the configuration is: strict, documented by its docstrings; and what texts may look like."""
 
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import AfterValidator, BaseModel, ConfigDict
+
+from llmtrain import files
 
 MAY_CHANGE: dict[str, Any] = {"may_change_on_resume": True}
 """Marks a field (or a whole section) that may differ between a checkpoint and the run resuming from it."""
 
+Folder = Annotated[str, AfterValidator(files.expand_home)]
+"""Of a path, or of what may be a path or a name, ~ is replaced as it is read. Files of sources and templates keep
+theirs until they are opened: the recipe of shards that are there holds it."""
 
 RUN_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 HUB_REPO = r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$"

@@ -30,7 +30,8 @@ class ServiceSection(Section):
     forced (a preemption, the end of a job's time) are not counted, though one of them may lower the loss."""
     wait_s: Annotated[float, Field(ge=0)] = 3600.0
     """At the end of training, wait at most so long for the service to finish what is queued; it continues by itself
-    where it can (a batch job ends with the training process)."""
+    where it can (a batch job ends with the training process). As long a save that finds no room on the disk waits for
+    checkpoints that will be deleted when they are scored and uploaded."""
 
 
 class HubSection(Section):
@@ -53,4 +54,4 @@ class HubSection(Section):
     """An upload that makes no progress for so long is ended and tried again."""
     pause_s: Annotated[float, Field(gt=0)] = 2.0
     """First pause after a failed attempt; each further one is twice as long, up to 10 minutes, or as long as the
-    Hub says."""
+    Hub says, up to an hour."""

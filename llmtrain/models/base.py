@@ -23,7 +23,9 @@ from llmtrain import log
 from llmtrain.base_facts import OTHER_FORMATS, BaseFacts, Linear
 from llmtrain.config.model_sections import QLoRAModel
 from llmtrain.errors import ModelError
+from llmtrain.models import base_layers
 from llmtrain.models.base_attention import head_width
+from llmtrain.models.base_errors import conversion_errors_raised, pass_on_the_gpus
 
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 _NAMED = 4
@@ -36,7 +38,7 @@ def compute_dtype(config: QLoRAModel, precision: str) -> torch.dtype:
 
 def place(base: str) -> str:
     """The base as transformers takes it: a folder's full path, or a name on the Hub."""
-    path = Path(base).expanduser()
+    path = Path(base)
     return str(path.resolve()) if path.is_dir() else base
 
 
@@ -179,7 +181,7 @@ def fetch(config: QLoRAModel) -> Path:
     Raises:
         ModelError: it cannot be had.
     """
-    folder = Path(config.base).expanduser()
+    folder = Path(config.base)
     if folder.is_dir():
         return folder
     import huggingface_hub
@@ -209,6 +211,7 @@ def load(config: QLoRAModel, dtype: torch.dtype, device: torch.device, quantisat
 
     Raises:
         ModelError: it cannot be loaded.
+        torch.OutOfMemoryError, torch.AcceleratorError: the GPU is too full for it, or does not work.
     """
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -227,7 +230,7 @@ def load(config: QLoRAModel, dtype: torch.dtype, device: torch.device, quantisat
     # Where the weights lie quantised already, their own configuration says how; even None would override it.
     how = {} if how is None or stored_quantisation(config) is not None else {"quantization_config": how}
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), conversion_errors_raised():
             warnings.simplefilter("ignore")
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 place(config.base),
@@ -245,12 +248,15 @@ def load(config: QLoRAModel, dtype: torch.dtype, device: torch.device, quantisat
             "its authors for safetensors"
         ) from error
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
+        pass_on_the_gpus(error)
         raise ModelError(
             f"model.base={config.base} cannot be loaded: {type(error).__name__}: {str(error).splitlines()[0]}"
         ) from error
     _refuse_drawn(config, told)
     model.requires_grad_(False)
-    _keep_layout(model, dtype)
+    base_layers.keep_layout(model, dtype)
+    if device.type == "cpu":
+        base_layers.keep_scales(model)
     return model
 
 
@@ -327,16 +333,3 @@ def rows_apart(quantised: nn.Module) -> Iterator[None]:
     finally:
         for state, threshold in zip(states, before, strict=True):
             state.threshold = threshold
-
-
-def _keep_layout(model: nn.Module, dtype: torch.dtype) -> None:
-    """4-bit layers compute in `dtype`, whatever was stored with them, and keep their weights' layout.
-
-    On CPUs with AVX-512 bf16, bitsandbytes rewrites 4-bit weights in place for its inference kernel, on the first
-    evaluation. That kernel has no backward pass, and there is no way back when training goes on: switch it off.
-    """
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            layer: Any = module
-            layer.compute_dtype = dtype
-            layer.support_avx512bf16_for_cpu = False

@@ -19,12 +19,7 @@ def check(config: QLoRAModel, facts: BaseFacts, tokenizer_size: int | None) -> N
         ModelError: lists all that is wrong.
     """
     problems = [*_quantised_another_way(config), *_experts(config, facts), *_unknown_targets(config, facts)]
-    if tokenizer_size is not None and tokenizer_size > facts.vocab_size:
-        problems.append(
-            f"the tokenizer has {tokenizer_size:,} tokens, but the base's embedding only {facts.vocab_size:,} rows: "
-            "ids beyond it cannot be read. Use the base's own tokenizer (leave data.tokenizer out), or a base whose "
-            "embedding was enlarged"
-        )
+    problems += facts.tokenizer_problems(tokenizer_size)
     text: Any = read_config(config.base, config.revision, config.trust_remote_code).get_text_config()
     changed = [name for name in _LOGIT_CHANGES if getattr(text, name, None) not in (None, 1, 1.0)]
     if changed:

@@ -9,8 +9,9 @@ from pathlib import Path
 from types import FrameType
 from typing import IO
 
-from llmtrain import log, origin
-from llmtrain.errors import RunFolderError, exit_with_code
+from llmtrain import log, origin, summary
+from llmtrain.config import load_config
+from llmtrain.errors import RunFolderError, disk_errors, exit_with_code
 from llmtrain.rundir import RunDir
 from llmtrain.service.worker import Options, Service
 
@@ -41,11 +42,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         run = RunDir(options.run.resolve())
         if not run.config.exists():
             raise RunFolderError(f"{options.run}: no run folder (there is no config.yaml in it)")
-        run.service.mkdir(exist_ok=True)
-        log.set_up()
-        log.also_to_file(run.service_log, alone=options.background)
-        overrides = () if options.repo is None else (f"hub.repo={options.repo}",)
-        sys.exit(work(run, Options(options.drain, options.only, overrides)))
+        with disk_errors("checkpoint service", run.service, then="it goes on with what waits"):
+            run.service.mkdir(exist_ok=True)
+            log.set_up()
+            log.also_to_file(run.service_log, alone=options.background)
+            overrides = () if options.repo is None else (f"hub.repo={options.repo}",)
+            sys.exit(work(run, Options(options.drain, options.only, overrides)))
 
 
 def work(run: RunDir, options: Options) -> int:
@@ -71,7 +73,21 @@ def work(run: RunDir, options: Options) -> int:
             log.warning(f"service    ended; {len(service.given_up)} not scored: it failed too often")
         else:
             log.info("service    done: nothing waits")
+        if not code:
+            renew_summary(run)
         return code
+
+
+def renew_summary(run: RunDir) -> None:
+    """Of a run that has ended: what was scored since may have changed what it came to."""
+    if run.is_training() or not origin.read(run).finished:
+        return
+    config, _ = load_config(run.config)
+    try:
+        if summary.renew(run, with_curve=config.log.report) and config.log.report:
+            summary.write_report(run)
+    except OSError as error:
+        log.warning(f"summary    {run.summary} could not be renewed ({type(error).__name__}: {error})")
 
 
 def take_turn(run: RunDir, wait: bool) -> IO[str] | None:

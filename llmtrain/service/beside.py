@@ -2,16 +2,17 @@
 
 import contextlib
 import os
-import shlex
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
 
-from llmtrain import choose, ledger, log, retention
+from llmtrain import choose, ledger, log, manifest, retention, rundir
 from llmtrain.config import RunConfig
-from llmtrain.ledger import Event, Status
+from llmtrain.errors import CheckpointError
+from llmtrain.ledger import Event, Status, drain_command
+from llmtrain.retention import Held
 from llmtrain.rundir import RunDir
 from llmtrain.service import plan
 
@@ -21,6 +22,8 @@ _LOOK_S = 0.1
 _HUB_S = 20.0
 _START_S = 30.0
 _SAY_S = 10.0
+_HURRY_S = 30.0
+"""A save that was forced waits no longer for room: what asks training to stop may kill it soon after."""
 
 
 class Companion:
@@ -39,7 +42,7 @@ class Companion:
     def _start(self) -> None:
         if self._run.is_served():
             return
-        self._run.service.mkdir(parents=True, exist_ok=True)
+        self._run.service.mkdir(exist_ok=True)  # not the run's folder, where that has gone meanwhile
         environment = {k: v for k, v in os.environ.items() if not k.startswith(_LAUNCHERS)}
         with self._run.service_log.open("ab") as output:
             self._process = subprocess.Popen(
@@ -71,6 +74,21 @@ class Companion:
         self._start()
         log.warning(f"service    {message}; see {self._run.service_log}")
         ledger.append(self._run.events, Event(kind="service-started", message=message))
+
+    def held(self, hurry: bool) -> Held:
+        """What the service will delete when it has come that far: a save that finds no room may wait for it.
+
+        `hurry`: training has been told to stop, and may be killed soon.
+        """
+        is_starting = self._process is not None and self._process.poll() is None
+        is_at_work = self._run.is_served() or is_starting
+        longest_s = min(_HURRY_S, self._config.service.wait_s) if hurry else self._config.service.wait_s
+        why = ""
+        with _ends_nothing("looking what waits there"):
+            why = on_the_way_out(self._run, self._config)
+        if why and not is_at_work and self._config.service.start != "never":
+            why += f", and no service is at work on them ({drain_command(self._run.path)})"
+        return Held(why, longest_s if is_at_work else 0.0)
 
     def say_hub(self) -> None:
         """Say whether the Hub takes the checkpoints, loudly if not; training goes on in any case."""
@@ -128,7 +146,9 @@ def waiting(run: RunDir, config: RunConfig, since: float = 0.0) -> str | None:
     if status is not None and status.time < since:
         status = None
     to_score, to_upload = _unscored(run), _unconfirmed(run, config.hub.repo)
-    if config.service.score == "training" or _scores_elsewhere(status, to_score):
+    if config.service.score == "training":
+        to_score = [step for step in to_score if _was_measured(run, step)]
+    if _scores_elsewhere(status, to_score):
         to_score = []
     is_refused = status is not None and status.problem is not None  # nobody waits for what a person has to mend
     if is_refused:
@@ -143,6 +163,25 @@ def waiting(run: RunDir, config: RunConfig, since: float = 0.0) -> str | None:
     return f"{doing}{left} (Ctrl-C leaves it at work){_last_error('; ', status)}"
 
 
+def on_the_way_out(run: RunDir, config: RunConfig) -> str:
+    """Checkpoints that are on the disk only until the service has done something, for people; empty without any."""
+    status = ledger.status(run)
+    deleted, held = retention.deletable(run, config, max(run.checkpoint_steps(), default=None))
+    reasons = Counter(held.values())
+    if status is not None and status.problem is not None:  # nobody waits for what a person has to mend
+        reasons[retention.UNCONFIRMED] = 0
+    if _scores_elsewhere(status, list(held)) and _has_seen(status, run):
+        reasons[retention.UNSCORED] = 0
+    going = len(deleted) + len(list(run.checkpoints.glob(f"{rundir.DOOMED}*")))
+    counts = {
+        "wait to be scored": reasons[retention.UNSCORED],
+        "wait to be uploaded": reasons[retention.UNCONFIRMED],
+        "are about to be deleted": going,
+    }
+    said = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
+    return f"of the checkpoints there {said}{_last_error('; ', status)}" if said else ""
+
+
 def _last_error(separator: str, status: Status | None) -> str:
     return "" if status is None or not status.last_error else separator + status.last_error
 
@@ -151,6 +190,13 @@ def _unscored(run: RunDir) -> list[int]:
     """Steps whose checkpoint, as it lies there, has no score: the step may have been saved again since."""
     here, scored = choose.identities(run), ledger.scores(run)
     return [s for s in run.checkpoint_steps() if s not in scored or scored[s].checkpoint != here.get(s)]
+
+
+def _was_measured(run: RunDir, step: int) -> bool:
+    """Whether training left a figure for the service to take over: at a save that a stop forces it does not."""
+    with contextlib.suppress(CheckpointError, OSError):  # damaged, or deleted just now
+        return manifest.read(run.checkpoint(step)).heldout_loss is not None
+    return False
 
 
 def _unconfirmed(run: RunDir, repo: str | None) -> list[int]:
@@ -167,5 +213,7 @@ def _scores_elsewhere(status: Status | None, to_score: list[int]) -> bool:
     return status is not None and not status.to_score and not status.doing and bool(to_score)
 
 
-def drain_command(path: Path) -> str:
-    return f"python -m llmtrain.service --run {shlex.quote(str(path))} --drain"
+def _has_seen(status: Status | None, run: RunDir) -> bool:
+    """Whether the service has looked since the newest checkpoint is there."""
+    newest = run.checkpoint_steps()[-1:]
+    return status is not None and all(status.time > run.checkpoint(step).stat().st_mtime for step in newest)

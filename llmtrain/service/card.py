@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from llmtrain import choose, jsonl, ledger, manifest, summary
+from llmtrain import base_facts, choose, jsonl, ledger, manifest, origin, summary
 from llmtrain.choose import Entry, Ranking
 from llmtrain.config import RunConfig, resolved_yaml
 from llmtrain.config.model_sections import QLoRAModel
@@ -22,12 +22,14 @@ def render(repo: str, config: RunConfig, run: RunDir, best: Shown) -> str:
     parts = [
         f"---\n{metadata(config, run, best.upload).to_yaml()}\n---",
         f"# {run.path.name}",
-        f"{_what(config)} The weights on this branch are those of step {best.upload.step:,}, {best.describe()}. "
+        f"{_what(config, run)} The weights on this branch are those of step {best.upload.step:,}, {best.describe()}. "
         "Every other checkpoint that is here has a tag of its own (`step-N`).",
         f"## Use\n\n```python\n{_loading(config, repo, best.upload)}\n```",
     ]
     if summary.summarise(run) is not None:
-        parts.append("## Losses\n\n![Train and held-out loss over epochs](llmtrain/curve.png)")
+        lower = "" if ranked is None else choose.lowest_measured(run, ranked.best.step)
+        told = "" if ranked is None or not lower else f"\n\n{_lowest_saved(ranked)}; {lower}."
+        parts.append(f"## Losses\n\n![Train and held-out loss over epochs](llmtrain/curve.png){told}")
     if ranked is not None:
         parts += [
             f"## Checkpoints\n\n{table(ranked, uploads)}",
@@ -41,7 +43,6 @@ def render(repo: str, config: RunConfig, run: RunDir, best: Shown) -> str:
 def metadata(config: RunConfig, run: RunDir, shown: Upload) -> ModelCardData:
     """The card's YAML: how to load it, what it was made from, how well it did: that checkpoint, not one of its step."""
     is_adapter = isinstance(config.model, QLoRAModel)
-    base = config.model.base if isinstance(config.model, QLoRAModel) else ""
     scored = [(split, ledger.scores(run, split).get(shown.step)) for split in ("heldout", "test")]
     results = [
         EvalResult(
@@ -66,22 +67,23 @@ def metadata(config: RunConfig, run: RunDir, shown: Upload) -> ModelCardData:
         model_name=run.path.name,
         library_name="peft" if is_adapter else "transformers",
         pipeline_tag="text-generation",
-        base_model=base if _is_hub_name(base) else None,
+        base_model=_base(config, run),
         tags=["llmtrain", "lora"] if is_adapter else ["llmtrain", "gpt2"],
         eval_results=results or None,
     )
 
 
-def _is_hub_name(base: str) -> bool:
-    return base.count("/") == 1 and not base.startswith(("/", ".", "~"))
+def _base(config: RunConfig, run: RunDir) -> str | None:
+    return base_facts.hub_name(config, origin.start_of(run))
 
 
-def _what(config: RunConfig) -> str:
+def _what(config: RunConfig, run: RunDir) -> str:
     if isinstance(config.model, QLoRAModel):
         lora = config.model.lora
         how = {"nf4": "4 bits (nf4)", "int8": "8 bits", "none": "its own precision"}[config.model.quantisation]
-        base = config.model.base if _is_hub_name(config.model.base) else "a base model"
-        return f"A LoRA adapter of rank {lora.r} on `{base}`, trained on the base in {how} with llmtrain."
+        name = _base(config, run)
+        base = "a base model" if name is None else f"`{name}`"
+        return f"A LoRA adapter of rank {lora.r} on {base}, trained on the base in {how} with llmtrain."
     model = config.model
     return (
         f"A GPT with {model.num_layers} layers, {model.num_heads} heads and width {model.width}, trained from scratch "
@@ -113,6 +115,10 @@ def table(ranked: Ranking, uploads: Mapping[int, Upload]) -> str:
     return "\n".join([*lines, *(_row(entry, ranked, uploads) for entry in ranked.entries)])
 
 
+def _lowest_saved(ranked: Ranking) -> str:
+    return f"Lowest of the {ranked.scope} ones {ranked.best.score.loss:.4f} (step {ranked.best.step:,})"
+
+
 def _row(entry: Entry, ranked: Ranking, uploads: Mapping[int, Upload]) -> str:
     s, upload = entry.score, uploads.get(entry.step)
     interval = "" if entry.difference is None else f"{entry.difference[0]:+.4f} to {entry.difference[1]:+.4f}"
@@ -134,18 +140,18 @@ def _row(entry: Entry, ranked: Ranking, uploads: Mapping[int, Upload]) -> str:
 
 def _data(run: RunDir, config: RunConfig) -> str:
     fingerprint = _fingerprint(run)
-    held = config.data.split
+    share, by = config.data.rest_split.heldout, config.data.split.by
+    held = f"{share:.0%}, by {by}" if share else "of sources of their own"
     told = f" Their fingerprint is `{fingerprint}`." if fingerprint else ""
     return (
-        f"## Data\n\nHeld-out data ({held.heldout:.0%}, by {held.by}) chose the checkpoint and was never trained on"
+        f"## Data\n\nHeld-out data ({held}) chose the checkpoint and was never trained on"
         f"{_test_data(run, config)}.{told}"
     )
 
 
 def _test_data(run: RunDir, config: RunConfig) -> str:
     """The end of a sentence: what the test split was used for, as far as is recorded."""
-    share = config.data.split.test
-    if not share:
+    if not config.data.has_test:
         return "; there is no test data"
     scored = {(r["step"], r["checkpoint"]) for r in jsonl.read(run.scores) if r.get("split") == "test"}
     steps = sorted(step for step, _ in scored)
@@ -159,7 +165,8 @@ def _test_data(run: RunDir, config: RunConfig) -> str:
                 f"takes no part in the ranking, but {len(steps)} checkpoints were scored on it "
                 f"({choose.name_steps(steps)}), so a choice may have followed it"
             )
-    return f"; test data ({share:.0%}) {use}"
+    share = config.data.rest_split.test
+    return f"; test data ({f'{share:.0%}' if share else 'of sources of their own'}) {use}"
 
 
 def _fingerprint(run: RunDir) -> str | None:

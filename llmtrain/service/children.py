@@ -22,6 +22,10 @@ _NICE = "LLMTRAIN_SERVICE_NICE"
 _LOOK_S = 0.2
 _CPU_S = 0.1
 _LONGEST_S = 600.0
+_LONGEST_ASKED_S = 3600.0
+"""A server may ask for any pause: a wrong one must not keep all uploads waiting for days."""
+_DOUBLINGS = 20
+"""More of them make no pause longer, and at last no number holds the power."""
 _PR_SET_PDEATHSIG = 1
 
 
@@ -123,7 +127,8 @@ class Pause:
 
     def failed(self, at_least_s: float = 0.0) -> float:
         """Note a failure; returns the seconds until the next attempt."""
-        pause = max(at_least_s, min(_LONGEST_S, self._first_s * 2**self.failures))
+        pause = min(_LONGEST_S, self._first_s * 2 ** min(self.failures, _DOUBLINGS))
+        pause = max(pause, min(_LONGEST_ASKED_S, at_least_s))
         self.failures += 1
         self._until = time.monotonic() + pause
         return pause

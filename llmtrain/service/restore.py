@@ -7,9 +7,11 @@ and TensorBoard start empty.
 """
 
 import argparse
+import contextlib
 import shlex
 import shutil
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import httpx2
@@ -17,10 +19,18 @@ from huggingface_hub import HfApi, get_token, set_client_factory
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from huggingface_hub.hf_api import GitCommitInfo
 
-from llmtrain import files, jsonl, ledger, log, manifest
+from llmtrain import files, jsonl, ledger, locks, log, manifest
 from llmtrain.config import load_config, resolved_yaml
 from llmtrain.config.schema import RunSection
-from llmtrain.errors import CheckpointError, ConfigError, HubError, RunFolderError, disk_errors, exit_with_code
+from llmtrain.errors import (
+    EXIT_INTERRUPTED,
+    CheckpointError,
+    ConfigError,
+    HubError,
+    RunFolderError,
+    disk_errors,
+    exit_with_code,
+)
 from llmtrain.ledger import Score, Upload
 from llmtrain.manifest import Manifest
 from llmtrain.origin import Origin
@@ -54,7 +64,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     log.set_up(0)
     set_client_factory(lambda: client(_STALL_S))
     with exit_with_code():
-        restore(Repo(HfApi(token=get_token() or False), options.repo), RunDir(options.run), options.step)
+        try:
+            restore(Repo(HfApi(token=get_token() or False), options.repo), RunDir(options.run), options.step)
+        except KeyboardInterrupt:
+            log.info("stopped; what was received is kept: the same command goes on from there")
+            sys.exit(EXIT_INTERRUPTED)
 
 
 def restore(repo: Repo, run: RunDir, step: int | None) -> None:
@@ -63,20 +77,21 @@ def restore(repo: Repo, run: RunDir, step: int | None) -> None:
     Raises:
         HubError: the Hub refuses, or cannot be reached.
         CheckpointError: that step is not there, is not what its manifest says, or has no optimizer state.
-        RunFolderError: the folder is in use.
+        RunFolderError: the folder is in use, or another process restores to it.
     """
-    if run.path.exists():
-        raise RunFolderError(f"{run.path} is there already; give the restored run a folder of its own")
+    _refuse_what_is_there(run)
     try:
         RunSection(name=run.path.name)
     except ValueError:
         raise ConfigError([f"{run.path.name} cannot be the name of a run: letters, digits, '.', '_' and '-'"]) from None
     aside = RunDir(run.path.with_name(f".restoring-{run.path.name}"))
-    with disk_errors("run folder", run.path.parent):
+    kept = f"what was received is kept in {aside.path}"
+    with disk_errors("restore", run.path.parent, then=kept), contextlib.ExitStack() as held:
         try:
             tag, commit, run_id = find(repo, step)
             log.info(f"{repo.name}: {tag} ({commit[:10]})")
             received, main_branch = aside.path / "received", aside.path / "main"
+            held.enter_context(_alone(aside, run))
             _begin(aside, commit)
             described = look(repo, commit, received)
             if described.train_state.step != step_of(tag):
@@ -97,6 +112,29 @@ def restore(repo: Repo, run: RunDir, step: int | None) -> None:
         aside.path.rename(run.path)
     command = f"python -m llmtrain {shlex.quote(str(run.config))}"
     log.info(f"{run.path}: step {step_of(tag)} verified; go on: {command}")
+
+
+def _refuse_what_is_there(run: RunDir) -> None:
+    if run.path.exists():
+        raise RunFolderError(f"{run.path} is there already; give the restored run a folder of its own")
+
+
+@contextlib.contextmanager
+def _alone(aside: RunDir, run: RunDir) -> Iterator[None]:
+    """Two that write to one folder would each delete what the other has received."""
+    path = aside.path.with_name(f"{aside.path.name}.lock")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = locks.hold(path, f"nobody else restores to {run.path}")
+    if lock is None:
+        with contextlib.suppress(OSError):
+            raise RunFolderError(
+                f"{run.path}: another restore ({path.read_text()}) is at work on it; wait for it, or stop it"
+            )
+        raise RunFolderError(f"{run.path}: another restore is at work on it; wait for it, or stop it")
+    with lock:
+        _refuse_what_is_there(run)  # by another one, meanwhile
+        yield
+        path.unlink(missing_ok=True)
 
 
 def _begin(aside: RunDir, commit: str) -> None:

@@ -6,7 +6,7 @@ from collections import Counter
 
 from llmtrain import cpu, ledger, log, origin
 from llmtrain.config import RunConfig
-from llmtrain.gpus import num_gpus
+from llmtrain.errors import DiskFull
 from llmtrain.ledger import Event, Score
 from llmtrain.rundir import RunDir
 from llmtrain.service import crash
@@ -16,6 +16,9 @@ from llmtrain.service.queue import Work
 
 _MODULE = "llmtrain.service.validate"
 _GIVE_UP = 5
+_STALLED_S = 1800.0
+"""A scoring process that has neither computed nor read anything for so long hangs (on a file system, mostly). One that
+is slow does compute: also at the lowest priority it gets the tenth of a second that counts in far less."""
 _GONE_S = 60.0
 """Training that has not finished may come back for so long: after a crash, ranks take some time to start."""
 
@@ -34,21 +37,6 @@ class Presence:
         return time.time() - self._seen < _GONE_S and not origin.read(self._run).finished
 
 
-def place(run: RunDir, config: RunConfig, trains: bool) -> str:
-    """Where to score: a device, or "training". Resolves `service.score: auto` as things are now."""
-    if config.service.score != "auto":
-        return config.service.score
-    started = origin.read(run)
-    if started.device == "cpu":
-        return "cpu"
-    if started.device == "mps":
-        return "cpu" if trains else "mps"
-    used = origin.gpus_used_here(run) if trains else 0
-    if num_gpus() > used:
-        return f"cuda:{used}"
-    return "cpu" if config.model.kind == "gpt" else "training"
-
-
 class Scoring:
     """Advanced at every turn of the service; never waits."""
 
@@ -60,6 +48,13 @@ class Scoring:
         self._failed: Counter[int] = Counter()
         self.pause = Pause(first_s=5.0)
         self.last_error: str | None = None
+        self.lacks_room = False
+        """The last child ended because the disk is full."""
+
+    @property
+    def device(self) -> str:
+        """Where its child computes now; empty without one."""
+        return self._where if self._child is not None else ""
 
     @property
     def doing(self) -> str | None:
@@ -128,20 +123,25 @@ class Scoring:
             self._record(score)
             self._asked = [step for step in self._asked if step != score.step]
             self.pause.succeeded()
-            self.last_error = None
+            self.last_error, self.lacks_room = None, False
         if code is None:
+            if (stalled := child.stalled_s()) > _STALLED_S:
+                self.end()
+                self._fail("stalled", f"made no progress for {stalled:.0f} s, ended")
             return
         child.close()
         self._child = None
         if code:
-            pause = self.pause.failed()
-            step = self._asked[0] if self._asked else None
-            self._failed[step or 0] += 1
-            self.last_error = (
-                f"scoring step {step} failed (exit code {code}); {last_line(self._run)}; next try in {pause:.0f} s"
-            )
-            log.warning(self.last_error)
-            ledger.append(self._run.service_events, Event(kind="score-failed", message=self.last_error, step=step))
+            self.lacks_room = code == DiskFull.exit_code
+            self._fail("score-failed", f"failed (exit code {code}); {last_line(self._run)}")
+
+    def _fail(self, kind: ledger.EventKind, how: str) -> None:
+        pause = self.pause.failed()
+        step = self._asked[0] if self._asked else None
+        self._failed[step or 0] += 1
+        self.last_error = f"scoring step {step} {how}; next try in {pause:.0f} s"
+        log.warning(self.last_error)
+        ledger.append(self._run.service_events, Event(kind=kind, message=self.last_error, step=step))
 
     def _record(self, score: Score) -> None:
         ledger.append(self._run.scores, score)

@@ -9,6 +9,7 @@ import io
 import json
 import math
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -21,7 +22,7 @@ from torch import Tensor
 from llmtrain import choose, devices, files, intervals, jsonl, ledger, manifest, origin, recipe, shards
 from llmtrain.config import RunConfig, load_config
 from llmtrain.data import IGNORE, Batch, make_batch
-from llmtrain.errors import CheckpointError, ConfigError, exit_with_code
+from llmtrain.errors import CheckpointError, ConfigError, disk_errors, exit_with_code
 from llmtrain.evaluate import Score
 from llmtrain.hardware import is_bf16_fast
 from llmtrain.intervals import Losses
@@ -35,6 +36,9 @@ _FEW_ROWS = 256
 _SHORTEST = 16
 _MANY_STRETCHES = 1 << 16
 """Limit in runs recorded before MAX_UNITS applied to recording too; they keep it: their losses stay comparable."""
+_SCORE_BYTES = 40 << 10
+"""What a score takes: the losses by stretch (16 bytes for each of 2,048), and a line in the ledger."""
+_SCORES_AGAIN = "it scores anew"
 
 TokenLosses = Callable[[Batch], Tensor]
 
@@ -55,11 +59,31 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if options.threads:
             torch.set_num_threads(options.threads)
         config, _ = load_config(run.config)
+        is_test = options.split == "test"  # asked for by a person, once; the service records the others
+        if is_test:
+            see_that_scores_can_be_kept(run)
         for score in validate(run, config, options.steps, options.split, device):
-            if options.split == "test":  # asked for by a person, once; the service records the others
-                ledger.append(run.scores, score)
+            if is_test:
+                with disk_errors("scores", run.service, then=_SCORES_AGAIN):
+                    ledger.append(run.scores, score)
             sys.stdout.write(json.dumps(score.model_dump(mode="json")) + "\n")
             sys.stdout.flush()
+
+
+def see_that_scores_can_be_kept(run: RunDir) -> None:
+    """Before hours of scoring.
+
+    Raises:
+        DiskFull, RunFolderError: they could not be written down.
+    """
+    losses = run.losses(0, "", "test").parent
+    with disk_errors("scores", run.service, then=_SCORES_AGAIN):
+        for folder in (losses.parent, losses):
+            folder.mkdir(exist_ok=True)
+        with tempfile.TemporaryFile(dir=losses) as probe:
+            probe.write(bytes(_SCORE_BYTES))
+        if run.scores.exists():
+            run.scores.open("ab").close()
 
 
 def computes_in_bf16(config: RunConfig, device: torch.device) -> bool:
@@ -171,10 +195,12 @@ def stretch_starts(rows: Rows, number: int, length: int, width: int, by_document
 
 
 def write_losses(path: Path, losses: Losses) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     content = io.BytesIO()
     np.save(content, losses, allow_pickle=False)
-    files.write_atomic(path, content.getvalue())
+    with disk_errors("score", path.parent, then=_SCORES_AGAIN):  # the exit code tells the service that there is no room
+        for folder in (path.parent.parent, path.parent):  # not the run's own, where that has gone meanwhile
+            folder.mkdir(exist_ok=True)
+        files.write_atomic(path, content.getvalue())
 
 
 if __name__ == "__main__":

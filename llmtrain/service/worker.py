@@ -1,24 +1,28 @@
 """The service's loop: look, start and collect children, rank, delete what may go, say how things are."""
 
+import contextlib
 import os
 import time
 from dataclasses import dataclass
 from typing import IO, Literal
 
-from llmtrain import choose, files, jsonl, ledger, log, retention
+from llmtrain import choose, files, jsonl, ledger, log, retention, scoring_place
 from llmtrain.config import RunConfig, load_config
-from llmtrain.errors import EXIT_REQUEUE, HubError
+from llmtrain.errors import EXIT_REQUEUE, HubError, is_full_or_forbidden
 from llmtrain.ledger import Event, Status
 from llmtrain.rundir import RunDir
 from llmtrain.service import crash
 from llmtrain.service.board import Board
 from llmtrain.service.queue import Inspector, Work
-from llmtrain.service.scoring import Presence, Scoring, place
+from llmtrain.service.reserve import NO_ROOM, Reserve
+from llmtrain.service.scoring import Presence, Scoring
 from llmtrain.service.uploading import Uploading
 
 _TURN_S = 0.25
 _SAY_S = 2.0
 _AFTER_ERROR_S = 5.0
+_DRAIN_TRIES = 12
+"""So often in a row a service that somebody waits for meets a full or read-only disk, before it ends with its code."""
 _TIDY_S = 600.0
 """Between attempts to remove what earlier deletions had to leave (NFS keeps files that are being read)."""
 _LINGER_S = 3.0
@@ -48,6 +52,11 @@ class Service:
         self._uploading = Uploading(run, lock.fileno(), self._config.hub.pause_s)
         self._said, self._idle_since, self._tidied = 0.0, time.monotonic(), time.monotonic()
         self._last: Status | None = None
+        self._reserve = Reserve(run)
+        self._trouble: str | None = None
+        """What ended the last turn before its time."""
+        self._troubles = 0
+        """So many turns in a row."""
         self.stop_requested = False
 
     def serve(self) -> int:
@@ -56,20 +65,42 @@ class Service:
             jsonl.mend(records)
         retention.remove_leftovers(self._run)
         files.remove_asides(self._run.service)
+        self._reserve.fill(self._config.checkpoint.keep_best)
         try:
             while not self.stop_requested and self._is_ours():
                 try:
                     if not self.turn():
+                        self._reserve.release()  # there is nothing left to write
                         return 0
+                    self._trouble, self._troubles = None, 0
                 except OSError as error:  # a full disk, a file system that is away: it may come back
-                    log.warning(f"service    {type(error).__name__}: {error}; trying again in {_AFTER_ERROR_S:.0f} s")
-                    time.sleep(_AFTER_ERROR_S)
+                    self._wait_after(error)
                 time.sleep(_TURN_S)
             return EXIT_REQUEUE
         finally:
             self._scoring.end()
             self._uploading.end()
             self._board.close()
+
+    def _wait_after(self, error: OSError) -> None:
+        """Of what ended a turn, after making room where that was missing.
+
+        Raises:
+            OSError: that error, where somebody waits for the end, and a person has to mend it.
+        """
+        self._troubles += 1
+        waited_for = self._options.drain or self._options.only is not None
+        if waited_for and self._troubles >= _DRAIN_TRIES and is_full_or_forbidden(error):
+            raise error
+        self._trouble = f"{type(error).__name__}: {error}; trying again in {_AFTER_ERROR_S:.0f} s"
+        log.warning(f"service    {self._run.service}: {self._trouble}")
+        if error.errno in NO_ROOM:
+            self._reserve.give_way()
+        with contextlib.suppress(OSError):
+            # The time stays that of the last look: what was saved since has not been seen.
+            if (last := self._last or ledger.status(self._run)) is not None:
+                ledger.write(self._run.service_status, last.model_copy(update={"last_error": self._trouble}))
+        time.sleep(_AFTER_ERROR_S)
 
     @property
     def given_up(self) -> list[int]:
@@ -80,7 +111,7 @@ class Service:
         """One round; False when the service may end."""
         looked = time.time()
         config = self._config = self._read_config()
-        where = place(self._run, config, self._presence.look())
+        where = scoring_place.find(self._run, config, self._presence.look(), self._scoring.device)
         config = config.model_copy(update={"service": config.service.model_copy(update={"score": where})})
         work = self._inspector.look(config, scoring=where != "training")
         if self._options.only == "prune":
@@ -89,6 +120,8 @@ class Service:
             self._prune(config, work)
             return False
         self._scoring.advance(config, work, where)
+        if self._scoring.lacks_room:
+            self._reserve.give_way()
         for step, reason in self._uploading.advance(config, work, hurry=self._options.drain):
             self._inspector.reject(step, reason)
         self._prune(config, work)
@@ -122,16 +155,18 @@ class Service:
         if time.monotonic() - self._tidied > _TIDY_S:
             self._tidied = time.monotonic()
             retention.remove_leftovers(self._run)
+            self._reserve.fill(config.checkpoint.keep_best)
         trusts = self._uploading.trusts_uploads(config)
         doomed, _ = retention.deletable(self._run, config, max(work.whole, default=None), trusts)
         doomed &= set(work.whole)
         if doomed:
             retention.remove(self._run, doomed, on_rename=lambda: crash.point("between-rename-and-delete"))
             log.info(f"deleted    {', '.join(f'step {step:,}' for step in sorted(doomed))}: not kept by the rule")
+            self._reserve.fill(config.checkpoint.keep_best)
 
     def _ask_to_stop(self, config: RunConfig, work: Work) -> None:
         patience = config.service.patience
-        if patience is None or choose.early_stop(self._run) is not None or not self._run.is_training():
+        if patience is None or choose.asked_to_end(self._run, patience) or not self._run.is_training():
             return
         # After `restore`, or without checkpoints that did not verify, the ledger has scores of a later life's steps:
         # they count again when this life has come there, and saved.
@@ -159,6 +194,8 @@ class Service:
 
     def _say(self, work: Work, looked: float, idle: bool) -> Status:
         """Replace status.json when something has changed, and now and then as a sign of life."""
+        lanes = (self._uploading, self._scoring, self._inspector)
+        said_last = (self._trouble, *(lane.last_error for lane in lanes))
         status = Status(
             pid=os.getpid(),
             host=os.uname().nodename,
@@ -168,7 +205,7 @@ class Service:
             to_score=work.to_score,
             to_upload=work.to_upload,
             next_try_s=max(self._scoring.pause.left_s, self._uploading.pause.left_s) or None,
-            last_error=self._uploading.last_error or self._scoring.last_error or self._inspector.last_error,
+            last_error=next((said for said in said_last if said), None),
             quarantined=self._run.quarantined_steps(),
             problem=self._uploading.problem,
         )

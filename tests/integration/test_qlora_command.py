@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from llmtrain import errors, files
+from llmtrain import errors, files, manifest
 from tests.support.data import shared
 from tests.support.runs import TIMEOUT_S, Workplace, environment
 
@@ -73,15 +73,20 @@ def test_a_quantised_base_learns_instructions(tuning: Workplace, quantisation: s
     from transformers import AutoModelForCausalLM
 
     base = {path.name: files.sha256(path) for path in (tuning.folder / "exported").iterdir()}
-    output = tuning.train(f"run.name={quantisation}", f"model.quantisation={quantisation}", "evaluate.task.samples=2")
+    asked = ["evaluate.task.samples=2", "evaluate.also_at=[0,3]"]
+    output = tuning.train(f"run.name={quantisation}", f"model.quantisation={quantisation}", *asked)
     assert "keep apart" in output
     heldout = tuning.ledger(quantisation, "heldout")
     print(f"{quantisation}: held-out loss {heldout[0]['loss']:.3f} -> {heldout[-1]['loss']:.3f}")
     assert heldout[-1]["loss"] < 0.8 * heldout[0]["loss"]
-    assert 0 <= heldout[-1]["task_exact_match"] <= 1
+    (checkpoint,) = (tuning.run_folder(quantisation) / "checkpoints").iterdir()
+    saved = manifest.read(checkpoint).train_state.step
+    assert [r["step"] for r in heldout] == [0, 3, saved]
+    answered = {r["step"]: r["task_exact_match"] for r in heldout if "task_exact_match" in r}
+    assert answered.keys() == {0, saved}
+    assert {*answered.values()} <= {0, 0.5, 1}
     assert {path.name: files.sha256(path) for path in (tuning.folder / "exported").iterdir()} == base
 
-    (checkpoint,) = (tuning.run_folder(quantisation) / "checkpoints").iterdir()
     adapter = checkpoint / "model"
     assert sorted(path.name for path in adapter.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
     ids = torch.randint(1024, (2, 30), generator=torch.Generator().manual_seed(0))
@@ -133,12 +138,16 @@ def test_a_base_that_cannot_be_used_is_refused_before_anything_is_made(
     assert not tuning.run_folder("wrong").exists()
 
 
-def test_a_tokenizer_larger_than_the_base_is_refused(tuning: Workplace):
+def test_a_tokenizer_larger_than_the_base_is_refused_before_hours_of_sharding(tuning: Workplace):
     tokenizer = shared("gpt2")
     settings = [f"data.tokenizer.path={tokenizer}", "data.dir=gpt2-shards"]
     output = tuning.train("run.name=wrong", *settings, code=errors.ModelError.exit_code)
-    assert "the tokenizer has 50,257 tokens, but the base's embedding only 1,024 rows" in output
+    message = "the tokenizer has 50,257 tokens, but the base's embedding only 1,024 rows"
+    assert message in output
     assert not tuning.run_folder("wrong").exists()
+    assert not (tuning.folder / "gpt2-shards").exists()
+    planned = llmtrain(tuning.folder, "plan", str(tuning.config), *settings, code=errors.ModelError.exit_code)
+    assert message in planned
 
 
 def test_plan_counts_the_course_run(tmp_path: Path):

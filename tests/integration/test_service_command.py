@@ -101,6 +101,7 @@ def points(run: RunDir, tag: str = "heldout/loss") -> dict[int, float]:
 def test_scores_from_disk_are_those_of_training_also_from_another_folder(scored: RunDir):
     assert "dir: shards\n" in scored.config.read_text()  # as seen from the folder that training was started in
     check_scores(scored)
+    assert "scored from disk" in json.loads(scored.summary.read_text())["best_reason"]  # at the end nothing was
 
 
 @pytest.mark.usefixtures("scored")
@@ -135,7 +136,7 @@ def test_training_ends_with_all_checkpoints_scored_and_ranked(served: RunDir):
     proposed = str(served.checkpoint(ranked.proposed.step))
     assert proposed.endswith(summary["best_checkpoint"])
     assert summary["best_reason"].startswith("scored from disk")
-    assert f"best checkpoint {summary['best_checkpoint']} (held-out loss" in (served.path / "said.txt").read_text()
+    assert f"use checkpoint  {summary['best_checkpoint']} (held-out loss" in (served.path / "said.txt").read_text()
 
 
 def test_tensorboard_shows_every_score_once(served: RunDir):
@@ -340,6 +341,20 @@ def test_the_end_waits_for_the_records_of_these_checkpoints_in_this_repository(t
     assert left() is None
     save(run, 100, content="other weights")
     assert left() == "1 to score, 1 to upload (Ctrl-C leaves it at work)"
+
+
+def test_the_end_waits_for_what_training_measured_and_not_for_what_it_did_not(tmp_path: Path):
+    run = make_run(tmp_path / "run", "service.score=training")
+    began = time.time()
+    save(run, 100)
+    save(run, 107, None)  # a stop forced it
+    waits = "1 to score, 0 to upload (Ctrl-C leaves it at work)"
+    assert waiting(run, config_of(run), began) == waits
+    save(run, 120)
+    (run.checkpoint(120) / "manifest.json").unlink()  # the service deletes it
+    assert waiting(run, config_of(run), began) == waits
+    checkpoint_runs.score(run, 100, 3.0)
+    assert waiting(run, config_of(run), began) is None
 
 
 def test_the_end_waits_until_main_is_renewed_and_not_for_a_hub_that_refuses(tmp_path: Path):

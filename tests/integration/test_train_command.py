@@ -40,7 +40,7 @@ def test_a_run_learns_and_leaves_everything_that_was_promised(workplace: Workpla
     assert heldout[-1]["loss"] < heldout[0]["loss"] - 0.5
     assert {"perplexity", "bits_per_byte", "train_loss"} <= set(heldout[0])
     summary = json.loads((run / "summary.json").read_text())
-    assert f"best checkpoint {summary['best_checkpoint']}" in output
+    assert f"use checkpoint  {summary['best_checkpoint']}" in output
     assert (workplace.folder / summary["best_checkpoint"] / "model/config.json").exists()
     for said in ("tensorboard --logdir", f"report          {run / 'report'}", f"curves          {run / 'curve.png'}"):
         assert said.replace(f"{workplace.folder}/", "") in output
@@ -88,6 +88,8 @@ def test_a_signal_saves_exits_with_requeue_and_the_resumed_run_is_bit_equal(
     saved = list((workplace.run_folder(name) / "checkpoints").glob("step-*"))
     assert len(saved) == 1
     stopped_at = int(saved[0].name.removeprefix("step-"))
+    stopped = workplace.ledger(name, "events")[-1]
+    assert (stopped["kind"], stopped["step"], stopped["message"]) == ("stopped", stopped_at, f"by {number.name}, saved")
     output = workplace.train(f"run.name={name}", *LONGER)
     assert f"resuming   from step {stopped_at}" in output
     assert workplace.weights(name) == workplace.weights(longer)

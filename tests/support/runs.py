@@ -98,8 +98,9 @@ log: {{every_steps: 1, report: false}}
 
 
 def environment() -> dict[str, str]:
-    """One thread a process: results do not depend on how busy the machine is."""
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+    """One thread a process: results do not depend on how busy the machine is. And no GPU (tests/conftest.py)."""
+    own = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2]), "CUDA_VISIBLE_DEVICES": ""}
+    return {**os.environ, **own}
 
 
 def torchrun(ranks: int) -> list[str]:

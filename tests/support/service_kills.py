@@ -80,7 +80,7 @@ class Case:
         )
 
     def start(self, command: list[str], **variables: str) -> "subprocess.Popen[bytes]":
-        ours = {name: environment()[name] for name in ("OMP_NUM_THREADS", "PYTHONPATH")}
+        ours = {name: environment()[name] for name in ("OMP_NUM_THREADS", "PYTHONPATH", "CUDA_VISIBLE_DEVICES")}
         env = {**client_environment(self.hub.endpoint, self.workplace.folder / "home"), **ours, **variables}
         with (self.workplace.folder / f"{self.name}.txt").open("ab") as output:
             return subprocess.Popen(

@@ -35,7 +35,7 @@ def surroundings(hub: Hub | HubProcess | None = None, token: str | None = TOKEN,
     """The environment of a process, with that Hub as the only one; `crash`: see llmtrain/service/crash.py."""
     endpoint = hub.endpoint if hub is not None else "http://127.0.0.1:9"
     home = hub.folder / "client" if isinstance(hub, Hub) else Path("no-home-of-the-hubs-client")
-    ours = {name: environment()[name] for name in ("OMP_NUM_THREADS", "PYTHONPATH")}
+    ours = {name: environment()[name] for name in ("OMP_NUM_THREADS", "PYTHONPATH", "CUDA_VISIBLE_DEVICES")}
     return {**client_environment(endpoint, home, token), **ours, **({"LLMTRAIN_CRASH_AT": crash} if crash else {})}
 
 

@@ -106,11 +106,12 @@ def test_templates_that_a_tokenizer_names_in_its_settings(work: Path):
     assert "chat_template" not in json.loads((folder / "tokenizer_config.json").read_text())
 
 
-@pytest.mark.parametrize("kind", ["text", "chat"])
+@pytest.mark.parametrize("kind", ["text", "instruction", "chat"])
 def test_samples_while_training_begin_as_documents(work: Path, kind: str):
     tuned_tokenizer(work / "tuned", None)
     made = train(work, kind, *GPT, "evaluate.sample={prompt: hello, tokens: 1}")
     seen: list[list[int]] = []
+    told: list[str] = []
 
     class Model:
         def text_generator(self) -> "Model":
@@ -121,13 +122,15 @@ def test_samples_while_training_begin_as_documents(work: Path, kind: str):
             return torch.zeros(512)
 
     class Meter:
-        def sample(self, *_: Any) -> None:
-            pass
+        def sample(self, _: TrainState, prompt: str, text: str) -> None:
+            told.append(prompt)
 
     world = World(rank=0, size=1, local_rank=0, device=CPU)
     make_sampler(made.config, made.data, cast(Any, Model()), world, cast(Any, Meter()))(TrainState())
+    assert seen[0] == asked(made, "hello")[0] == made.ids[: len(seen[0])]
     tokenizer = Tokenizer.from_file(str(made.data.tokenizer / "tokenizer.json"))
-    assert seen[0] == [tokenizer.token_to_id("<s>"), *tokenizer.encode("hello", add_special_tokens=False).ids]
+    assert seen[0][0] == tokenizer.token_to_id("<s>")
+    assert told == ["hello" if kind == "text" else tokenizer.decode(seen[0])]
 
 
 def test_an_adapters_tokenizer_without_the_runs_data(work: Path, leave: Callable[[], None], base: Path):

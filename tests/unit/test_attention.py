@@ -122,7 +122,7 @@ def test_torchs_kernel_is_given_what_autocast_would_make(monkeypatch: pytest.Mon
     assert given == [torch.bfloat16] * 3
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_a_gpus_kernel_gives_what_a_mask_gives():
     device = torch.device("cuda")
     if not module.has_flash(device, 16):

@@ -1,15 +1,23 @@
 """Bases that are counted from config.json alone: as transformers counts them."""
 
 import json
+import re
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from launcher.checks import preflight
+from launcher.cluster import Profile
+from launcher.planning import sizes
 from launcher.planning.base_config import read_facts
+from launcher.slurm.batch import JobSpec
+from llmtrain.config.load import Origins
 from llmtrain.config.model_sections import QLoRAModel
+from llmtrain.errors import ModelError
 from llmtrain.models import base
-from tests.support.bases import configure, write_gpt2, write_llama
+from tests.support.bases import configure, write_gpt2, write_llama, write_tokenizer
 
 SHAPE: dict[str, Any] = {
     "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -103,3 +111,40 @@ def test_it_is_found_where_the_hubs_client_keeps_it(tmp_path: Path, monkeypatch:
     folder = tmp_path / "elsewhere"
     folder.mkdir()
     assert read_facts(model(Path("ada/unknown")), str(write(folder))) == found
+
+
+def test_what_to_do_about_a_base_out_of_reach_is_not_said_of_one_that_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def refuses(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        return subprocess.CompletedProcess(command, 21, "", "error: no\n")
+
+    monkeypatch.setattr(sizes.subprocess, "run", refuses)
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    said = "what nobody/nothing is made of is not known; where it cannot be reached, give --base-config FOLDER"
+    for config, told in (
+        (configure(write(tmp_path, model_type="opt")), "no"),
+        (configure(tmp_path, "model.base=nobody/nothing"), f"no\n{said} with its config.json"),
+    ):
+        with pytest.raises(sizes.UnknownBase) as caught:
+            sizes.find_sizes(config, None, None, None)
+        assert (str(caught.value), caught.value.exit_code) == (told, 21)
+
+
+def test_a_tokenizer_that_the_base_cannot_read_is_refused_before_there_are_shards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    settings = ["data.tokenizer.vocab_size=600", "run.dir=runs"]
+    config = configure(write(tmp_path), *settings)
+    message = "model.base=.*\n  - the tokenizer has 600 tokens, but the base's embedding only 512 rows"
+    with pytest.raises(ModelError, match=message):
+        sizes.find_sizes(config, None, None, None)
+    job = JobSpec("run", tmp_path, Profile(name="here", gpus_per_node=1), ("node",))
+    found = [each for each in preflight.check_run(config, Origins({}), job) if each.what == "base"]
+    assert [each.severity for each in found] == ["error"]
+    assert re.match(message, found[0].message)
+    write_tokenizer(tmp_path / "larger", 600)
+    with pytest.raises(ModelError, match="has 600 tokens"):
+        sizes.find_sizes(configure(tmp_path, f"data.tokenizer.path={tmp_path / 'larger'}"), None, None, None)
+    sizes.find_sizes(configure(tmp_path, "data.tokenizer.vocab_size=512"), None, None, None)

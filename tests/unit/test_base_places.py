@@ -54,3 +54,6 @@ def test_an_adapter_whose_base_is_gone_says_so_before_anything_else(tmp_path: Pa
         adapters.find(tmp_path)
     (tmp_path / "base").mkdir()
     assert adapters.find(tmp_path).base.base == f"{tmp_path}/base"
+    (tmp_path / adapters.ADAPTER_CONFIG).write_text('{"base_model_name_or_path": null}')
+    with pytest.raises(CheckpointError, match="cannot be read as an adapter's"):
+        adapters.find(tmp_path)

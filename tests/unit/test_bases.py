@@ -267,6 +267,31 @@ def test_int8_in_company_is_not_taken_for_a_leak(tmp_path: Path):
     assert isolation.difference(built, batch, [200], autocast=True) == alone, "the threshold is not what it was"
 
 
+@pytest.mark.parametrize("recompute", [False, True])
+def test_int8_with_dora_computes_with_its_values_at_every_pass(llama: Path, recompute: bool):
+    """peft replaces the weight of a layer, which bitsandbytes took for one that had just been loaded."""
+    settings = ["model.lora.dora=true", "model.lora.dropout=0"]
+    config = configure(llama, *settings, "model.quantisation=int8")
+    model = build_model(config, 512, CPU, recompute).train()
+    plain = build_model(configure(llama, *settings, "model.quantisation=none"), 512, CPU).train()
+    assert isinstance(model, QLoRA)
+    assert isinstance(plain, QLoRA)
+    tokens = np.random.default_rng(3).integers(1, 512, (2, 33)).astype(np.uint16)
+    batch = make_batch(Rows(tokens, [np.array([33], np.int32)] * 2, None), isolate_documents=False)
+    with torch.no_grad():
+        for name, parameter in model.trainable().items():
+            parameter.mul_(1.1).add_(0.01)
+            plain.trainable()[name].copy_(parameter)
+        bases.dequantise(model._base, into=plain._base)
+    wanted = plain(batch.input_ids, batch.targets).item()
+    for _ in range(3):
+        loss = model(batch.input_ids, batch.targets)
+        assert loss.item() == pytest.approx(wanted, rel=1e-4)
+        loss.backward()
+    bases.dequantise(model._base, into=plain._base)  # the scales are still there
+    assert plain(batch.input_ids, batch.targets).item() == wanted
+
+
 def test_a_document_alone_is_not_told_to_be_alone(llama: Path):
     model = build(configure(llama))
     tokens = np.random.default_rng(3).integers(1, 512, (1, 41)).astype(np.uint16)

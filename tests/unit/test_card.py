@@ -1,5 +1,6 @@
 """What the Hub shows of a run: which checkpoint on `main` and what is said of it, and whose repository it is."""
 
+import contextlib
 import os
 import shutil
 import time
@@ -11,7 +12,8 @@ from typing import Any
 import pytest
 from huggingface_hub import HfApi
 
-from llmtrain import ledger
+from llmtrain import base_facts, jsonl, ledger, origin
+from llmtrain.config import load_config
 from llmtrain.rundir import RunDir
 from llmtrain.service import card, plan, publish, uploading
 from llmtrain.service import hub as conversation
@@ -20,7 +22,7 @@ from llmtrain.service.queue import Work
 from llmtrain.service.remote import BRANCH, Refused, Repo
 from llmtrain.service.uploading import Uploading
 from tests.support import checkpoint_runs, hub_client
-from tests.support.checkpoint_runs import config_of, make_run, save, score, stretches, upload
+from tests.support.checkpoint_runs import config_of, make_run, save, score, stretches, train, upload
 from tests.support.hub_client import REPO, add, commit, sent
 from tests.support.hub_server import TOKEN, Hub
 
@@ -41,6 +43,16 @@ def rendered(run: RunDir) -> str:
 
 def row(text: str, step: int) -> str:
     return next(line for line in text.splitlines() if line.startswith(f"| {step} |"))
+
+
+def test_the_card_tells_the_lowest_measured_from_the_lowest_saved(run: RunDir):
+    train(run, 800)
+    assert "Lowest of the saved ones" not in rendered(run)
+    jsonl.append(run.heldout, [{"step": 420, "epoch": 13.44, "loss": 2.9}])
+    lowest = f"Lowest of the saved ones {ledger.scores(run)[400].loss:.4f} (step 400)"
+    assert f"{lowest}; lowest measured 2.9000 (step 420, not saved)." in rendered(run)
+    save(run, 900, 2.95)
+    assert "Lowest of the scored ones" in rendered(run)  # the one that waits may be lower
 
 
 # ---------------------------------------------------------------------------------------------- what stands on main
@@ -102,6 +114,30 @@ def test_the_results_are_those_of_the_very_checkpoint(run: RunDir):
     assert "bits_per_byte" in rendered(run)
     of_another = ledger.uploads(run)[400].model_copy(update={"checkpoint": "saved anew"})
     assert not card.metadata(config_of(run), run, of_another).eval_results
+
+
+def test_a_base_in_a_folder_is_not_called_one_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    base = tmp_path / "bases" / "llama"
+
+    def named(name: str, *settings: str) -> tuple[str | None, bool]:
+        run = make_run(tmp_path / name, "hub.repo=ada/gpt", "model.kind=qlora", "model.base=bases/llama", *settings)
+        save(run, 100)
+        upload(run, 100)
+        origin.note(run, "cpu", 1)
+        with contextlib.chdir("/"):  # seen from the folder that training was started in
+            text = rendered(run)
+        return card.metadata(config_of(run), run, shown(run).upload).base_model, "on `bases/llama`," in text
+
+    elsewhere = "data.tokenizer.name=openai-community/gpt2"
+    assert named("hub") == ("bases/llama", True)
+    base.mkdir(parents=True)
+    assert named("folder", elsewhere) == (None, False)
+    assert named("gone") == (None, False)
+    base.rmdir()
+    config = config_of(RunDir(tmp_path / "gone"))
+    assert base_facts.hub_name(config, tmp_path) is None
+    assert base_facts.hub_name(load_config(None)[0], tmp_path) is None
 
 
 def test_the_card_says_what_the_test_split_was_used_for(run: RunDir):

@@ -11,12 +11,12 @@ import pytest
 
 from launcher.choosing import checkpoints, final_score
 from launcher.choosing.checkpoints import Action, Options, act
-from llmtrain import jsonl, ledger
+from llmtrain import jsonl, ledger, origin, scoring_place
 from llmtrain.errors import CheckpointError, ConfigError, RunFolderError, UserError
 from llmtrain.ledger import Event, Score
 from llmtrain.rundir import RunDir
 from tests.support import checkpoint_runs
-from tests.support.checkpoint_runs import make_run, save, score, stretches, upload
+from tests.support.checkpoint_runs import config_of, make_run, save, score, stretches, upload
 from tests.support.runs import Workplace, environment
 
 narrow, run = checkpoint_runs.narrow, checkpoint_runs.run  # fixtures
@@ -216,7 +216,8 @@ def test_the_test_split_is_used_once(run: RunDir, validator: list[list[str]], ca
     first = capsys.readouterr().out
     assert "held-out  3.0003" in first
     assert "test      3.4983" in first
-    assert validator == [[str(run.path), "--steps", "300", "--split", "test"]]
+    assert validator[0][:5] == [str(run.path), "--steps", "300", "--split", "test"]
+    assert validator[0][-2:] == ["--device", "cpu"]
     act(run.path, None, None, test)
     assert capsys.readouterr().out == first
     assert len(validator) == 1  # the recorded one was shown
@@ -231,6 +232,25 @@ def test_the_test_split_is_used_once(run: RunDir, validator: list[list[str]], ca
     act(run.path, None, None, Options(test=True, again=True, device="cuda:1"))
     assert validator[1][-2:] == ["--device", "cuda:1"]
     assert "the test split was used for 300 too" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("place", "free", "device"),
+    [
+        ("auto", True, "cuda:0"),  # as training computed
+        ("training", True, "cuda:0"),
+        ("auto", False, "cpu"),  # somebody else's
+        ("cuda:1", True, "cuda:1"),
+    ],
+)
+def test_the_test_split_is_scored_where_the_service_would(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, free: bool, device: str
+):
+    run = make_run(tmp_path / "run", f"service.score={place}")
+    origin.note(run, "cuda", 1)
+    monkeypatch.setattr(scoring_place, "num_gpus", lambda: 1)
+    monkeypatch.setattr(scoring_place, "memory_used", lambda _: 0.0 if free else 9e9)
+    assert final_score._device_of(run, config_of(run))[0] == device
 
 
 def test_the_test_split_needs_a_split_a_choice_and_files(run: RunDir, tmp_path: Path):

@@ -123,7 +123,26 @@ def test_without_a_service_training_s_own_loss_counts(tmp_path: Path, capsys: py
     assert output.out == f"{run.checkpoint(200)}\n"
     assert "training computed" in output.err
     act(run.path, None, None, Options())
-    assert lines_of(capsys.readouterr().out)[200].startswith("> 200")
+    output = capsys.readouterr().out
+    assert lines_of(output)[200].startswith("> 200")
+    said = " ".join(output.split())
+    assert "overfitting not known without scores from disk" in said
+    assert "never scored from disk (service.start=never): steps 100, 200, 300 and 400" in said
+    assert f"to score: python -m llmtrain.service --run {run.path} --drain" in listing.gather(run).notes
+
+
+def test_an_unscored_one_that_was_better_at_its_save_is_named(run: RunDir, capsys: pytest.CaptureFixture[str]):
+    act(run.path, "best", None, Options())
+    assert capsys.readouterr().err == ""
+    save(run, 900, 2.5)
+    act(run.path, "best", None, Options())
+    output = capsys.readouterr()
+    assert output.out == f"{run.checkpoint(300)}\n"
+    assert output.err == "note: step 900's loss was lower at its save: 2.5000; it is not scored yet\n"
+    act(run.path, None, None, Options())
+    said = " ".join(capsys.readouterr().out.split())
+    assert "this is of the 6 scored so far: 2 later ones wait; step 900's loss was lower at its save: 2.5000" in said
+    assert "not scored from disk yet: steps 800 and 900" in said
 
 
 def test_a_checkpoint_without_a_readable_manifest_is_damaged(run: RunDir, capsys: pytest.CaptureFixture[str]):

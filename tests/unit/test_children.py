@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from llmtrain.service.children import Child
+from llmtrain.service.children import Child, Pause
 from llmtrain.service.niceness import niceness, step_back
 
 AUTOGROUP = Path("/proc/self/autogroup")
@@ -44,6 +44,18 @@ def test_a_child_with_the_cores_to_itself_is_not_nice(tmp_path: Path):
     said = said_by_child(tmp_path, nice=0)
     assert said["nice"] == 0
     assert said["session_nice"] in (0, None)
+
+
+def test_a_week_of_failures_does_not_end_the_service():
+    pause = Pause(first_s=2.0)
+    pauses = [pause.failed() for _ in range(1100)]
+    assert pauses[:4] == [2.0, 4.0, 8.0, 16.0]
+    assert set(pauses[10:]) == {600.0}
+
+
+@pytest.mark.parametrize(("asked", "pause"), [(0.0, 2.0), (100.0, 100.0), (3600.0, 3600.0), (1e9, 3600.0)])
+def test_a_server_may_ask_for_an_hour_at_most(asked: float, pause: float):
+    assert Pause(first_s=2.0).failed(asked) == pause
 
 
 def test_the_more_waits_the_less_patient():

@@ -232,14 +232,41 @@ def test_the_last_being_the_best_is_not_overfitting(run: RunDir):
     assert choose.overfitting(ranked(run)).describe() == "none seen: the last checkpoint is the best one"
 
 
-@pytest.mark.parametrize(("last", "began"), [(3.02, False), (3.04, True)])
-def test_without_intervals_a_rise_of_one_percent_counts(run: RunDir, last: float, began: bool):
+@pytest.mark.parametrize(("last", "perhaps"), [(3.02, False), (3.04, True)])
+def test_without_intervals_a_rise_of_one_percent_is_doubtful(run: RunDir, last: float, perhaps: bool):
+    """Nobody knows then whether it is chance."""
     for step, loss in ((100, 3.0), (200, last)):
         save(run, step)
         score(run, step, loss)
     found = choose.overfitting(ranked(run))
-    assert found.began is began
-    assert found.describe().startswith("began after step 100" if began else "none to speak of")
+    assert (found.began, found.perhaps) == (False, perhaps)
+    assert found.describe().startswith("perhaps since step 100" if perhaps else "none to speak of")
+    assert ("not known whether that is chance" in found.describe()) is perhaps
+
+
+def test_verdicts_say_that_checkpoints_wait_to_be_scored(run: RunDir):
+    saved_and_scored(run, {100: 0.3, 200: 0.0})
+    told = (ranked(run).reason(), choose.overfitting(ranked(run)).describe())
+    save(run, 50, 3.5)
+    assert (ranked(run).reason(), choose.overfitting(ranked(run)).describe()) == told  # not after those scored
+    for step, loss in ((300, 2.5), (400, 2.25), (500, None)):
+        save(run, step, loss)
+    end = "; this is of the 2 scored so far: 3 later ones wait"
+    assert choose.overfitting(ranked(run)).describe() == told[1] + end
+    assert ranked(run).reason() == f"{told[0]}{end}; step 400's loss was lower at its save: 2.2500"
+
+
+def test_the_first_of_several_that_cannot_be_told_apart_is_said_to_be_so_where_it_is(run: RunDir):
+    saved_and_scored(run, {100: 0.0, 200: 0.0, 300: 0.0}, noise=0)
+    upload(run, 100)
+    shutil.rmtree(run.checkpoint(100))
+    told = "steps 200 and 300 cannot be told from the best (step 100); 200 is the first of those on this disk"
+    assert ranked(run).reason() == f"{told} (100 is on the Hub alone)"
+    score(run, 200, stretches(-0.001, noise=0.1))
+    assert ranked(run).reason() == (
+        "the lowest held-out loss; steps 100 and 300 cannot be told from it; 200 is the first of those on this disk "
+        "(100 is on the Hub alone)"
+    )
 
 
 def test_a_twin_of_the_best_cannot_be_told_from_it(run: RunDir):

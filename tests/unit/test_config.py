@@ -1,5 +1,6 @@
 """The configuration file: strict, typed, with every mistake named at once."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -7,12 +8,15 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from launcher.sharding.sources import list_units
+from llmtrain import base_facts, recipe
 from llmtrain.batches import nodes_that_train, plan_batches
-from llmtrain.config import RunConfig, load_config, load_to_start, resolved_yaml
+from llmtrain.config import RunConfig, explain, load_config, load_to_start, other_names, resolved_yaml
+from llmtrain.config.data_sections import TextSource
 from llmtrain.config.load import Origins, fixed_differences, json_schema
 from llmtrain.config.reference import settings_page
 from llmtrain.config.yaml_lines import YamlError, read
-from llmtrain.errors import ConfigError, TooLittleData
+from llmtrain.errors import ConfigError, ModelError, SourceError, TooLittleData
 
 ROOT = Path(__file__).parents[2]
 
@@ -57,6 +61,20 @@ def test_three_mistakes_are_all_reported_with_suggestions(tmp_path: Path):
 )
 def test_bad_files(tmp_path: Path, text: str, expected: str):
     assert any(expected in problem for problem in problems(tmp_path, text)), problems(tmp_path, text)
+
+
+def test_names_of_other_trainers_are_answered_with_ours(tmp_path: Path):
+    found = problems(
+        tmp_path, "learning_rate: 1\n", "train.batch_size=8", "model.bf16=true", "data.eval_dataset=val.jsonl"
+    )
+    assert any("here that is optim.lr" in p for p in found)
+    assert any("here that is train.global_batch_size, rows per step" in p for p in found)
+    assert any("here that is data.sources, a source more with use: heldout" in p for p in found)
+    assert len(found) == 4
+    known = set(explain._all_keys(RunConfig))
+    assert {re.split("[ ,;]", meant)[0] for meant in other_names.MEANT.values()} <= known
+    ours = {path.rpartition(".")[2] for path in known}
+    assert ours & set(other_names.MEANT) == {"batch_size"}  # of evaluate and service, where it is no unknown key
 
 
 def test_bad_overrides_are_reported_with_the_rest(tmp_path: Path):
@@ -316,3 +334,30 @@ def test_a_tokenizers_kind_follows_from_what_is_given():
     assert load_config(None, ["data.tokenizer.path=x"])[0].data.tokenizer.kind == "folder"
     assert load_config(None, ["data.tokenizer.name=a/b"])[0].data.tokenizer.kind == "hub"
     assert load_config(None, ["data.tokenizer.vocab_size=300"])[0].data.tokenizer.kind == "train"
+
+
+def test_a_home_folder_is_found_wherever_a_folder_is_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "tokenizer.json").write_text("{}")
+    source = 'data.sources=[{kind: huggingface, name: "~/set", data_files: ["~/a.csv"]}]'
+    config, _ = load_config(None, [*QLORA, "model.base=~/base", "run.dir=~/runs", "data.dir=~/shards", source])
+    assert config.run.folder.parent == tmp_path / "runs"
+    assert config.data.dir == f"{tmp_path}/shards"
+    assert config.data.sources[0].model_dump(include={"name", "data_files"}) == {
+        "name": f"{tmp_path}/set",
+        "data_files": [f"{tmp_path}/a.csv"],
+    }
+    assert recipe.tokenizer_file(config) == tmp_path / "base" / "tokenizer.json"
+    given = ["data.tokenizer.path=./tok", 'data.sources=[{kind: text, paths: ["~/texts"]}]']
+    kept = recipe.recipe_of(load_config(None, given)[0])  # of shards that are there: as it was before
+    assert (kept["tokenizer"]["path"], kept["sources"][0]["paths"]) == ("./tok", ["~/texts"])
+
+
+def test_the_home_folder_of_nobody_is_no_crash():
+    config, origins = load_config(None, [*QLORA, "model.base=~no.such.user/base"])
+    with pytest.raises(ModelError, match=r"no folder ~no\.such\.user/base here"):
+        base_facts.check_place(config, origins)
+    source = TextSource(kind="text", paths=["~no.such.user/x"])
+    with pytest.raises(SourceError, match=r"~no\.such\.user/x: no such file"):
+        list_units([source], config.data.format)

@@ -2,13 +2,14 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from llmtrain import devices, export, generate, rank0
 from llmtrain.config import load_config
-from llmtrain.errors import ConfigError
+from llmtrain.errors import ConfigError, ModelError
 from llmtrain.service import validate
 from tests.support.checkpoint_runs import make_run
 
@@ -75,6 +76,59 @@ def test_export_takes_no_option_of_merging_alone(tmp_path: Path, option: list[st
         export.main([str(tmp_path), str(tmp_path / "to"), *option])
     assert left.value.code == 2
     assert f"{' '.join(option)} is about merging; add --merge" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("capability", "built", "wanted"),
+    [
+        ((7, 0), "sm_75 sm_80 sm_86 sm_90 sm_100 sm_120", "for CUDA 12.6"),
+        ((10, 0), "sm_50 sm_60 sm_70 sm_75 sm_80 sm_86 sm_90", "for a newer CUDA"),
+        ((8, 9), "sm_75 sm_80 sm_86 sm_90a", None),  # of its generation, and not newer
+        ((8, 0), "sm_75 sm_86 compute_90", "for a newer CUDA"),
+        ((12, 0), "sm_80 sm_90a compute_90", None),  # the driver compiles it
+        ((7, 0), "", None),
+    ],
+)
+def test_a_gpu_that_torch_has_no_code_for_is_refused(
+    gpus: Callable[[int], None],
+    monkeypatch: pytest.MonkeyPatch,
+    capability: tuple[int, int],
+    built: str,
+    wanted: str | None,
+):
+    """Its first kernel would fail, after the data was prepared."""
+    gpus(1)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
+    monkeypatch.setattr(torch.cuda, "get_arch_list", built.split)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Tesla V100")
+    config, origins = load_config(None, ["train.device=cuda"])
+    for place, deed in (
+        ("train.device", lambda: rank0.check_device(config, origins, torch.device("cuda", 0))),
+        ("--device", lambda: devices.take("auto", "--device=auto")),
+    ):
+        if wanted is None:
+            deed()
+            continue
+        with pytest.raises(ConfigError) as refused:
+            deed()
+        assert f"no code for Tesla V100 (compute capability {capability[0]}.{capability[1]})" in str(refused.value)
+        assert f"its build {wanted} (docs" in str(refused.value)
+        assert f"or set {place}=cpu" in str(refused.value)
+    rank0.check_device(config, origins, CPU)
+
+
+def test_a_gpu_too_small_to_generate_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    def exhausted(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(generate, "generate", exhausted)
+    with pytest.raises(SystemExit) as left:
+        generate.main([str(tmp_path)])
+    assert left.value.code == ModelError.exit_code
+    assert "--device=auto: CUDA out of memory. Tried to allocate 2.00 GiB; take" in capsys.readouterr().err
 
 
 def test_a_device_to_score_on_has_to_be_where_training_is(gpus: Callable[[int], None]):

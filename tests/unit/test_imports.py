@@ -12,10 +12,11 @@ from tests.support.runs import environment, free_port
 ROOT = Path(__file__).parents[2]
 CONTRACTS = [
     "access_tokens", "log", "errors", "files", "jsonl", "locks", "heartbeat", "config.yaml_lines", "config.section",
-    "config.data_sections", "config.model_sections", "config.service_sections", "config.schema", "config.explain",
+    "config.data_sections", "config.model_sections", "config.service_sections", "config.schema", "config.other_names",
+    "config.explain",
     "config.load", "config", "config.reference", "rundir", "shards", "manifest", "recipe", "batches", "memory",
-    "base_facts", "memory_lora", "ledger", "intervals", "choose", "retention", "summary", "origin", "gpus", "cpu",
-    "prompts", "transformers_ids",
+    "base_facts", "memory_lora", "ledger", "intervals", "choose", "retention", "summary", "origin", "unsaved",
+    "gpus", "scoring_place", "cpu", "prompts", "transformers_ids",
 ]  # fmt: skip
 PROCESS = ["devices", "world", "stop"]
 PARTS = ["models", "data", "optim", "metrics", "evaluate", "task", "hardware", "progress", "tensorboard", "tensorfile"]
@@ -29,8 +30,8 @@ ASSEMBLY = ["fragments", "strategies", "checkpoint", "saver", "prepare", "out_of
 
 
 TOP = [
-    "assemble", "evaluation", "__main__", "generate", "export", "adapters", "trained", "inspect_base", "allocator",
-    "finish", "rank0",
+    "assemble", "evaluation", "__main__", "command", "generate", "export", "adapters", "trained", "inspect_base",
+    "allocator", "finish", "rank0",
 ]  # fmt: skip
 # The service, a process of its own: contracts, and TensorBoard's writer. What scores is a process of its own again,
 # which alone may import models; `hub` and what it uses are the only ones that import huggingface_hub.

@@ -1,5 +1,6 @@
 """How a rank's process ends: with the interpreter left standing (gloo's threads may still ask for it)."""
 
+import os
 import shlex
 import subprocess
 import sys
@@ -7,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from launcher.cli import become
 from llmtrain.__main__ import code_for_keeper
-from llmtrain.errors import EXIT_CODES, EXIT_REQUEUE
+from llmtrain.errors import EXIT_CODES, EXIT_INTERRUPTED, EXIT_REQUEUE, DiskFull
 from tests.support.checkpoint_runs import make_run, save, train
 
 SCRIPT = """
@@ -89,7 +91,7 @@ def test_ctrl_c_after_the_last_save_ends_the_wait_for_the_service_alone(tmp_path
     script = f"{begin}from llmtrain.rundir import RunDir\nrun = RunDir(Path({str(run.path)!r}))\n{when}"
     done = subprocess.run([sys.executable, "-c", script], text=True, capture_output=True, check=False, timeout=50)
     assert done.returncode == 0, done.stderr
-    assert "best checkpoint" in done.stdout
+    assert "use checkpoint" in done.stdout
     assert ("service    goes on by itself" in done.stderr) == (when is WAITING)
     assert "Traceback" not in done.stderr
 
@@ -113,3 +115,37 @@ def test_a_stopped_run_reads_as_finished_only_for_torchrun(
         monkeypatch.setenv(name, "1")
     assert code_for_keeper(EXIT_REQUEUE) == told
     assert (code_for_keeper(0), code_for_keeper(17)) == (0, 17)
+
+
+ERRORS = "from llmtrain.errors import *\nwith exit_with_code(): "
+
+
+def test_a_full_disk_behind_the_output_is_no_bug():
+    command = shlex.join([sys.executable, "-c", f"{ERRORS}print('said', flush=True)"])
+    for script in (command, f"{sys.executable} -m launcher schema"):
+        done = subprocess.run(["bash", "-c", f"{script} >/dev/full"], text=True, capture_output=True, check=False)
+        assert done.returncode == DiskFull.exit_code
+        assert done.stderr.startswith("error: no space left for what this command writes or prints")
+        assert done.stderr.count("\n") == 1
+
+
+def test_letters_that_the_output_lacks_are_escaped(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    command = [sys.executable, "-c", f"{ERRORS}print('f\\u00fcr')"]
+    done = subprocess.run(command, text=True, capture_output=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "f\\xfcr\n", "")
+
+
+@pytest.mark.parametrize("when", ["import", "main"])
+def test_ctrl_c_has_no_traceback(tmp_path: Path, when: str, monkeypatch: pytest.MonkeyPatch):
+    """Also while a module of the core is imported, which takes seconds where that imports torch."""
+    interrupt = "import os, signal, sys\nos.kill(os.getpid(), signal.SIGINT)\n"
+    late = f"def main():\n    {interrupt.replace(chr(10), chr(10) + '    ')}\nif __name__ == '__main__': main()"
+    (tmp_path / "slow.py").write_text(interrupt if when == "import" else late)
+    monkeypatch.chdir(tmp_path)
+    started: list[str] = []
+    monkeypatch.setattr(os, "execv", lambda _, words: started.extend(words))
+    become("slow", "--word", "x")
+    assert started[-3:] == ["slow", "--word", "x"]
+    done = subprocess.run(started, text=True, capture_output=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (EXIT_INTERRUPTED, "", "")

@@ -300,6 +300,21 @@ def test_scores_of_a_former_life_do_not_end_a_restored_run(
     assert ledger.events(run)[-1].step == 30
 
 
+def test_a_larger_patience_is_asked_anew(service: Service, run: RunDir, monkeypatch: pytest.MonkeyPatch):
+    """Training asks once a second, and deletes nothing by asking."""
+    monkeypatch.setattr(RunDir, "is_training", lambda _: True)
+    for step, loss in ((10, 3.0), (20, 3.1), (30, 3.2), (40, 3.3)):
+        save(run, step)
+        score(run, step, loss)
+    run.early_stop.write_text('{"message": "enough", "saves": 2}')
+    asked = [choose.asked_to_end(run, patience) for patience in (1, 2, 3, None)]
+    assert asked == ["enough", "enough", None, None]
+    for patience, told in ((2, "enough"), (3, "the held-out loss has not improved for 3 saves (service.patience=3)")):
+        config = load_config(run.config, [f"service.patience={patience}"])[0]
+        service._ask_to_stop(config, service._inspector.look(config, scoring=True))
+        assert choose.asked_to_end(run, patience) == told
+
+
 def test_saves_that_a_stop_forced_do_not_end_a_run(service: Service, run: RunDir, monkeypatch: pytest.MonkeyPatch):
     """Of a job that is preempted again and again: they lie close together. One of them may be the best all the same."""
     monkeypatch.setattr(RunDir, "is_training", lambda _: True)

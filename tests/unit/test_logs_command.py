@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from io import BytesIO
 from pathlib import Path
@@ -167,6 +168,40 @@ def test_following_goes_on_in_new_files_until_the_run_has_ended(run: RunDir):
     train(run, 1000)
     assert process.communicate(timeout=60) == ("six\n", None)
     assert process.returncode == 0
+
+
+def test_following_goes_on_where_a_log_was_cut_off(run: RunDir):
+    """As logrotate's copytruncate does."""
+    process = follow(run, "-n", "1")
+    assert process.stdout is not None
+    assert process.stdout.readline() == "three\n"
+    os.truncate(run.log, 0)
+    with run.log.open("a") as log:
+        log.write("new\n")
+    assert process.stdout.readline() == "new\n"
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) == 0
+
+
+def test_following_ends_where_the_run_was_moved_away(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    for name, seconds in (("_POLL_S", 0.05), ("_LOOK_S", 0.1), ("_GONE_S", 1.0)):
+        monkeypatch.setattr(logs, name, seconds)
+    follows, pass_on = threading.Event(), logs._pass_on
+    monkeypatch.setattr(logs, "_pass_on", lambda file: (follows.set(), pass_on(file))[1])
+    follower = threading.Thread(target=show_logs, args=(run.path, Wanted(), True, None), daemon=True)
+    follower.start()
+    assert follows.wait(20)
+    moved = run.move_aside()
+    time.sleep(0.2)
+    moved.rename(run.path)  # a run that begins anew has a folder again at once
+    time.sleep(1.2)
+    assert follower.is_alive()
+    run.move_aside()
+    follower.join(20)
+    assert not follower.is_alive()
+    assert capsys.readouterr().err.endswith(f"{run.log} is gone\n")
 
 
 def test_ctrl_c_ends_following(run: RunDir):

@@ -38,6 +38,10 @@ class Noted:
         self.calls: list[str] = []
         self.rates: list[float] = []
         self.scales: list[float] = []
+        self.scored: dict[int, bool] = {}
+        """Whether answers are generated too, by step."""
+        self.saved: list[float | None] = []
+        """Held-out loss of each save."""
         self.wait_s, self.has_failed = 0.0, False
 
     def steps(self, first: int, count: int) -> list[StepData]:
@@ -53,8 +57,13 @@ class Noted:
         self.rates.append(lr)
         return torch.tensor(1.0)
 
+    def score(self, state: TrainState, with_task: bool) -> dict[str, float]:
+        self.scored[state.step] = with_task
+        return {"loss": 1.0}
+
     def save(self, described: Manifest, beside: bool) -> None:
         self.calls.append("save")
+        self.saved.append(described.heldout_loss)
 
     def until_copied(self) -> None:
         self.calls.append("copied")
@@ -62,17 +71,17 @@ class Noted:
     def wait(self) -> None:
         self.calls.append("written")
 
-    def __getattr__(self, name: str) -> Any:  # of the meter, and the evaluation
-        return lambda *_, **__: {"loss": 1.0}
+    def __getattr__(self, name: str) -> Any:  # of the meter
+        return lambda *_, **__: None
 
 
-def resumed(noted: Noted, step: int) -> None:
-    """Train from there to step 100, with a save at each one."""
+def resumed(noted: Noted, step: int, *other: str, stop: StopFlag | None = None) -> None:
+    """Train from there to step 100, with a save at each one, or with other settings."""
     settings = ["evaluate.also_at=[]", "evaluate.every_steps=null", "checkpoint.every_steps=1", "train.steps=100"]
     given: dict[str, Any] = dict.fromkeys(("strategy", "loader", "meter", "saver"), noted)
     parts = Parts(
-        load_config(None, settings)[0], PLAN, ALONE, stop=StopFlag(), rows_per_epoch=100, fingerprint="f",
-        evaluate=noted.score, write_sample=noted.sample, **given,
+        load_config(None, [*settings, *other])[0], PLAN, ALONE, stop=stop or StopFlag(), rows_per_epoch=100,
+        fingerprint="f", evaluate=noted.score, write_sample=noted.sample, **given,
     )  # fmt: skip
     train(parts, TrainState(step=step, samples=8 * step))
 
@@ -90,12 +99,19 @@ def test_each_step_takes_the_learning_rate_of_its_own_number_and_the_tokens_of_a
     assert noted.scales == [1 / 60] * 9
 
 
+def test_answers_are_generated_at_saves_and_before_the_first_step_alone():
+    """They take longer than the loss."""
+    resumed(noted := Noted(1, 20), 0, "evaluate.every_steps=10", "checkpoint.every_steps=40", "evaluate.also_at=[0]")
+    assert list(noted.scored) == list(range(0, 101, 10))
+    assert [step for step, with_task in noted.scored.items() if with_task] == [0, 40, 80, 100]
+
+
 @pytest.mark.parametrize(("loss", "norm"), [(math.nan, 1.0), (64.0, math.inf), (64.0, math.nan)])
 def test_a_loss_or_a_norm_that_is_not_finite_ends_the_run(tmp_path: Path, loss: float, norm: float):
     """With a norm that is none the weights are already lost, though the loss of that step was fine."""
     run = RunDir(tmp_path / "run")
     run.create()
-    meter = Meter(run, ALONE, None, Progress(PLAN.total_steps, 0, enabled=False), PLAN, 100, 8.0, 1.0)
+    meter = Meter(run, ALONE, None, Progress(PLAN.total_steps, 0, enabled=False), PLAN, 100, 8.0, 1.0, bf16=False)
     for step, figures in ((1, (64.0, 1.0)), (2, (loss, norm))):
         state = TrainState(step=step, samples=8 * step, targets=64 * step)
         meter.observe(state, 64, 0, 1e-3, *map(torch.tensor, figures))
@@ -118,6 +134,17 @@ def test_a_save_that_a_stop_forces_does_not_wait_for_scores(step: int, saves: bo
     found = due(step, *every)
     assert (found.save, found.evaluate) == (saves, evaluates)
     assert due(step, *every, stopping=True) == Due(log=True, evaluate=False, sample=False, save=True)
+
+
+def test_the_last_save_is_scored_in_spite_of_a_stop():
+    """No later step would make up for it: the run would have ended with its last checkpoint unscored for good."""
+    found = due(100, stopping=True)
+    assert found == Due(log=True, evaluate=True, sample=False, save=True)
+    stop = StopFlag()
+    stop.signal_name = "SIGTERM"
+    resumed(noted := Noted(1, 20), 99, stop=stop)
+    assert noted.scored == {100: False}, "answers take longer than the loss"
+    assert noted.saved == [1.0]
 
 
 @pytest.mark.parametrize("rows", [100, 164, 240])

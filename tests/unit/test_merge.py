@@ -19,6 +19,7 @@ from tests.support.bases import configure, copy, write_llama
 from tests.support.checkpoint_runs import make_run, save
 
 CPU = torch.device("cpu")
+QUANTISES = "bitsandbytes.functional.quantize_4bit"
 
 
 @pytest.fixture(scope="module")
@@ -71,13 +72,22 @@ def test_running_out_of_memory_says_what_to_do():
         raise RuntimeError("of another kind")
 
 
-def test_running_out_of_memory_while_a_base_is_loaded(llama: Path, monkeypatch: pytest.MonkeyPatch):
-    from transformers import AutoModelForCausalLM
+@pytest.mark.parametrize("place", ["transformers.AutoModelForCausalLM.from_pretrained", QUANTISES])
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError("CUDA driver error: out of memory"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory"),
+    ],
+)
+def test_running_out_of_memory_while_a_base_is_loaded(
+    llama: Path, monkeypatch: pytest.MonkeyPatch, place: str, error: Exception
+):
+    def fail(*_: Any, **__: Any) -> Any:
+        raise error
 
-    def from_pretrained(*_: Any, **__: Any) -> Any:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", from_pretrained)
+    monkeypatch.setattr(place, fail)
     config = configure(llama).model
     assert config.kind == "qlora"
     with pytest.raises(ModelError, match="--device=cpu"), export.memory_errors(torch.device("cuda")):

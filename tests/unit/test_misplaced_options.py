@@ -30,3 +30,11 @@ def test_an_option_that_would_be_ignored_is_refused(
     assert done.exit_code == ConfigError.exit_code
     assert message in done.output
     assert [path.name for path in tmp_path.iterdir()] == ["c.yaml"]
+
+
+@pytest.mark.parametrize("words", [["train", "c.yaml", "--lr", "3"], ["resume"], ["merge", "--help-me"], ["chat"]])
+def test_a_command_of_another_trainer_is_answered_with_ours(words: list[str]):
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 2
+    assert f"there is no command '{words[0]}'; to " in done.output
+    assert "llmtrain run" in CliRunner().invoke(app, ["train"]).output

@@ -2,14 +2,18 @@
 
 import io
 import json
+import math
 import os
 import subprocess
 import sys
 import time
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from rich.console import Console
 
 from launcher.cluster import Profile
@@ -25,7 +29,7 @@ from llmtrain.batches import ANY_ROWS, BatchPlan, plan_batches
 from llmtrain.config import load_config, resolved_yaml
 from llmtrain.config.load import Origins, with_precision
 from llmtrain.config.schema import RunConfig
-from llmtrain.errors import ConfigError
+from llmtrain.errors import ConfigError, DataMismatch
 from llmtrain.memory import GPTSizes
 from llmtrain.rundir import RunDir
 from tests.support.runs import environment
@@ -59,6 +63,30 @@ def steps(total: int, batch: int = 8) -> BatchPlan:
 )
 def test_checkpoints_are_counted_as_training_saves_them(settings: list[str], total: int, rows: int | None, saves: int):
     assert forecast.count_saves(configured(*settings), steps(total), rows) == saves
+
+
+@given(
+    every=st.none() | st.integers(1, 50), total=st.integers(1, 200), rows=st.integers(1, 500),
+    epochs=st.sampled_from([0.01, 0.3, 0.5, 1.0, 2.0]),
+)  # fmt: skip
+def test_saves_by_steps_and_by_passes_are_counted_once(every: int | None, total: int, rows: int, epochs: float):
+    config = configured(f"checkpoint.every_steps={json.dumps(every)}", f"checkpoint.every_epochs={epochs}")
+    saved = {total, *(range(every, total, every) if every else ())}
+    apart = epochs * rows / 8
+    saved |= {min(total, math.ceil(number * apart - 1e-9)) for number in range(1, int(total / apart) + 1)}
+    assert forecast.count_saves(config, steps(total), rows) == len(saved)
+
+
+def test_a_billion_steps_take_no_memory_to_count():
+    config = configured("checkpoint.every_steps=100")
+    tracemalloc.start()
+    try:
+        assert forecast.count_saves(config, steps(10**9), None) == 10**7
+        assert tracemalloc.get_traced_memory()[1] < 1e6
+    finally:
+        tracemalloc.stop()
+    both = configured("checkpoint.every_steps=100", "checkpoint.every_epochs=1")
+    assert forecast.count_saves(both, steps(10**15), 80) == 10**13 + 10**14  # at most
 
 
 def test_what_is_on_disk_and_what_is_uploaded():
@@ -138,14 +166,18 @@ def time_line(config: RunConfig, told: Told) -> str:
     return next(line for line in out.getvalue().splitlines() if line.startswith("time "))
 
 
+def short_texts(folder: Path, *settings: str) -> RunConfig:
+    (folder / "a.jsonl").write_text("".join(json.dumps({"text": f"text {n}"}) + "\n" for n in range(300)))
+    return configured(
+        f"data.sources=[{{kind: jsonl, paths: ['{folder}/a.jsonl']}}]", "data.tokenizer.vocab_size=300",
+        f"data.dir={folder}/shards", "data.packing=none", "model.context=64", "train.steps=100",
+        "train.global_batch_size=10", f"run.dir={folder}", *settings,
+    )  # fmt: skip
+
+
 def test_padding_takes_no_time_where_shards_tell_how_much_there_is(tmp_path: Path):
     """--tokens-per-s is what training shows, which leaves padding out."""
-    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": f"text {n}"}) + "\n" for n in range(300)))
-    config = configured(
-        f"data.sources=[{{kind: jsonl, paths: ['{tmp_path}/a.jsonl']}}]", "data.tokenizer.vocab_size=300",
-        f"data.dir={tmp_path}/shards", "data.packing=none", "model.context=64", "train.steps=100",
-        "train.global_batch_size=10", f"run.dir={tmp_path}",
-    )  # fmt: skip
+    config = short_texts(tmp_path)
     told = Told(tokens_per_s=100.0, vocab_size=300)
     full = time_line(config, told)
     assert f" {duration(100 * 10 * 64 / 100)} at 100 tokens/s" in full
@@ -155,6 +187,8 @@ def test_padding_takes_no_time_where_shards_tell_how_much_there_is(tmp_path: Pat
     line = time_line(config, told)
     assert f" {duration(100 * 10 * train.tokens / train.rows / 100)} at 100 tokens/s" in line
     assert "full" not in line
+    with pytest.raises(DataMismatch, match="built by another recipe; context: shards have 64, the configuration 32"):
+        time_line(short_texts(tmp_path, "model.context=32"), told)  # which training refuses
 
 
 def test_a_plan_says_that_the_warmup_is_too_long():
@@ -200,6 +234,28 @@ def test_nodes_without_a_profile():
     assert (machine.device, machine.ranks, machine.memory_bytes) == ("cuda", 8, 80e9)
     assert machine_for(Wishes(nodes=2, gpus_per_node=0), None, None, "auto").ranks == 2
     assert machine_for(Wishes(nodes=2, ranks_per_node=3), None, None, "auto").ranks == 6
+
+
+@pytest.mark.parametrize(
+    ("bf16", "settings", "memory_gb", "said"),
+    [
+        (None, [], 7.1, True),  # too small in fp32
+        (None, [], None, True),
+        (None, [], 80.0, False),  # fits in fp32, too
+        (None, ["train.precision=bf16"], 7.1, False),
+        (True, [], 7.1, False),
+        (False, [], 7.1, False),
+    ],
+)
+def test_bf16_that_nobody_has_promised_is_told(
+    bf16: bool | None, settings: list[str], memory_gb: float | None, said: bool
+):
+    out = io.StringIO()
+    machine = Machine("cuda", 1, memory_gb and memory_gb * 1e9, "", bf16)
+    config = configured("model.width=1024", "model.num_layers=12", "train.micro_batch_size=8", *settings)
+    fits = show(config, Origins(), machine, Told(vocab_size=50_000), Console(file=out, width=300))
+    assert ("\nprecision    counted in bf16; GPUs before Ampere take fp32" in out.getvalue()) == said
+    assert fits == (memory_gb != 7.1 or bf16 is not False), out.getvalue()
 
 
 def test_wishes_that_contradict_each_other_are_told_together(tmp_path: Path):

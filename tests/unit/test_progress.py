@@ -1,5 +1,8 @@
 """What the person at the terminal is shown while a run goes on."""
 
+import re
+import subprocess
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,9 +16,10 @@ from llmtrain.batches import BatchPlan
 from llmtrain.config import load_config
 from llmtrain.manifest import TrainState
 from llmtrain.metrics import Meter
-from llmtrain.progress import Progress, Reading
+from llmtrain.progress import Progress, Reading, fitted
 from llmtrain.rundir import RunDir
 from llmtrain.world import World
+from tests.support.runs import environment
 
 ALONE = World(0, 1, 0, torch.device("cpu"))
 
@@ -31,7 +35,7 @@ def lines(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def make_meter(run: RunDir, shown: Progress, total_steps: int) -> Meter:
     run.create()
-    return Meter(run, ALONE, None, shown, BatchPlan(8, 8, 1, total_steps), 100, 8.0, 1.0)
+    return Meter(run, ALONE, None, shown, BatchPlan(8, 8, 1, total_steps), 100, 8.0, 1.0, bf16=False)
 
 
 def take_step(meter: Meter, step: int) -> None:
@@ -54,18 +58,68 @@ def test_a_held_out_loss_of_an_earlier_step_names_that_step(tmp_path: Path, line
 
 
 def test_the_live_line_names_it_from_the_next_step_on():
-    shown, figures = Progress(9, 0, enabled=False), list[str]()
-    shown._enabled, shown._task = True, 0
-    shown._live = SimpleNamespace(update=lambda _, completed, figures: told.append(figures))
-    told = figures
+    shown, told = Progress(9, 0, enabled=False), list[str]()
+    shown._enabled, shown._live = True, True
+
+    def look() -> None:
+        told.append(fitted(shown._step, 9, shown._last, 200)[2])
+
     shown.show(Reading(4, 9, 1.0, (2, 5.0), 8.0, 60.0))
+    look()
     shown.show_heldout(4, 3.5)
+    look()
     shown.show(Reading(5, 9, 1.0, (4, 3.5), 8.0, 60.0))
+    look()
     assert [line.partition("held-out ")[2].partition("  ")[0] for line in told] == [
         "5.0000 (step 2)",
         "3.5000",
         "3.5000 (step 4)",
     ]
+
+
+AT_A_TERMINAL = """
+from llmtrain.progress import Progress, Reading, fitted
+shown = Progress(20000, 0)
+shown.show(Reading(13450, 20000, 3.1, (13000, 3.4), 123456, 34567))
+shown.close()
+"""
+
+
+@pytest.mark.parametrize(
+    ("columns", "figures"),
+    [
+        (20, ""),
+        (40, "loss 3.1000"),
+        (60, "loss 3.1000  held-out 3.4000  9:36:07 left"),
+        (80, "loss 3.1000  held-out 3.4000  123,456 tokens/s  9:36:07 left"),
+        (100, "loss 3.1000  held-out 3.4000 (step 13000)  123,456 tokens/s  9:36:07 left"),
+        (120, "loss 3.1000  held-out 3.4000 (step 13000)  123,456 tokens/s  9:36:07 left"),
+    ],
+)
+def test_a_terminal_of_any_width_shows_whole_numbers(columns: int, figures: str):
+    """In a pseudo-terminal: which step of how many, always; the bar goes before any figure does."""
+    code = (
+        "import fcntl, os, pty, struct, sys, termios\n"
+        "pid, fd = pty.fork()\n"
+        "if pid == 0:\n"
+        f"    fcntl.ioctl(2, termios.TIOCSWINSZ, struct.pack('HHHH', 24, {columns}, 0, 0))\n"
+        f"    exec({AT_A_TERMINAL!r})\n"
+        "    os._exit(0)\n"
+        "while True:\n"
+        "    try: piece = os.read(fd, 65536)\n"
+        "    except OSError: break\n"
+        "    if not piece: break\n"
+        "    sys.stdout.buffer.write(piece)\n"
+    )
+    surroundings = {name: value for name, value in environment().items() if name not in ("COLUMNS", "LINES")}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**surroundings, "TERM": "xterm"}, capture_output=True, text=True, check=True
+    )
+    plain = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", done.stdout)
+    line = [line for line in re.split(r"[\r\n]+", plain) if line.strip()][-1].rstrip()
+    assert len(line) <= columns
+    assert re.sub(r"  [^ a-z0-9]{8,24}  ", "  ", line) == f"step 13450/20000  {figures}".rstrip()
+    assert (re.search("[^ -~]", line) is not None) is (columns == 120)  # the bar
 
 
 def test_the_time_left_counts_what_goes_on_between_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -234,7 +234,8 @@ def test_a_run_without_a_service_says_what_is_missing(tmp_path: Path):
     assert "Step 200" in text
     assert "No checkpoint has been scored from its files." in text
     assert "Nothing was scored from disk, so there are no intervals" in text
-    assert "Began after step 200" in text
+    assert "Perhaps since step 200" in text
+    assert "Began after" not in text
     assert "Problems None" in text.replace("ProblemsNone", "Problems None")
 
 

@@ -12,10 +12,10 @@ import pytest
 from huggingface_hub import HfApi
 
 from launcher.choosing import listing
-from llmtrain import ledger, manifest, origin
+from llmtrain import ledger, log, manifest, origin
 from llmtrain.config import resolved_yaml
 from llmtrain.config.load import fixed_differences
-from llmtrain.errors import CheckpointError
+from llmtrain.errors import EXIT_INTERRUPTED, CheckpointError, RunFolderError
 from llmtrain.rundir import RunDir
 from llmtrain.service import hub as conversation
 from llmtrain.service import plan, publish, restore
@@ -282,3 +282,34 @@ def test_of_another_run_in_the_repository_nothing_comes_back(
     theirs = brought_back(api, tmp_path / "theirs", 400)
     assert sorted(ledger.uploads(theirs)) == [400]
     assert not theirs.scores.exists()  # main is the first one's
+
+
+def test_of_two_restores_to_one_folder_the_first_goes_on_alone(
+    api: HfApi, lost: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    shutil.rmtree(lost.path)
+    download = api.snapshot_download
+
+    def meanwhile(*given: Any, **named: Any) -> str:
+        with pytest.raises(RunFolderError, match=r"another restore \(process \d+ on .*\) is at work on it"):
+            brought_back(api, tmp_path / "back")
+        return download(*given, **named)
+
+    monkeypatch.setattr(api, "snapshot_download", meanwhile)
+    assert brought_back(api, tmp_path / "back").checkpoint_steps() == [300]
+    assert not list(tmp_path.glob(".restoring*"))
+
+
+def test_ctrl_c_says_that_the_same_command_goes_on(monkeypatch: pytest.MonkeyPatch):
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    said: list[str] = []
+    monkeypatch.setattr(restore, "restore", interrupted)
+    monkeypatch.setattr(restore, "set_client_factory", lambda _: None)
+    monkeypatch.setattr(log, "set_up", lambda _: None)
+    monkeypatch.setattr(log, "info", said.append)
+    with pytest.raises(SystemExit) as left:
+        restore.main([REPO, "back"])
+    assert left.value.code == EXIT_INTERRUPTED
+    assert said == ["stopped; what was received is kept: the same command goes on from there"]

@@ -361,10 +361,10 @@ def shown(folder: ShardFolder, **options: Any) -> str:
 
 
 def test_samples_are_shown_with_what_is_learned(tmp_path: Path, tokenizer: Path):
-    records = [{"prompt": "[red]Danger\x1b[2J[/red]:", "completion": " run"}] * 10
+    records = [{"prompt": "[red]Danger\x1b[2J\u202e[/red]:", "completion": " run"}] * 10
     folder = build(configure(tmp_path, records, tokenizer, "{kind: completion}"), workers=1).folder
     plain = shown(folder, color_system=None)
-    assert f"[red]Danger\\x1b[2J[/red]:\u27e6 run\u27e8{EOS}\u27e9\u27e7" in plain
+    assert f"[red]Danger\\x1b[2J\\u202e[/red]:\u27e6 run\u27e8{EOS}\u27e9\u27e7" in plain
     assert plain.count("sample ") == 2
     coloured = shown(folder, force_terminal=True, color_system="standard")
     assert f"\x1b[1;32m run\x1b[0m\x1b[1;7;32m{EOS}\x1b[0m" in coloured

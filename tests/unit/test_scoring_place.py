@@ -9,15 +9,16 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
 
+import pynvml
 import pytest
 
-from llmtrain import log, origin
+from llmtrain import gpus, ledger, log, origin, scoring_place
 from llmtrain.rundir import RunDir
 from llmtrain.service import scoring
 from llmtrain.service.__main__ import work
 from llmtrain.service.children import Pause
 from llmtrain.service.queue import Work
-from llmtrain.service.scoring import Presence, Scoring, place
+from llmtrain.service.scoring import Presence, Scoring
 from llmtrain.service.worker import Options
 from tests.support.checkpoint_runs import config_of, make_run, save, train
 
@@ -38,6 +39,9 @@ class Endless:
     def end(self) -> None:
         self.ended = True
 
+    def stalled_s(self) -> float:
+        return 0.0
+
 
 def device_of(arguments: list[str]) -> str:
     return arguments[arguments.index("--device") + 1]
@@ -48,13 +52,14 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     """The arguments of each child; the machine has two GPUs."""
     Endless.started = []
     monkeypatch.setattr(scoring, "Child", Endless)
-    monkeypatch.setattr(scoring, "num_gpus", lambda: 2)
+    monkeypatch.setattr(scoring_place, "num_gpus", lambda: 2)
     return Endless.started
 
 
 def advance(lane: Scoring, run: RunDir, presence: Presence, *steps: int) -> None:
     config = config_of(run)
-    lane.advance(config, Work(to_score=list(steps or [7])), place(run, config, presence.look()))
+    where = scoring_place.find(run, config, presence.look(), lane.device)
+    lane.advance(config, Work(to_score=list(steps or [7])), where)
 
 
 @pytest.fixture
@@ -79,8 +84,8 @@ def test_scoring_takes_a_gpu_that_training_does_not_use(
 ):
     run = make_run(tmp_path / "run")
     origin.note(run, "cuda", used)
-    monkeypatch.setattr(scoring, "num_gpus", lambda: gpus)
-    assert place(run, config_of(run), trains) == expected
+    monkeypatch.setattr(scoring_place, "num_gpus", lambda: gpus)
+    assert scoring_place.find(run, config_of(run), trains) == expected
 
 
 @pytest.mark.parametrize(
@@ -98,8 +103,65 @@ def test_gpus_of_another_machine_are_not_taken_for_this_ones(
     run = make_run(tmp_path / "run")
     origin.note(run, "cuda", 2)
     run.origin.write_text(json.dumps(json.loads(run.origin.read_text()) | noted))
-    monkeypatch.setattr(scoring, "num_gpus", lambda: 1)
-    assert place(run, config_of(run), trains=True) == expected
+    monkeypatch.setattr(scoring_place, "num_gpus", lambda: 1)
+    assert scoring_place.find(run, config_of(run), trains=True) == expected
+
+
+@pytest.mark.parametrize(
+    ("in_use", "own", "expected"),
+    [
+        ([70e9, 20e9, 3e6], "", "cuda:2"),  # training's own, somebody else's, nobody's
+        ([70e9, 20e9, 3e6], "cuda:1", "cuda:1"),  # that is its own process
+        ([70e9, 20e9, 20e9], "", "cpu"),
+        ([70e9, None, 3e6], "", "cuda:1"),  # the driver does not tell
+    ],
+)
+def test_a_gpu_that_somebody_else_uses_is_not_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_use: list[float | None], own: str, expected: str
+):
+    run = make_run(tmp_path / "run")
+    origin.note(run, "cuda", 1)
+    monkeypatch.setattr(scoring_place, "num_gpus", lambda: 3)
+    monkeypatch.setattr(scoring_place, "memory_used", in_use.__getitem__)
+    assert scoring_place.find(run, config_of(run), trains=True, own=own) == expected
+
+
+def test_a_child_stays_on_its_gpu_and_leaves_the_cpu_for_one_that_becomes_free(
+    tmp_path: Path, started: list[list[str]], monkeypatch: pytest.MonkeyPatch
+):
+    run = make_run(tmp_path / "run")
+    origin.note(run, "cuda", 0)
+    lane, presence = Scoring(run, lock=0), Presence(run)
+    with run.lock():
+        for in_use in ([9e9, 9e9], [9e9, 0.0], [9e9, 9e9], [0.0, 9e9]):
+            monkeypatch.setattr(scoring_place, "memory_used", in_use.__getitem__)
+            for _ in range(3):
+                advance(lane, run, presence)
+    assert [device_of(arguments) for arguments in started] == ["cpu", "cuda:1"]
+
+
+@pytest.mark.parametrize(("visible", "asked"), [(None, "gpu 1"), ("3,2", "gpu 2"), ("0,GPU-b", "gpu 1"), ("0", None)])
+@pytest.mark.parametrize("is_old", [False, True])
+def test_memory_in_use_is_that_of_the_gpu_as_cuda_counts(
+    monkeypatch: pytest.MonkeyPatch, visible: str | None, asked: str | None, is_old: bool
+):
+    def info(handle: str, version: int | None = None) -> SimpleNamespace:
+        if is_old and version is not None:
+            raise pynvml.NVMLError(pynvml.NVML_ERROR_FUNCTION_NOT_FOUND)
+        found.append(handle)
+        return SimpleNamespace(used=5)
+
+    found: list[str] = []
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    monkeypatch.setattr(pynvml, "nvmlInit", lambda: None)
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetCount", lambda: 4)
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetHandleByIndex", "gpu {}".format)
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetUUID", lambda handle: f"GPU-{'abcd'[int(handle[-1])]}123")
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetMemoryInfo", info)
+    assert gpus.memory_used(1) == (None if asked is None else 5)
+    assert found == ([] if asked is None else [asked])
 
 
 def test_a_container_with_a_name_of_its_own_is_still_the_same_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -225,6 +287,41 @@ def test_a_step_that_cannot_be_scored_keeps_no_other_waiting(tmp_path: Path, mon
         lane.advance(config_of(run), Work(to_score=[10, 20]), "cuda:0")
     order = [arguments[arguments.index("--steps") + 1 :] for arguments in Failing.started]
     assert order == [["10", "20"], ["20", "10"], ["10", "20"]]
+
+
+class Hanging(Endless):
+    stalled = 0.0
+
+    def stalled_s(self) -> float:
+        return self.stalled
+
+
+def test_a_scoring_process_that_hangs_is_ended_and_told(
+    tmp_path: Path, started: list[list[str]], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(scoring, "Child", Hanging)
+    run = make_run(tmp_path / "run")
+    origin.note(run, "cpu", 0)
+    lane = Scoring(run, lock=0)
+    lane.pause = Pause(first_s=0.0)
+
+    def turn() -> None:
+        lane.advance(config_of(run), Work(to_score=[10, 20]), "cpu")
+
+    turn()
+    monkeypatch.setattr(Hanging, "stalled", scoring._STALLED_S - 1)  # slow, on a busy machine
+    turn()
+    child = lane._child
+    assert (lane.pause.failures, ledger.events(run)) == (0, [])
+    monkeypatch.setattr(Hanging, "stalled", scoring._STALLED_S + 1)
+    turn()
+    assert isinstance(child, Hanging)
+    assert (child.ended, lane.doing, lane.pause.failures) == (True, None, 1)
+    (event,) = ledger.events(run)
+    assert (event.kind, event.step, event.message) == ("stalled", 10, lane.last_error)
+    assert "scoring step 10 made no progress for 1801 s, ended; next try in" in event.message
+    turn()
+    assert [arguments[arguments.index("--steps") + 1] for arguments in started] == ["10", "20"]  # first the other one
 
 
 def test_a_service_that_has_given_up_scoring_says_what_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -1,5 +1,7 @@
 """The folder that shards are published into: what a build may replace there, and what is somebody else's."""
 
+import errno
+import os
 from pathlib import Path
 
 import pytest
@@ -7,13 +9,13 @@ import pytest
 from launcher.checks import preflight
 from launcher.cluster import Profile
 from launcher.sharding import finish, tasks, work
-from launcher.sharding.build import build, build_part, prepare_build
+from launcher.sharding.build import Built, build, build_part, prepare_build
 from launcher.sharding.parts import Part
 from launcher.slurm.batch import JobSpec
 from llmtrain import shards
 from llmtrain.config import RunConfig, load_config
 from llmtrain.config.load import Origins
-from llmtrain.errors import ConfigError
+from llmtrain.errors import ConfigError, DataMismatch, RunFolderError
 from tests.support.bases import write_tokenizer
 from tests.support.data import folder_content
 
@@ -159,3 +161,29 @@ def test_shards_that_were_taken_out_of_use_by_a_preparation_are_replaced(folder:
     tasks._encoders.clear()
     build_part(other, Part(0, 1), workers=1)
     assert build(other, workers=1).folder.manifest.tokenizer.vocab_size == 260
+
+
+def test_finished_shards_are_found_where_nobody_may_write(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    """Another user's, or on a read-only disk: training takes them there as well."""
+    built = build(configure(folder), workers=1).folder
+
+    def refuse(path: Path, *given: str, **named: str) -> object:
+        if path.name.endswith(".lock"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return opened(path, *given, **named)  # pyright: ignore[reportArgumentType, reportCallIssue]
+
+    opened = Path.open
+    monkeypatch.setattr(Path, "open", refuse)
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    for found in (
+        build(configure(folder)),
+        prepare_build(configure(folder)),
+        build_part(configure(folder), Part(0, 1)),
+    ):
+        assert isinstance(found, Built)
+        assert found.was_there
+        assert found.folder.fingerprint == built.fingerprint
+    with pytest.raises(RunFolderError, match=r"sharding: .*\.lock: Permission denied"):
+        build(configure(folder), force=True)
+    with pytest.raises(DataMismatch):
+        build(configure(folder, "data.tokenizer.vocab_size=260"))

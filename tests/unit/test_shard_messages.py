@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from launcher.sharding import build as building
@@ -161,6 +162,48 @@ def test_sources_that_are_not_there_leave_no_folder_behind(job: Callable[..., ob
         f"in/*.txt: no file matches {looked}", f"gone.txt: no such file {looked}", f"{tmp_path}/*.md: no file matches",
     ]  # fmt: skip
     assert not Path("shards").exists()
+
+
+GPT2_IDS, LETTERS = (np.array(ids, np.uint16).tobytes() for ids in (np.arange(257, 40_000, 7), [*range(65)] * 50))
+CONVERTED = np.arange(0, 1000, dtype="<u2").tobytes().decode("latin1").encode()
+
+
+@pytest.mark.parametrize("invalid", ["error", "replace", "skip"])
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("train.bin", GPT2_IDS),
+        ("train.bin", LETTERS),  # valid UTF-8
+        ("train.txt", LETTERS),
+        ("converted.txt", CONVERTED),  # by iconv, as the advice on text says
+        ("unmarked.txt", "some words of text".encode("utf-16-le")),
+    ],
+)
+def test_token_ids_are_not_trained_on_as_text(name: str, content: bytes, invalid: str):
+    Path(name).write_bytes(content)
+    Path("good.txt").write_text("some words of text, " * 100)
+    config = configure(f"{{kind: text, paths: [{name}, good.txt], invalid_utf8: {invalid}}}")
+    if invalid == "skip":
+        assert sum(build(config, workers=1).folder.manifest.skipped.values()) == 1
+        return
+    said = refused(EncodingError, config)
+    assert said.startswith(f"{name}: not text. A .bin file of nanoGPT holds token ids")
+    assert "enc.decode(np.fromfile(FILE, np.uint16))" in said
+
+
+def test_text_with_a_stray_zero_is_text():
+    Path("a.txt").write_text("some words of text, " * 50 + "\0" + "more words, " * 50)
+    assert build(configure("{kind: text, paths: [a.txt]}"), workers=1).folder.manifest.skipped == {}
+
+
+def test_a_folder_of_save_to_disk_is_named():
+    import datasets
+
+    datasets.Dataset.from_list([{"text": "some words of text"}] * 40).save_to_disk("saved")
+    said = refused(SourceError, configure("{kind: huggingface, name: ./saved}"))
+    source = "{kind: huggingface, name: arrow, data_files: ['saved/*.arrow']}"
+    assert said.endswith(f". What save_to_disk wrote is read with {source}")
+    assert build(configure(source), workers=1).folder.manifest.splits
 
 
 RECORD = '{"text": "some words of text"}\n'

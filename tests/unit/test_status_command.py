@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,9 @@ from rich.console import Console
 from launcher.display import when
 from launcher.jobs import JobDir
 from launcher.watching import status_display
-from launcher.watching.status import find_runs, read_status
+from launcher.watching.status import find_runs, read_checkpoints, read_status
 from launcher.watching.status_display import show_status
-from llmtrain import jsonl, ledger
+from llmtrain import choose, jsonl, ledger
 from llmtrain.errors import RunFolderError
 from llmtrain.ledger import Event, HubState, Status
 from llmtrain.rundir import RunDir
@@ -102,6 +103,16 @@ def test_a_stopped_run(run: RunDir, capsys: pytest.CaptureFixture[str]):
     assert "not running: step 400 not scored, steps 300 and 400 not uploaded" in text
     assert "ada/gpt: not contacted yet; 1 confirmed there, steps 300 and 400 waiting" in text
     assert "in quarantine" in text
+
+
+def test_a_run_that_nobody_scores_has_a_checkpoint_to_use(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    run = make_run(tmp_path / "runs" / "gpt", "service.start=never", "train.steps=300")
+    for step, loss in ((100, 3.5), (200, 3.0), (300, 3.2)):
+        save(run, step, loss)
+    train(run, 300)
+    assert read_status(run).checkpoints.proposed == (200, 3.0)
+    end = "use step 200 (3.0000, measured at the save); never scored from disk (service.start=never)"
+    assert f"last step 300, 3 on disk; {end}" in told(run, capsys)
 
 
 def test_a_running_run_and_its_pace(run: RunDir, capsys: pytest.CaptureFixture[str]):
@@ -302,6 +313,17 @@ def test_json_holds_every_field(run: RunDir, capsys: pytest.CaptureFixture[str])
     assert found["hub"]["repo"] == "ada/gpt"
 
 
+def test_json_has_null_for_what_is_no_number(run: RunDir, capsys: pytest.CaptureFixture[str]):
+    last = {"step": 501, "loss": float("nan"), "epoch": 16.0, "samples": 16_032, "targets": 9}
+    jsonl.append(run.metrics, [last, {**last, "step": 502, "loss": float("-inf")}])
+    for step in (502, 501):
+        show_status([run.path], True, False)
+        told = capsys.readouterr().out
+        [found] = json.loads(told, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+        assert (found["training"]["step"], found["training"]["loss"]) == (step, None)
+        jsonl.rewind(run.metrics, 501)
+
+
 def test_watching_reads_anew_and_ends_quietly(
     run: RunDir, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
@@ -318,6 +340,23 @@ def test_watching_reads_anew_and_ends_quietly(
     output = capsys.readouterr().out
     assert all(f"step {step} of 1,000" in output for step in (500, 510, 520))
     assert turns == [2.0, 2.0, 2.0]
+
+
+def test_watching_keeps_one_ranking_of_a_run(run: RunDir, monkeypatch: pytest.MonkeyPatch):
+    """One is some MB after thousands of saves."""
+    kept, rank = list[weakref.ref[choose.Ranking]](), choose.ranking
+
+    def noted(ranked: RunDir) -> choose.Ranking | None:
+        found = rank(ranked)
+        assert found is not None
+        kept.append(weakref.ref(found))
+        return found
+
+    monkeypatch.setattr(choose, "ranking", noted)
+    for loss in (3.0, 2.9, 2.8):
+        score(run, 400, loss)
+        assert read_checkpoints(run) == read_checkpoints(run)
+    assert [ranking() is not None for ranking in kept] == [False, False, True]
 
 
 def test_ctrl_c_at_a_terminal_leaves_quietly(run: RunDir):

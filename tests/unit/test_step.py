@@ -67,7 +67,7 @@ def test_what_deepspeed_is_told_for_a_gpu():
     assert sizes == [6_250_000, 30_000_002]
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("documents", ["none", "by a mask", "by the kernel"])
 def test_a_step_never_waits_for_the_gpu(documents: str):
     gpu = world(device="cuda")

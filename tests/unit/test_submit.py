@@ -207,3 +207,9 @@ def test_names_of_a_sweep_are_names_of_runs(tmp_path: Path):
 def test_the_runs_of_a_sweep_do_not_share_a_repository():
     with pytest.raises(ConfigError, match=r"--sweep with hub.repo=me/gpt: a repository holds one run; leave it out"):
         submit.plan_runs(["hub.repo=me/gpt"], ["optim.lr=1e-3,1e-2"])
+
+
+def test_a_sweep_keeps_lists_whole(tmp_path: Path):
+    runs = submit.plan_runs([f"run.dir={tmp_path}"], ["optim.betas=[0.9,0.95],[0.9,0.99]", "optim.lr=1e-3,1e-2"])
+    found = [(list(training.config.optim.betas), training.config.optim.lr) for training in runs]
+    assert found == [([0.9, 0.95], 1e-3), ([0.9, 0.95], 1e-2), ([0.9, 0.99], 1e-3), ([0.9, 0.99], 1e-2)]

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shutil
 import struct
 import time
 from pathlib import Path
@@ -9,11 +10,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from matplotlib.axes import Axes
 
+from launcher.choosing import listing
 from llmtrain import choose, jsonl, summary, tensorboard
+from llmtrain.generate import find_model
 from llmtrain.hardware import HardwareMeter
+from llmtrain.ledger import drain_command
 from llmtrain.rundir import RunDir
-from llmtrain.service.beside import drain_command
 from llmtrain.tensorboard import Event, TensorBoard
 from tests.support import checkpoint_runs
 from tests.support.checkpoint_runs import save, score, stretches
@@ -31,17 +35,30 @@ def make_run(tmp_path: Path, heldout: list[float]) -> RunDir:
     return run
 
 
-def test_overfitting_is_named_with_its_beginning(tmp_path: Path):
+def test_a_rise_of_which_nothing_is_scored_is_named_as_doubtful(tmp_path: Path):
     run = make_run(tmp_path, [9.0, 7.0, 6.0, 6.2, 6.5])
     found = summary.write(run)
     assert found is not None
-    assert (found.overfits, found.lowest_step, found.first_heldout, found.last_heldout) == (True, 20, 9.0, 6.5)
+    assert (found.overfits, found.lowest_step, found.first_heldout, found.last_heldout) == (None, 20, 9.0, 6.5)
     text = summary.describe(run, found)
-    assert "began at step 20 (epoch 1.00): since then the held-out loss rose by 8.3%" in text
-    assert f"best checkpoint {run.checkpoint(20)} (held-out loss 6.0000, scored at the save)" in text
+    assert "perhaps since step 20 (epoch 1.00): the held-out loss rose by 8.3%" in text
+    assert f"not known whether that is chance (nothing scored from disk: {drain_command(run.path)})" in text
+    assert f"use checkpoint  {run.checkpoint(20)} (held-out loss 6.0000, scored at the save)" in text
     assert "tensorboard --logdir" in text
     assert json.loads(run.summary.read_text())["best_checkpoint"] == str(run.checkpoint(20))
     assert run.curve.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_last_measured_loss_is_not_said_to_be_that_of_the_end(tmp_path: Path):
+    """Where the run was stopped, or went on after it without another evaluation."""
+    run = make_run(tmp_path, [9.0, 7.0])
+    found = summary.summarise(run)
+    assert found is not None
+    assert "9.0000 at the start -> 7.0000 at the end, lowest" in summary.describe(run, found)
+    jsonl.append(run.metrics, [{"step": 14, "epoch": 0.7, "loss": 3.0, "targets": 140}])
+    found = summary.summarise(run)
+    assert found is not None
+    assert "9.0000 at the start -> 7.0000 at step 10, lowest" in summary.describe(run, found)
 
 
 def test_its_commands_can_be_copied_whatever_the_folder_is_called(tmp_path: Path):
@@ -52,6 +69,19 @@ def test_its_commands_can_be_copied_whatever_the_folder_is_called(tmp_path: Path
     assert f"llmtrain generate '{run.checkpoint(10)}'\n" in text
     assert text.endswith(f"tensorboard --logdir '{tmp_path}/my runs'")
     assert drain_command(run.path) == f"python -m llmtrain.service --run '{run.path}' --drain"
+
+
+def test_a_lowest_loss_that_was_not_saved_is_called_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """On the curve the lowest of the saved ones is marked as well."""
+    run = make_run(tmp_path, [9.0, 7.0, 6.0, 6.25])
+    found, marks = summary.write(run), list[str]()
+    assert found is not None
+    assert "not saved" not in summary.describe(run, found)
+    run.checkpoint(20).rmdir()
+    assert "lowest 6.0000 at step 20 (epoch 1.00, not saved)" in summary.describe(run, found)
+    monkeypatch.setattr(Axes, "annotate", lambda axes, text, *_, **__: marks.append(text))
+    summary.draw(run, run.curve)
+    assert marks == ["lowest 6.000\nstep 20", "lowest saved 6.250\nstep 30"]
 
 
 def test_no_overfitting_where_there_is_none(tmp_path: Path):
@@ -99,6 +129,47 @@ def test_the_best_checkpoint_is_one_that_still_exists(tmp_path: Path):
     assert found is not None
     assert found.lowest_step == 10
     assert found.best_checkpoint == str(run.checkpoint(20))
+
+
+def test_it_proposes_what_checkpoints_does_or_says_why_not(tmp_path: Path):
+    run = checkpoint_runs.make_run(tmp_path / "run")
+    checkpoint_runs.train(run, 300)
+    for step, loss in ((100, 4.0), (200, 5.3), (300, 5.25)):
+        save(run, step, 5.5)
+        score(run, step, loss)
+    checkpoint_runs.upload(run, 100)
+
+    def both() -> tuple[str, str, float | None, int, str]:
+        found, listed = summary.summarise(run), listing.gather(run)
+        assert found is not None
+        assert found.best_checkpoint is not None
+        assert listed.proposed is not None
+        path = found.best_checkpoint
+        assert str(find_model(run.path)) == f"{path}/model"
+        return path, found.best_reason, found.best_checkpoint_heldout, listed.proposed.step, listed.why
+
+    for step in (100, 200, 300):
+        (run.checkpoint(step) / "model" / "config.json").write_text("{}")
+    path, reason, loss, step, why = both()
+    assert (path, loss, step) == (str(run.checkpoint(100)), 4.0, 100)
+    assert reason.endswith(f": {why}")
+    shutil.rmtree(run.checkpoint(100))
+    path, reason, loss, step, _ = both()
+    assert (path, loss, step) == (str(run.checkpoint(300)), 5.25, 100)
+    told = "; step 100, which 'llmtrain checkpoints' proposes, is on the Hub alone"
+    assert reason == f"scored at the save: the lowest held-out loss of those on disk{told}"
+    save(run, 200, 5.5, content="again")
+    shutil.rmtree(run.checkpoint(300))
+    (run.checkpoint(200) / "model" / "config.json").write_text("{}")
+    assert both()[:2] == (
+        str(run.checkpoint(200)),
+        f"scored at the save: the lowest held-out loss that training computed of those on disk{told}",
+    )
+    checkpoint_runs.upload(run, 100, removed=True)
+    path, reason, loss, step, why = both()
+    assert (path, loss, step) == (str(run.checkpoint(200)), 5.5, 200)
+    assert reason == f"scored at the save: {why}"
+    assert why.endswith("; none is left of those that were scored from disk")
 
 
 def test_ledgers_survive_a_cut_line_and_rewind(tmp_path: Path):

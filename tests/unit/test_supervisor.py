@@ -45,7 +45,7 @@ class Attempts:
     def supervise(self, rules: Rules, *scripts: str, since: float | None = None) -> tuple[int, Supervisor]:
         """The last script is started again and again."""
 
-        def command(_: Start, __: object, again: bool) -> list[str]:
+        def command(_: Start, __: object, again: bool, ___: Path) -> list[str]:
             self.started.append(again)
             return [sys.executable, "-c", scripts[min(len(self.started), len(scripts)) - 1]]
 

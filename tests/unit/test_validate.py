@@ -1,6 +1,9 @@
 """How a checkpoint is scored, so that all scores of a run can be compared."""
 
+import errno
 import math
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -8,8 +11,8 @@ import pytest
 import torch
 
 from launcher.sharding.build import build
-from llmtrain import choose, intervals, ledger
-from llmtrain.errors import CheckpointError
+from llmtrain import choose, files, intervals, ledger, origin
+from llmtrain.errors import CheckpointError, DiskFull
 from llmtrain.evaluate import Score
 from llmtrain.rundir import RunDir
 from llmtrain.service import validate
@@ -52,6 +55,18 @@ def test_a_run_with_more_of_them_goes_on_as_it_began(run: RunDir):
     assert np.array_equal(intervals.merged(old, most), old)
 
 
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_is_told_by_the_exit_code(run: RunDir, monkeypatch: pytest.MonkeyPatch, number: int):
+    """The service then makes room for the next attempt."""
+
+    def full(*_: object) -> None:
+        raise OSError(number, "no room")
+
+    monkeypatch.setattr(files, "write_atomic", full)
+    with pytest.raises(DiskFull, match=r"score: no space left in .*losses"):
+        validate.write_losses(run.losses(100, "identity", "heldout"), stretches(0.0))
+
+
 def test_the_first_score_says_in_which_precision_the_others_are_computed(run: RunDir):
     assert validate.recorded_precision(run) is None
     first = score(run, 300, 3.0).model_copy(update={"how": "the training ranks"})
@@ -82,3 +97,29 @@ def test_no_checkpoint_is_scored_on_other_data_than_its_own(tmp_path: Path):
     save(run, 100)
     with pytest.raises(CheckpointError, match="step-00000100 was trained on other data than the shards in"):
         next(validate.validate(run, config_of(run), [100], "heldout", torch.device("cpu")))
+
+
+@pytest.mark.parametrize("full", ["before", "after"])
+def test_the_test_split_is_not_scored_for_nothing(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], full: str
+):
+    """A disk that is full is found before the scoring, and one that fills up meanwhile is no bug."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    scored: list[int] = []
+    found = score(run, 100, 3.0)
+
+    def scores(_run: RunDir, _config: object, steps: list[int], *_: object) -> Iterator[ledger.Score]:
+        scored.extend(steps)
+        yield found
+
+    monkeypatch.setattr(origin, "enter", lambda _: None)
+    monkeypatch.setattr(validate, "validate", scores)
+    monkeypatch.setattr(*((tempfile, "TemporaryFile") if full == "before" else (validate.ledger, "append")), refuse)
+    with pytest.raises(SystemExit) as left:
+        validate.main([str(run.path), "--steps", "100", "--split", "test"])
+    assert left.value.code == DiskFull.exit_code
+    assert capsys.readouterr().err.startswith(f"error: scores: no space left in {run.service} ")
+    assert not scored or full == "after"
