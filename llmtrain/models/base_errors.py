@@ -16,9 +16,8 @@ def conversion_errors_raised() -> Iterator[None]:
     """
     from transformers import core_model_loading
 
-    noted = (
-        core_model_loading.log_conversion_errors
-    )  # of their own; tests/unit/test_out_of_memory.py fails where it has moved
+    # Theirs, not public: tests/unit/test_out_of_memory.py fails where it has moved.
+    noted = core_model_loading.log_conversion_errors
 
     @contextlib.contextmanager
     def raised(*given: Any, **named: Any) -> Iterator[None]:

@@ -82,6 +82,12 @@ def test_main_follows_the_disk(run: RunDir):
     assert plan.digest(run, HERE) != before
 
 
+def test_main_follows_what_is_removed_from_the_hub(run: RunDir):
+    before = plan.digest(run, HERE)
+    upload(run, 100, removed=True)
+    assert plan.digest(run, HERE) != before
+
+
 def test_the_lowest_is_the_best(run: RunDir):
     upload(run, 400)
     shutil.rmtree(run.checkpoint(300))
@@ -138,6 +144,17 @@ def test_a_base_in_a_folder_is_not_called_one_of_the_hub(tmp_path: Path, monkeyp
     config = config_of(RunDir(tmp_path / "gone"))
     assert base_facts.hub_name(config, tmp_path) is None
     assert base_facts.hub_name(load_config(None)[0], tmp_path) is None
+
+
+@pytest.mark.parametrize("base", ["./llama", "../llama", "~/llama", "/jane/llama"])
+def test_a_path_to_a_base_is_not_told_though_it_leads_nowhere_here(tmp_path: Path, base: str):
+    run = make_run(tmp_path / "run", "model.kind=qlora", f"model.base={base}", "data.tokenizer.name=gpt2")
+    save(run, 100)
+    upload(run, 100)
+    text = rendered(run)
+    assert card.metadata(config_of(run), run, shown(run).upload).base_model is None
+    assert "on a base model," in text
+    assert "llama`" not in text
 
 
 def test_the_card_says_what_the_test_split_was_used_for(run: RunDir):

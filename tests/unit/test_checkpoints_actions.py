@@ -234,6 +234,15 @@ def test_the_test_split_is_used_once(run: RunDir, validator: list[list[str]], ca
     assert "the test split was used for 300 too" in capsys.readouterr().out
 
 
+def test_a_step_that_was_saved_anew_is_another_checkpoint_for_the_test_split(run: RunDir, validator: list[list[str]]):
+    act(run.path, None, None, Options(test=True))
+    save(run, 300, 3.002, content="saved again")
+    score(run, 300, stretches(0.002, noise=0.03, seed=300))
+    with pytest.raises(UserError, match="the test split was used for step 300"):
+        act(run.path, None, None, Options(test=True))
+    assert len(validator) == 1
+
+
 @pytest.mark.parametrize(
     ("place", "free", "device"),
     [

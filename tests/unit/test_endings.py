@@ -16,6 +16,7 @@ from launcher.watching.queue_view import Job, Queue
 from launcher.watching.status import read_status
 from llmtrain import assemble, jsonl, ledger, origin, summary
 from llmtrain.config import load_config
+from llmtrain.finish import finish
 from llmtrain.ledger import Event, EventKind
 from llmtrain.prepare import prepare_run
 from llmtrain.rundir import RunDir
@@ -156,6 +157,14 @@ def ended(tmp_path: Path) -> RunDir:
     made.report.write_text("finished")
     made.curve.write_bytes(b"")
     return made
+
+
+def test_a_run_at_its_end_leaves_its_gpus_to_its_service(tmp_path: Path):
+    run = make_run(tmp_path / "run", "service.start=never")
+    origin.note(run, "cuda", 1)
+    assert not origin.read(run).finished
+    finish(run)
+    assert origin.read(run).finished
 
 
 def best_of(run: RunDir) -> tuple[str, bool]:

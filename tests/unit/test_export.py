@@ -1,6 +1,7 @@
-"""`llmtrain export`: no room where it writes, and two of them that write to one place."""
+"""`llmtrain export`: no room where it writes, two of them that write to one place, what transformers gets wrong."""
 
 import errno
+import json
 import os
 import resource
 import shutil
@@ -15,7 +16,10 @@ from tokenizers import Tokenizer, models
 
 from llmtrain import export, log
 from llmtrain.adapters import ADAPTER_CONFIG
-from llmtrain.errors import ConfigError, DiskFull, RunFolderError, disk_errors
+from llmtrain.config.schema import GPTModel
+from llmtrain.errors import CheckpointError, ConfigError, DiskFull, RunFolderError, disk_errors
+from llmtrain.models.gpt import GPT
+from tests.support.bases import VOCAB, write_tokenizer
 from tests.support.data import folder_content
 
 CPU = torch.device("cpu")
@@ -109,3 +113,15 @@ def test_what_killed_exports_have_left_is_named(adapter: Path, tmp_path: Path, m
     assert said == [
         f"{tmp_path}/.writing-to-0123abcd: left by an export that was killed, unless it is still at work; delete it"
     ]
+
+
+def test_a_model_that_transformers_computes_otherwise_is_not_exported(tmp_path: Path):
+    folder = tmp_path / "model"
+    write_tokenizer(folder)
+    model = GPT(GPTModel(num_layers=1, num_heads=1, width=8, context=8), VOCAB)
+    model.save(folder, {name: p.detach() for name, p in model.named_parameters()}, eos_id=0)
+    described = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**described, "activation_function": "relu"}))
+    with pytest.raises(CheckpointError, match="transformers' forward pass changed the logits"):
+        copy(folder, tmp_path / "to")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]

@@ -4,16 +4,23 @@ import io
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
 
 from llmtrain import generate, jsonl, log, manifest, origin
+from llmtrain.batches import BatchPlan
 from llmtrain.config import load_config, load_to_start
 from llmtrain.config.model_sections import QLoRAModel
 from llmtrain.errors import CheckpointError, ConfigError, ModelError, RunFolderError, UserError, exit_with_code
+from llmtrain.manifest import TrainState
+from llmtrain.metrics import Meter
 from llmtrain.models import base
+from llmtrain.progress import Progress
+from llmtrain.tensorboard import TensorBoard
+from llmtrain.world import World
 from tests.support.bases import write_llama
 from tests.support.checkpoint_runs import make_run, save
 
@@ -115,6 +122,17 @@ def test_generated_text_does_not_reach_them_either(monkeypatch: pytest.MonkeyPat
     out.seek(0)
     assert out.read() == expected
     generate.write(["\u00e9"])  # not a letter of this encoding
+
+
+def test_a_browser_is_given_generated_text_as_quoted_code(tmp_path: Path):
+    """TensorBoard shows texts as Markdown."""
+    shown: list[str] = []
+    board = cast(TensorBoard, SimpleNamespace(text=lambda _step, _tag, markdown: shown.append(markdown)))
+    alone, plan = World(0, 1, 0, torch.device("cpu")), BatchPlan(8, 8, 1, 100)
+    progress = Progress(100, 0, enabled=False)
+    meter = Meter(make_run(tmp_path / "run"), alone, board, progress, plan, 100, 8.0, 1.0, bf16=False)
+    meter.sample(TrainState(step=1), "# a\n", "<img src=x>\n\n[b](c)")
+    assert shown == ["    # a\n    <img src=x>\n    \n    [b](c)"]
 
 
 def test_printable_keeps_what_it_is_told_to():

@@ -1,6 +1,7 @@
 """What is sent to the Hub: compared with what arrived, committed upon nobody else's work, and without a token in it."""
 
 import json
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,21 @@ def test_the_token_in_use_is_found_whatever_it_looks_like(tmp_path: Path):
     fine.write_text("paths: [/data/x]\n")
     assert secrets_in([fine, leaky], "api_org-0123456789") == [leaky]
     assert secrets_in([fine, leaky], TOKEN) == []
+
+
+def test_a_configuration_with_a_token_does_not_come_onto_main(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Another one than is in use: by what it looks like."""
+    run = make_run(tmp_path / "run", f"hub.repo={REPO}", f"run.dir=hf_{'a' * 34}")
+    monkeypatch.setattr(conversation, "publish", lambda *_: pytest.fail("published"))
+    answer = conversation.converse("publish", run, REPO, 0, TOKEN)
+    assert answer["error"] == "refused"
+    assert "config.yaml: not uploaded" in answer["message"]
+
+
+def test_a_hub_that_takes_a_request_and_says_nothing_is_not_waited_for(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    with socket.create_server(("127.0.0.1", 0)) as silent, pytest.raises(httpx2.ReadTimeout):
+        conversation.client(0.2).get(f"http://127.0.0.1:{silent.getsockname()[1]}/")
 
 
 def test_an_answer_never_holds_the_token(

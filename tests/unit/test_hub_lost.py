@@ -197,6 +197,18 @@ def test_nothing_is_deleted_before_the_hub_was_looked_at(run: RunDir, monkeypatc
         assert run.checkpoint_steps() == [200]
 
 
+def test_a_refusal_is_looked_at_again_now_and_then_alone(run: RunDir, monkeypatch: pytest.MonkeyPatch):
+    """A person has to mend it, which takes longer than a Hub that is out of order."""
+    refused = {"error": "refused", "message": "no"}
+    monkeypatch.setattr(uploading, "Child", children := Children(check=refused))
+    lane, config = Uploading(run, lock=0, pause_s=1.0), config_of(run)
+    work = Inspector(run).look(config, scoring=True)
+    for _ in range(4):
+        lane.advance(config, work, hurry=False)
+    assert children.tasks == ["check"]
+    assert 30 < lane.pause.left_s <= 60
+
+
 # ---------------------------------------------------------------------------------------------- advice
 
 

@@ -13,7 +13,7 @@ from llmtrain import jsonl
 from llmtrain.batches import BatchPlan
 from llmtrain.config import load_config
 from llmtrain.data import Batch, StepData
-from llmtrain.errors import NotFinite
+from llmtrain.errors import DiskFull, NotFinite
 from llmtrain.evaluation import make_evaluate
 from llmtrain.manifest import Manifest, TrainState
 from llmtrain.metrics import Meter
@@ -106,6 +106,40 @@ def test_answers_are_generated_at_saves_and_before_the_first_step_alone():
     assert [step for step, with_task in noted.scored.items() if with_task] == [0, 40, 80, 100]
 
 
+class NotedMeter(Noted):
+    """Also notes what the meter is asked for."""
+
+    def flush(self, waited_s: float, at_once: bool) -> None:
+        self.calls.append("written now" if at_once else "read")
+
+    def restart_clock(self) -> None:
+        self.calls.append("clock")
+
+
+def test_the_figures_up_to_a_checkpoint_are_written_before_it():
+    """Also where a stop forces it and nothing is evaluated: the process may be killed right after."""
+    stop = StopFlag()
+    stop.signal_name = "SIGTERM"
+    resumed(noted := NotedMeter(1, 20), 97, stop=stop)
+    assert [call for call in noted.calls if call in ("written now", "save")] == ["written now", "save"]
+
+
+def test_the_time_of_an_evaluation_counts_for_no_step():
+    resumed(noted := NotedMeter(1, 20), 97, "evaluate.every_steps=1", "checkpoint.every_steps=null")
+    assert noted.calls.count("clock") == len(noted.scored) == 3
+
+
+def test_a_save_that_failed_ends_training_at_the_next_step():
+    def wait() -> None:
+        raise DiskFull("no room")
+
+    noted = Noted(1, 20)
+    noted.has_failed, noted.wait = True, wait
+    with pytest.raises(DiskFull):
+        resumed(noted, 97)
+    assert noted.calls == []
+
+
 @pytest.mark.parametrize(("loss", "norm"), [(math.nan, 1.0), (64.0, math.inf), (64.0, math.nan)])
 def test_a_loss_or_a_norm_that_is_not_finite_ends_the_run(tmp_path: Path, loss: float, norm: float):
     """With a norm that is none the weights are already lost, though the loss of that step was fine."""
@@ -153,6 +187,16 @@ def test_passes_end_where_they_end_whatever_floats_say(rows: int):
     every = ["checkpoint.every_steps=null", "checkpoint.every_epochs=0.1", "evaluate.every_steps=null"]
     saves = [step for step in range(1, 60) if due(step, *every, rows_per_epoch=rows).save]
     assert saves == [step for step in range(1, 60) if 80 * step // rows > 80 * (step - 1) // rows]
+
+
+def test_a_sample_for_each_pass_comes_at_its_end_whenever_the_loss_is_measured():
+    every = ["evaluate.sample.every=epoch", "evaluate.every_steps=5"]
+    assert [step for step in range(1, 41) if due(step, *every).sample] == [13, 25, 38]  # of 12.5 steps each
+
+
+def test_single_steps_can_be_named_for_an_evaluation():
+    named = ["evaluate.also_at=[3, 7]", "evaluate.every_steps=null"]
+    assert [step for step in range(1, 20) if due(step, *named).evaluate] == [3, 7]
 
 
 def test_each_split_is_scored_on_rows_of_its_own():

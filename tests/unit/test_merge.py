@@ -4,6 +4,7 @@ import json
 import math
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -118,6 +119,14 @@ def test_a_base_that_does_not_sample_stays_so(llama: Path, tmp_path: Path):
     adapter = adapter_on(llama, tmp_path / "adapter", "model.quantisation=none")
     export.write_merged(adapter, tmp_path / "merged", "original", torch.float32, CPU)
     assert "do_sample" not in json.loads((tmp_path / "merged/generation_config.json").read_text())
+
+
+@pytest.mark.parametrize(("known", "after"), [(None, 7), (2, [2, 7]), ([2, 3], [2, 3, 7]), (7, 7), ([2, 7], [2, 7])])
+def test_what_ends_a_text_of_the_base_still_ends_one(known: int | list[int] | None, after: int | list[int]):
+    """Beside what ended those of training."""
+    model = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=known))
+    export.ends_with(model, 7)
+    assert model.generation_config.eos_token_id == after
 
 
 def test_an_altered_checkpoint_is_not_exported(tmp_path: Path):

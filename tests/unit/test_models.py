@@ -198,6 +198,17 @@ def test_top_k_and_top_p_cut_the_tail():
     assert sample_token(logits, SampleSection(temperature=0), generator) == 0
 
 
+def test_a_low_temperature_sharpens_and_a_high_one_levels():
+    logits, generator = torch.tensor([0.0, 1.0]), torch.Generator().manual_seed(0)
+
+    def share(temperature: float) -> float:
+        """How often the likelier one is drawn."""
+        config = SampleSection(temperature=temperature)
+        return sum(sample_token(logits, config, generator) for _ in range(400)) / 400
+
+    assert [share(0.05), share(1.0), share(20.0)] == pytest.approx([1.0, 0.73, 0.51], abs=0.08)
+
+
 @pytest.mark.parametrize("bf16", [False, True])
 def test_activation_checkpointing_changes_memory_not_numbers(bf16: bool):
     """Dropout on: the second forward pass has to draw the same random numbers."""
@@ -307,3 +318,11 @@ def test_batches_of_many_lengths_stay_compiled(monkeypatch: pytest.MonkeyPatch):
         for length in range(2, 22, 2):
             ids = torch.randint(0, 100, (2, length), generator=torch.Generator().manual_seed(length))
             torch.testing.assert_close(forward(ids, ids), model(ids, ids))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_operations_of_a_token_are_counted_as_palm_does(tied: bool):
+    """6 for each weight that it is multiplied with, and 12 for each layer, channel and position."""
+    model = GPT(SMALL.model_copy(update={"tie_weights": tied}), 50)
+    layers = sum(p.numel() for name, p in model.named_parameters() if ".h." in name or ".ln_f." in name)
+    assert model.flops_per_token() == 6 * (layers + 50 * 32) + 12 * 2 * 32 * 24

@@ -90,9 +90,11 @@ def take_steps(model: nn.Sequential, optimizer: Optimizer, steps: range) -> None
         optimizer.zero_grad()
 
 
-def test_adamw_gives_the_bits_of_torchs():
+@pytest.mark.parametrize(
+    "settings", [OptimSection(weight_decay=0.3), OptimSection(weight_decay=0.3, eps=1e-2, betas=[0.5, 0.8])]
+)
+def test_adamw_gives_the_bits_of_torchs(settings: OptimSection):
     ours, theirs = small_model(), small_model()
-    settings = OptimSection(weight_decay=0.3)
     optimizer = build_optimizer(ours.parameters(), settings)
     torchs = build_optimizer(theirs.parameters(), settings, torchs=True)
     assert isinstance(optimizer, FusedAdamW)

@@ -236,6 +236,14 @@ def test_nodes_without_a_profile():
     assert machine_for(Wishes(nodes=2, ranks_per_node=3), None, None, "auto").ranks == 6
 
 
+def test_the_tokens_of_a_run_are_those_of_all_its_micro_batches():
+    config = configured("train.steps=100", "train.global_batch_size=8", "train.micro_batch_size=2", "model.context=64")
+    out = io.StringIO()
+    show(config, Origins(), Machine("cpu", 2, None, ""), Told(), Console(file=out, width=200))
+    assert "\nbatch        8 rows = 2 ranks x 2 x 2\n" in out.getvalue()
+    assert "\nsteps        100, 51,200 tokens\n" in out.getvalue()
+
+
 @pytest.mark.parametrize(
     ("bf16", "settings", "memory_gb", "said"),
     [

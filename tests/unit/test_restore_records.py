@@ -266,6 +266,16 @@ def test_a_byte_that_changed_on_the_way_brings_nothing_back(
     assert brought_back(api, tmp_path / "back").checkpoint_steps() == [300]
 
 
+@pytest.mark.usefixtures("lost")
+def test_a_tag_at_another_steps_commit_brings_nothing_back(hub: Hub, api: HfApi, tmp_path: Path):
+    """Training would go on from a step that nobody asked for."""
+    tags = hub.repos[REPO].tags
+    tags["step-300"] = tags["step-100"]
+    with pytest.raises(CheckpointError, match="step-300 holds step 100"):
+        brought_back(api, tmp_path / "back", 300)
+    assert not (tmp_path / "back").exists()
+
+
 def test_of_another_run_in_the_repository_nothing_comes_back(
     api: HfApi, lost: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

@@ -155,6 +155,19 @@ def test_it_is_not_waited_for_without_end(run: RunDir, monkeypatch: pytest.Monke
         run.lock()
 
 
+def test_a_stop_of_an_earlier_start_does_not_end_the_next_one(run: RunDir):
+    """And one of this start stays, though somebody starts the run once more."""
+    jobs = JobDir.of(run)
+    jobs.path.mkdir(parents=True)
+    jobs.stop.touch()
+    with _kept_going(run, jobs):
+        assert not jobs.stop.exists()
+        jobs.stop.touch()
+        with pytest.raises(RunFolderError, match="keeps this run going already"):
+            _kept_going(run, jobs)
+        assert jobs.stop.exists()
+
+
 def test_preflight_says_that_there_are_none(run: RunDir, monkeypatch: pytest.MonkeyPatch):
     before = sorted(run.path.iterdir())
     config, origins = load_config(None, [f"run.dir={run.path.parent}", f"run.name={run.path.name}"])

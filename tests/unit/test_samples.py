@@ -74,6 +74,18 @@ def test_the_prompt_is_learned_too_where_that_is_asked_for(tmp_path: Path, token
     assert unlearned + learned == "Count 1: 2" + EOS
 
 
+def test_prompts_stay_unlearned_where_the_last_of_several_tasks_is_held_out(
+    tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """It has nothing to say of the training data."""
+    monkeypatch.setattr(sources, "UNIT_BYTES", 1)  # each file is a task
+    records = [{"prompt": f"Count {i}:", "completion": f" {i + 1}"} for i in range(8)]
+    (tmp_path / "last.json").write_text(json.dumps(records[:2]))
+    paths = f"data.sources=[{{kind: json, paths: ['{tmp_path}/data.json', '{tmp_path}/last.json']}}]"
+    config = configure(tmp_path, records, tokenizer, "{kind: completion}", paths)
+    assert sorted(texts(build(config, workers=1).folder))[0] == [("Count 0:", False), (" 1" + EOS, True)]
+
+
 def test_what_follows_the_last_marker_is_learned(tmp_path: Path, tokenizer: Path):
     records = [{"text": "Was $9 then. Price is $80? No. Price is $34.00"}] * 10
     config = configure(tmp_path, records, tokenizer, "{kind: marked, marker: 'Price is $'}")

@@ -1,5 +1,6 @@
 """A GPU that training has left is for scoring until training takes it again; a child moves with that."""
 
+import contextlib
 import json
 import os
 import signal
@@ -12,7 +13,7 @@ from typing import Any, Literal
 import pynvml
 import pytest
 
-from llmtrain import gpus, ledger, log, origin, scoring_place
+from llmtrain import cpu, gpus, ledger, log, origin, scoring_place
 from llmtrain.rundir import RunDir
 from llmtrain.service import scoring
 from llmtrain.service.__main__ import work
@@ -266,6 +267,21 @@ def test_a_child_that_may_have_to_move_is_given_one_step(
     Scoring(run, lock=0).advance(config_of(run), Work(to_score=[7, 8]), where)
     words = started[0][started[0].index("--steps") + 1 :]
     assert (words[: words.index("--threads")] if "--threads" in words else words) == asked
+
+
+@pytest.mark.parametrize(
+    ("trained_on", "trains", "threads"), [("cpu", True, "4"), ("cpu", False, "8"), ("cuda", True, "8")]
+)
+def test_a_child_on_the_cpu_leaves_half_of_the_cores_to_training_there(
+    tmp_path: Path, started: list[list[str]], monkeypatch: pytest.MonkeyPatch,
+    trained_on: Literal["cuda", "cpu"], trains: bool, threads: str,
+):  # fmt: skip
+    monkeypatch.setattr(cpu, "usable_cores", lambda: 8)
+    run = make_run(tmp_path / "run")
+    origin.note(run, trained_on, 1)
+    with run.lock() if trains else contextlib.nullcontext():
+        Scoring(run, lock=0).advance(config_of(run), Work(to_score=[7]), "cpu")
+    assert started[0][started[0].index("--threads") + 1] == threads
 
 
 class Failing(Endless):

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from launcher.sharding import tasks, tokenize
+from launcher.sharding import readers, tasks, tokenize
 from launcher.sharding.build import build
 from launcher.sharding.records import read_documents
 from launcher.sharding.show import describe
@@ -63,6 +63,20 @@ def test_every_kind_of_source_gives_the_same_documents(tmp_path: Path, kind: str
     assert skipped == {"empty document": 1}
 
 
+def test_a_data_set_that_has_changed_is_told_from_what_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    config = configure(tmp_path, write_sources(tmp_path)["huggingface"])
+
+    def stamps() -> set[str]:
+        readers._load_dataset_once.cache_clear()  # as in another process
+        return {unit.stamp for unit in list_units(config.data.sources, config.data.format)}
+
+    before = stamps()
+    assert stamps() == before
+    (tmp_path / "a.jsonl").write_text('{"body": "Another document."}\n')
+    assert not stamps() & before
+
+
 def test_a_large_jsonl_file_is_cut_between_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("launcher.sharding.sources.UNIT_BYTES", 50)
     lines = [json.dumps({"text": "x" * (i % 70)}) for i in range(1, 40)]
@@ -100,6 +114,7 @@ BAD = {
         "half.jsonl:1: 'text' holds half a character",
     ),
     "csv comma": ("{kind: csv, paths: [comma.csv]}", SourceError, "comma.csv:2: more fields than the header has"),
+    "csv quote": ("{kind: csv, paths: [quote.csv]}", SourceError, "quote.csv:2: not CSV: unexpected end of data"),
     "number": ("{kind: jsonl, paths: [number.jsonl]}", SourceError, "'text' holds a int"),
     "hub": ("{kind: huggingface, name: json, data_files: [nowhere.json]}", SourceError, "'json' cannot be loaded"),
 }
@@ -117,6 +132,7 @@ def test_bad_sources(tmp_path: Path, case: str, monkeypatch: pytest.MonkeyPatch)
     Path("number.jsonl").write_text('{"text": 3}\n')
     Path("half.jsonl").write_text('{"text": "a\\ud83d b"}\n')
     Path("comma.csv").write_text("id,text\n1,hello, with a comma\n")
+    Path("quote.csv").write_text('text\none\n"two\nthree\nfour\n')
     Path("ok.csv").write_text("id,text\n1,hello\n")
     source, kind, message = BAD[case]
     with pytest.raises(kind) as caught:

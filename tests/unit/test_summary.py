@@ -71,6 +71,15 @@ def test_its_commands_can_be_copied_whatever_the_folder_is_called(tmp_path: Path
     assert drain_command(run.path) == f"python -m llmtrain.service --run '{run.path}' --drain"
 
 
+def test_a_curve_of_an_earlier_end_does_not_stay_beside_a_newer_summary(tmp_path: Path):
+    run = make_run(tmp_path, [9.0, 7.0])
+    run.curve.write_text("of the run's earlier life")
+    found = summary.write(run, with_curve=False)
+    assert found is not None
+    assert not run.curve.exists()
+    assert "\ncurves " not in summary.describe(run, found)
+
+
 def test_a_lowest_loss_that_was_not_saved_is_called_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """On the curve the lowest of the saved ones is marked as well."""
     run = make_run(tmp_path, [9.0, 7.0, 6.0, 6.25])
@@ -250,6 +259,16 @@ def test_a_run_whose_first_file_names_no_start_is_shown_once_too(tmp_path: Path,
 def framed(data: bytes) -> bytes:
     length = struct.pack("<Q", len(data))
     return b"".join((length, tensorboard._masked_crc(length), data, tensorboard._masked_crc(data)))
+
+
+def test_a_score_stands_at_the_time_that_it_names(tmp_path: Path):
+    """A service that writes it later, or once more, does not move it."""
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    board = TensorBoard(tmp_path, first_step=0)
+    board.scalars(1, {"score/loss": 3.0}, wall_time=1000.0)
+    board.close()
+    events = accumulator.EventAccumulator(str(tmp_path)).Reload()
+    assert [event.wall_time for event in events.Scalars("score/loss")] == [1000.0]
 
 
 def test_tensorboard_reads_back_text_and_settings(tmp_path: Path):

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, models
 
 from launcher.sharding import tokenize
 from llmtrain.config import data_sections as schema
@@ -70,8 +71,6 @@ def test_different_ids_are_found_by_the_proof(tmp_path: Path):
 
 
 def test_a_tokenizer_without_an_end_is_refused(tmp_path: Path):
-    from tokenizers import Tokenizer, models
-
     source = tmp_path / "source"
     source.mkdir()
     Tokenizer(models.BPE({"a": 0}, [])).save(str(source / "tokenizer.json"))
@@ -81,3 +80,27 @@ def test_a_tokenizer_without_an_end_is_refused(tmp_path: Path):
     (source / "tokenizer.json").write_text("{}")
     with pytest.raises(TokenizerError, match="not a tokenizer"):
         tokenize.prepare(config, tmp_path / "out", [])
+
+
+def test_no_text_is_cut_or_filled_up_whatever_the_tokenizer_says(tmp_path: Path):
+    """Many on the Hub were saved with the lengths of somebody's training."""
+    tokenize.prepare(schema.DataSection(), tmp_path, ["some text to train on"])
+    file = tmp_path / "tokenizer.json"
+    tokenizer = Tokenizer.from_file(str(file))
+    whole = tokenizer.encode("one two three").ids
+    tokenizer.enable_truncation(4)
+    tokenizer.enable_padding(length=64)
+    tokenizer.save(str(file))
+    encoder = tokenize.Encoder(tmp_path, fast=False)
+    assert encoder.encode("one two three").tolist() == whole
+    assert encoder.encode_special("one two three").tolist() == whole
+
+
+def test_a_vocabulary_with_gaps_reaches_to_its_highest_id(tmp_path: Path):
+    tokenize.prepare(schema.DataSection(), tmp_path, ["some text to train on"])
+    file = tmp_path / "tokenizer.json"
+    spec = json.loads(file.read_text())
+    vocab: dict[str, int] = spec["model"]["vocab"]
+    vocab[max(vocab, key=lambda token: vocab[token])] = 600
+    file.write_text(json.dumps(spec))
+    assert tokenize.Encoder(tmp_path, fast=False).vocab_size == 601

@@ -11,12 +11,13 @@ import pytest
 import torch
 
 from launcher.sharding.build import build
-from llmtrain import choose, files, intervals, ledger, origin
+from llmtrain import choose, files, intervals, ledger, manifest, origin, shards
 from llmtrain.errors import CheckpointError, DiskFull
 from llmtrain.evaluate import Score
+from llmtrain.models import build_model
 from llmtrain.rundir import RunDir
 from llmtrain.service import validate
-from llmtrain.shards import SplitInfo
+from llmtrain.shards import ShardFolder, SplitInfo
 from tests.support.checkpoint_runs import config_of, make_run, save, score, stretches
 from tests.support.data import python_sources
 
@@ -87,7 +88,8 @@ def test_bits_per_byte_and_perplexity_are_what_their_names_say():
     assert found.bits_per_byte(split) == pytest.approx(0.25)
 
 
-def test_no_checkpoint_is_scored_on_other_data_than_its_own(tmp_path: Path):
+def run_with_shards(tmp_path: Path) -> tuple[RunDir, ShardFolder]:
+    """And a checkpoint of other data."""
     run = make_run(
         tmp_path / "run", f"data.sources=[{{kind: text, paths: ['{python_sources(1)[0]}']}}]",
         f"data.dir={tmp_path}/shards", "data.tokenizer.vocab_size=300", "data.split={by: tail, heldout: 0.2, test: 0}",
@@ -95,7 +97,22 @@ def test_no_checkpoint_is_scored_on_other_data_than_its_own(tmp_path: Path):
     )  # fmt: skip
     build(config_of(run), workers=1)
     save(run, 100)
+    return run, shards.open_folder(tmp_path / "shards")
+
+
+def test_no_checkpoint_is_scored_on_other_data_than_its_own(tmp_path: Path):
+    run, _ = run_with_shards(tmp_path)
     with pytest.raises(CheckpointError, match="step-00000100 was trained on other data than the shards in"):
+        next(validate.validate(run, config_of(run), [100], "heldout", torch.device("cpu")))
+
+
+def test_a_loss_that_is_no_number_is_no_score(tmp_path: Path):
+    run, data = run_with_shards(tmp_path)
+    folder, model = run.checkpoint(100), build_model(config_of(run), 300, torch.device("cpu"))
+    (folder / "model" / "model.safetensors").unlink()
+    model.save(folder / "model", {name: p.detach() * math.nan for name, p in model.named_parameters()}, eos_id=0)
+    manifest.write(folder, manifest.read(folder).model_copy(update={"fingerprint": data.fingerprint}))
+    with pytest.raises(CheckpointError, match="step-00000100: its heldout loss is nan"):
         next(validate.validate(run, config_of(run), [100], "heldout", torch.device("cpu")))
 
 

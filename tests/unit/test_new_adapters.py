@@ -1,0 +1,46 @@
+"""An adapter before its first step: its weights, where its base is from, and what a token costs."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from llmtrain.models import base as bases
+from llmtrain.models import build_model
+from llmtrain.models.qlora import QLoRA, lora_config
+from tests.support.bases import SHAPE, VOCAB, configure, write_llama
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_llama(tmp_path_factory.mktemp("llama"))
+
+
+def build(llama: Path, *settings: str) -> QLoRA:
+    model = build_model(configure(llama, "model.quantisation=none", *settings), VOCAB, CPU)
+    assert isinstance(model, QLoRA)
+    return model
+
+
+def test_initial_weights_depend_on_the_seed_alone(llama: Path):
+    first, again, other = (build(llama, f"run.seed={seed}").trainable() for seed in (1, 1, 2))
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    begin_as_noise = [name for name in first if "lora_A" in name]
+    assert begin_as_noise
+    assert not any(torch.equal(first[name], other[name]) for name in begin_as_noise)
+
+
+def test_an_adapter_names_its_base_and_the_revision_of_it(llama: Path):
+    config = configure(llama).model
+    assert config.kind == "qlora"
+    described = lora_config(config.model_copy(update={"revision": "v2"}), bases.outline(config))
+    assert (described.base_model_name_or_path, described.revision) == (str(llama), "v2")
+
+
+def test_a_frozen_weight_costs_a_token_four_operations(llama: Path, tmp_path: Path):
+    """Two in the forward pass and two in the backward one: it has no gradient of its own."""
+    more_weights = VOCAB * SHAPE["hidden_size"]  # of the output layer
+    larger = write_llama(tmp_path, vocab=2 * VOCAB)
+    assert build(larger).flops_per_token() - build(llama).flops_per_token() == 4 * more_weights
