@@ -119,7 +119,7 @@ class QLoRA(nn.Module):
 
     def title(self) -> str:
         """What is trained, for people."""
-        frozen = sum(_numel(module) for _, module in bases.linear_modules(self._base)) / 1e6
+        frozen = self._num_frozen() / 1e6
         how = {"nf4": "4 bits (nf4)", "int8": "8 bits", "none": str(self.dtype).removeprefix("torch.")}
         lora = self.config.lora
         return (
@@ -130,10 +130,15 @@ class QLoRA(nn.Module):
     def num_parameters(self) -> int:
         return sum(p.numel() for p in self.trainable().values())
 
+    def _num_frozen(self) -> int:
+        """Weights of the base's linear layers; the adapter's own layers lie among them."""
+        linear = (module for _, module in bases.linear_modules(self._base))
+        return sum(_numel(module) for module in linear if not module.weight.requires_grad)
+
     def flops_per_token(self) -> float:
         """Forward, and backward without the gradients of frozen weights: 4 N for the base, 6 N for the adapter."""
         text = self._base.config.get_text_config()
-        frozen = sum(_numel(module) for _, module in bases.linear_modules(self._base)) + self._head.numel()
+        frozen = self._num_frozen() + self._head.numel()
         attention = 12 * text.num_hidden_layers * text.hidden_size * self.config.context
         return 4.0 * frozen + 6.0 * self.num_parameters() + attention
 

@@ -44,3 +44,10 @@ def test_a_frozen_weight_costs_a_token_four_operations(llama: Path, tmp_path: Pa
     more_weights = VOCAB * SHAPE["hidden_size"]  # of the output layer
     larger = write_llama(tmp_path, vocab=2 * VOCAB)
     assert build(larger).flops_per_token() - build(llama).flops_per_token() == 4 * more_weights
+
+
+def test_an_adapter_s_weights_are_not_counted_as_frozen_too(llama: Path):
+    small, large = (build(llama, f"model.lora.r={rank}", "model.lora.alpha=16") for rank in (2, 16))
+    more_weights = large.num_parameters() - small.num_parameters()
+    assert large.flops_per_token() - small.flops_per_token() == 6 * more_weights
+    assert large.title().partition(" M weights frozen")[0] == small.title().partition(" M weights frozen")[0]

@@ -66,7 +66,11 @@ def test_one_ctrl_c_that_arrives_twice_is_one(
 
 STARTS_TWO = """
 import subprocess, sys, time
-child = "import os, sys, time; print(sys.argv[1], os.getpid(), flush=True); time.sleep(60)"
+child = '''
+import os, sys, time
+os.write(1, f"{sys.argv[1]} {os.getpid()}\\n".encode())
+time.sleep(60)
+'''
 for name in ("llmtrain", "llmtrain.service"):
     subprocess.Popen([sys.executable, "-c", child, name])
 time.sleep(60)
