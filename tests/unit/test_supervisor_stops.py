@@ -66,13 +66,11 @@ def test_one_ctrl_c_that_arrives_twice_is_one(
 
 STARTS_TWO = """
 import subprocess, sys, time
-child = '''
-import os, sys, time
-os.write(1, f"{sys.argv[1]} {os.getpid()}\\n".encode())
-time.sleep(60)
-'''
 for name in ("llmtrain", "llmtrain.service"):
-    subprocess.Popen([sys.executable, "-c", child, name])
+    words = [sys.executable, "-c", "import time; print(flush=True); time.sleep(60)", name]
+    child = subprocess.Popen(words, stdout=subprocess.PIPE)
+    child.stdout.readline()  # /proc tells its name by now
+    print(child.pid, flush=True)
 time.sleep(60)
 """
 
@@ -80,8 +78,7 @@ time.sleep(60)
 def test_of_all_that_a_start_has_started_the_service_alone_is_not_killed():
     process = subprocess.Popen([sys.executable, "-c", STARTS_TWO], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
-    pids = dict(process.stdout.readline().split() for _ in range(2))
-    rank, service = (psutil.Process(int(pids[name])) for name in ("llmtrain", "llmtrain.service"))
+    rank, service = [psutil.Process(int(process.stdout.readline())) for _ in range(2)]
     try:
         kill_tree(process.pid)
         assert process.wait(20) == -signal.SIGKILL
