@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 
 from benchmarks import machine
-from benchmarks.step import SMALL, WARM_UP, Row, settings_of, step_times, write_shards
+from benchmarks.step import SMALL, WARM_UP, Row, from_events, settings_of, write_shards
 from benchmarks.words import with_range
 from llmtrain.allocator import SETTINGS
 
@@ -34,7 +34,7 @@ def start(folder: Path, name: str, ranks: int, kind: str = "ddp") -> subprocess.
 
 
 def tokens_per_s(folder: Path, name: str, ranks: int) -> float:
-    step_ms = statistics.median(step_times(folder / "runs" / name / "tensorboard")[WARM_UP:])
+    step_ms = statistics.median(from_events(folder / "runs" / name / "tensorboard").times_ms[WARM_UP:])
     return ranks * _MICRO * _ACCUMULATION * ROW.model["context"] / step_ms * 1e3
 
 

@@ -20,8 +20,8 @@ import numpy as np
 from benchmarks.words import with_range
 from launcher.sharding import tokenize
 from launcher.sharding.build import build
-from launcher.sharding.sources import default_workers, list_units
-from llmtrain import shards
+from launcher.sharding.sources import list_units
+from llmtrain import cpu, shards
 from llmtrain.config import load_config
 
 _ROUNDS = int(os.environ.get("ROUNDS", "5"))
@@ -62,7 +62,7 @@ def run_peer(tokenizer_file: str, paths: list[str], folder: Path, workers: int) 
 
 
 def main() -> None:
-    workers = default_workers()
+    workers = cpu.usable_cores()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         trained, _ = load_config(None, [f"data.dir={folder}/first"])
@@ -71,7 +71,7 @@ def main() -> None:
             f"data.tokenizer={{kind: folder, path: '{tokenizer_file}'}}",
             "data.split={heldout: 0.02, test: 0.01}",
         ]
-        paths = [unit.path for unit in list_units(trained.data.sources)]
+        paths = [unit.path for unit in list_units(trained.data.sources, trained.data.format)]
         ours: list[float] = []
         theirs: list[float] = []
         ids = 0

@@ -145,10 +145,6 @@ def from_nanogpt(output: str) -> Steps:
     return Steps([float(ms) for _, ms in found], None, float(found[-1][0]), gpu_memory_mb=memory and float(memory[1]))
 
 
-def step_times(folder: Path) -> list[float]:
-    return from_events(folder).times_ms
-
-
 def from_events(folder: Path) -> Steps:
     """Of our own run, from its event files."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

@@ -10,7 +10,7 @@ import typer
 from launcher.cli_jobs import node, run, submit
 from launcher.cli_plan import Settings, doctor, plan
 from launcher.cli_report import compare, report
-from llmtrain.errors import ConfigError, exit_with_code
+from llmtrain.errors import EXIT_INTERRUPTED, ConfigError, exit_with_code
 
 app = typer.Typer(
     name="llmtrain",
@@ -88,7 +88,7 @@ def shard(
                 built = build_part(config, job, workers)
         except KeyboardInterrupt:
             typer.echo("stopped; what is finished is kept: the same command goes on from there", err=True)
-            raise typer.Exit(130) from None
+            raise typer.Exit(EXIT_INTERRUPTED) from None
         for line in describe(built):
             typer.echo(line)
         if show and isinstance(built, Built):
@@ -124,7 +124,10 @@ def generate(
     checkpoint: Annotated[
         Path, typer.Argument(help="A run (its best checkpoint), a checkpoint, or a folder with a GPT-2 or an adapter.")
     ],
-    prompt: Annotated[str, typer.Option(help="Text to continue.")] = "def main(",
+    prompt: Annotated[str, typer.Option(help="Text to continue, or what to ask.")] = "def main(",
+    system: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="Of a run on chats: what the chat begins with, as in a sample.")
+    ] = None,
     tokens: Annotated[int, typer.Option(min=1, help="At most so many tokens.")] = 200,
     temperature: Annotated[float, typer.Option(min=0, help="0 always takes the likeliest token.")] = 0.8,
     top_k: Annotated[int | None, typer.Option(min=1, help="Choose among the k likeliest tokens.")] = None,
@@ -137,10 +140,12 @@ def generate(
     """Continue a prompt with a trained model, token by token.
 
     A run that was tuned on instructions or chats is asked as its samples are: the prompt is put into the template of
-    `data.format`, and the answer alone is printed.
+    `data.format`, and the answer alone is printed. `--system` puts a system prompt before it where that template has
+    a place for one: chats have, mostly.
     """
     options = {
         "--prompt": prompt,
+        "--system": system,
         "--tokens": tokens,
         "--temperature": temperature,
         "--top-k": top_k,
@@ -155,6 +160,7 @@ def generate(
 
 @app.command(epilog="Example: `llmtrain export runs/tune merged --merge`")
 def export(
+    context: typer.Context,
     checkpoint: Annotated[Path, typer.Argument(help="A run (its best checkpoint), a checkpoint, or a model folder.")],
     to: Annotated[Path, typer.Argument(help="The folder to write; must not exist.")],
     merge: Annotated[bool, typer.Option("--merge", help="Merge an adapter into its base.")] = False,
@@ -169,6 +175,10 @@ def export(
 
     A model is read back and its logits are compared with those before; the difference is printed.
     """
+    of_merging = {"base": base, "dtype": dtype, "device": device}
+    with exit_with_code():
+        if unused := [] if merge else [name for name in of_merging if _is_given(context, name)]:
+            raise ConfigError([f"--{name} {of_merging[name]} is about merging; add --merge" for name in unused])
     given = ["--base", base, "--dtype", dtype, "--device", device]
     given += ["--merge"] * merge + ["--trust-remote-code"] * trust_remote_code
     become("llmtrain.export", *given, "--", str(checkpoint), str(to))
@@ -292,7 +302,7 @@ def stop(
         try:
             stop_runs(runs, now)
         except KeyboardInterrupt:
-            raise typer.Exit(130) from None
+            raise typer.Exit(EXIT_INTERRUPTED) from None
 
 
 app.command(epilog="Example: `llmtrain report runs/stdlib-gpt`")(report)
@@ -311,6 +321,12 @@ _ELSEWHERE = {
     "sample": "to continue a text: llmtrain generate RUN --prompt TEXT",
 }
 """What other trainers have commands for."""
+
+
+def _is_given(context: typer.Context, option: str) -> bool:
+    """On the command line, whether as its default says or not."""
+    source = context.get_parameter_source(option)
+    return source is not None and source.name == "COMMANDLINE"
 
 
 def _elsewhere(context: typer.Context) -> None:

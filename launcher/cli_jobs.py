@@ -1,5 +1,6 @@
 """The commands that start training: on this machine, and as jobs."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -8,17 +9,18 @@ import typer
 from launcher.cli_plan import Settings
 from llmtrain.errors import exit_with_code
 
+MaxRestarts = Annotated[int, typer.Option(min=0, help="After crashes in a row that brought no new checkpoint.")]
+HangAfter = Annotated[
+    float, typer.Option(min=0, help="Seconds without progress after which a rank counts as hanging; 0: never.")
+]
+
 
 def run(
     settings: Settings = None,
     gpus: Annotated[int | None, typer.Option(min=0, help="One rank each; by default all. 0: the CPU.")] = None,
     ranks: Annotated[int | None, typer.Option(min=1, help="Processes on the CPU.")] = None,
-    max_restarts: Annotated[
-        int, typer.Option(min=0, help="After crashes in a row that brought no new checkpoint.")
-    ] = 3,
-    hang_after: Annotated[
-        float, typer.Option(min=0, help="Seconds without progress after which a rank counts as hanging; 0: never.")
-    ] = 600.0,
+    max_restarts: MaxRestarts = 3,
+    hang_after: HangAfter = 600.0,
 ) -> None:
     """Train on this machine: one process, or torchrun with one for each GPU. After a crash it restarts.
 
@@ -52,17 +54,16 @@ def submit(
     sweep: Annotated[
         list[str] | None, typer.Option(help="section.key=value,value: one run for each; several: all combinations.")
     ] = None,
+    at_once: Annotated[
+        int | None, typer.Option(min=1, help="How many runs of the sweep may train at the same time; by default all.")
+    ] = None,
     service_job: Annotated[
         bool, typer.Option("--service-job", help="The checkpoint service in a job of its own (profile: service).")
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the batch script, and submit nothing.")] = False,
     plain: Annotated[bool, typer.Option("--plain", help="With --dry-run: a script for sbatch itself.")] = False,
-    max_restarts: Annotated[
-        int, typer.Option(min=0, help="After crashes in a row that brought no new checkpoint.")
-    ] = 3,
-    hang_after: Annotated[
-        float, typer.Option(min=0, help="Seconds without progress after which a rank counts as hanging; 0: never.")
-    ] = 600.0,
+    max_restarts: MaxRestarts = 3,
+    hang_after: HangAfter = 600.0,
 ) -> None:
     """Train on SLURM. What can be known to fail is checked first; a job that is preempted requeues itself.
 
@@ -70,21 +71,22 @@ def submit(
     status`, `logs` and `stop` know it by its run folder. The configuration is kept as it is now.
     """
     with exit_with_code():
-        from launcher.submitting.command import Wishes, act
+        from launcher.submitting import dependencies
+        from launcher.submitting.command import act, order_of
 
-        wishes = Wishes(
-            settings or [], cluster, nodes, gpus_per_node, ranks_per_node, time, after, sweep or [], service_job,
-            max_restarts, hang_after,
+        order = replace(
+            order_of(cluster, nodes, gpus_per_node, ranks_per_node, time),
+            after=dependencies.parse(after), at_once=at_once, max_restarts=max_restarts, hang_s=hang_after,
         )  # fmt: skip
-        act(wishes, dry_run, plain)
+        act(settings or [], order, sweep or [], service_job, dry_run, plain)
 
 
 def node(
     settings: Settings = None,
     ranks: Annotated[int, typer.Option(min=1, help="On each node.")] = 1,
     device: Annotated[str | None, typer.Option(help="cuda where GPUs were asked for.")] = None,
-    max_restarts: Annotated[int, typer.Option(min=0)] = 3,
-    hang_after: Annotated[float, typer.Option(min=0)] = 600.0,
+    max_restarts: MaxRestarts = 3,
+    hang_after: HangAfter = 600.0,
     lead: Annotated[float, typer.Option(min=0, help="Save so many seconds before the time limit.")] = 120.0,
     requeue: Annotated[bool, typer.Option(help="Ask for another turn after a stop by SLURM.")] = True,
 ) -> None:

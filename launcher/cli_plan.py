@@ -51,7 +51,7 @@ def plan(
     with exit_with_code():
         from rich.console import Console
 
-        from launcher.planning.plan import Told, show
+        from launcher.planning.plan import Given, show
         from launcher.submitting.plan_job import Wishes, find_job, machine_for, script_for, train_seconds
         from llmtrain.base_facts import check_place
         from llmtrain.config import load_to_start
@@ -62,8 +62,8 @@ def plan(
         wishes = Wishes(gpus, nodes, gpus_per_node, ranks_per_node, cluster, time)
         job = find_job(wishes)
         machine = machine_for(wishes, job, gpu_memory, "cpu" if config.train.device == "cpu" else device)
-        told = Told(vocab_size, samples, base_config, tokens_per_s, train_seconds(wishes, job))
-        fits = show(config, origins, machine, told, Console())
+        given = Given(vocab_size, samples, base_config, tokens_per_s, train_seconds(wishes, job))
+        fits = show(config, origins, machine, given, Console())
         if job is not None:
             typer.echo(f"\n{script_for(settings or [], job)}", nl=False)
         if not fits:

@@ -14,7 +14,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, field_validator, mo
 
 from launcher import walltime
 from llmtrain import access_tokens
-from llmtrain.config.load import Origins, load_section
+from llmtrain.config.load import load_section
 from llmtrain.config.section import MEMORY, WORD, Section
 
 _SECRET_NAME = re.compile(r"(TOKEN|SECRET|KEY|PASSWORD)(?![A-Z])", re.IGNORECASE)
@@ -42,7 +42,7 @@ def _is_limit(text: str) -> str:
 
 
 def _holds_no_secret(text: str) -> str:
-    if access_tokens.stand_in(text):
+    if access_tokens.found_in(text):
         raise ValueError(f"looks like an access token; {_LOGIN}")
     return text
 
@@ -205,10 +205,5 @@ def load_profile(path: str | Path) -> Profile:
     Raises:
         ConfigError: lists everything that is wrong, each with its place and what is allowed.
     """
-    return load_profile_and_origins(path)[0]
-
-
-def load_profile_and_origins(path: str | Path) -> tuple[Profile, Origins]:
-    """The same, with the lines on which its keys stand, for what turns out to be wrong later."""
-    profile, origins = load_section(Profile, path)
-    return (profile if profile.name else profile.model_copy(update={"name": Path(path).stem})), origins
+    profile, _ = load_section(Profile, path)
+    return profile if profile.name else profile.model_copy(update={"name": Path(path).stem})

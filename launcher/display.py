@@ -61,8 +61,12 @@ def say(console: Console, name: str, text: str, style: str = "") -> None:
 
 
 def say_command(console: Console, name: str, command: str) -> None:
-    """Never folded, so that it can be copied."""
-    console.print(Text.assemble((f"{name:<{_NAME}} ", "bold"), command), soft_wrap=True)
+    console.print(unfolded(name, command), soft_wrap=True)
+
+
+def unfolded(name: str, command: str) -> Text:
+    """A line with a name in front that can be copied, however long; a group of lines with it is printed uncropped."""
+    return Text.assemble((f"{name:<{_NAME}} ", "bold"), printable(command), no_wrap=True, overflow="ignore")
 
 
 def named(name: str, text: str, style: str = "") -> Table:

@@ -41,6 +41,8 @@ class JobRecord(BaseModel):
     """Name of the cluster profile."""
     after: str = ""
     """The dependency, as sbatch was given it."""
+    options: list[str] = []
+    """Of `llmtrain submit`, but for what it is to train: for the command that submits the run again."""
     time: float = Field(default_factory=time.time)
 
 

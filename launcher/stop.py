@@ -6,7 +6,6 @@ started in another way gets a signal. `llmtrain run` holds a lock of its own, so
 
 import contextlib
 import os
-import re
 import signal
 import time
 from collections.abc import Iterator, Sequence
@@ -22,7 +21,8 @@ from launcher.slurm import client
 from launcher.slurm.client import Queued
 from launcher.watching import training_jobs
 from launcher.watching.logs import open_submitted
-from launcher.watching.status import Training, read_training
+from launcher.watching.status import TrainingStatus, read_training
+from llmtrain import locks
 from llmtrain.errors import RunFolderError, SlurmError, UserError
 from llmtrain.rundir import RunDir
 
@@ -57,13 +57,13 @@ class Stopping:
             return False
         self.next_question = time.monotonic() + _ASK_SLURM_S
         try:
-            alive = [told for told in client.queue(self.job_ids).values() if not told.is_over]
+            alive = [job for job in client.queue(self.job_ids).values() if not job.is_over]
             cancel_waiting(_waiting(alive))  # it was requeued meanwhile
         except SlurmError as error:
             self._tell(f"SLURM does not answer ({error}); trying again")
             return False
         if alive:
-            self._tell(", ".join(f"job {told.job_id} is {told.state.lower()}" for told in alive))
+            self._tell(", ".join(f"job {job.job_id} is {job.state.lower()}" for job in alive))
         return not alive
 
     def _tell(self, state: str) -> None:
@@ -162,9 +162,9 @@ def alive_jobs(run: RunDir) -> list[Queued]:
 
 
 def _ask_jobs(run: RunDir, jobs: JobDir, alive: list[Queued], now: bool) -> Stopping:
-    names = ", ".join(told.job_id for told in alive)
+    names = ", ".join(job.job_id for job in alive)
     if now:
-        client.call(["scancel", *(told.job_id for told in alive)])
+        client.call(["scancel", *(job.job_id for job in alive)])
         say(run, f"cancelled job {names}")
     else:
         waiting = _waiting(alive)
@@ -172,25 +172,25 @@ def _ask_jobs(run: RunDir, jobs: JobDir, alive: list[Queued], now: bool) -> Stop
             cancel_waiting(waiting)  # before another of them ends, and sets free what they wait for
         finally:
             jobs.stop.touch()
-        for told in alive:
-            how = "waited and is cancelled" if told in waiting else "is asked to save and to end"
-            say(run, f"job {told.job_id} {how}")
-    return Stopping(run, [told.job_id for told in alive], None)
+        for job in alive:
+            how = "waited and is cancelled" if job in waiting else "is asked to save and to end"
+            say(run, f"job {job.job_id} {how}")
+    return Stopping(run, [job.job_id for job in alive], None)
 
 
 def _waiting(jobs: Sequence[Queued]) -> list[Queued]:
-    return [told for told in jobs if told.state == "PENDING"]
+    return [job for job in jobs if job.state == "PENDING"]
 
 
 def cancel_waiting(jobs: Sequence[Queued]) -> None:
     """One that has started in this moment is left to save."""
     if jobs:
-        client.call(["scancel", "--state=PENDING", *(told.job_id for told in jobs)])
+        client.call(["scancel", "--state=PENDING", *(job.job_id for job in jobs)])
 
 
 def _ask_keeper(run: RunDir, jobs: JobDir, now: bool) -> Stopping:
     """`llmtrain run` looks at the file also where no rank listens yet, or none is there between two attempts."""
-    who = jobs.local_lock.read_text().strip()
+    who = locks.holder(jobs.local_lock) or ""
     if now:
         _kill_keeper(run, who)
     else:
@@ -222,13 +222,12 @@ def _kill_keeper(run: RunDir, who: str) -> None:
 
 def _who(run: RunDir, said: str) -> tuple[int, str]:
     """Process and machine, from what stands in a lock. Raises RunFolderError where that cannot be known."""
-    matched = re.fullmatch(r"process (\d+) on (.+)", said)
-    if matched is None:
+    if (found := locks.parse(said)) is None:
         raise RunFolderError(f"{run.path}: something holds its lock, and has not said who it is; try again")
-    return int(matched.group(1)), matched.group(2)
+    return found
 
 
-def _ask_process(run: RunDir, jobs: JobDir, training: Training, now: bool) -> Stopping:
+def _ask_process(run: RunDir, jobs: JobDir, training: TrainingStatus, now: bool) -> Stopping:
     pid, host = _who(run, training.who or "")
     if host != os.uname().nodename:
         asked = ""

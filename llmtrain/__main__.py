@@ -14,8 +14,16 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from llmtrain import allocator, heartbeat, log
-from llmtrain.errors import EXIT_CODES, EXIT_REQUEUE, UserError, exit_with_code, leave_code, own_code
+from llmtrain import allocator, heartbeat, launched, log
+from llmtrain.errors import (
+    EXIT_CODES,
+    EXIT_INTERRUPTED,
+    EXIT_REQUEUE,
+    UserError,
+    exit_with_code,
+    leave_code,
+    own_code,
+)
 from llmtrain.stop import STOPS, stops
 
 _LOOK_S = 0.5
@@ -46,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if signal.getsignal(number) == signal.SIG_IGN:  # as a supervisor leaves them to torchrun
             signal.signal(number, signal.SIG_DFL)  # until the loop listens
     own_code()
-    rank = int(os.environ.get("RANK", "0"))
+    rank = launched.rank()
     write_to_own_file(rank)
     die_with_agent()
     heartbeat.start(rank)
@@ -61,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
                 code = run(file, overrides)
         except KeyboardInterrupt:  # before the handlers were there, or for the second time
-            sys.exit(130)
+            sys.exit(EXIT_INTERRUPTED)
         for number in (*stops(), signal.SIGINT):  # a second one must not kill what has saved and is leaving
             signal.signal(number, signal.SIG_IGN)
         leave_code(code)
@@ -70,12 +78,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def code_for_keeper(code: int) -> int:
-    """0 in place of EXIT_REQUEUE below torchrun, which would report a failure: `llmtrain run` reads codes from files.
-
-    WORLD_SIZE is no sign of torchrun: containers and Kubernetes set it too, also for one process.
-    """
-    is_below_torchrun = EXIT_CODES in os.environ and "TORCHELASTIC_RUN_ID" in os.environ
-    return 0 if code == EXIT_REQUEUE and is_below_torchrun else code
+    """0 in place of EXIT_REQUEUE below torchrun, which would report a failure; `llmtrain run` reads a file instead."""
+    is_read_from_file = EXIT_CODES in os.environ and launched.is_below_torchrun()
+    return 0 if code == EXIT_REQUEUE and is_read_from_file else code
 
 
 @contextlib.contextmanager
@@ -101,7 +106,7 @@ def leave_after_other_nodes(rank: int) -> None:
     another one is asking it, that one logs a traceback although the run ended well. (A run that has finished needs no
     delay: rank 0 still writes the summary.)
     """
-    if rank == 0 and int(os.environ.get("WORLD_SIZE", "1")) > int(os.environ.get("LOCAL_WORLD_SIZE", "1")):
+    if rank == 0 and launched.num_ranks() > launched.local_num_ranks():
         time.sleep(_LEAVES_LAST_S)
 
 
@@ -117,7 +122,7 @@ def write_to_own_file(rank: int) -> None:
 
 def die_with_agent() -> None:
     """Under torchrun: end when its agent was killed, which leaves its workers training without a keeper."""
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
+    if not launched.is_below_torchrun():
         return
     agent = os.getppid()
 

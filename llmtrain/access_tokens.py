@@ -19,7 +19,7 @@ _IN_ADDRESS = re.compile(
 )
 
 
-def stand_in(text: str) -> bool:
+def found_in(text: str) -> bool:
     """Whether something like a token (the Hub's, GitHub's, OpenAI's, Anthropic's, a cloud's) stands in a text, or an
     address with a password or a signature."""
     return _TOKEN.search(text) is not None or _IN_ADDRESS.search(text) is not None

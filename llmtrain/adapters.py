@@ -43,7 +43,7 @@ def is_adapter(folder: Path) -> bool:
     return (folder / ADAPTER_CONFIG).is_file()
 
 
-def find(folder: Path, trust_remote_code: bool = False) -> Adapter:
+def find(folder: Path, trust_remote_code: bool) -> Adapter:
     """What an adapter's own file and the configuration of its run, if that is known, say.
 
     Args:

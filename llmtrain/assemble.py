@@ -10,20 +10,22 @@ from typing import IO, Any
 
 import numpy as np
 
-from llmtrain import checkpoint, choose, files, heartbeat, log, manifest, prompts, recipe, shards, transformers_ids
+from llmtrain import checkpoint, heartbeat, launched, ledger, log, manifest, prompts, recipe, shards, transformers_ids
 from llmtrain.batches import BatchPlan, plan_batches, warmup_problem
 from llmtrain.config import RunConfig, load_to_start, resolved_yaml
 from llmtrain.config.data_sections import Format
 from llmtrain.config.load import Origins, with_precision
 from llmtrain.data import Loader, make_batch
+from llmtrain.early_stop import asked_to_end
 from llmtrain.errors import EXIT_REQUEUE, NotFinite, disk_errors
 from llmtrain.evaluation import make_evaluate, make_sampler, make_task
+from llmtrain.failures import failures_noted, memory_explained
+from llmtrain.files import write_atomic
 from llmtrain.finish import become_finish
+from llmtrain.ledger import Event
 from llmtrain.manifest import FileInfo, TrainState
 from llmtrain.metrics import Meter
-from llmtrain.models import GPT, build_model
-from llmtrain.out_of_memory import explained
-from llmtrain.prepare import failures_noted, note
+from llmtrain.models import GPT, Trainable, build_model
 from llmtrain.progress import Progress
 from llmtrain.rank0 import Prepared, prepare
 from llmtrain.rundir import RunDir
@@ -31,10 +33,10 @@ from llmtrain.saver import Saver
 from llmtrain.service.beside import Companion
 from llmtrain.shards import ShardFolder, ShardSet
 from llmtrain.stop import StopFlag
-from llmtrain.strategies import Trainable, build_strategy, deepspeed_config
+from llmtrain.strategies import build_strategy, deepspeed_config
 from llmtrain.tensorboard import TensorBoard
 from llmtrain.trainer import Parts, train
-from llmtrain.world import World, find_world, rank_from_environment
+from llmtrain.world import World, find_world
 
 
 def run(file: str | None, overrides: list[str]) -> int:
@@ -43,16 +45,15 @@ def run(file: str | None, overrides: list[str]) -> int:
     An error leaves the process groups as they are: NCCL would wait for the other ranks, which may never come, before
     anybody has said what was wrong. The process is about to end.
     """
-    rank = rank_from_environment()
-    log.set_up(rank)
+    log.set_up(launched.rank())
     heartbeat.at("preparing", watched=False)
     config, origins = load_to_start(file, overrides)
     world = find_world(config.train.device, origins.of(("train", "device")))
     run_dir = RunDir(config.run.folder)
     locks: list[IO[str]] = []  # held until the process ends
     companion = Companion(run_dir, config)
-    told = world.rank0_first("prepare", lambda: asdict(prepare(config, origins, world, run_dir, locks, companion)))
-    prepared = Prepared(**told)
+    found = world.rank0_first("prepare", lambda: asdict(prepare(config, origins, world, run_dir, locks, companion)))
+    prepared = Prepared(**found)
     config = with_precision(config, prepared.precision)
     with failures_noted(run_dir) if world.is_main else contextlib.nullcontext():
         return go_on(config, origins, world, run_dir, prepared, companion)
@@ -64,17 +65,17 @@ def go_on(
     """Collective. Train what rank 0 has prepared."""
     patience = config.service.patience
     looks = world.is_main and patience is not None
-    stop = StopFlag((lambda: choose.asked_to_end(run_dir, patience) is not None) if looks else None)
+    stop = StopFlag((lambda: asked_to_end(run_dir, patience) is not None) if looks else None)
     stop.listen()
     world.start_groups(config.strategy.timeout_s, even_alone=config.strategy.kind == "zero2")
-    with explained(config, origins, world):
+    with memory_explained(config, origins, world):
         parts, state = build(config, origins, world, run_dir, stop, prepared, companion)
     gc.freeze()  # what is there now stays: no search for garbage has to go through it
     gc.enable()  # __main__ has switched it off
     with disk_errors("run folder", run_dir.path):
         try:
             if prepared.early_stop is None:
-                with explained(config, origins, world, lambda: parts.meter.has_observed):
+                with memory_explained(config, origins, world, lambda: parts.meter.has_observed):
                     state = train(parts, state)
         except NotFinite as error:
             parts.saver.wait()  # what is being written is of an earlier, finite step
@@ -115,15 +116,17 @@ def build(
     prove_isolation(config, model, training)
     if resume_step is not None:
         state = manifest.read(run_dir.checkpoint(resume_step)).train_state
-        model.load(run_dir.checkpoint(resume_step) / "model")
+        with checkpoint.reading(run_dir.checkpoint(resume_step)):
+            model.load(run_dir.checkpoint(resume_step) / "model")
     strategy = build_strategy(config, model, world, bf16=config.train.precision == "bf16")
     if resume_step is not None:
-        checkpoint.load(run_dir.checkpoint(resume_step), strategy)
+        with checkpoint.reading(run_dir.checkpoint(resume_step)):
+            checkpoint.load(run_dir.checkpoint(resume_step), strategy)
     if world.is_main:
         if config.strategy.kind == "zero2":
-            told = deepspeed_config(config, strategy.weights().values(), world.device)
+            settings = deepspeed_config(config, strategy.weights().values(), world.device)
             with disk_errors("run folder", run_dir.path):
-                files.write_atomic(run_dir.deepspeed, json.dumps(told, indent=2) + "\n")
+                write_atomic(run_dir.deepspeed, json.dumps(settings, indent=2) + "\n")
         announce(config, world, data, plan, model, state)
     meter = Meter(
         run_dir,
@@ -267,5 +270,5 @@ def say_stopped(parts: Parts, state: TrainState, run_dir: RunDir) -> None:
     """On rank 0, where the run is not at its end; also for those who ask later whether it was killed."""
     reason = parts.stop.signal_name or "another rank's signal"
     with contextlib.suppress(OSError):  # it is saved, whatever becomes of this line
-        note(run_dir, "stopped", f"by {reason}, saved", state.step)
+        ledger.append(run_dir.events, Event(kind="stopped", message=f"by {reason}, saved", step=state.step))
     log.info(f"stopped by {reason} at step {state.step:,}, saved; the same command goes on from there")

@@ -54,6 +54,8 @@ class Linear:
     inputs: int
     outputs: int
     count: int
+    quantised: bool = True
+    """Whether bitsandbytes quantises them, where it is asked to: it leaves out what has a class of its own (Falcon)."""
 
     @property
     def weights(self) -> int:
@@ -75,9 +77,11 @@ class BaseFacts:
     kv_width: int
     """Width of the keys of all heads together; smaller than `hidden` where heads share them."""
     linears: tuple[Linear, ...]
-    """The linear layers but the output layer: those that are quantised, and that LoRA can be added to."""
+    """The linear layers that text goes through, but the output layer: LoRA can be added to these."""
     other_parameters: int
     """Embedding, output layer (once if tied), norms, biases, experts: never quantised."""
+    unread: tuple[Linear, ...] = ()
+    """The linear layers that text never goes through (Gemma 3's for pictures): loaded, quantised, and without LoRA."""
     expert_parameters: int = 0
     """Of these, a mixture's experts: bitsandbytes quantises linear layers alone, and LoRA is added to these alone."""
     head_has_bias: bool = False
@@ -85,7 +89,12 @@ class BaseFacts:
 
     @property
     def linear_parameters(self) -> int:
-        return sum(linear.weights for linear in self.linears)
+        return sum(linear.weights for linear in (*self.linears, *self.unread))
+
+    @property
+    def unquantised_parameters(self) -> int:
+        """Of these, what stays as it is also where the base is quantised."""
+        return sum(linear.weights for linear in (*self.linears, *self.unread) if not linear.quantised)
 
     @property
     def names(self) -> list[str]:
@@ -117,5 +126,5 @@ class BaseFacts:
     @classmethod
     def from_json(cls, text: str) -> "BaseFacts":
         values = json.loads(text)
-        linears = tuple(Linear(**linear) for linear in values.pop("linears"))
-        return cls(**values, linears=linears)
+        linears, unread = (tuple(Linear(**each) for each in values.pop(name)) for name in ("linears", "unread"))
+        return cls(**values, linears=linears, unread=unread)

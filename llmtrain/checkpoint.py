@@ -13,7 +13,7 @@ Nothing random is saved: dropout's generator is seeded from (seed, step, rank) a
 import contextlib
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from torch import Tensor
@@ -86,6 +86,22 @@ def load(folder: Path, strategy: Strategy) -> None:
     strategy.load_state(FragmentReader(folder / "state"))
 
 
+@contextlib.contextmanager
+def reading(folder: Path) -> Iterator[None]:
+    """Around what reads a checkpoint.
+
+    Raises:
+        CheckpointUnreadable: the disk failed.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointUnreadable(
+            f"{folder} cannot be read: {error}. Nothing was rejected or moved. When the disk answers "
+            "again, the same command goes on from it; to go on from an older one, move this folder away"
+        ) from error
+
+
 def newest_whole(run: RunDir) -> int | None:
     """Step of the newest checkpoint that verifies; says which file made it reject a newer one.
 
@@ -96,16 +112,14 @@ def newest_whole(run: RunDir) -> int | None:
     rejected = []
     for step in reversed(run.checkpoint_steps()):
         try:
-            manifest.verify(run.checkpoint(step))
+            with reading(run.checkpoint(step)):
+                manifest.verify(run.checkpoint(step))
+        except CheckpointUnreadable:
+            raise
         except CheckpointError as error:
             rejected.append(str(error))
             log.warning(f"checkpoint {run.checkpoint(step).name} rejected: {error}")
             continue
-        except OSError as error:
-            raise CheckpointUnreadable(
-                f"{run.checkpoint(step)} cannot be read: {error}. Nothing was rejected or moved. When the disk answers "
-                "again, the same command goes on from it; to go on from an older one, move this folder away"
-            ) from error
         return step
     if rejected:
         raise CheckpointError(

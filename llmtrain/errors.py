@@ -207,11 +207,16 @@ def _number_of(error: Exception) -> int | None:
 
 @contextlib.contextmanager
 def exit_with_code() -> Iterator[None]:
-    """For entry points: print a `UserError` without a traceback and leave with its exit code."""
-    log.stand_in()
+    """For entry points: print a `UserError` without a traceback and leave with its exit code.
+
+    What was printed must have been written for a command to have done well: Python holds it back, so that a full disk
+    behind standard output may be met at the end alone.
+    """
+    log.open_missing_outputs()
     log.escape_letters()
     try:
-        yield
+        with _printed_is_written():
+            yield
     except UserError as error:
         _leave_with(error)
     except SystemExit as leaving:
@@ -231,6 +236,27 @@ def exit_with_code() -> Iterator[None]:
         leave_code(0)
     finally:
         log.flush()
+
+
+@contextlib.contextmanager
+def _printed_is_written() -> Iterator[None]:
+    try:
+        yield
+    except SystemExit as leaving:
+        if leaving.code:
+            raise
+        _write_out()
+        raise
+    else:
+        _write_out()
+
+
+def _write_out() -> None:
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        if error.errno in _NO_ROOM:  # else nobody reads it any more
+            raise
 
 
 def _leave_with(error: UserError) -> NoReturn:

@@ -16,7 +16,7 @@ from llmtrain.world import World
 
 
 @dataclass(frozen=True)
-class Score:
+class SplitLoss:
     """How well a split is predicted."""
 
     loss: float
@@ -32,7 +32,7 @@ class Score:
         return self.loss / math.log(2) * split.text_tokens / max(1, split.text_bytes)
 
 
-def score(loss_of: Callable[[Batch], Tensor], batches: Iterable[Batch], world: World) -> Score:
+def score(loss_of: Callable[[Batch], Tensor], batches: Iterable[Batch], world: World) -> SplitLoss:
     """Collective (control group). Token-weighted loss over the batches of all ranks.
 
     The sums are kept in float64, so that the result does not depend on how the rows were batched
@@ -46,11 +46,11 @@ def score(loss_of: Callable[[Batch], Tensor], batches: Iterable[Batch], world: W
     total = torch.stack(losses).cpu().double().sum().item() if losses else 0.0
     heartbeat.on_to("scores")
     total, all_targets = world.sum_floats([total, float(targets)])
-    return Score(total / max(1.0, all_targets), int(all_targets))
+    return SplitLoss(total / max(1.0, all_targets), int(all_targets))
 
 
 class Generator(Protocol):
-    """A model that gives logits (B, T, V) of token ids (B, T)."""
+    """A model that continues one text, and remembers what it has been given of it."""
 
     def next_logits(self, input_ids: Tensor) -> Tensor:
         """(V,) logits of the token after `input_ids` (T,), which continue what it has been given before."""
@@ -75,7 +75,7 @@ def sample_token(logits_V: Tensor, config: SampleSection, generator: torch.Gener
 
 
 def continue_text(
-    model: Generator, prompt_ids: list[int], config: SampleSection, seed: int, eos_id: int | None = None
+    model: Generator, prompt_ids: list[int], config: SampleSection, seed: int, eos_id: int | None
 ) -> Iterator[int]:
     """Token ids that continue the prompt, one at a time, up to `config.tokens` or the end of the text.
 

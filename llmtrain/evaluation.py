@@ -11,8 +11,9 @@ from llmtrain.data import split_batches
 from llmtrain.evaluate import continue_text, score
 from llmtrain.manifest import TrainState
 from llmtrain.metrics import Meter
+from llmtrain.models import Trainable
 from llmtrain.shards import ShardFolder
-from llmtrain.strategies import Strategy, Trainable
+from llmtrain.strategies import Strategy
 from llmtrain.strategies.forward import autocast
 from llmtrain.world import World
 

@@ -1,4 +1,7 @@
-"""`llmtrain export`: a checkpoint as a folder that loads elsewhere, whole and checked."""
+"""`llmtrain export`: a checkpoint as a folder that loads elsewhere, whole and checked.
+
+Every option is given: `launcher/cli.py` knows the defaults.
+"""
 
 import argparse
 import contextlib
@@ -25,7 +28,6 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _TEXTS, _LENGTH = 4, 64
 _ASIDE_BYTES = 4
-_CPU = torch.device("cpu")
 _SAMPLING = {
     "temperature": 1.0, "top_p": 1.0, "top_k": 50, "typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0,
     "min_p": None, "top_h": None,
@@ -38,16 +40,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("to", type=Path)
     parser.add_argument("--merge", action="store_true")
-    parser.add_argument("--base", choices=["original", "dequantised"], default="original")
-    parser.add_argument("--dtype", choices=list(_DTYPES), default="bf16")
-    parser.add_argument("--device", default="auto")
+    parser.add_argument("--base", choices=["original", "dequantised"], required=True)
+    parser.add_argument("--dtype", choices=list(_DTYPES), required=True)
+    parser.add_argument("--device", required=True)
     parser.add_argument("--trust-remote-code", action="store_true")
     options = parser.parse_args(arguments)
     with exit_with_code():
-        given = {name: getattr(options, name) for name in ("base", "dtype", "device")}
-        unused = [] if options.merge else [name for name in given if given[name] != parser.get_default(name)]
-        if unused:
-            raise ConfigError([f"--{name} {given[name]} is about merging; add --merge" for name in unused])
         dtype, device = _DTYPES[options.dtype], find_device(options.device)
         trust = options.trust_remote_code
         export(options.checkpoint, options.to, options.merge, options.base, dtype, device, trust)
@@ -65,8 +63,8 @@ def export(
     merge: bool,
     base: str,
     dtype: torch.dtype,
-    device: torch.device = _CPU,
-    trust_remote_code: bool = False,
+    device: torch.device,
+    trust_remote_code: bool,
 ) -> None:
     """Write the model of `checkpoint` to the new folder `to`; an adapter is merged on `device`, or copied with its
     run's configuration, by which it is asked and quantised as it was trained.
@@ -85,7 +83,8 @@ def export(
     is_adapter = adapters.is_adapter(folder)
     if merge and not is_adapter:
         raise ConfigError([f"--merge: {folder} is a whole model, not an adapter; leave --merge out"])
-    format = find_format(folder, merge) if merge or not is_adapter else None  # an adapter goes without a tokenizer
+    goes_whole = merge or not is_adapter
+    format = find_format(folder, merge) if goes_whole else None  # an adapter goes without a tokenizer
     say_leftovers(to)
     aside = to.with_name(f".writing-{to.name}-{secrets.token_hex(_ASIDE_BYTES)}")  # another export may be at work
     try:
@@ -97,7 +96,7 @@ def export(
                 shutil.copytree(folder, aside)
                 if is_adapter and (training := trained.find(folder)) is not None:
                     copy_beside(training, aside / "llmtrain")
-            if merge or not is_adapter:
+            if goes_whole:
                 template = prompts.shipped_template(format, aside) if format and format.kind == "chat" else None
                 prompts.write_settings(aside, None, template, transformers_ids.settings_needed(aside))
                 check_tokenizer(aside, format or TextFormat())
@@ -108,10 +107,11 @@ def export(
         aside.rename(to)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-    kind = "model" if merge or not is_adapter else "adapter"
-    loader = "AutoPeftModelForCausalLM" if kind == "adapter" else "AutoModelForCausalLM"
-    unchecked = ", copied as it is (with --merge the whole model's logits are checked)" if kind == "adapter" else ""
-    say(f"exported   {kind} in {to}{unchecked}: {loader}.from_pretrained({str(to)!r})")
+    how = f"exported   model in {to}: AutoModelForCausalLM"
+    if not goes_whole:
+        told = "copied as it is (with --merge the whole model's logits are checked)"
+        how = f"exported   adapter in {to}, {told}: AutoPeftModelForCausalLM"
+    say(f"{how}.from_pretrained({str(to)!r})")
 
 
 def say_leftovers(to: Path) -> None:
@@ -174,6 +174,7 @@ def write_merged(adapter: Adapter, to: Path, base: str, dtype: torch.dtype, devi
     from transformers import AutoModelForCausalLM
 
     from llmtrain.models import base as bases
+    from llmtrain.models import base_linears
 
     bases.be_quiet()
     quantised = adapter.base.quantisation != "none"
@@ -196,7 +197,7 @@ def write_merged(adapter: Adapter, to: Path, base: str, dtype: torch.dtype, devi
         say(f"loading    {adapter.base.base} in {str(dtype).removeprefix('torch.')}")
         original = bases.load(adapter.base, dtype, device, quantisation="none")
         if quantised and base == "dequantised":
-            bases.dequantise(model, into=original)
+            base_linears.dequantise(model, into=original)
         model, original = original, None
     peft = adapters.attach(adapter, model)
     before = logits(peft, ids)

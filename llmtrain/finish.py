@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from llmtrain import choose, log, origin, summary
+from llmtrain import early_stop, log, origin, summary
 from llmtrain.config import load_config
 from llmtrain.errors import disk_errors, exit_with_code
 from llmtrain.ledger import drain_command
@@ -35,8 +35,8 @@ def finish(run: RunDir) -> None:
     config, _ = load_config(run.config)
     with disk_errors("run folder", run.path):
         origin.note_finished(run)
-    if (early_stop := choose.early_stop(run)) is not None:
-        log.info(f"ended      early: {early_stop.message}; started with a larger service.patience it goes on")
+    if (asked := early_stop.read(run)) is not None:
+        log.info(f"ended      early: {asked.message}; started with a larger service.patience it goes on")
     if config.service.start == "auto":
         try:
             with _ctrl_c_heard():
@@ -50,7 +50,8 @@ def finish(run: RunDir) -> None:
     if config.log.report:
         summary.write_report(run)
     with contextlib.suppress(OSError):  # nobody reads it any more: it is in the run folder too
-        print("\n" + summary.describe(run, result), flush=True)  # noqa: T201  the run's result
+        print("\n" + summary.describe(run, result))  # noqa: T201  the run's result
+    log.flush()
 
 
 def become_finish(run: RunDir) -> None:

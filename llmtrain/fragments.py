@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from llmtrain import tensorfile
@@ -69,19 +69,17 @@ class FragmentReader:
     """The state in a checkpoint's `state/` folder, whichever ranks wrote it.
 
     Raises:
-        CheckpointError: a file cannot be read as fragments.
+        CheckpointError: a file is damaged, or holds no fragments.
+        OSError: one cannot be read now, which says nothing about it.
     """
 
     def __init__(self, folder: Path):
         self._folder = folder
         self._fragments: dict[str, list[tuple[int, int, Any, str]]] = {}
         for path in sorted(folder.glob("optimizer-*.safetensors")):
-            try:
+            with tensorfile.reading(path):
                 file = safe_open(path, framework="pt")
-                names = list(file.keys())
-            except (OSError, SafetensorError) as error:
-                raise CheckpointError(f"{path}: cannot be read: {error}") from error
-            for name in names:
+            for name in file.keys():  # noqa: SIM118  it is no dictionary
                 match = _NAME.fullmatch(name)
                 if match is None:
                     raise CheckpointError(f"{path}: {name} is not a fragment of a state tensor")

@@ -1,12 +1,11 @@
 """What the machine is doing: memory, and on NVIDIA GPUs utilisation, power and peak arithmetic."""
 
-import contextlib
 import re
 
 import psutil
 import torch
 
-from llmtrain import cpu
+from llmtrain import cpu, gpus
 
 _PEAK_BF16_TFLOPS = {  # dense, from NVIDIA's data sheets; of several that fit a name the first
     "B200": 2250.0,
@@ -52,25 +51,14 @@ class HardwareMeter:
     def __init__(self, device: torch.device):
         self._device = device
         self._process = psutil.Process()
-        self._nvml = self._handle = None
+        self._gpu = None
         if device.type == "cuda":
-            import pynvml
-
-            try:
-                pynvml.nvmlInit()
-                self._handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
-                self._nvml = pynvml
-            except pynvml.NVMLError:  # a container without the driver's monitoring library
-                self._nvml = None
+            self._gpu = gpus.find_by_uuid(torch.cuda.get_device_properties(device).uuid)
 
     def read(self) -> dict[str, float]:
         values = {"hardware/memory_gb": self._process.memory_info().rss / 1e9}
         if self._device.type == "cuda":
             values["hardware/gpu_memory_peak_gb"] = torch.cuda.max_memory_allocated(self._device) / 1e9
-        if self._nvml is not None:
-            with contextlib.suppress(self._nvml.NVMLError):  # part of a GPU (MIG) has no readings of its own
-                values["hardware/gpu_utilisation_percent"] = float(
-                    self._nvml.nvmlDeviceGetUtilizationRates(self._handle).gpu
-                )
-                values["hardware/gpu_power_w"] = self._nvml.nvmlDeviceGetPowerUsage(self._handle) / 1e3
+        if self._gpu is not None:
+            values |= {f"hardware/gpu_{name}": value for name, value in gpus.readings(self._gpu).items()}
         return values

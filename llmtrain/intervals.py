@@ -10,7 +10,8 @@ The best of many is the best by luck too, so the intervals are simultaneous: a m
 known beforehand. Where all are equal, any at all is called worse in about 5 of 100 cases, however many there are.
 """
 
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Iterable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,7 +25,8 @@ MAX_BLOCKS = 32
 """Of neighbours, drawn in the bootstrap: few enough to be long, so that they hardly resemble each other; with 32 the
 intervals are 4% wider than with very many."""
 _MIN_FREEDOM = 3
-_BLOCK = 250
+_GROUP = 32
+"""Neighbouring checkpoints, which resemble each other."""
 _LEVEL = 0.95
 _NO_ERROR = 1e-9
 """A standard error of this many nats per token or less is rounding: the two have the same losses, or differ by the
@@ -75,10 +77,7 @@ def simultaneous(deltas: Losses, targets: Losses, seed: int = 0) -> list[Interva
     """
     total = max(1.0, targets.sum())
     means_C = deltas.sum(1) / total
-    draws_CD = np.concatenate(list(_draws(deltas, targets, seed)), axis=1)
-    draws_CD -= draws_CD.mean(1, keepdims=True)
-    best_1D = np.zeros((1, draws_CD.shape[1]))  # its difference to itself
-    critical = _for_few(critical_value(np.concatenate([best_1D, draws_CD])), _degrees_of_freedom(targets))
+    critical = _for_few(critical_value(deltas, _weights(targets, seed)), _degrees_of_freedom(targets))
     # What leaving a stretch out moves the mean by, for each of them.
     moved_CS = (deltas - means_C[:, None] * targets) / np.maximum(total - targets, 1.0)
     errors_C = np.sqrt((moved_CS**2).sum(1))
@@ -91,31 +90,69 @@ def _degrees_of_freedom(targets: Losses) -> float:
     return float(targets.sum() ** 2 / max(1.0, (targets**2).sum())) - 1
 
 
-def _draws(deltas: Losses, targets: Losses, seed: int) -> Iterator[Losses]:
-    """(C, DRAWS) differences per token, some draws at a time: which stretches were drawn takes much memory."""
-    generator, units = np.random.default_rng(seed), deltas.shape[1]
-    for _ in range(0, DRAWS, _BLOCK):
-        counts = generator.multinomial(units, np.full(units, 1 / units), size=_BLOCK).astype(np.float64)
-        yield (deltas @ counts.T) / np.maximum(1.0, counts @ targets)
+def _weights(targets: Losses, seed: int) -> Losses:
+    """(S, DRAWS): how much a stretch's difference counts in each draw's difference per token, less its mean over the
+    draws."""
+    generator, units = np.random.default_rng(seed), len(targets)
+    counts_DS = generator.multinomial(units, np.full(units, 1 / units), size=DRAWS).astype(np.float64)
+    weights_SD = (counts_DS / np.maximum(1.0, counts_DS @ targets)[:, None]).T
+    return weights_SD - weights_SD.mean(1, keepdims=True)
 
 
-def critical_value(draws: Losses) -> float:
+def critical_value(deltas: Losses, weights: Losses) -> float:
     """How many standard errors the farthest pair is apart in 95 of 100 draws.
 
     The best one may be any of them, so every pair counts. The largest difference to one fixed checkpoint is exceeded
     far too often: of ten that are equal, one at least is called worse in 35 of 100 cases (seven with all pairs).
 
     Args:
-        draws: (C, D), of each row its mean taken away.
+        deltas: (C, S) differences of loss sums to those of the best; weights: (S, D), as `_weights` makes them.
     """
-    farthest_D = np.zeros(draws.shape[1])
-    for number in range(len(draws) - 1):
-        apart = draws[number + 1 :] - draws[number]
-        errors = np.sqrt(np.einsum("cd,cd->c", apart, apart) / apart.shape[1])
-        apart *= np.where(errors > _NO_ERROR, 1 / np.maximum(errors, _NO_ERROR), 0.0)[:, None]
-        np.abs(apart, out=apart)
-        np.maximum(farthest_D, apart.max(axis=0), out=farthest_D)
-    return float(np.quantile(farthest_D, _LEVEL))
+    deltas_CS = np.concatenate([np.zeros((1, len(weights))), deltas])  # the best one's difference to itself
+    # The root mean square of a pair's difference over the draws is the distance of two points.
+    _, root_SS = np.linalg.qr(weights.T / np.sqrt(weights.shape[1]))
+    points_CS = deltas_CS @ root_SS.T
+    return float(np.quantile(_farthest(deltas_CS @ weights, points_CS), _LEVEL))
+
+
+def _farthest(draws: Losses, points: Losses) -> Losses:
+    """(D,) how many standard errors the farthest pair is apart, in the draws that decide the quantile; less than that
+    in others.
+
+    Pairs are many (2 million of 2,000 checkpoints), and few are ever the farthest. So neighbours form groups, and
+    pairs are computed in those draws alone in which the widest difference between two groups, in the smallest standard
+    error of any of their pairs, is more than what was found already.
+
+    Args:
+        draws: (C, D); points: (C, S), whose distances are the standard errors.
+    """
+    groups = [slice(first, first + _GROUP) for first in range(0, len(draws), _GROUP)]
+    low_GD, high_GD = (np.stack([end(draws[group], axis=0) for group in groups]) for end in (np.min, np.max))
+
+    def errors(one: int, two: int) -> Losses:
+        apart = points[groups[one], None] - points[None, groups[two]]
+        found = np.sqrt(np.einsum("abs,abs->ab", apart, apart))
+        return np.where(found > _NO_ERROR, found, np.inf)  # two that never differ are never apart
+
+    def widest(one: int, two: int, error: float) -> Losses:
+        return np.maximum(high_GD[one] - low_GD[two], high_GD[two] - low_GD[one]) / error
+
+    num_draws = draws.shape[1]
+    deciding = num_draws - math.floor(_LEVEL * (num_draws - 1))  # so many of the largest ones make the quantile
+    farthest_D = np.zeros(num_draws)
+    pairs = [(one, two, float(errors(one, two).min())) for one in range(len(groups)) for two in range(one, len(groups))]
+    for one, two, error in sorted(pairs, key=lambda pair: -widest(*pair).sum()):
+        least = np.partition(farthest_D, -deciding)[-deciding]
+        if not (widest(one, two, error) > np.maximum(farthest_D, least)).any():
+            continue
+        others_GD = draws[groups[two]]
+        for draws_D, errors_G in zip(draws[groups[one]], errors(one, two), strict=True):
+            reach_D = np.maximum(high_GD[two] - draws_D, draws_D - low_GD[two]) / errors_G.min()
+            chosen = np.flatnonzero(reach_D > np.maximum(farthest_D, least))
+            if len(chosen):
+                apart_GD = np.abs(others_GD[:, chosen] - draws_D[chosen]) / errors_G[:, None]
+                farthest_D[chosen] = np.maximum(farthest_D[chosen], apart_GD.max(axis=0))
+    return farthest_D
 
 
 def _for_few(critical: float, freedom: float) -> float:

@@ -3,10 +3,14 @@
 import contextlib
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 from llmtrain.errors import RunFolderError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 _BLOCK = 1 << 16
 _TAIL = 1 << 16
@@ -24,6 +28,27 @@ def read(path: Path) -> list[dict[str, Any]]:
         return []
     lines = content[: content.rfind(b"\n") + 1].split(b"\n")
     return [_parsed(path, line, f"line {number}") for number, line in enumerate(lines, start=1) if line]
+
+
+def columns(path: Path, keys: Sequence[str]) -> "pa.Table":
+    """Numbers of all records, a column of doubles for each key; null where a record has none.
+
+    pyarrow takes a fifth of the time of Python's JSON, and of its memory: for a million steps, seconds and a gigabyte.
+
+    Raises:
+        RunFolderError: a whole line is damaged.
+    """
+    import pyarrow as pa
+    from pyarrow import json as pyarrow_json
+
+    schema = pa.schema([(key, pa.float64()) for key in keys])
+    content = path.read_bytes() if path.exists() else b""
+    whole_lines = pa.py_buffer(content).slice(0, content.rfind(b"\n") + 1)
+    options = pyarrow_json.ParseOptions(explicit_schema=schema, unexpected_field_behavior="ignore")
+    try:
+        return pyarrow_json.read_json(pa.BufferReader(whole_lines), parse_options=options)
+    except pa.ArrowInvalid:  # no line at all, or a damaged one, which this names
+        return pa.Table.from_pylist(read(path), schema)
 
 
 def last_record(path: Path) -> dict[str, Any] | None:

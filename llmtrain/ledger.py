@@ -1,15 +1,15 @@
-"""The checkpoint service's records: what was scored, what was uploaded, what went wrong.
+"""What was scored and uploaded, and what happened: the checkpoint service's records, and training's events.
 
-JSON lines, which the service's processes append (training has an events.jsonl of its own); of several records of one
-step the last one counts. They are the truth: rankings, TensorBoard's `validation` sub-run, reports and the queue itself
-are derived from them and from what lies in the run folder. `Status` and `HubState` are no such lines: each is a single
-record, replaced as a whole.
+JSON lines that are appended; of several records of one step the last one counts. They are the truth: rankings,
+TensorBoard's `validation` sub-run, reports and the queue itself are derived from them and from what lies in the run
+folder. `Status` and `HubState` are no such lines: each is a single record, replaced as a whole.
 """
 
 import contextlib
 import math
 import shlex
 import time
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Literal
 
@@ -40,6 +40,9 @@ EventKind = Literal[
     "restarted",
     "service-started",
 ]
+
+STARTS: tuple[EventKind, ...] = ("started", "resumed")
+"""What a start of training notes, one or the other."""
 
 
 class _Record(pydantic.BaseModel):
@@ -153,6 +156,12 @@ def events(run: RunDir) -> list[Event]:
     """Training's and the service's together, oldest first."""
     records = [*jsonl.read(run.events), *jsonl.read(run.service_events)]
     return sorted((Event.model_validate(record) for record in records), key=lambda event: event.time)
+
+
+def last_event(run: RunDir, kinds: Collection[EventKind]) -> Event | None:
+    """The newest of training's events that is of one of these kinds; None before the first."""
+    found = next((record for record in reversed(jsonl.read(run.events)) if record["kind"] in kinds), None)
+    return None if found is None else Event.model_validate(found)
 
 
 def append(path: Path, record: Score | Upload | Event) -> None:

@@ -4,6 +4,8 @@ import contextlib
 import errno
 import fcntl
 import os
+import re
+import tempfile
 import time
 from pathlib import Path
 from typing import IO
@@ -37,9 +39,37 @@ def hold(path: Path, be_sure: str) -> IO[str] | None:
         handle.close()
         raise
     handle.truncate(0)
-    handle.write(f"process {os.getpid()} on {os.uname().nodename}")
+    handle.write(name(os.getpid(), os.uname().nodename))
     handle.flush()
     return handle
+
+
+def why_none(folder: Path) -> str | None:
+    """Why no file in a folder can be locked, tried on one without a name; None where they can."""
+    with tempfile.TemporaryFile(dir=folder) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            return error.strerror
+    return None
+
+
+def name(pid: int, host: str) -> str:
+    """A process as the locks that it holds name it."""
+    return f"process {pid} on {host}"
+
+
+def parse(text: str) -> tuple[int, str] | None:
+    """Number and machine of a process that is named so; None where that is no such name."""
+    matched = re.fullmatch(r"process (\d+) on (.+)", text)
+    return None if matched is None else (int(matched[1]), matched[2])
+
+
+def holder(path: Path) -> str | None:
+    """Name of the process that holds a lock, or held it last: it stays there. None where there is none."""
+    return (path.read_text().strip() or None) if path.exists() else None
 
 
 def _take(handle: IO[str], path: Path, be_sure: str) -> bool:
@@ -81,9 +111,11 @@ def _at_work(lock: IO[str]) -> int | None:
     are used again)."""
     import psutil
 
-    number, _, host = lock.read().removeprefix("process ").partition(" on ")
-    with contextlib.suppress(psutil.Error, ValueError):
-        process = psutil.Process(int(number))
+    if (found := parse(lock.read())) is None:
+        return None
+    pid, host = found
+    with contextlib.suppress(psutil.Error):
+        process = psutil.Process(pid)
         is_old = process.create_time() <= os.fstat(lock.fileno()).st_mtime + _SKEW_S
         # One that has ended may be listed for long, where nobody asks how it ended (in containers without an init).
         if host == os.uname().nodename and is_old and process.status() != psutil.STATUS_ZOMBIE:

@@ -89,7 +89,7 @@ def _let_go(descriptor: int) -> None:
     os.close(nowhere)
 
 
-def stand_in() -> None:
+def open_missing_outputs() -> None:
     """For an output that whoever started this has closed (`>&-`): Python has none then, and writing to it fails."""
     for name in _OUTPUTS:
         if getattr(sys, name) is None:
@@ -107,7 +107,7 @@ def escape_letters() -> None:
 def flush() -> None:
     """Write out what Python holds of both outputs, at the very end: what cannot be written is let go, or Python would
     fail on it after a good end, with an exit code of its own."""
-    stand_in()
+    open_missing_outputs()
     for name, descriptor in _OUTPUTS.items():
         try:
             getattr(sys, name).flush()

@@ -5,6 +5,7 @@ hash of its own content, and a file that differs from what this module would wri
 """
 
 import contextlib
+import functools
 import hashlib
 import json
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ import pydantic
 
 from llmtrain import files
 from llmtrain.errors import CheckpointError
+from llmtrain.rundir import RunDir
 
 NAME = "manifest.json"
 _FOLDERS = ("model", "state")
@@ -54,6 +56,16 @@ class Manifest(_Record):
     """Nats per token at this step, as the training ranks computed it."""
     files: dict[str, FileInfo]
     """By path: below model/ or state/."""
+
+    @property
+    def epoch(self) -> float:
+        """Passes over the training split so far."""
+        return self.train_state.samples / self.num_rows
+
+    @property
+    def size_bytes(self) -> int:
+        """Of all files, without the manifest."""
+        return sum(info.size_bytes for info in self.files.values())
 
     @pydantic.field_validator("files")
     @classmethod
@@ -107,6 +119,22 @@ def identity(manifest: Manifest) -> str:
     """Hash of a checkpoint's whole content: two checkpoints of a step with the same one are the same."""
     fields = manifest.model_dump(mode="json")
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+
+
+def identities(run: RunDir) -> dict[int, str]:
+    """`identity` of a run's published checkpoints, by step; those whose manifest cannot be read are left out."""
+    found: dict[int, str] = {}
+    for step in run.checkpoint_steps():
+        with contextlib.suppress(CheckpointError, OSError):
+            stamp = (run.checkpoint(step) / NAME).stat()
+            found[step] = _identity(run.checkpoint(step).absolute(), stamp.st_ino, stamp.st_mtime_ns)
+    return found
+
+
+@functools.lru_cache(maxsize=4096)
+def _identity(folder: Path, _inode: int, _modified_ns: int) -> str:
+    """Kept for as long as the manifest stays the same file: the service asks several times a second."""
+    return identity(read(folder))
 
 
 def verify(folder: Path) -> Manifest:

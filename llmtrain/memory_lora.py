@@ -126,17 +126,22 @@ class LoraSizes:
         positions = plan.micro_batch_size * model.context
         per_weight = weight_bytes(model, size)
         weights, moments = self._adapter_bytes(config)
-        how = f"{facts.linear_parameters / 1e9:.2f} G weights of {per_weight:.2f} bytes"
+        unquantised = 0 if model.quantisation == "none" else facts.unquantised_parameters
+        quantised = facts.linear_parameters - unquantised
+        how = f"{quantised / 1e9:.2f} G weights of {per_weight:.2f} bytes"
         trained = self.trainable
         others = facts.other_parameters - facts.expert_parameters
         parts = [
-            Part("base", facts.linear_parameters * per_weight, f"{how} ({model.quantisation})"),
+            Part("base", quantised * per_weight, f"{how} ({model.quantisation})"),
             Part("embeddings", others * size, "and output layer, norms; not quantised"),
             Part("LoRA", trained * weights, f"{trained / 1e6:.1f} M weights, whole on each rank"),
         ]
         if facts.expert_parameters:
             experts = f"{facts.expert_parameters / 1e9:.2f} G weights; not quantised, and without LoRA"
             parts.insert(1, Part("experts", facts.expert_parameters * size, experts))
+        if unquantised:
+            left = f"{unquantised / 1e9:.2f} G weights of {size} bytes; bitsandbytes does not quantise these layers"
+            parts.insert(1, Part("unquantised", unquantised * size, left))
         if kind == "zero2":
             buckets = min(config.strategy.bucket_mb * 1e6, 4 * trained) * (2 if config.strategy.overlap else 1)
             parts.append(Part("gradients", 4 * trained / ranks + buckets, f"1/{ranks}, and buckets"))

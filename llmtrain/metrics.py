@@ -100,7 +100,7 @@ class Meter:
         self._pending.append(_Step(state, targets, digest, lr, loss_sum, grad_norm))
 
     def flush(self, data_wait_s: float, at_once: bool) -> None:
-        """Collective (control group), and the loop's one host sync: read the steps since the last flush.
+        """Collective (control group), and a host sync: read the steps since the last flush.
 
         They are written now and then; `at_once`, because something is about to build on them, or at the end.
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmtrain import files
 from llmtrain.config.data_sections import ChatFormat, Format
-from llmtrain.errors import TokenizerError
+from llmtrain.errors import ConfigError, TokenizerError
 
 if TYPE_CHECKING:  # half of those who need a template need no tokenizer
     from tokenizers import Tokenizer
@@ -91,19 +91,44 @@ def chat_template(format: ChatFormat, own: str | None, tokens: Mapping[str, str]
     return ChatTemplate(configured or own or PLAIN_TEMPLATE, tokens)
 
 
-def question(format: Format, text: str, own: str | None, tokens: Mapping[str, str]) -> tuple[str, bool]:
+def question(
+    format: Format, text: str, own: str | None, tokens: Mapping[str, str], system: str | None = None
+) -> tuple[str, bool]:
     """The prompt that samples of this format have for what a person asks, and whether it says itself what a text
     begins with. Free text stays as it is.
 
     Args:
         own, tokens: the tokenizer's, for a chat.
+        system: what a chat begins with, before the person asks.
+
+    Raises:
+        ConfigError: there is no place for `system`.
+        TokenizerError: the chat template fails.
     """
-    if format.kind == "instruction":
-        return fill(format.template_without_input, text, ""), False
     if format.kind == "chat":
         template = chat_template(format, own, tokens)
-        return template.render([{"role": "user", "content": text}], asks=True), template.writes_prefix
-    return text, False
+        asked = [{"role": "user", "content": text}]
+        prompt = template.render(asked, asks=True)
+        return prompt if system is None else _with_system(template, system, asked, prompt), template.writes_prefix
+    if system is not None:
+        what = "instructions" if format.kind == "instruction" else "free text"
+        raise ConfigError(
+            [f"--system: this model is asked with {what} (data.format.kind={format.kind}), which has no system prompt; "
+             "write it into --prompt"]
+        )  # fmt: skip
+    return (fill(format.template_without_input, text, "") if format.kind == "instruction" else text), False
+
+
+def _with_system(template: ChatTemplate, system: str, asked: list[dict[str, str]], without: str) -> str:
+    """Templates refuse such a message, or leave it out in silence, where the model was made without."""
+    message = {"role": "system", "content": system}
+    try:
+        prompt = template.render([message, *asked], asks=True)
+    except TokenizerError as error:
+        raise ConfigError([f"--system: this model takes no system prompt ({error}); write it into --prompt"]) from None
+    if prompt.count(system.strip()) == without.count(system.strip()):
+        raise ConfigError(["--system: this model's chat template leaves a system prompt out; write it into --prompt"])
+    return prompt
 
 
 def read_template(setting: str) -> str:
@@ -133,10 +158,17 @@ def prompt_ids(tokenizer: "Tokenizer", text: str, has_prefix: bool) -> list[int]
     return [*prefix, *tokenizer.encode(text, add_special_tokens=False).ids]
 
 
-def asked_ids(tokenizer: "Tokenizer", folder: Path, eos_id: int, format: Format, prompt: str) -> list[int]:
-    """The ids of what a person asks as samples of this format have them, given the tokenizer's folder."""
+def asked_ids(
+    tokenizer: "Tokenizer", folder: Path, eos_id: int, format: Format, prompt: str, system: str | None = None
+) -> list[int]:
+    """The ids of what a person asks, put as the samples of this format put it: see `question`, also for errors.
+
+    Args:
+        folder: the tokenizer's.
+    """
     own, tokens = read_own(folder)
-    asked, has_prefix = question(format, prompt, own, {**tokens, "eos_token": tokenizer.id_to_token(eos_id) or ""})
+    tokens["eos_token"] = tokenizer.id_to_token(eos_id) or ""
+    asked, has_prefix = question(format, prompt, own, tokens, system)
     return prompt_ids(tokenizer, asked, has_prefix)
 
 
@@ -203,9 +235,21 @@ def write_settings(
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
-    """What stands beside tokenizer.json."""
+    """What stands beside tokenizer.json.
+
+    Raises:
+        TokenizerError: it is no JSON object.
+    """
     file = folder / _SETTINGS
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    if not file.is_file():
+        return {}
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise TokenizerError(f"{file}: not JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise TokenizerError(f"{file}: must be a JSON object, not a {type(found).__name__}")
+    return found
 
 
 def _text(token: Any) -> str:

@@ -1,23 +1,19 @@
 """What decides the bytes of a data set, and where its shards lie when nobody says."""
 
-import errno
-import glob
 import hashlib
 import itertools
 import json
-import os
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from llmtrain import files, log, shards
+from llmtrain import files, shards
 from llmtrain.config.schema import RunConfig
-from llmtrain.errors import TokenizerError
+from llmtrain.errors import DataMismatch, TokenizerError
+from llmtrain.shards import REBUILD, ShardFolder
+from llmtrain.source_files import source_files
 
 _LOOK_AT = 10_000
 """Files of the sources whose times are read before a run: on a network's file system each takes a millisecond."""
-_LEADS_NOWHERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
-"""What a link says whose target is gone, or is the link itself."""
 
 
 def recipe_of(config: RunConfig) -> dict[str, Any]:
@@ -85,91 +81,28 @@ def shard_folder(config: RunConfig) -> Path:
     return Path("shards") / key[:12]
 
 
-TEXT_SUFFIXES = (".txt", ".md")
-"""What is read of a folder that a source names."""
+def open_shards(config: RunConfig, verify: Literal["sha256", "size"]) -> ShardFolder:
+    """The finished shards of a configuration.
 
-
-def _raise(error: OSError) -> None:
-    raise error
-
-
-def source_files(pattern: str, on_error: Callable[[OSError], None] = _raise) -> Iterator[Path]:
-    """The files that one of a source's `paths` means: a folder's text files, what a glob matches, or the file.
-
-    Args:
-        on_error: is given what cannot be looked at, with its name; the rest is found all the same.
+    Raises:
+        DataMismatch: they were made by another recipe, or with another tokenizer.
+        ShardError, VocabularyError: as `shards.open_folder`.
     """
-    path = Path(files.expand_home(pattern))
-    try:
-        if path.is_dir():
-            return _text_files(path, on_error)
-        if glob.has_magic(pattern):
-            return (Path(file) for file in glob.iglob(str(path), recursive=True) if Path(file).is_file())
-        return iter([path] if path.exists() else [])
-    except OSError as error:
-        on_error(error)
-        return iter(())
-
-
-def _text_files(root: Path, on_error: Callable[[OSError], None]) -> Iterator[Path]:
-    """The text files below a folder, and below the folders that links there lead to: each real folder once.
-
-    What no link is needed for comes first, so that a link never changes the path under which a file is found. A link
-    that leads upwards is not followed: it would bring in all that lies beside the folder.
-    """
-    real_root = root.resolve()
-    seen: set[Path] = set()
-    upwards: list[Path] = []
-    starts = [root]
-    while starts:
-        links: list[Path] = []
-        for start in starts:
-            folders = [(start, start.resolve())]
-            while folders:
-                folder, real = folders.pop()
-                if real in seen:
-                    continue
-                seen.add(real)
-                for path, kind in _look_into(folder, on_error):
-                    if kind == "text":
-                        yield path
-                    elif kind == "folder":
-                        folders.append((path, real / path.name))
-                    elif any(below.is_relative_to(path.resolve()) for below in (real_root, real)):
-                        upwards.append(path)
-                    else:
-                        links.append(path)
-        starts = sorted(links)
-    if upwards:
-        first = min(upwards)
-        more = f" (and {len(upwards) - 1} more)" if len(upwards) > 1 else ""
-        log.warn_once(f"data       {first} leads upwards, to {first.resolve()}: this link is not followed{more}")
-
-
-def _look_into(
-    folder: Path, on_error: Callable[[OSError], None]
-) -> Iterator[tuple[Path, Literal["text", "folder", "link"]]]:
-    """The text files of a folder, the folders right below it, and the links to folders."""
-    try:
-        with os.scandir(folder) as listed:
-            entries = list(listed)
-    except OSError as error:
-        on_error(error)
-        return
-    for entry in entries:
-        path = folder / entry.name
-        try:
-            if entry.is_dir():
-                kind = "link" if entry.is_symlink() else "folder"
-            elif path.suffix in TEXT_SUFFIXES and entry.is_file():
-                kind = "text"
-            else:
-                continue
-        except OSError as error:
-            if error.errno not in _LEADS_NOWHERE:
-                on_error(error)
-            continue
-        yield path, kind
+    opened, tokenizer = shards.open_folder(shard_folder(config), verify), tokenizer_file(config)
+    if tokenizer is not None and files.sha256(tokenizer) != opened.manifest.tokenizer.sha256:
+        raise DataMismatch(f"{opened.path}: built with another tokenizer than what {tokenizer} is now; {REBUILD}")
+    recipe, made_by = recipe_of(config), opened.manifest.recipe
+    differences = [
+        f"{key}: shards have {have}, the configuration {want}"
+        for key in sorted({*recipe, *made_by})
+        if (have := made_by.get(key)) != (want := recipe.get(key))
+    ]
+    if differences:
+        raise DataMismatch(
+            f"{opened.path}: built by another recipe; " + "; ".join(differences) + ". Set data.dir to another "
+            "folder (or leave it out: each recipe then has its own), or rebuild with 'llmtrain shard --force'"
+        )
+    return opened
 
 
 def newer_source(config: RunConfig, manifest: Path) -> Path | None:
@@ -191,7 +124,7 @@ def newer_source(config: RunConfig, manifest: Path) -> Path | None:
     return None
 
 
-def told_newer(path: Path, folder: Path) -> str:
+def describe_newer(path: Path, folder: Path) -> str:
     """For people: what `newer_source` found, and what to do."""
     return (
         f"{path} was written after the shards in {folder}, which hold the text as it was before. If it has changed: "

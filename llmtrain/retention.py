@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
-from llmtrain import choose, jsonl, ledger, rundir
+from llmtrain import jsonl, ledger, manifest, rundir
 from llmtrain.config.schema import CheckpointSection, RunConfig
 from llmtrain.rundir import RunDir
 
@@ -90,7 +90,7 @@ def deletable(
     steps = run.checkpoint_steps()
     if config.service.start == "never":
         return plan_deletions(steps, config.checkpoint, ledger.heldout_losses(run), None, None, verified_newest)
-    here = choose.identities(run)
+    here = manifest.identities(run)
     losses = {step: s.loss for step, s in ledger.scores(run).items() if here.get(step) == s.checkpoint}
     confirmed = [
         step

@@ -1,4 +1,4 @@
-"""The run folder: the one place that knows where things lie.
+"""The run folder: where everything in it lies, and who holds it.
 
 DIR/NAME/
     config.yaml             the resolved configuration
@@ -15,7 +15,7 @@ DIR/NAME/
     summary.json curve.png  written at the end
     report/                 index.html and its pictures (llmtrain report)
     log.txt  lock
-    service/                the checkpoint service's; it alone writes there
+    service/                the checkpoint service's
         scores.jsonl        one line per checkpoint and split, scored from disk: the truth that rankings are views of
         losses/             loss sums of stretches of the held-out split, for intervals (NAME.npy)
         uploads.jsonl       one line per confirmed upload, and per removal from the Hub
@@ -23,7 +23,7 @@ DIR/NAME/
         status.json         what it is doing now, what waits, the last error
         hub.json            whether the Hub took the token and the repository
         published.json      what `main` on the Hub was last renewed with
-        stop.json           asks training to end: no improvement for service.patience saves
+        stop.json           asks training to end: no improvement for service.patience saves (rank 0 removes an old one)
         reserve             some hundred kB of nothing, deleted where a full disk has no room for a score
         log.txt  lock
 """
@@ -163,6 +163,16 @@ class RunDir:
     def log(self) -> Path:
         return self.path / "log.txt"
 
+    @property
+    def lock_file(self) -> Path:
+        """Locked by the rank 0 that trains here (`lock`)."""
+        return self.path / "lock"
+
+    @property
+    def service_lock_file(self) -> Path:
+        """Locked by the checkpoint service that is at work here (`lock_service`)."""
+        return self.service / "lock"
+
     def checkpoint(self, step: int) -> Path:
         return self.checkpoints / f"{_STEP}{step:08d}"
 
@@ -198,12 +208,12 @@ class RunDir:
         """Hold the run for this process; the lock ends with the process, however it ends.
 
         Raises:
-            RunFolderError: another process on this machine is training here.
+            RunFolderError: another process is training here.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         began = time.monotonic()
-        while (handle := locks.hold(self.path / "lock", "no other process trains in it")) is None:
-            owner = (self.path / "lock").read_text().strip() or "another process"
+        while (handle := locks.hold(self.lock_file, "no other process trains in it")) is None:
+            owner = locks.holder(self.lock_file) or "another process"
             if RESTARTED not in os.environ or time.monotonic() - began > _DYING_S:
                 raise RunFolderError(
                     f"{self.path}: {owner} is training in this run folder; stop it, or give this run another run.name"
@@ -214,16 +224,16 @@ class RunDir:
 
     def is_training(self) -> bool:
         """Whether a process holds the run's lock."""
-        return locks.is_held(self.path / "lock")
+        return locks.is_held(self.lock_file)
 
     def lock_service(self) -> IO[str] | None:
         """Hold the run for this checkpoint service; None where another one holds it."""
         self.service.mkdir(parents=True, exist_ok=True)
-        return locks.hold(self.service / "lock", "no other checkpoint service is at work on this run")
+        return locks.hold(self.service_lock_file, "no other checkpoint service is at work on this run")
 
     def is_served(self) -> bool:
         """Whether a checkpoint service is at work here."""
-        return locks.is_held(self.service / "lock")
+        return locks.is_held(self.service_lock_file)
 
     def move_aside(self) -> Path:
         """Rename the whole run folder, so that a new run can take its place; returns where it went."""

@@ -76,7 +76,7 @@ class Saver:
         share = self._strategy.save_state()
         if beside:
             weights, share = self._host.begin(weights, share)
-        else:
+        else:  # host syncs: no step follows that they could delay
             weights = {name: tensor.cpu() for name, tensor in weights.items()}
             share = [Fragment(f.key, f.start, f.values.cpu()) for f in share]
         arguments = (described, weights, share, beside)

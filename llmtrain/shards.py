@@ -31,7 +31,6 @@ from numpy.typing import NDArray
 from llmtrain import files
 from llmtrain.errors import DataMismatch, ShardError, VocabularyError
 
-FORMAT = "llmtrain-shards-1"
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer"
 
@@ -77,7 +76,7 @@ class TokenizerInfo(_Record):
 
 
 class ShardManifest(_Record):
-    format: Literal["llmtrain-shards-1"] = FORMAT
+    format: Literal["llmtrain-shards-1"] = "llmtrain-shards-1"
     recipe: dict[str, Any]
     """What the shards were made from: `recipe_of` the configuration."""
     tokenizer: TokenizerInfo
@@ -170,7 +169,7 @@ class ShardSet:
             try:
                 self._shards.append(_Shard(folder / shard.file, context))
             except (OSError, StopIteration, pa.ArrowException, ValueError, KeyError) as error:
-                raise ShardError(f"{folder / shard.file}: cannot be read as a shard ({error}); {_REBUILD}") from error
+                raise ShardError(f"{folder / shard.file}: cannot be read as a shard ({error}); {REBUILD}") from error
         self._starts = np.cumsum([0, *(shard.rows for shard in info.shards)])
 
     def largest_id(self) -> int:
@@ -199,7 +198,7 @@ class ShardSet:
         return Rows(tokens, doc_lens, mask)
 
 
-_REBUILD = "build the shards again with 'llmtrain shard CONFIG --force'"
+REBUILD = "build the shards again with 'llmtrain shard CONFIG --force'"
 
 
 @dataclass(frozen=True)
@@ -216,23 +215,6 @@ class ShardFolder:
 
     def split(self, name: SplitName) -> ShardSet:
         return ShardSet(self.path, self.manifest.splits[name], self.manifest.context)
-
-    def check_recipe(self, recipe: dict[str, Any], tokenizer_file: Path | None = None) -> None:
-        """Raises DataMismatch if these shards were made by another recipe or with another tokenizer."""
-        if tokenizer_file is not None and files.sha256(tokenizer_file) != self.manifest.tokenizer.sha256:
-            raise DataMismatch(
-                f"{self.path}: built with another tokenizer than what {tokenizer_file} is now; {_REBUILD}"
-            )
-        differences = [
-            f"{key}: shards have {have}, the configuration {want}"
-            for key in sorted({*recipe, *self.manifest.recipe})
-            if (have := self.manifest.recipe.get(key)) != (want := recipe.get(key))
-        ]
-        if differences:
-            raise DataMismatch(
-                f"{self.path}: built by another recipe; " + "; ".join(differences) + ". Set data.dir to another "
-                "folder (or leave it out: each recipe then has its own), or rebuild with 'llmtrain shard --force'"
-            )
 
 
 def exists(folder: Path) -> bool:
@@ -253,7 +235,7 @@ def open_folder(folder: Path, verify: Literal["sha256", "size"] = "sha256") -> S
     except FileNotFoundError:
         raise ShardError(f"{folder / MANIFEST}: missing; run 'llmtrain shard CONFIG' first") from None
     except (OSError, pydantic.ValidationError) as error:
-        raise ShardError(f"{folder / MANIFEST}: not a manifest of this version; {_REBUILD}\n{error}") from error
+        raise ShardError(f"{folder / MANIFEST}: not a manifest of this version; {REBUILD}\n{error}") from error
     opened = ShardFolder(folder, manifest, hashlib.sha256(content).hexdigest())
     _check_tokenizer(opened)
     for name, split in manifest.splits.items():
@@ -265,7 +247,7 @@ def open_folder(folder: Path, verify: Literal["sha256", "size"] = "sha256") -> S
         if largest >= manifest.tokenizer.vocab_size:
             raise VocabularyError(
                 f"{folder}: the {name} split holds token id {largest}, but the tokenizer has only "
-                f"{manifest.tokenizer.vocab_size} tokens (0 to {manifest.tokenizer.vocab_size - 1}); {_REBUILD}"
+                f"{manifest.tokenizer.vocab_size} tokens (0 to {manifest.tokenizer.vocab_size - 1}); {REBUILD}"
             )
     return opened
 
@@ -273,16 +255,16 @@ def open_folder(folder: Path, verify: Literal["sha256", "size"] = "sha256") -> S
 def _check_tokenizer(opened: ShardFolder) -> None:
     path = opened.tokenizer / "tokenizer.json"
     if not path.is_file():
-        raise ShardError(f"{path}: missing; {_REBUILD}")
+        raise ShardError(f"{path}: missing; {REBUILD}")
     if files.sha256(path) != opened.manifest.tokenizer.sha256:
-        raise DataMismatch(f"{path}: not the tokenizer that these shards were built with; {_REBUILD}")
+        raise DataMismatch(f"{path}: not the tokenizer that these shards were built with; {REBUILD}")
 
 
 def _check_shard(path: Path, info: ShardInfo, verify: Literal["sha256", "size"]) -> None:
     if not path.is_file():
-        raise ShardError(f"{path}: missing; {_REBUILD}")
+        raise ShardError(f"{path}: missing; {REBUILD}")
     size = path.stat().st_size
     if size != info.size_bytes:
-        raise ShardError(f"{path}: truncated or altered: {size} bytes instead of {info.size_bytes}; {_REBUILD}")
+        raise ShardError(f"{path}: truncated or altered: {size} bytes instead of {info.size_bytes}; {REBUILD}")
     if verify == "sha256" and files.sha256(path) != info.sha256:
-        raise ShardError(f"{path}: altered: its SHA-256 is not the manifest's; {_REBUILD}")
+        raise ShardError(f"{path}: altered: its SHA-256 is not the manifest's; {REBUILD}")

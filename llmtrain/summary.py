@@ -10,8 +10,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from llmtrain import choose, files, jsonl, ledger
-from llmtrain.choose import Ranking
+from llmtrain import choose, files, jsonl, ledger, overfitting, ranking
+from llmtrain.choose import Choice
+from llmtrain.ranking import Ranking
 from llmtrain.rundir import RunDir
 
 
@@ -39,20 +40,19 @@ class Summary:
 
 
 def summarise(run: RunDir) -> Summary | None:
-    """From the ledgers alone; None while there is no evaluation."""
-    evaluations = jsonl.read(run.heldout)
-    metrics = jsonl.read(run.metrics)
-    if not evaluations or not metrics:
+    """From the ledgers alone; None while there is no evaluation, or no step."""
+    evaluations, newest = jsonl.read(run.heldout), jsonl.last_record(run.metrics)
+    if not evaluations or newest is None:
         return None
     lowest = min(evaluations, key=lambda e: e["loss"])
     last = evaluations[-1]
-    ranked = choose.ranking(run)
-    best, best_loss, reason = _choose(run, ranked, evaluations)
-    last_train_loss = last.get("train_loss", metrics[-1]["loss"])
-    overfits, overfitting = _overfitting(run, ranked, evaluations, lowest, last_train_loss)
+    ranked = ranking.rank(run)
+    chosen = choose.propose_on_disk(run, ranked)
+    last_train_loss = last.get("train_loss", newest["loss"])
+    overfits, verdict = _overfitting(run, ranked, evaluations, lowest, last_train_loss)
     return Summary(
-        steps=metrics[-1]["step"],
-        epochs=metrics[-1]["epoch"],
+        steps=newest["step"],
+        epochs=newest["epoch"],
         first_heldout=evaluations[0]["loss"],
         first_step=evaluations[0]["step"],
         last_heldout=last["loss"],
@@ -60,11 +60,11 @@ def summarise(run: RunDir) -> Summary | None:
         lowest_heldout=lowest["loss"],
         lowest_step=lowest["step"],
         lowest_epoch=lowest["epoch"],
-        best_checkpoint=None if best is None else str(run.checkpoint(best)),
-        best_checkpoint_heldout=best_loss,
-        best_reason=reason,
+        best_checkpoint=None if chosen is None else str(run.checkpoint(chosen.step)),
+        best_checkpoint_heldout=None if chosen is None else chosen.loss,
+        best_reason="" if chosen is None else _reason(chosen, is_ranked=ranked is not None),
         overfits=overfits,
-        overfitting=overfitting,
+        overfitting=verdict,
         last_train_loss=last_train_loss,
     )
 
@@ -78,32 +78,24 @@ def _overfitting(
 ) -> tuple[bool | None, str]:
     """Whether, where known, and in words: of the scored checkpoints; of fewer than two, of training's evaluations."""
     first, last = evaluations[0], evaluations[-1]
-    if ranked is not None and (verdict := choose.overfitting(ranked)).is_known:
+    if ranked is not None and (verdict := overfitting.judge(ranked)).is_known:
         return None if verdict.perhaps else verdict.began, verdict.describe()
     if last["step"] == first["step"]:
         return None, "not known: the held-out loss was measured once"
-    if last["step"] > lowest["step"] and last["loss"] > lowest["loss"] * choose.RISE:
+    if last["step"] > lowest["step"] and last["loss"] > lowest["loss"] * overfitting.RISE:
         scored = "nothing" if ranked is None else "only one checkpoint"
         return None, (
             f"perhaps since step {lowest['step']} (epoch {lowest['epoch']:.2f}): the held-out loss rose by "
             f"{last['loss'] / lowest['loss'] - 1:.1%} while the training loss went to {last_train_loss:.4f}; "
-            f"{choose.UNSURE} ({scored} scored from disk: {ledger.drain_command(run.path)})"
+            f"{overfitting.UNSURE} ({scored} scored from disk: {ledger.drain_command(run.path)})"
         )
     return False, "none seen: the held-out loss ended at (or within 1% of) its lowest"
 
 
-def _choose(
-    run: RunDir, ranked: Ranking | None, evaluations: list[dict[str, Any]]
-) -> tuple[int | None, float | None, str]:
-    """(step, held-out loss, why) of the checkpoint on disk to use: by the service's ranking, else by training's own
-    figures."""
-    there = set(run.checkpoint_steps())
-    at_save = {e["step"]: e["loss"] for e in evaluations if e["step"] in there}
-    chosen = choose.propose(ranked, at_save, on_disk_alone=True)
-    if chosen is None:
-        return None, None, ""
+def _reason(chosen: Choice, is_ranked: bool) -> str:
+    """How it was scored, and of a ranking why that one."""
     how = "scored from disk" if chosen.origin == "disk" else "scored at the save"
-    return chosen.step, chosen.loss, how if ranked is None else f"{how}: {chosen.why}"
+    return f"{how}: {chosen.why}" if is_ranked else how
 
 
 def describe(run: RunDir, summary: Summary) -> str:
@@ -138,25 +130,30 @@ def describe(run: RunDir, summary: Summary) -> str:
     return "\n".join(lines)
 
 
-def write(run: RunDir, with_curve: bool = True) -> Summary | None:
+def write(run: RunDir, with_curve: bool) -> Summary | None:
     """Write summary.json and curve.png; returns the summary. A curve of the run's earlier life does not stay."""
     summary = summarise(run)
     if summary is not None:
-        files.write_atomic(run.summary, _json(summary))
-        if with_curve:
-            draw(run, run.curve)
-        else:
-            run.curve.unlink(missing_ok=True)
+        _put(run, summary, with_curve)
     return summary
 
 
 def renew(run: RunDir, with_curve: bool) -> bool:
     """Write both again if what they say has changed since, as checkpoints were scored or deleted; whether it had."""
+    run = RunDir(run.path.absolute())
     summary = summarise(run)
     if summary is None or (run.summary.exists() and _content(run.summary.read_bytes()) == _content(_json(summary))):
         return False
-    write(RunDir(run.path.absolute()), with_curve)
+    _put(run, summary, with_curve)
     return True
+
+
+def _put(run: RunDir, summary: Summary, with_curve: bool) -> None:
+    files.write_atomic(run.summary, _json(summary))
+    if with_curve:
+        draw(run, run.curve)
+    else:
+        run.curve.unlink(missing_ok=True)
 
 
 def _json(summary: Summary) -> str:
@@ -186,7 +183,7 @@ def write_report(run: RunDir) -> None:
 
 def _lowest_saved(run: RunDir, evaluations: list[dict[str, Any]]) -> tuple[int, float, float, str] | None:
     """Step, epoch and held-out loss of the best checkpoint, kept or not: as scored, else as measured at the save."""
-    if (ranked := choose.ranking(run)) is not None:
+    if (ranked := ranking.rank(run)) is not None:
         return ranked.best.step, ranked.best.score.epoch, ranked.best.score.loss, ranked.scope
     steps = ledger.saved_steps(run)
     saved = [e for e in evaluations if e["step"] in steps]
@@ -194,24 +191,30 @@ def _lowest_saved(run: RunDir, evaluations: list[dict[str, Any]]) -> tuple[int, 
     return None if best is None else (best["step"], best["epoch"], best["loss"], "saved")
 
 
+def has_curve(run: RunDir) -> bool:
+    """Whether there is something to draw: a step, and an evaluation."""
+    return all(jsonl.last_record(records) is not None for records in (run.metrics, run.heldout))
+
+
 def draw(run: RunDir, to: Path) -> None:
     """Train and held-out loss over epochs, with a second axis for learned tokens."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    metrics, evaluations = jsonl.read(run.metrics), jsonl.read(run.heldout)
+    newest, evaluations = jsonl.last_record(run.metrics), jsonl.read(run.heldout)
+    assert newest is not None
     figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
 
-    def line(records: list[dict[str, Any]], key: str, **style: Any) -> None:
-        points = [(r["epoch"], r[key]) for r in records if key in r]
-        if points:
-            axes.plot(*zip(*points, strict=True), **style)
+    def line(records: Path, key: str, **style: Any) -> None:
+        points = jsonl.columns(records, ("epoch", key)).drop_null()
+        if len(points):
+            axes.plot(points["epoch"].to_numpy(), points[key].to_numpy(), **style)
 
-    line(metrics, "loss", color="#9db8d9", linewidth=0.8, label="train (each step)")
-    line(evaluations, "train_loss", color="#2a5d9f", linewidth=1.6, label="train (scored like held-out)")
-    line(evaluations, "loss", color="#d1495b", linewidth=2, marker="o", markersize=3, label="held-out")
+    line(run.metrics, "loss", color="#9db8d9", linewidth=0.8, label="train (each step)")
+    line(run.heldout, "train_loss", color="#2a5d9f", linewidth=1.6, label="train (scored like held-out)")
+    line(run.heldout, "loss", color="#d1495b", linewidth=2, marker="o", markersize=3, label="held-out")
     lowest = min(evaluations, key=lambda e: e["loss"])
     axes.margins(x=0.15)  # room for the label of a lowest point at the end
     axes.axvline(lowest["epoch"], color="#d1495b", linewidth=0.8, linestyle=":")
@@ -235,7 +238,7 @@ def draw(run: RunDir, to: Path) -> None:
             fontsize=8,
             color="#8c2f3b",
         )
-    per_epoch = metrics[-1]["targets"] / metrics[-1]["epoch"]
+    per_epoch = newest["targets"] / newest["epoch"]
     upper = axes.secondary_xaxis("top", functions=(lambda e: e * per_epoch, lambda t: t / per_epoch))
     upper.set_xlabel("learned tokens")
     axes.set(xlabel="epochs", ylabel="loss (nats per token)", title=run.path.name.replace("$", r"\$"))

@@ -6,6 +6,7 @@ written reads all of it again; on a machine whose memory is its host's until fir
 those that safetensors' own `save_file` writes.
 """
 
+import contextlib
 import errno
 import fcntl
 import hashlib
@@ -17,8 +18,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
+from llmtrain.errors import CheckpointError
 from llmtrain.manifest import FileInfo
 
 _BUFFER = 1 << 22
@@ -45,6 +49,32 @@ def write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | Non
                 # Not view(-1): one element may have any stride, and bytes are seen through a stride of 1 alone.
                 sink.put(piece.as_strided((piece.numel(),), (1,)).view(torch.uint8))
         return sink.finish()
+
+
+def read(path: Path) -> dict[str, Tensor]:
+    """A file's tensors, on the CPU.
+
+    Raises:
+        CheckpointError: it is missing or damaged.
+        OSError: it cannot be read now, which says nothing about it.
+    """
+    with reading(path):
+        return load_file(path)
+
+
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Around what safetensors does with a file.
+
+    Raises:
+        CheckpointError: it is missing or damaged.
+        OSError: it cannot be read now, which says nothing about it.
+    """
+    try:
+        path.open("rb").close()  # safetensors says "no such file" whatever it is that keeps it from opening one
+        yield
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: cannot be read: {error}") from error
 
 
 def _header(tensors: dict[str, Tensor], metadata: dict[str, str] | None) -> bytes:

@@ -27,7 +27,7 @@ class Training:
     """Relative paths of the configuration start here."""
     described: Path
     """The folder with the checkpoint's manifest."""
-    in_its_run: bool = False
+    in_its_run: bool
     """The model lies in its run's folder. A configuration beside a model elsewhere may be a stranger's."""
 
 

@@ -45,7 +45,8 @@ def train(parts: Parts, state: TrainState) -> TrainState:
     """Train from `state` to the end of the plan, or until a stop is agreed; returns where it ended.
 
     Collective: every rank runs the same iterations. Each branch around a collective depends on the
-    configuration, on the step, or on a sum over all ranks.
+    configuration, on the step, or on a sum over all ranks. Host syncs are in what logs, evaluates, samples and saves;
+    a step without these has none (but under ZeRO-2: DeepSpeed's own, in `update`).
 
     Raises:
         NotFinite: nothing was published since the last good checkpoint.
@@ -56,50 +57,56 @@ def train(parts: Parts, state: TrainState) -> TrainState:
         evaluate(parts, state, with_task=True)
         meter.restart_clock()
     heartbeat.at("data", state.step)
-    first = state.step
+    first_step = state.step
     for data in parts.loader.steps(state.samples, parts.plan.total_steps - state.step):
+        # What all ranks agree on. Collective (control group): host integers only, the GPU is not waited for.
         heartbeat.at("counts")
-        # Collective (control group): host integers only, the GPU is not waited for.
-        targets, digest, stops, failures, early_stop = parts.world.sum_counts(
+        targets, digest, stop_requests, failed_saves, early_stops = parts.world.sum_counts(
             data.num_targets,
             data.digest,
             int(parts.stop.requested),
             int(parts.saver.has_failed),
             int(parts.stop.wants_early_stop()),
         )
-        if failures:
+        if failed_saves:
             parts.saver.wait()  # raises, on every rank
-        # The compiler may take longer than any step may: a rank that compiles does not hang.
-        heartbeat.at("forward", watched=not (config.train.compile and state.step == first))
+        stopping = stop_requests + early_stops > 0
+
+        # Gradients, micro-batch by micro-batch. The compiler may take longer than any step may: a rank that compiles
+        # does not hang.
+        heartbeat.at("forward", watched=not (config.train.compile and state.step == first_step))
         seed_step(config.run.seed, state.step, parts.world)
-        lr = learning_rate(state.step, parts.plan.total_steps, config.optim)
         losses = [
             strategy.accumulate(batch, scale=1 / max(1, targets), last=number == len(data.batches))
             for number, batch in enumerate(data.batches, start=1)
         ]
         loss_sum = sum(losses[1:], start=losses[0])
+
+        # The update.
+        lr = learning_rate(state.step, parts.plan.total_steps, config.optim)
         note_save(parts, state)  # what is being saved is about to change
         grad_norm = strategy.update(lr)
         before, state = state, advanced(state, parts.plan.global_batch_size, targets)
         meter.observe(state, targets, digest, lr, loss_sum, grad_norm)
 
-        due = what_is_due(parts, before, state, stopping=stops + early_stop > 0)
+        # What follows it, where it is due.
+        due = what_is_due(parts, before, state, stopping)
         if due.log:
             heartbeat.at("log")
-            # Collective; the only host sync; raises if not finite.
+            # Collective; host sync; raises if not finite.
             meter.flush(parts.loader.wait_s, at_once=due.evaluate or due.save)
         # Collective; answers, which take longer than the loss, are not generated in a hurry.
-        heldout = evaluate(parts, state, with_task=due.save and not stops)["loss"] if due.evaluate else None
+        heldout = evaluate(parts, state, with_task=due.save and not stop_requests)["loss"] if due.evaluate else None
         if due.sample and parts.world.is_main:
             heartbeat.at("sample")
             parts.write_sample(state)
         if due.save:
             # Copying and writing go on beside the next steps, where any follow.
-            save(parts, state, heldout, beside=not (stops or early_stop or state.step == parts.plan.total_steps))
+            save(parts, state, heldout, beside=not (stopping or state.step == parts.plan.total_steps))
         if due.evaluate or due.save or due.sample:
             meter.restart_clock()
-        if stops or early_stop:
-            parts.stop.early_stop = bool(early_stop)
+        if stopping:
+            parts.stop.early_stop = bool(early_stops)
             break
         heartbeat.at("data", state.step)
     heartbeat.at("save", watched=False)

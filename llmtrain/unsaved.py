@@ -6,12 +6,11 @@ the kernel where memory ran out, by `kill -9`, by a power cut) could note nothin
 
 from dataclasses import dataclass
 
-from llmtrain import jsonl, origin
-from llmtrain.ledger import Event
+from llmtrain import jsonl, ledger, origin
+from llmtrain.ledger import EventKind
 from llmtrain.rundir import RunDir
 
-_BEGINNINGS = ("started", "resumed")
-_ENDS = ("stopped", "failed", "restarted")
+_ENDS: tuple[EventKind, ...] = ("stopped", "failed", "restarted")
 
 
 @dataclass(frozen=True)
@@ -41,9 +40,8 @@ def find(run: RunDir) -> Unsaved | None:
     reached, saved = 0 if last is None else int(last["step"]), max(run.checkpoint_steps(), default=0)
     if reached <= saved or origin.read(run).finished:  # its last checkpoint may be gone by the rule of `checkpoint`
         return None
-    kinds = [Event.model_validate(record).kind for record in jsonl.read(run.events)]
-    end = next((kind for kind in reversed(kinds) if kind in (*_BEGINNINGS, *_ENDS)), None)
-    return Unsaved(saved, reached) if end in _BEGINNINGS else None
+    last_word = ledger.last_event(run, (*ledger.STARTS, *_ENDS))
+    return Unsaved(saved, reached) if last_word is not None and last_word.kind in ledger.STARTS else None
 
 
 def name_range(first: int, last: int) -> str:

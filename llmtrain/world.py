@@ -1,9 +1,8 @@
 """The processes of a run: who am I, how many are we, on what device, and how we agree.
 
-The only module that reads the launcher's environment variables (RANK, WORLD_SIZE, LOCAL_RANK) and
-that creates process groups. Two groups exist: the default one moves tensors (NCCL on GPUs, gloo on
-CPUs), and `control` (always gloo) moves a few integers between host processes, so that agreeing on
-a count or on stopping never waits for a GPU.
+The only module that starts process groups. Two exist: the default one moves tensors (NCCL on GPUs, gloo on CPUs), and
+`control` (always gloo) moves a few numbers between host processes, so that agreeing on a count or on stopping never
+waits for a GPU.
 """
 
 import json
@@ -19,14 +18,10 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore
 from torch.distributed.rendezvous import rendezvous
 
-from llmtrain import devices
+from llmtrain import devices, launched
 from llmtrain.errors import ConfigError, UserError
 
 _POLL_S = 0.02
-
-
-def rank_from_environment() -> int:
-    return int(os.environ.get("RANK", "0"))
 
 
 @dataclass
@@ -43,7 +38,7 @@ class World:
     @property
     def local_size(self) -> int:
         """Ranks on this machine."""
-        return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        return launched.local_num_ranks()
 
     @property
     def is_main(self) -> bool:
@@ -137,7 +132,7 @@ def find_world(device_setting: str, place: str | None = None) -> World:
         ConfigError: the device that was asked for is not there; or srun started several tasks without a launcher.
     """
     tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
-    if tasks not in ("0", "1") and "RANK" not in os.environ:
+    if tasks not in ("0", "1") and not launched.has_rank():
         raise ConfigError(
             [
                 f"srun started {tasks} tasks that know nothing of each other: each would train alone, in one folder. "
@@ -145,14 +140,12 @@ def find_world(device_setting: str, place: str | None = None) -> World:
                 "its own in each task set RANK=0 and another run.name there"
             ]
         )
-    rank, size = rank_from_environment(), int(os.environ.get("WORLD_SIZE", "1"))
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    told = f"train.device={device_setting}" + (f" ({place})" if place else "")
-    device = devices.find(device_setting, told)
+    device = devices.find(device_setting, f"train.device={device_setting}" + (f" ({place})" if place else ""))
+    local_rank = launched.local_rank()
     if device.type == "cuda":
         device = _own_gpu(local_rank)
     devices.keep_deepspeed_on(device)
-    return World(rank, size, local_rank, device)
+    return World(launched.rank(), launched.num_ranks(), local_rank, device)
 
 
 def _own_gpu(local_rank: int) -> torch.device:

@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import sys
+from collections import Counter
 from pathlib import Path
 
 import psutil
@@ -19,7 +20,7 @@ from launcher.slurm import client
 from launcher.slurm.partitions import partitions
 from llmtrain import cpu
 from llmtrain.errors import ConfigError, SlurmError
-from llmtrain.gpus import driver_problem
+from llmtrain.gpus import GPU, Driver, all_gpus, driver_problem, find_driver, has_bf16
 
 _SCARCE_BYTES = 10e9
 _BUILDS = 'docs/dependencies.md, "Another build of torch"'
@@ -55,11 +56,12 @@ def draft(partition: str | None, output: Path | None) -> None:
 
 def examine() -> list[Finding]:
     """Everything, in the order in which a run needs it."""
-    drivers, found = _driver_cuda(), look_into([sys.executable])
+    found, gpus = look_into([sys.executable]), all_gpus()
+    driver = find_driver() if any(not gpu.is_hidden for gpu in gpus) else None
     return [
-        *_examine_python(found, drivers),
-        *_examine_gpus(drivers),
-        *([] if drivers is None else _examine_kernels(found)),
+        *_examine_python(found, driver),
+        *_examine_gpus(gpus),
+        *_examine_kernels(found, gpus),
         _examine_cpu(),
         fine("memory", f"{display.size(psutil.virtual_memory().total)}"),
         _examine_disk(Path("runs")),
@@ -68,74 +70,62 @@ def examine() -> list[Finding]:
     ]
 
 
-def _examine_python(found: Environment, driver: tuple[int, int] | None) -> list[Finding]:
+def _examine_python(found: Environment, driver: Driver | None) -> list[Finding]:
+    """`driver`: of GPUs that runs would use; None where there are none."""
     python = fine("Python", f"{found.version} in {found.prefix}")
     if found.torch is None:
         return [python, wrong("torch", "not installed: make setup (docs/dependencies.md)")]
-    told = f"{found.torch.version} for {found.torch.accelerator or 'CPUs alone'}"
+    build = f"{found.torch.version} for {found.torch.accelerator or 'CPUs alone'}"
     if driver is None:
-        return [python, fine("torch", told)]
+        return [python, fine("torch", build)]
     if found.torch.accelerator is None:
-        told += f": it cannot use the GPUs here; install a build of this version for CUDA ({_BUILDS})"
-        return [python, wrong("torch", told)]
+        advice = f"it cannot use the GPUs here; install a build of this version for CUDA ({_BUILDS})"
+        return [python, wrong("torch", f"{build}: {advice}")]
     built = found.torch.accelerator.removeprefix("CUDA ").split(".")
-    if built[0].isdigit() and int(built[0]) > driver[0]:
-        told += f", and the driver here goes up to CUDA {driver[0]}.{driver[1]}: "
-        told += f"update it, or install this version's build for an older CUDA ({_BUILDS})"
-        return [python, wrong("torch", told)]
-    return [python, fine("torch", told)]
+    if built[0].isdigit() and int(built[0]) > driver.cuda[0]:
+        advice = f"update it, or install this version's build for an older CUDA ({_BUILDS})"
+        driver_goes = f"the driver here goes up to CUDA {_version(driver.cuda)}"
+        return [python, wrong("torch", f"{build}, and {driver_goes}: {advice}")]
+    return [python, fine("torch", build)]
 
 
-def _driver_cuda() -> tuple[int, int] | None:
-    """The newest CUDA that the NVIDIA driver here can run; None without one that works."""
-    import pynvml
-
-    try:
-        pynvml.nvmlInit()
-        version = int(pynvml.nvmlSystemGetCudaDriverVersion())
-    except pynvml.NVMLError:
-        return None
-    return version // 1000, version % 1000 // 10
-
-
-def _examine_gpus(driver: tuple[int, int] | None) -> list[Finding]:
+def _examine_gpus(gpus: list[GPU]) -> list[Finding]:
     if (problem := driver_problem()) is not None:
         return [wrong("GPUs", f"{problem}: runs would find none; mend the driver (often a reboot)")]
-    if driver is None:
+    if (driver := find_driver()) is None:
         return [fine("GPUs", "none of NVIDIA's here: runs take the CPU (or Apple's MPS)")]
-    import pynvml
-
-    kinds: dict[str, int] = {}
-    failed: list[Finding] = []
-    for number in range(pynvml.nvmlDeviceGetCount()):
-        try:
-            kind = _describe_gpu(number)
-        except pynvml.NVMLError as error:  # such as one that has fallen off the bus
-            failed.append(wrong("GPUs", f"GPU {number} does not answer ({error})"))
-        else:
-            kinds[kind] = kinds.get(kind, 0) + 1
+    failed = [
+        (doubtful if gpu.is_hidden else wrong)("GPUs", f"GPU {gpu.number} does not answer ({gpu.problem})")
+        for gpu in gpus
+        if gpu.problem is not None
+    ]
+    kinds = Counter(_describe(gpu) for gpu in gpus if gpu.problem is None)
+    if failed and not kinds:
+        return failed
     listed = "; ".join(f"{count} x {kind}" for kind, count in kinds.items()) or "a driver, and no GPU"
-    version = f"driver {pynvml.nvmlSystemGetDriverVersion()} up to CUDA {driver[0]}.{driver[1]}"
-    return failed if failed and not kinds else [fine("GPUs", f"{listed}; {version}"), *failed]
+    message = f"{listed}; driver {driver.version} up to CUDA {_version(driver.cuda)}"
+    hidden = [gpu.number for gpu in gpus if gpu.is_hidden]
+    if not hidden:
+        return [fine("GPUs", message), *failed]
+    if len(hidden) == len(gpus):
+        return [doubtful("GPUs", f"{message}; CUDA_VISIBLE_DEVICES hides all of them: runs take the CPU"), *failed]
+    numbers = display.words((f"GPU {number}" for number in hidden), most=len(hidden))
+    return [fine("GPUs", f"{message}; CUDA_VISIBLE_DEVICES hides {numbers} from runs"), *failed]
 
 
-def _examine_kernels(found: Environment) -> list[Finding]:
+def _examine_kernels(found: Environment, gpus: list[GPU]) -> list[Finding]:
     """GPUs that the torch here holds no code for: the first step would fail."""
-    import pynvml
-
     if found.torch is None or not (built := re.fullmatch(r"CUDA (\d+)\.(\d+)", found.torch.accelerator or "")):
         return []  # said already
     # Of torch 2.13's builds; a test compares it with torch's own table. A newer GPU takes a newer build.
     is_old = (int(built[1]), int(built[2])) <= (12, 6)
     first, last = ((5, 0), (9, 0)) if is_old else ((7, 5), (99, 0))
     wanted = "a newer CUDA" if is_old else "CUDA 12.6"
-    without: dict[str, None] = {}
-    for number in range(pynvml.nvmlDeviceGetCount()):
-        with contextlib.suppress(pynvml.NVMLError):  # said already
-            handle = pynvml.nvmlDeviceGetHandleByIndex(number)
-            major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(handle)
-            if not first <= (major, minor) <= last:
-                without[f"{pynvml.nvmlDeviceGetName(handle)} (compute capability {major}.{minor})"] = None
+    without = dict.fromkeys(
+        f"{gpu.name} (compute capability {_version(gpu.capability)})"
+        for gpu in gpus
+        if gpu.problem is None and not gpu.is_hidden and not first <= gpu.capability <= last
+    )
     return [
         wrong(
             "GPUs",
@@ -145,16 +135,13 @@ def _examine_kernels(found: Environment) -> list[Finding]:
     ]
 
 
-def _describe_gpu(number: int) -> str:
-    import pynvml
+def _describe(gpu: GPU) -> str:
+    memory = "memory that it does not tell" if gpu.memory_bytes is None else display.size(gpu.memory_bytes)
+    return f"{gpu.name} with {memory}, {'fast bf16' if has_bf16(gpu.capability) else 'no fast bf16'}"
 
-    handle = pynvml.nvmlDeviceGetHandleByIndex(number)
-    major, _ = pynvml.nvmlDeviceGetCudaComputeCapability(handle)
-    try:
-        memory = display.size(float(pynvml.nvmlDeviceGetMemoryInfo(handle).total))
-    except pynvml.NVMLError:  # where it shares the machine's, as on Grace-Blackwell desktops
-        memory = "memory that it does not tell"
-    return f"{pynvml.nvmlDeviceGetName(handle)} with {memory}, {'fast bf16' if major >= 8 else 'no fast bf16'}"
+
+def _version(numbers: tuple[int, int]) -> str:
+    return f"{numbers[0]}.{numbers[1]}"
 
 
 def _examine_cpu() -> Finding:
@@ -166,8 +153,10 @@ def _examine_disk(runs: Path) -> Finding:
     place = nearest_existing(runs)
     free = shutil.disk_usage(place).free
     kind = kind_of_file_system(place.resolve())
-    told = f"{display.size(free)} free in {place}{f' ({kind})' if kind else ''}"
-    return doubtful("disk", f"{told}: checkpoints take several GB each") if free < _SCARCE_BYTES else fine("disk", told)
+    found = f"{display.size(free)} free in {place}{f' ({kind})' if kind else ''}"
+    if free < _SCARCE_BYTES:
+        return doubtful("disk", f"{found}: checkpoints take several GB each")
+    return fine("disk", found)
 
 
 def _examine_slurm() -> Finding:

@@ -19,11 +19,11 @@ _FOLDERS = ("SCRATCH", "WORK", "PROJECT", "HOME")
 """Variables that clusters give their large folders."""
 
 
-def draft_profile(partition: str | None, file: Path | None = None) -> str:
+def draft_profile(partition: str | None, file: Path | None) -> str:
     """YAML that `load_profile` reads, for the partition that is named; by default one with GPUs.
 
     Args:
-        file: where it will lie, for its comments.
+        file: where it will lie, for its comments; None: not known.
 
     Raises:
         ConfigError: there is no such partition.
@@ -37,7 +37,7 @@ def draft_profile(partition: str | None, file: Path | None = None) -> str:
         "# FILL IN marks what SLURM does not say.",
         "#",
         "# Partitions:",
-        *(f"#   {_told(each)}" for each in known.values()),
+        *(f"#   {_describe(each)}" for each in known.values()),
         "#",
         f"# Look       llmtrain plan CONFIG --cluster {path} --nodes 2     (the batch script; submits nothing)",
         f"# Command    llmtrain submit CONFIG --cluster {path} --nodes 2",
@@ -76,20 +76,20 @@ def _choose(named: str | None, known: dict[str, Partition]) -> Partition:
     return max(open_ones, key=lambda each: (each.gpus_per_node > 0, each.is_default, each.num_nodes))
 
 
-def _told(partition: Partition) -> str:
+def _describe(partition: Partition) -> str:
     limit = "no time limit" if partition.limit_s is None else f"up to {display.duration(partition.limit_s)}"
     alike: dict[tuple[int, int, int, str], int] = {}
     for group in partition.nodes:
         key = (group.gpus, group.cpus, group.memory_mb, group.features)
         alike[key] = alike.get(key, 0) + group.count
-    nodes = "; ".join(_nodes_told(count, *key) for key, count in alike.items()) or "no nodes"
+    nodes = "; ".join(_describe_nodes(count, *key) for key, count in alike.items()) or "no nodes"
     default = " (default)" if partition.is_default else ""
     state = "" if partition.state == "UP" else f", {partition.state}"
     accounts = f", for {display.words(partition.accounts)} alone" if partition.accounts else ""
     return f"{partition.name}{default}: {nodes}; {limit}{state}{accounts}"
 
 
-def _nodes_told(count: int, gpus: int, cpus: int, memory_mb: int, features: str) -> str:
+def _describe_nodes(count: int, gpus: int, cpus: int, memory_mb: int, features: str) -> str:
     having = f"{gpus} GPUs, {cpus} CPUs, {memory_mb / 1024:.0f} GB"
     nodes = "1 node" if count == 1 else f"{count} nodes"
     return f"{nodes} with {having}{f' [{features}]' if features else ''}"

@@ -13,8 +13,8 @@ import importlib.util, json, sys
 def where(name):
     found = importlib.util.find_spec(name)
     return found and found.origin
-told = {"version": sys.version.split()[0], "prefix": sys.prefix, "torch": where("torch"), "llmtrain": where("llmtrain")}
-print(json.dumps(told))
+here = {"version": sys.version.split()[0], "prefix": sys.prefix, "torch": where("torch"), "llmtrain": where("llmtrain")}
+print(json.dumps(here))
 """
 
 
@@ -50,9 +50,9 @@ def look_into(python: Sequence[str]) -> Environment:
     if done.returncode:
         said = done.stderr.strip().splitlines()
         raise OSError(f"{' '.join(python)} ends with {done.returncode}: {said[-1] if said else 'without a word'}")
-    told = json.loads(done.stdout.splitlines()[-1])
-    torch = None if told["torch"] is None else read_torch(Path(told["torch"]).parent)
-    return Environment(told["version"], Path(told["prefix"]), torch, told["llmtrain"] is not None)
+    answer = json.loads(done.stdout.splitlines()[-1])
+    torch = None if answer["torch"] is None else read_torch(Path(answer["torch"]).parent)
+    return Environment(answer["version"], Path(answer["prefix"]), torch, answer["llmtrain"] is not None)
 
 
 def read_torch(folder: Path) -> Torch | None:

@@ -16,6 +16,7 @@ _SHARED = {
 }  # fmt: skip
 _LOCAL = {"tmpfs", "ramfs", "devtmpfs"}
 _LOCAL_FUSE = ("fuse.fuse-overlayfs", "fuse.overlay", "fuse.squashfuse", "fuse.lxcfs")
+_MOUNTS = Path("/proc/mounts")
 _SCRATCH = tuple(map(Path, ("/tmp", "/var/tmp", "/dev/shm")))
 
 
@@ -27,12 +28,11 @@ class Place:
     why: str
 
 
-def find_place(path: Path, shared: Sequence[Path], mounts: str | None = None) -> Place:
+def find_place(path: Path, shared: Sequence[Path]) -> Place:
     """Whether all nodes see a path (which need not exist).
 
     Args:
         shared: the profile's folders; if there are any, they alone decide.
-        mounts: as /proc/mounts has them.
     """
     lies = path.expanduser().resolve()
     if shared:
@@ -40,7 +40,7 @@ def find_place(path: Path, shared: Sequence[Path], mounts: str | None = None) ->
             if lies.is_relative_to(folder.resolve()):
                 return Place("shared", f"below {folder}, which all nodes see (profile)")
         return Place("node-local", f"not below what all nodes see by the profile ({', '.join(map(str, shared))})")
-    kind = kind_of_file_system(lies, mounts)
+    kind = kind_of_file_system(lies)
     if kind in _SHARED or (kind.startswith("fuse.") and kind not in _LOCAL_FUSE):
         return Place("shared", f"on {kind}")
     if kind in _LOCAL:
@@ -51,13 +51,10 @@ def find_place(path: Path, shared: Sequence[Path], mounts: str | None = None) ->
     return Place("unknown", f"on {kind or 'a file system of an unknown kind'}, which is mostly one machine's own")
 
 
-def kind_of_file_system(path: Path, mounts: str | None = None) -> str:
+def kind_of_file_system(path: Path) -> str:
     """Of the mount that holds an absolute path; "" where that cannot be known."""
-    table = Path("/proc/mounts")
-    if mounts is None:
-        mounts = table.read_text() if table.exists() else ""
     best, kind = Path(), ""
-    for line in mounts.splitlines():
+    for line in _MOUNTS.read_text().splitlines() if _MOUNTS.exists() else []:
         _, where, found, *_ = line.split(" ")
         mount = Path(re.sub(r"\\([0-7]{3})", lambda octal: chr(int(octal[1], 8)), where))  # a blank is written as \040
         if path.is_relative_to(mount) and len(mount.parts) >= len(best.parts):  # of two mounts the later one is seen
@@ -65,7 +62,7 @@ def kind_of_file_system(path: Path, mounts: str | None = None) -> str:
     return kind
 
 
-def check_place(what: str, path: Path, shared: Sequence[Path], nodes: int) -> Finding:
+def check_reach(what: str, path: Path, shared: Sequence[Path], nodes: int) -> Finding:
     """Whether the nodes of a job will find what is here, and the others what one of them writes."""
     place = find_place(path, shared)
     shown = path.expanduser().absolute()

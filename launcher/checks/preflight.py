@@ -5,7 +5,6 @@ nothing is queued and nothing is changed, with one exception: where `hub.repo` i
 not there, which is how the right to write is found out.
 """
 
-import fcntl
 import json
 import math
 import os
@@ -19,7 +18,7 @@ from pathlib import Path
 
 from launcher import display
 from launcher.checks import environment
-from launcher.checks.places import can_write, check_place, nearest_existing
+from launcher.checks.places import can_write, check_reach, nearest_existing
 from launcher.findings import Finding, doubtful, fine, wrong
 from launcher.planning import forecast
 from launcher.planning.sizes import find_sizes
@@ -29,10 +28,10 @@ from launcher.slurm import client
 from launcher.slurm.batch import JobSpec
 from launcher.slurm.limits import check_limits
 from launcher.slurm.partitions import partitions
-from llmtrain import locks, recipe, retention, shards
+from llmtrain import locks, recipe, resume, shards
 from llmtrain.batches import ANY_ROWS, BatchPlan, nodes_that_train, plan_batches
 from llmtrain.config.data_sections import Source
-from llmtrain.config.load import Origins, fixed_differences, load_config, resolved_yaml, with_precision
+from llmtrain.config.load import Origins, resolved_yaml
 from llmtrain.config.schema import RunConfig
 from llmtrain.errors import ConfigError, ModelError, SlurmError, UserError
 from llmtrain.rundir import RunDir
@@ -109,13 +108,12 @@ def _check_data(config: RunConfig, spec: JobSpec, builds: bool = False) -> tuple
     shared = spec.profile.shared_folders()
     try:
         if shards.exists(folder):
-            opened = shards.open_folder(folder, "size")
-            opened.check_recipe(recipe.recipe_of(config), recipe.tokenizer_file(config))
+            opened = recipe.open_shards(config, "size")
             for split in opened.manifest.splits.values():
                 for shard in split.shards:
                     with (folder / shard.file).open("rb") as file:
                         file.read(1)
-            return [check_place("shards", folder, shared, spec.nodes)], opened.manifest
+            return [check_reach("shards", folder, shared, spec.nodes)], opened.manifest
     except UserError as error:
         return [wrong("shards", str(error))], None
     except OSError as error:
@@ -141,16 +139,17 @@ def _check_build(config: RunConfig, spec: JobSpec, builds: bool) -> list[Finding
         refused.append(wrong("shards", f"{folder} is not there, and may not be made by you"))
     if refused:
         return refused
-    told = f"none yet in {folder}; their sources have {display.size(size)}"
+    none_yet = f"none yet in {folder}; their sources have {display.size(size)}"
     if builds:
-        state = fine("shards", told)
+        state = fine("shards", none_yet)
     elif spec.after:
-        state = fine("shards", f"{told}; this job waits for another ({spec.after}) that may build them")
+        state = fine("shards", f"{none_yet}; this job waits for another ({spec.after}) that may build them")
     else:
-        state = doubtful("shards", f"{told}: the job builds them first; 'llmtrain shard --submit' does it beforehand")
+        advice = "the job builds them first; 'llmtrain shard --submit' does it beforehand"
+        state = doubtful("shards", f"{none_yet}: {advice}")
     return [
         state,
-        check_place("shards", folder, shared, spec.nodes),
+        check_reach("shards", folder, shared, spec.nodes),
         *_check_sources(config, shared, spec.nodes),
     ]
 
@@ -168,7 +167,7 @@ def _check_sources(config: RunConfig, shared: list[Path], nodes: int) -> list[Fi
     """Of each pattern the folder in which its files lie."""
     patterns = [path for source in config.data.sources for path in getattr(source, "paths", [])]
     folders = dict.fromkeys(nearest_existing(Path(pattern.split("*")[0].split("?")[0])) for pattern in patterns)
-    found = [check_place("sources", folder, shared, nodes) for folder in folders]
+    found = [check_reach("sources", folder, shared, nodes) for folder in folders]
     return [finding for finding in found if finding.severity != "ok"]
 
 
@@ -182,54 +181,29 @@ def _check_batch(
         return [wrong("batch", problem) for problem in error.problems], None
     except UserError as error:
         return [wrong("batch", str(error))], None
-    told = f"{plan.global_batch_size} rows = {ranks} ranks x {plan.micro_batch_size} x {plan.accumulation}"
+    message = f"{plan.global_batch_size} rows = {ranks} ranks x {plan.micro_batch_size} x {plan.accumulation}"
     least = spec.profile.nodes_at_least or spec.nodes
     idle = {n: n - nodes_that_train(plan.global_batch_size, spec.ranks_per_node, n) for n in range(least, spec.nodes)}
     if any(idle.values()):
-        told += "; where SLURM gives "
-        told += ", ".join(f"{n} nodes {number} of them waits" for n, number in idle.items() if number)
-    return [fine("batch", told)], plan
+        message += "; where SLURM gives "
+        message += ", ".join(f"{n} nodes {number} of them waits" for n, number in idle.items() if number)
+    return [fine("batch", message)], plan
 
 
 def _check_folder(config: RunConfig, origins: Origins, run: RunDir, spec: JobSpec) -> list[Finding]:
-    found = [check_place("run folder", run.path, spec.profile.shared_folders(), spec.nodes)]
+    found = [check_reach("run folder", run.path, spec.profile.shared_folders(), spec.nodes)]
     if not can_write(run.path):
         found.append(wrong("run folder", f"you may not write to {nearest_existing(run.path)}"))
-    elif (why := _why_no_locks(nearest_existing(run.path))) is not None:
-        told = f"the file system of {run.path} has no locks ({why}; Lustre has them where it is mounted with -o flock)"
-        found.append(doubtful("run folder", f"{told}: nothing keeps other machines from training in there"))
-    if config.run.resume == "never":
-        return found
-    if (why := retention.why_none_left(run)) is not None:
-        return [*found, wrong("run folder", why)]
-    if not run.checkpoint_steps():
-        if config.run.resume == "must":
-            message = f"{origins.describe(config, 'run.resume')}: {run.checkpoints} holds no checkpoint to resume from"
-            found.append(wrong("run folder", message))
-        return found
+    elif (why := locks.why_none(nearest_existing(run.path))) is not None:
+        lacks = f"the file system of {run.path} has no locks ({why}; Lustre has them where it is mounted with -o flock)"
+        found.append(doubtful("run folder", f"{lacks}: nothing keeps other machines from training in there"))
     try:
-        old, _ = load_config(run.config)
-    except ConfigError as error:
-        return [*found, wrong("run folder", f"{run.config}: not readable by this version: {error}")]
-    if config.train.precision == "auto":  # what the run began in, as training takes it
-        config = with_precision(config, old.train.precision)
-    if differences := fixed_differences(old, config):
-        lines = "\n".join(f"  {key}: the run has {before}, now {after}" for key, before, after in differences)
-        message = f"{run.path} holds checkpoints of another configuration:\n{lines}\ngive this run a name of its own"
-        return [*found, wrong("run folder", f"{message} (run.name=...)")]
-    return [*found, fine("resume", f"from step {max(run.checkpoint_steps()):,}, if that checkpoint verifies")]
-
-
-def _why_no_locks(folder: Path) -> str | None:
-    """Tried on a file without a name; None where it can be locked."""
-    with tempfile.TemporaryFile(dir=folder) as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno not in locks.NO_LOCKS:
-                raise
-            return error.strerror
-    return None
+        resumes = resume.check(run, config, origins) is not None
+    except UserError as error:
+        return [*found, wrong("run folder", str(error))]
+    if resumes:
+        found.append(fine("resume", f"from step {max(run.checkpoint_steps()):,}, if that checkpoint verifies"))
+    return found
 
 
 def _check_disk(config: RunConfig, run: RunDir, plan: BatchPlan | None, built: ShardManifest | None) -> list[Finding]:
@@ -246,11 +220,11 @@ def _check_disk(config: RunConfig, run: RunDir, plan: BatchPlan | None, built: S
     there = sum(file.stat().st_size for file in run.checkpoints.rglob("*") if file.is_file())
     needed = max(0.0, number * size - there)
     free = shutil.disk_usage(nearest_existing(run.path)).free
-    told = f"{number} checkpoints of {display.size(size)} take {display.size(number * size)}"
+    taken = f"{number} checkpoints of {display.size(size)} take {display.size(number * size)}"
     if needed > free:
-        help_text = "free some space, or keep fewer (checkpoint.keep_last, checkpoint.keep_best)"
-        return [wrong("disk", f"{told}; {display.size(free)} are free: {help_text}")]
-    return [fine("disk", f"{told}; {display.size(free)} are free (a quota may be less)")]
+        advice = "free some space, or keep fewer (checkpoint.keep_last, checkpoint.keep_best)"
+        return [wrong("disk", f"{taken}; {display.size(free)} are free: {advice}")]
+    return [fine("disk", f"{taken}; {display.size(free)} are free (a quota may be less)")]
 
 
 def check_python(config: RunConfig | None, spec: JobSpec) -> list[Finding]:
@@ -270,7 +244,7 @@ def check_python(config: RunConfig | None, spec: JobSpec) -> list[Finding]:
             return [doubtful("Python", f"comes with modules or setup: not looked into ({error})")]
         return [wrong("Python", str(error))]
     said: list[Finding] = []
-    place = check_place("Python", found.prefix, profile.shared_folders(), 1)
+    place = check_reach("Python", found.prefix, profile.shared_folders(), 1)
     if place.severity != "ok" and not found.prefix.is_relative_to("/usr") and not found.prefix.is_relative_to("/opt"):
         said.append(doubtful("Python", f"{place.message}, or be sure that each node has it"))
     if not found.has_llmtrain:
@@ -281,20 +255,19 @@ def check_python(config: RunConfig | None, spec: JobSpec) -> list[Finding]:
 def _check_torch(config: RunConfig, spec: JobSpec, found: environment.Environment, python: str) -> list[Finding]:
     if found.torch is None:
         return [wrong("torch", f"{python} has none: install it there")]
-    built_for = found.torch.accelerator or "CPUs alone"
-    told = f"{found.torch.version} for {built_for}, Python {found.version}"
+    build = f"{found.torch.version} for {found.torch.accelerator or 'CPUs alone'}, Python {found.version}"
     if config.train.device == "cpu":
         waste = spec.gpus_per_node > 0
         note = "; train.device=cpu leaves the GPUs unused" if waste else ""
-        return [Finding("torch", told + note, "warning" if waste else "ok")]
+        return [Finding("torch", build + note, "warning" if waste else "ok")]
     if spec.gpus_per_node and found.torch.accelerator is None:
-        return [wrong("torch", f"{told} ({python}): it cannot use the GPUs that are asked for")]
+        return [wrong("torch", f"{build} ({python}): it cannot use the GPUs that are asked for")]
     if config.train.device == "cuda" and not spec.gpus_per_node:
-        return [wrong("torch", f"{told}; train.device=cuda, and no GPUs are asked for")]
+        return [wrong("torch", f"{build}; train.device=cuda, and no GPUs are asked for")]
     if spec.gpus_per_node and spec.ranks_per_node > spec.gpus_per_node:
         per = f"{spec.ranks_per_node} ranks for {spec.gpus_per_node} GPUs on a node"
-        return [wrong("torch", f"{told}; {per}: one rank for each GPU")]
-    return [fine("torch", told)]
+        return [wrong("torch", f"{build}; {per}: one rank for each GPU")]
+    return [fine("torch", build)]
 
 
 def check_hub(config: RunConfig, run: RunDir) -> list[Finding]:

@@ -14,9 +14,10 @@ from launcher.choosing import final_score, listing, one_checkpoint
 from launcher.choosing.listing import Listing, Row, config_of
 from launcher.display import Column, figure, fitted, one_line, say, say_command, size, steps, words
 from llmtrain import manifest, retention
-from llmtrain.choose import Entry
+from llmtrain.config import RunConfig
 from llmtrain.config.service_sections import HubSection
 from llmtrain.errors import CheckpointError, ConfigError, RunFolderError, UserError
+from llmtrain.ranking import Entry
 from llmtrain.rundir import RunDir
 
 Action = Literal["verify", "best", "show", "push", "prune"]
@@ -198,14 +199,12 @@ def best(run: RunDir) -> Path:
             f"{run.path}: step {row.step} is proposed, but it is not on this disk any more. It is on the Hub: {where}. "
             f"Bring it here with: {listing.download(row)}"
         )
-    if row.entry is None:
-        print(f"note: step {row.step} has {found.why}", file=sys.stderr)
-    elif found.ranked is not None and (lower := found.ranked.lower_at_save):
-        print(f"note: {lower}; it is not scored yet", file=sys.stderr)
+    if found.caveat:
+        print(found.caveat, file=sys.stderr)
     return run.checkpoint(row.step)
 
 
-def verify(run: RunDir, only: int | None = None) -> None:
+def verify(run: RunDir, only: int | None) -> None:
     """Hash every checkpoint's files (about 1 GB/s); moves nothing.
 
     Raises:
@@ -214,12 +213,11 @@ def verify(run: RunDir, only: int | None = None) -> None:
     known = run.checkpoint_steps()
     if only is not None and only not in known:
         raise CheckpointError(f"{run.path}: step {only} is not on disk; there are {steps(known)}")
-    bad: list[int] = []
-    for step, error in verified(run, known if only is None else [only]):
+    asked, bad = known if only is None else [only], list[int]()
+    for step, error in verified(run, asked):
         if error is None:
             described = manifest.read(run.checkpoint(step))
-            total = sum(info.size_bytes for info in described.files.values())
-            print(f"step {step:<10} whole    {len(described.files)} files, {size(total)}")
+            print(f"step {step:<10} whole    {len(described.files)} files, {size(described.size_bytes)}")
         elif not run.checkpoint(step).exists():
             print(f"step {step:<10} deleted while it was read (the service deletes by the rule of `checkpoint`)")
         else:
@@ -228,7 +226,7 @@ def verify(run: RunDir, only: int | None = None) -> None:
     sys.stdout.flush()
     if bad:
         raise CheckpointError(
-            f"{len(bad)} of {len(known if only is None else [only])} checkpoints do not verify: {steps(bad)}. Nothing "
+            f"{len(bad)} of {len(asked)} checkpoints do not verify: {steps(bad)}. Nothing "
             "was moved; the service, or training when it starts again, puts them into quarantine"
         )
 
@@ -306,11 +304,21 @@ def prune(run: RunDir, really: bool) -> list[str] | None:
     if found.proposed is not None and found.proposed.step in deleted:
         left = "only its upload is left then" if found.proposed.upload is not None else "it is not on the Hub"
         print(f"note           step {found.proposed.step} is the one that is proposed now; {left}")
+    print(f"note           {_looks_first(config)}")
     if not really:
         print(f"nothing was deleted; this does it: llmtrain checkpoints {shlex.quote(str(run.path))} prune --yes")
         return None
     _refuse_beside_a_service(run)
     return ["--run", str(run.path), "--only", "prune"]
+
+
+def _looks_first(config: RunConfig) -> str:
+    """Why less may be deleted than what was shown, which asks nobody and hashes one checkpoint."""
+    reads = "prune --yes first reads every checkpoint, and puts one that is damaged into quarantine instead"
+    if config.hub.repo is None:
+        return reads
+    asks = f"it asks the Hub, and keeps what {config.hub.repo} does not hold any more"
+    return f"{reads}; {asks} (all of these, where the Hub cannot be asked)"
 
 
 def _newest_whole(run: RunDir) -> int | None:

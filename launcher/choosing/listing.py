@@ -9,12 +9,13 @@ from typing import Any
 
 from launcher.display import steps as name_steps
 from launcher.display import words
-from llmtrain import choose, intervals, ledger, manifest
-from llmtrain.choose import Entry, Ranking
-from llmtrain.config import RunConfig, load_config
+from llmtrain import choose, intervals, ledger, manifest, overfitting, ranking
+from llmtrain.config import RunConfig
+from llmtrain.config.load import load_written
 from llmtrain.errors import CheckpointError, RunFolderError, UserError
 from llmtrain.ledger import Upload
 from llmtrain.manifest import Manifest
+from llmtrain.ranking import Entry, Ranking
 from llmtrain.rundir import RunDir
 
 
@@ -68,6 +69,8 @@ class Listing:
     proposed: Row | None
     """None where none is left, or no loss of any is known."""
     why: str
+    caveat: str
+    """What may still change which one is proposed (`choose.Choice.note`); empty: nothing."""
     notes: list[str]
     """What limits these figures."""
 
@@ -75,7 +78,7 @@ class Listing:
     def overfitting(self) -> str | None:
         if self.ranked is None:
             return "not known without scores from disk" if any(row.on_disk for row in self.rows) else None
-        return choose.overfitting(self.ranked).describe()
+        return overfitting.judge(self.ranked).describe()
 
     def path(self, row: Row) -> Path:
         return self.run.quarantined(row.step) if row.quarantined else self.run.checkpoint(row.step)
@@ -106,20 +109,20 @@ def open_run(path: Path) -> RunDir:
 
 def config_of(run: RunDir) -> RunConfig:
     """Raises ConfigError for a configuration that this version cannot read."""
-    return load_config(run.config)[0]
+    return load_written(run.config)
 
 
 def gather(run: RunDir) -> Listing:
     """Reads ledgers and manifests; hashes nothing."""
-    ranked = choose.ranking(run)
+    ranked = ranking.rank(run)
     scored = {} if ranked is None else {entry.step: entry for entry in ranked.entries}
     uploads = {step: upload for step, upload in ledger.uploads(run).items() if not upload.removed}
     known = {*run.checkpoint_steps(), *scored, *uploads}
     rows = [_quarantined_row(run, step) for step in run.quarantined_steps()]
     rows += [_row(run, step, scored.get(step), uploads.get(step)) for step in known]
     rows.sort(key=lambda row: (row.step, row.quarantined))
-    proposed, why = propose(rows, ranked)
-    return Listing(run, rows, ranked, proposed, why, [*_notes(run, rows), *missing_intervals(run, ranked)])
+    proposed, why, caveat = propose(rows, ranked)
+    return Listing(run, rows, ranked, proposed, why, caveat, [*_notes(run, rows), *missing_intervals(run, ranked)])
 
 
 def read_manifest(folder: Path) -> Manifest | None:
@@ -137,40 +140,42 @@ def _row(run: RunDir, step: int, entry: Entry | None, upload: Upload | None) -> 
         upload = None  # of what was saved here before
     return Row(
         step=step,
-        epoch=entry.score.epoch if entry is not None else _epoch(found),
+        epoch=entry.score.epoch if entry is not None else None if found is None else found.epoch,
         entry=entry,
         loss_at_save=None if found is None else found.heldout_loss,
         on_disk=found is not None,
         damaged=there and found is None,
         quarantined=False,
         upload=upload,
-        size_bytes=_size(found) if found is not None else None if upload is None else upload.size_bytes,
+        size_bytes=found.size_bytes if found is not None else None if upload is None else upload.size_bytes,
     )
 
 
 def _quarantined_row(run: RunDir, step: int) -> Row:
     found = read_manifest(run.quarantined(step))
-    return Row(step, _epoch(found), None, None, False, False, True, None, _size(found))
+    return Row(
+        step=step,
+        epoch=None if found is None else found.epoch,
+        entry=None,
+        loss_at_save=None,
+        on_disk=False,
+        damaged=False,
+        quarantined=True,
+        upload=None,
+        size_bytes=None if found is None else found.size_bytes,
+    )
 
 
-def _epoch(found: Manifest | None) -> float | None:
-    return None if found is None else found.train_state.samples / found.num_rows
-
-
-def _size(found: Manifest | None) -> int | None:
-    return None if found is None else sum(info.size_bytes for info in found.files.values())
-
-
-def propose(rows: list[Row], ranked: Ranking | None) -> tuple[Row | None, str]:
-    """The one to use, and why that one."""
+def propose(rows: list[Row], ranked: Ranking | None) -> tuple[Row | None, str, str]:
+    """The one to use, why that one, and what may still change it."""
     at_save = {row.step: row.loss_at_save for row in rows if row.on_disk and row.loss_at_save is not None}
     chosen = choose.propose(ranked, at_save)
     there = {row.step: row for row in rows if row.on_disk or row.upload is not None}
     if chosen is not None and chosen.step in there:  # it may have been deleted while this was read
-        return there[chosen.step], chosen.why
+        return there[chosen.step], chosen.why, chosen.note
     if ranked is None:
-        return None, "no checkpoint has a held-out loss yet"
-    return None, "of those that were scored none is left, neither on disk nor on the Hub"
+        return None, "no checkpoint has a held-out loss yet", ""
+    return None, "of those that were scored none is left, neither on disk nor on the Hub", ""
 
 
 def missing_intervals(run: RunDir, ranked: Ranking | None) -> list[str]:
@@ -179,7 +184,7 @@ def missing_intervals(run: RunDir, ranked: Ranking | None) -> list[str]:
     if ranked is None or not missing:
         return []
     best = ranked.best.score
-    reference = choose.read_losses(run, best)
+    reference = ranking.read_losses(run, best)
     if reference is None:
         reason = (
             "training computed its loss as a whole (service.score)"
@@ -193,11 +198,11 @@ def missing_intervals(run: RunDir, ranked: Ranking | None) -> list[str]:
         ]
     by_training = [e.step for e in missing if e.score.origin == "training"]
     notes = [f"no interval for {name_steps(by_training)}: training computed the loss as a whole"] if by_training else []
-    wanted = choose.precision(best)
-    scored = [(e.step, choose.precision(e.score)) for e in missing if e.score.origin != "training"]
+    wanted = ranking.precision(best)
+    scored = [(e.step, ranking.precision(e.score)) for e in missing if e.score.origin != "training"]
     for other in sorted({precision for _, precision in scored} - {wanted}):
         steps = name_steps(step for step, precision in scored if precision == other)
-        notes.append(f"no interval for {steps}: {choose.why_apart(other, 'the best one', wanted)}")
+        notes.append(f"no interval for {steps}: {ranking.why_apart(other, 'the best one', wanted)}")
     if others := [step for step, precision in scored if precision == wanted]:
         notes.append(f"no interval for {name_steps(others)}: no finite losses by stretch, or of another held-out text")
     return notes
@@ -253,7 +258,7 @@ def download(row: Row) -> str:
 
 def as_json(listing: Listing) -> dict[str, Any]:
     """For programs; every figure in full."""
-    verdict = None if listing.ranked is None else choose.overfitting(listing.ranked)
+    verdict = None if listing.ranked is None else overfitting.judge(listing.ranked)
     return {
         "run": str(listing.run.path),
         "checkpoints": [_row_as_json(listing, row) for row in listing.rows],

@@ -68,8 +68,7 @@ def _show_checkpoint(console: Console, found: Listing, row: Row) -> None:
 
 def _show_position(console: Console, described: Manifest) -> None:
     state = described.train_state
-    epoch = state.samples / described.num_rows
-    say(console, "position", f"epoch {epoch:.2f}: {state.samples:,} rows, {state.targets:,} learned tokens")
+    say(console, "position", f"epoch {described.epoch:.2f}: {state.samples:,} rows, {state.targets:,} learned tokens")
     ranks = "1 rank" if described.world_size == 1 else f"{described.world_size} ranks"
     say(console, "saved by", f"{ranks}, {STRATEGIES.get(described.strategy, one_line(described.strategy))}")
     batch = f"{described.global_batch_size} rows a step, seed {described.seed}"

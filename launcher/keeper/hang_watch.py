@@ -55,8 +55,8 @@ class HangWatch:
         deadline = time.monotonic() + _ANSWER_S
         while True:
             self._answer()  # two that ask each other
-            told = self._told()
-            answers = [each for each in told.values() if each["answered"].get(str(self._meeting.node)) == self._asked]
+            own, messages = str(self._meeting.node), self._messages().values()
+            answers = [each for each in messages if each["answered"].get(own) == self._asked]
             if len(answers) == self._meeting.num_nodes - 1 or time.monotonic() > deadline:
                 return [Seen(**rank) for each in answers for rank in each["ranks"]]
             time.sleep(_POLL_S)
@@ -65,7 +65,7 @@ class HangWatch:
         """Tell the others what the ranks here do, if another node has asked since the last time."""
         if self._meeting.num_nodes == 1:
             return
-        asked = {node: told["asked"] for node, told in self._told().items() if told["asked"]}
+        asked = {node: message["asked"] for node, message in self._messages().items() if message["asked"]}
         if asked != self._answered:
             self._answered = asked
             self._tell()
@@ -74,6 +74,6 @@ class HangWatch:
         ranks = [asdict(each) for each in self._own()]
         self._meeting.tell("seen", self._attempt, {"asked": self._asked, "answered": self._answered, "ranks": ranks})
 
-    def _told(self) -> dict[int, Any]:
+    def _messages(self) -> dict[int, Any]:
         """The latest message of each other node, by node."""
-        return {n: told for n, told in self._meeting.told("seen", self._attempt).items() if n != self._meeting.node}
+        return {n: said for n, said in self._meeting.told("seen", self._attempt).items() if n != self._meeting.node}

@@ -24,8 +24,24 @@ _TRIES = 5
 _TRY_EVERY_S = 1.0
 
 
+_BEAT_S = 10.0
+_SILENT_S = 300.0
+"""The first node's supervisor gives a sign of life every `_BEAT_S`; after so long without one it was killed. SLURM may
+take a minute for an answer, and a look at a hang half a minute: it is silent then."""
+_LOOK_S = 1.0
+
+
 class FirstNodeGone(Exception):
-    """The first node has ended without the word that the others wait for: its supervisor failed, or was interrupted."""
+    """The first node has ended without the word that the others wait for: its supervisor failed, or was killed."""
+
+
+@dataclass
+class _Pulse:
+    """The first node's signs of life, as it gives them, or as another one sees them."""
+
+    sign: Any = None
+    silent_s: float = 0.0
+    looked_at: float = -math.inf
 
 
 @dataclass(frozen=True)
@@ -38,6 +54,7 @@ class Meeting:
     num_nodes: int = 1
     _own_words: dict[tuple[str, int], Any] = field(default_factory=dict[tuple[str, int], Any], compare=False)
     """Said here: a full disk keeps a node neither from saying nor from knowing them."""
+    _pulse: _Pulse = field(default_factory=_Pulse, compare=False)
 
     def place(self, attempt: int) -> Place:
         """Where the ranks of this attempt meet: chosen by the first node, which is there itself."""
@@ -76,11 +93,12 @@ class Meeting:
         """As `told`, once all have said it, or after so long."""
         deadline = time.monotonic() + seconds
         while len(found := self.told(what, attempt)) < self.num_nodes and time.monotonic() < deadline:
+            self.beat()
             time.sleep(_POLL_S)
         return found
 
     def wait_for_first(self, what: str, attempt: int) -> Any:
-        """What the first node says, however long it takes: a node that is gone ends the job.
+        """What the first node says, however long it takes, as long as it lives.
 
         Raises:
             FirstNodeGone: it has ended, and not said that.
@@ -89,14 +107,34 @@ class Meeting:
         while 0 not in (found := self.told(what, attempt)):
             if time.monotonic() > settled_at:
                 raise FirstNodeGone(f"the first node has ended without a word on '{what}': its output says why")
-            if settled_at == math.inf and self.is_over():
+            if settled_at == math.inf and self.first_is_gone():
                 settled_at = time.monotonic() + _SETTLES_S
             time.sleep(_POLL_S)
         return found[0]
 
-    def is_over(self) -> bool:
-        """Whether the first node has ended: it says so last, however it ends."""
-        return 0 in self.told("over", 0)
+    def beat(self, last: bool = False) -> None:
+        """The first node's sign of life, to be given again and again. `last`: it lives on, and gives no more."""
+        now = time.monotonic()
+        if self.node or self.folder is None or (now - self._pulse.looked_at < _BEAT_S and not last):
+            return
+        self._pulse.looked_at = now
+        with contextlib.suppress(OSError):  # a disk that fails for a moment: the others cannot read then either
+            self.folder.mkdir(parents=True, exist_ok=True)
+            sign = json.dumps("last" if last else now)
+            files.write_atomic(self._file(self.folder, "alive", 0, 0), sign)
+
+    def first_is_gone(self) -> bool:
+        """Whether the first node has ended: it says so last, however it ends; where it was killed it falls silent."""
+        if 0 in self.told("over", 0):
+            return True
+        now, pulse = time.monotonic(), self._pulse
+        if self.node and now - pulse.looked_at >= _LOOK_S:
+            sign = self.told("alive", 0).get(0)
+            is_silent = sign == pulse.sign and sign not in (None, "last")
+            # A file server that hangs holds up the look itself: that time is not the first node's silence.
+            pulse.silent_s = pulse.silent_s + min(now - pulse.looked_at, 2 * _LOOK_S) if is_silent else 0.0
+            pulse.sign, pulse.looked_at = sign, time.monotonic()
+        return pulse.silent_s > _SILENT_S
 
     def end(self) -> None:
         """The first node's last word."""

@@ -39,6 +39,6 @@ def _kept_going(run: RunDir, jobs: JobDir) -> IO[str]:
         if (lock := locks.hold(jobs.local_lock, "no other 'llmtrain run' keeps this run going")) is not None:
             return lock
     raise RunFolderError(
-        f"{run.path}: {jobs.local_lock.read_text().strip() or 'another llmtrain run'} keeps this run going already; "
+        f"{run.path}: {locks.holder(jobs.local_lock) or 'another llmtrain run'} keeps this run going already; "
         f"stop it ('llmtrain stop {run.path}'), or give this run another run.name"
     )

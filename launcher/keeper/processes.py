@@ -124,5 +124,5 @@ def verdict(agents: list[int], codes: list[int], ranks: int) -> int:
     return failed
 
 
-def told(code: int) -> str:
+def name_code(code: int) -> str:
     return f"exit code {code}" if code >= 0 else f"{signal.Signals(-code).name}"

@@ -14,6 +14,14 @@ _LAST_LINES = 15
 _FATAL = "Fatal Python error"
 """How faulthandler begins, before it shows the stacks at a segmentation fault."""
 _TELLS = re.compile(f"Error|^error: |{_FATAL}")
+_LOST = re.compile(
+    "unspecified launch failure|uncorrectable (ECC|NVLink) error|hardware stack error|GPU is lost|fallen off the bus|"
+    r"CUDA-capable device\(s\) is/are busy or unavailable|no CUDA-capable device is detected|NVRM: Xid"
+)
+"""What CUDA and the driver say of a GPU that has failed. Not: errors that a bug in a kernel brings about as well and
+that leave the GPU as it was (an illegal memory access, a device-side assert)."""
+_END = 1 << 16
+"""Bytes of a rank's output that are searched for that."""
 
 
 @dataclass
@@ -82,6 +90,15 @@ class Ranks:
         """What a person has to mend stands in a rank's log alone: rank 0 would have said it on the terminal first."""
         return self.may_linger and bool(self.first)
 
+    def gpu_is_lost(self) -> bool:
+        """Whether a rank of this node has met an error of its GPU's hardware: it may be gone until somebody resets it.
+
+        To be asked once all have ended.
+        """
+        said = [left.why for left in read_codes(self.codes).values()]
+        said += [self._output(log)[-_END:].decode(errors="replace") for log in self._all_logs()]
+        return any(_LOST.search(each) for each in said)
+
     def last_words(self) -> dict[Path, list[str]]:
         """By file: of the one that fell first, or of all where that is not known; where they end in an error."""
         logs = self._all_logs() if self.first is None else [self.logs / f"rank-{self.first}.log"]
@@ -90,15 +107,17 @@ class Ranks:
 
     def _last_words(self, log: Path) -> list[str]:
         """In this attempt; where it crashed, the stack of the thread that did."""
-        if not log.exists():
-            return []
-        lines = log.read_bytes()[self._sizes.get(log, 0) :].decode(errors="replace").splitlines()
+        lines = self._output(log).decode(errors="replace").splitlines()
         fatal = [number for number, line in enumerate(lines) if line.startswith(_FATAL)]
         if not fatal:
             return lines[-_LAST_LINES:]
         stacks = lines[fatal[-1] + 1 :]
         own = next((number for number, line in enumerate(stacks) if line.startswith("Current thread")), 0)
         return [lines[fatal[-1]], *stacks[own : own + _LAST_LINES - 1]]
+
+    def _output(self, log: Path) -> bytes:
+        """Of this attempt."""
+        return log.read_bytes()[self._sizes.get(log, 0) :] if log.exists() else b""
 
     def _all_logs(self) -> list[Path]:
         return sorted(self.logs.glob("rank-*.log"))

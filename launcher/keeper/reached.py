@@ -4,9 +4,8 @@ For the supervisor, which may be about to start ranks again: they would begin an
 """
 
 import contextlib
-from typing import Any
 
-from llmtrain import jsonl
+from llmtrain import jsonl, ledger
 from llmtrain.errors import RunFolderError
 from llmtrain.rundir import RunDir
 
@@ -20,10 +19,10 @@ class Reached:
         self._run = run
         self._saw_run = False
         self._step, self._last_saved = 0, 0
-        self._old_start: dict[str, Any] | None = None
+        self._old_start: ledger.Event | None = None
         """The event with which the run was last begun or resumed before."""
         with contextlib.suppress(OSError, RunFolderError):
-            self._old_start = self._last_start()
+            self._old_start = ledger.last_event(run, ledger.STARTS)
         self.look()
 
     def look(self) -> int:
@@ -51,14 +50,10 @@ class Reached:
         one. Meanwhile is no matter of time: a clock may be set back.
         """
         try:
-            last = self._last_start()
+            last = ledger.last_event(self._run, ledger.STARTS)
         except (OSError, RunFolderError):  # it is there, and must not be moved aside
             return True
-        return last is not None and (last != self._old_start or (since is not None and last.get("time", 0.0) >= since))
-
-    def _last_start(self) -> dict[str, Any] | None:
-        starts = [event for event in jsonl.read(self._run.events) if event.get("kind") in ("started", "resumed")]
-        return starts[-1] if starts else None
+        return last is not None and (last != self._old_start or (since is not None and last.time >= since))
 
 
 def slowest_save(run: RunDir) -> float:

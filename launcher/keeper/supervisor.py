@@ -21,15 +21,15 @@ import psutil
 
 from launcher.keeper import hangs, torchrun
 from launcher.keeper.hang_watch import HangWatch
-from launcher.keeper.meeting import Meeting
+from launcher.keeper.meeting import Meeting, own_name
 from launcher.keeper.processes import (
     folders_of_ranks,
     ignores,
     keep_from_cleaners,
     kill_tree,
+    name_code,
     ranks_of,
     read_codes,
-    told,
     verdict,
 )
 from launcher.keeper.ranks import Ranks
@@ -74,6 +74,8 @@ class Rules:
     """When the job is killed, in seconds since 1970."""
     lead_s: float = 120.0
     """The run saves and stops so long before that; at most half of what was left at the start."""
+    may_requeue: bool = False
+    """A job that can start on other nodes: there it goes on once a GPU is lost. Else it is started again here."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,7 @@ class Supervisor:
         self._process: subprocess.Popen[bytes] | None = None
         self._interrupts, self._interrupted_at = 0, 0.0
         self._asked_at: float | None = None
-        self._told: set[int] = set()
+        self._asked: set[int] = set()
         """Process ids of ranks that have been sent the signal to stop."""
         self._failures = 0
         self._began_at = time.time()
@@ -106,6 +108,9 @@ class Supervisor:
         """What asked the run to stop: a signal's name, "time limit" or "llmtrain stop"."""
         self.met_limit = False
         """That was because of the time limit, which SLURM's signal announces too."""
+        self.lost_gpus_on: list[str] = []
+        """Names of the nodes whose GPUs have failed, which is why the job is to be queued again; the first node's to
+        know."""
 
     def supervise(self, since: float | None = None) -> int:
         """Until the run ends; returns its exit code. `since`: when the first start of this job was, if this is none."""
@@ -148,12 +153,18 @@ class Supervisor:
         if code in (0, EXIT_REQUEUE) or is_for_a_person(code):
             return Decision(again=False, code=code)
         self._failures = 1 if reached > newest else self._failures + 1
-        why = next((outcome["why"] for outcome in ended.values() if outcome["why"]), f"ended with {told(code)}")
+        why = next((outcome["why"] for outcome in ended.values() if outcome["why"]), f"ended with {name_code(code)}")
         if self._failures > self._rules.max_restarts:
             why = f"{why}, {self._failures} times in a row without a new checkpoint: not started again"
             say(why)
             self._note("failed", f"exit code {code if code > 0 else 1}: {why}", reached)
             return Decision(again=False, code=code if code > 0 else 1)
+        if self._rules.may_requeue and (lost := [each["lost_gpu"] for each in ended.values() if each["lost_gpu"]]):
+            self.lost_gpus_on = lost
+            why = f"{why}: a GPU of {', '.join(lost)} has failed"
+            say(f"{why}; the job goes on from step {reached:,} on other nodes")
+            self._note("restarted", why, reached)
+            return Decision(again=False, code=EXIT_REQUEUE)
         say(f"{why}; starting again from step {reached:,}")
         self._note("restarted", why, reached)
         self._rest(min(30.0, 2.0 ** min(self._failures - 1, 5)) if self._failures > 1 else 0.0)
@@ -169,6 +180,7 @@ class Supervisor:
     def _rest(self, seconds: float) -> None:
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline and self.stopped_by is None:
+            self._meeting.beat()
             self._look_for_reasons_to_stop()
             time.sleep(_POLL_S)
 
@@ -181,11 +193,11 @@ class Supervisor:
         if not self._is_alone:
             self._logs.mkdir(parents=True, exist_ok=True)
         with folders_of_ranks(self._logs.parent) as (codes, beats):
-            told_to_ranks = {EXIT_CODES: str(codes), heartbeat.FOLDER: str(beats), log.RANK_LOGS: str(self._logs)}
+            for_ranks = {EXIT_CODES: str(codes), heartbeat.FOLDER: str(beats), log.RANK_LOGS: str(self._logs)}
             # A session of its own: Ctrl-C comes here alone, and is passed on once.
             process = self._process = subprocess.Popen(
                 torchrun.command(self._start, place, again, codes.with_name("torchrun")),
-                env=torchrun.environment(self._start, restarted, told_to_ranks),
+                env=torchrun.environment(self._start, restarted, for_ranks),
                 start_new_session=True,
                 preexec_fn=torchrun.ignore_stops,  # noqa: PLW1509  there are no threads here
             )
@@ -196,6 +208,7 @@ class Supervisor:
             if process.returncode:
                 hangs.kill_all(beats)  # torchrun itself was killed
             left = [each.code for each in read_codes(codes).values()]
+            lost_gpu = own_name() if process.returncode and ranks.gpu_is_lost() else ""
         if self._is_alone:
             left = [process.returncode] if process.returncode >= 0 else []
         elif (
@@ -207,7 +220,7 @@ class Supervisor:
             for file, lines in ranks.last_words().items():
                 with log.terminal_may_go():
                     print(f"\nthe last lines of {file}:", *lines, sep="\n  ", file=sys.stderr, flush=True)
-        return {"agent": process.returncode, "codes": left, "why": hang or ranks.describe()}
+        return {"agent": process.returncode, "codes": left, "why": hang or ranks.describe(), "lost_gpu": lost_gpu}
 
     def _stay(self, process: "subprocess.Popen[bytes]", attempt: int, ranks: Ranks, beats: Path) -> str | None:
         """Until the process has ended. Returns what hung, if that was why."""
@@ -225,6 +238,7 @@ class Supervisor:
                 next_look = now + _LOOK_S
                 ranks.meet()
                 keep_from_cleaners(ranks.codes, beats)
+                self._meeting.beat()
                 if self._start.node == 0:
                     self._reached.look()
                 self._look_for_reasons_to_stop()
@@ -244,7 +258,7 @@ class Supervisor:
     def _others_failed(self, attempt: int) -> bool:
         if self._start.num_nodes == 1:
             return False
-        if self._meeting.is_over() and 0 not in self._meeting.told("decision", attempt):
+        if self._meeting.first_is_gone() and 0 not in self._meeting.told("decision", attempt):
             return True  # its supervisor has failed, and nobody decides any more
         return any(outcome["agent"] for outcome in self._meeting.told("ended", attempt).values())
 
@@ -313,15 +327,13 @@ class Supervisor:
             say("leaving at once, without saving")
             return
         self._ask_to_stop(number)  # whatever becomes of the line: the terminal may have gone
-        say(f"{signal.Signals(number).name}: the run saves and stops" + self._hint(number))
+        hint = "; Ctrl-C again leaves at once" if number == signal.SIGINT else ""
+        say(f"{signal.Signals(number).name}: the run saves and stops{hint}")
 
     def _limit_is_announced(self) -> bool:
         """Whether a signal that comes now may be the one that SLURM sends before the time limit."""
         early_s = max(self._rules.lead_s, self._lead_s()) + _SLURM_IS_EARLY_S
         return self._rules.ends_at is not None and time.time() > self._rules.ends_at - early_s
-
-    def _hint(self, number: int) -> str:
-        return "; Ctrl-C again leaves at once" if number == signal.SIGINT else ""
 
     @property
     def _is_alone(self) -> bool:
@@ -335,9 +347,9 @@ class Supervisor:
             return
         asked = signal.SIGTERM if number == signal.SIGHUP else number  # which would kill ranks that do not listen yet
         for rank in [process] if self._is_alone else ranks_of(process.pid):
-            if rank.pid in self._told or ignores(rank.pid, asked):  # those that do not listen yet are asked later
+            if rank.pid in self._asked or ignores(rank.pid, asked):  # those that do not listen yet are asked later
                 continue
-            self._told.add(rank.pid)
+            self._asked.add(rank.pid)
             with contextlib.suppress(ProcessLookupError, psutil.NoSuchProcess):
                 rank.send_signal(asked)
 

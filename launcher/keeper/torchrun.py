@@ -110,7 +110,7 @@ def check(gpus: int | None, ranks: int | None) -> tuple[int, str | None]:
     if gpus is None and ranks is None:
         return (there, "cuda") if there else (1, None)
     if not gpus:
-        return ranks or 1, "cpu"  # told: where nobody tells, a device that is not counted here (MPS) would be taken
+        return ranks or 1, "cpu"  # named: else one that is not counted here (MPS) would be taken
     if ranks is not None:
         raise ConfigError(["--ranks is for the CPU: with --gpus there is one rank per GPU; leave it out"])
     if gpus > there:

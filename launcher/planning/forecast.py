@@ -10,6 +10,7 @@ from llmtrain.config.load import Origins, load_config, with_precision
 from llmtrain.config.schema import RunConfig
 from llmtrain.errors import UserError
 from llmtrain.memory import Sizes
+from llmtrain.resume import settled_precision
 from llmtrain.rundir import RunDir
 
 _LISTED = 5_000_000
@@ -45,7 +46,7 @@ def most_on_disk(config: RunConfig, plan: BatchPlan, saves: int) -> int:
 
 
 @dataclass(frozen=True)
-class Upload:
+class UploadVolume:
     """What goes to the Hub."""
 
     each_bytes: float
@@ -54,38 +55,38 @@ class Upload:
     """Of all, if none has a byte in common with another."""
 
 
-def upload_volume(config: RunConfig, sizes: Sizes, saves: int) -> Upload | None:
+def upload_volume(config: RunConfig, sizes: Sizes, saves: int) -> UploadVolume | None:
     """None where nothing is uploaded. The best weights on `main` are there already: they are not sent again."""
     if config.hub.repo is None:
         return None
     each = sizes.checkpoint_bytes(config) if config.hub.optimizer_state else sizes.model_bytes(config)
-    return Upload(each, each * saves)
+    return UploadVolume(each, each * saves)
 
 
 @dataclass(frozen=True)
 class Pace:
     tokens_per_s: float
     """With evaluations and saves where it was measured."""
-    told: str
+    source: str
     """Where that is from."""
 
 
 def find_pace(
-    config: RunConfig, plan: BatchPlan, told: float | None, tokens_per_row: float, ranks: int, device: str
+    config: RunConfig, plan: BatchPlan, given: float | None, tokens_per_row: float, ranks: int, device: str
 ) -> Pace | str:
-    """As told; else as the last start of the same run went, if that computed the same; else why it is not known.
+    """As given; else as the last start of the same run went, if that computed the same; else why it is not known.
 
     Args:
         tokens_per_row: counts padding or not, as the pace then does.
         device: cuda or cpu.
     """
-    if told is not None:
-        return Pace(told, "as you say")
+    if given is not None:
+        return Pace(given, "as you say")
     run = RunDir(config.run.folder)
     last = jsonl.last_record(run.metrics)
-    starts = [event for event in ledger.events(run) if event.kind in ("started", "resumed") and event.step is not None]
-    steps = 0 if last is None or not starts else int(last["step"]) - (starts[-1].step or 0)
-    seconds = run.metrics.stat().st_mtime - starts[-1].time if steps > 0 else 0.0
+    start = ledger.last_event(run, ledger.STARTS)
+    steps = 0 if last is None or start is None else int(last["step"]) - (start.step or 0)
+    seconds = run.metrics.stat().st_mtime - start.time if start is not None and steps > 0 else 0.0
     if seconds <= 0:
         return "not known: give --tokens-per-s, or start the run: its pace is then taken"
     if (other := _other_than(run, config, plan, ranks, device)) is not None:
@@ -104,8 +105,7 @@ def _other_than(run: RunDir, config: RunConfig, plan: BatchPlan, ranks: int, dev
         old_plan = plan_batches(old, Origins(), started.ranks, ANY_ROWS)
     except UserError:
         return f"{run.config}, of its last start, cannot be read by this version"
-    if config.train.precision == "auto":
-        config = with_precision(config, old.train.precision)  # in which it would go on
+    config = with_precision(config, settled_precision(config, old, is_bf16_fast=False))  # in which it would go on
     if device == "cpu" and config.train.device != "cpu" and started.device == "mps":
         device = "mps"  # a plan counts Apple's GPU as the CPU, whose memory it has
     before = {"ranks": started.ranks, "device": started.device, **_decisive(old, old_plan)}

@@ -3,7 +3,6 @@
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -14,12 +13,13 @@ from launcher import display
 from launcher.planning import forecast
 from launcher.planning.sizes import find_sizes
 from llmtrain import cpu, recipe, shards
-from llmtrain.batches import BatchPlan, plan_batches, warmup_problem
-from llmtrain.config.load import Origins, auto_is_fp32, with_precision
+from llmtrain.batches import ANY_ROWS, BatchPlan, plan_batches, warmup_problem
+from llmtrain.config.load import Origins, with_precision
 from llmtrain.config.schema import RunConfig
 from llmtrain.errors import ConfigError
-from llmtrain.gpus import handle
+from llmtrain.gpus import first_gpu
 from llmtrain.memory import Device, Part, Sizes
+from llmtrain.resume import settled_precision
 from llmtrain.shards import ShardManifest
 
 GB = 1e9
@@ -33,14 +33,14 @@ class Machine:
     ranks: int
     memory_bytes: float | None
     """That one rank may take; None: nobody has said."""
-    told: str
+    description: str
     bf16: bool | None = None
     """Whether its GPUs compute in bf16, which those before Ampere only emulate; None: nobody has said."""
 
 
 def find_machine(gpus: int, gpu_memory_gb: float | None, device: str) -> Machine:
     """The GPUs that were described, or that are here; without any, this machine's CPU."""
-    here = None if device == "cpu" or gpu_memory_gb is not None else _gpu_here()
+    here = None if device == "cpu" or gpu_memory_gb is not None else first_gpu()
     if device == "cpu" or (device == "auto" and gpu_memory_gb is None and here is None):
         total = float(psutil.virtual_memory().total)
         return Machine("cpu", gpus, total / gpus, f"{total / GB:.0f} GB of host memory, {num_ranks(gpus)}")
@@ -56,28 +56,10 @@ def num_ranks(count: int) -> str:
     return "1 rank" if count == 1 else f"{count} ranks"
 
 
-def _gpu_here() -> tuple[float, bool | None] | None:
-    """Memory of the first GPU that this process may use, and whether it computes in bf16; None where there is none."""
-    import pynvml
-
-    try:
-        gpu = handle(0)
-        size = float(pynvml.nvmlDeviceGetMemoryInfo(gpu).total)
-    except pynvml.NVMLError:
-        return None
-    try:
-        return size, pynvml.nvmlDeviceGetCudaComputeCapability(gpu)[0] >= 8
-    except pynvml.NVMLError:
-        return size, None
-
-
 def uses_bf16(config: RunConfig, machine: Machine) -> bool:
     """As training decides it; GPUs of which nobody has said what they are count as ones that do."""
-    if config.train.precision != "auto":
-        return config.train.precision == "bf16"
-    if auto_is_fp32(config):
-        return False
-    return machine.bf16 is not False if machine.device == "cuda" else cpu.has_fast_bf16()
+    is_fast = machine.bf16 is not False if machine.device == "cuda" else cpu.has_fast_bf16()
+    return settled_precision(config, None, is_fast) == "bf16"
 
 
 @dataclass(frozen=True)
@@ -145,7 +127,7 @@ def _changed(config: RunConfig, kind: str, micro: int, recompute: bool, offload:
 
 
 @dataclass(frozen=True)
-class Told:
+class Given:
     """What the user says that cannot be known yet."""
 
     vocab_size: int | None = None
@@ -159,33 +141,34 @@ class Told:
     """How long one job may train before it saves and queues again; None: as long as it takes."""
 
 
-def count_rows(config: RunConfig, told: Told, built: ShardManifest | None) -> tuple[int | None, str]:
+def count_rows(config: RunConfig, given: Given, built: ShardManifest | None) -> tuple[int | None, str]:
     """Rows of the training split, if they are known, and where from.
 
     Raises:
         ConfigError: samples were counted that will be packed into an unknown number of rows.
     """
     folder = recipe.shard_folder(config)
-    if told.samples is None:
+    if given.samples is None:
         rows = None if built is None else built.splits["train"].rows
         return rows, f"not sharded yet ({folder}): no row count" if rows is None else f"{rows:,} rows in {folder}"
     if config.data.packing != "none":
         raise ConfigError(
             [
-                f"--samples {told.samples}: with data.packing={config.data.packing} a row holds several samples; the "
+                f"--samples {given.samples}: with data.packing={config.data.packing} a row holds several samples; the "
                 "number of rows is known once 'llmtrain shard' has run (data.packing=none: one sample a row)"
             ]
         )
-    return told.samples, f"{told.samples:,} training samples, one a row (as you say)"
+    return given.samples, f"{given.samples:,} training samples, one a row (as you say)"
 
 
-def show(config: RunConfig, origins: Origins, machine: Machine, told: Told, console: Console) -> bool:
+def show(config: RunConfig, origins: Origins, machine: Machine, given: Given, console: Console) -> bool:
     """Print the plan; returns whether the configured run fits."""
     folder = recipe.shard_folder(config)
-    built = _open_built(config, folder) if shards.exists(folder) else None
-    rows, data = count_rows(config, told, built)
-    sizes = find_sizes(config, told.vocab_size, told.base_config, built)
-    plan = plan_batches(config, origins, machine.ranks, rows if rows is not None else 2**62)
+    built = recipe.open_shards(config, "size").manifest if shards.exists(folder) else None
+    rows, data = count_rows(config, given, built)
+    sizes = find_sizes(config, given.vocab_size, given.base_config, built)
+    enough_rows = ANY_ROWS if rows is None else rows
+    plan = plan_batches(config, origins, machine.ranks, enough_rows)
 
     def say(name: str, text: str) -> None:
         console.print(f"{name:<12} {text}", highlight=False, soft_wrap=True, markup=False)
@@ -207,7 +190,7 @@ def show(config: RunConfig, origins: Origins, machine: Machine, told: Told, cons
         if (problem := warmup_problem(config.optim, plan.total_steps)) is not None:
             say("warm-up", problem)
         _say_course(config, plan, sizes, rows, say)
-        _say_time(config, plan, machine, told, built, say)
+        _say_time(config, plan, machine, given, built, say)
     outlooks = [outlook(config, sizes, plan, machine, kind) for kind in display.STRATEGIES]
     console.print(_table(outlooks, machine))
     chosen = next(o for o in outlooks if o.kind == config.strategy.kind)
@@ -220,7 +203,7 @@ def show(config: RunConfig, origins: Origins, machine: Machine, told: Told, cons
         say("fits", f"{display.STRATEGIES[chosen.kind]} {taken}")
         return True
     say("too large", f"{display.STRATEGIES[chosen.kind]} {taken}")
-    ways = remedies(config, origins, sizes, plan, machine, rows if rows is not None else 2**62)
+    ways = remedies(config, origins, sizes, plan, machine, enough_rows)
     for way in ways:
         say("  it fits with", way)
     if not ways:
@@ -228,13 +211,6 @@ def show(config: RunConfig, origins: Origins, machine: Machine, told: Told, cons
             "  ", "no setting here makes it fit: use a smaller model, a shorter model.context, or more GPUs with ZeRO-2"
         )
     return False
-
-
-def _open_built(config: RunConfig, folder: Path) -> ShardManifest:
-    """Finished shards, where they are those that training would take."""
-    opened = shards.open_folder(folder, "size")
-    opened.check_recipe(recipe.recipe_of(config), recipe.tokenizer_file(config))
-    return opened.manifest
 
 
 def _say_precision(
@@ -275,27 +251,29 @@ def _say_time(
     config: RunConfig,
     plan: BatchPlan,
     machine: Machine,
-    told: Told,
+    given: Given,
     built: ShardManifest | None,
     say: Callable[[str, str], None],
 ) -> None:
     """How long it takes, and in how many jobs. Tokens are counted as training shows them, without padding."""
     tokens_per_row = float(config.model.context) if built is None else built.tokens_per_row
-    pace = forecast.find_pace(config, plan, told.tokens_per_s, tokens_per_row, machine.ranks, machine.device)
+    pace = forecast.find_pace(config, plan, given.tokens_per_s, tokens_per_row, machine.ranks, machine.device)
     if isinstance(pace, str):
         say("time", pace)
         return
     seconds = plan.total_steps * plan.global_batch_size * tokens_per_row / pace.tokens_per_s
-    number = 0 if told.job_s is None else forecast.num_jobs(seconds, told.job_s)
+    number = 0 if given.job_s is None else forecast.num_jobs(seconds, given.job_s)
     jobs = "" if not number else ", in one job" if number == 1 else f", in {number} jobs"
-    how = pace.told
+    how = pace.source
     if built is None and config.data.packing != "contiguous":
         how += "; rows are counted as full, without padding, until 'llmtrain shard' has run"
     say("time", f"{display.duration(seconds)} at {pace.tokens_per_s:,.0f} tokens/s ({how}){jobs}")
 
 
 def _table(outlooks: list[Outlook], machine: Machine) -> Table:
-    table = Table(title=f"Memory of one rank at its peak, GB ({machine.told})", title_justify="left", show_footer=True)
+    table = Table(
+        title=f"Memory of one rank at its peak, GB ({machine.description})", title_justify="left", show_footer=True
+    )
     names = list(dict.fromkeys(part.name for o in outlooks for part in o.parts))
     table.add_column("", footer="total")
     for o in outlooks:

@@ -43,8 +43,8 @@ def find_sizes(config: RunConfig, vocabulary: int | None, base: str | None, buil
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch) / "config.yaml"
         file.write_text(resolved_yaml(config), encoding="utf-8")
-        told = [] if base is None else [f"model.base={base}"]
-        command = [sys.executable, "-m", "llmtrain.inspect_base", str(file), *told]
+        overrides = [] if base is None else [f"model.base={base}"]
+        command = [sys.executable, "-m", "llmtrain.inspect_base", str(file), *overrides]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         said = done.stderr.strip().removeprefix("error: ")
@@ -55,14 +55,14 @@ def find_sizes(config: RunConfig, vocabulary: int | None, base: str | None, buil
     return LoraSizes(model, BaseFacts.from_json(done.stdout.splitlines()[-1]))
 
 
-def vocab_size(config: RunConfig, told: int | None, built: ShardManifest | None) -> int:
-    """As told; else from the shards if they are built, else from the tokenizer's settings.
+def vocab_size(config: RunConfig, given: int | None, built: ShardManifest | None) -> int:
+    """As given; else from the shards if they are built, else from the tokenizer's settings.
 
     Raises:
         ConfigError: it would take a download to know.
     """
-    if told is not None:
-        return told
+    if given is not None:
+        return given
     if built is not None:
         return built.tokenizer.vocab_size
     tokenizer = config.data.tokenizer

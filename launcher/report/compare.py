@@ -15,10 +15,10 @@ from launcher.display import Column, fitted, one_line, say
 from launcher.report import words
 from launcher.report.facts import Facts, read_facts
 from launcher.watching.status import find_runs
-from llmtrain import choose, intervals, recipe
-from llmtrain.choose import Entry
+from llmtrain import intervals, ranking, recipe
 from llmtrain.config import yaml_lines
 from llmtrain.errors import RunFolderError
+from llmtrain.ranking import Entry
 from llmtrain.rundir import RunDir
 
 Measure = Literal["loss", "bits_per_byte"]
@@ -142,27 +142,19 @@ def find_doubts(contenders: Sequence[Contender]) -> list[str]:
 
 
 def _differences(first: Contender, others: Sequence[Contender]) -> list[intervals.Interval | None]:
-    """By the comparison that ranks the checkpoints of one run (llmtrain.choose), precisions included."""
     if first.best is None:
         return [None] * len(others)
-    wanted = choose.precision(first.best.score)
-    reference = choose.read_losses(first.facts.run, first.best.score)
-    same = (
-        choose.read_losses(other.facts.run, other.best.score)
-        if other.best is not None and choose.precision(other.best.score) == wanted
-        else None
-        for other in others
-    )
-    return intervals.compare(reference, same, len(others))
+    bests = [None if other.best is None else (other.facts.run, other.best.score) for other in others]
+    return ranking.differences((first.facts.run, first.best.score), bests)
 
 
 def _caveats(first: Contender, others: Sequence[Contender]) -> list[str]:
     """Training's own losses do not say their precision, and have no interval anyway."""
-    if first.best is None or not (wanted := choose.precision(first.best.score)):
+    if first.best is None or not (wanted := ranking.precision(first.best.score)):
         return []
-    scored = [(c.label, choose.precision(c.best.score)) for c in others if c.best is not None]
+    scored = [(c.label, ranking.precision(c.best.score)) for c in others if c.best is not None]
     return [
-        f"no interval for {label}: {choose.why_apart(precision, first.label, wanted)}"
+        f"no interval for {label}: {ranking.why_apart(precision, first.label, wanted)}"
         for label, precision in scored
         if precision not in ("", wanted)
     ]

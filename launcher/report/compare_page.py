@@ -26,7 +26,7 @@ def write_comparison(comparison: Comparison, path: Path) -> Path:
     """Write the page; returns its path."""
     title = f"{len(comparison.contenders)} runs compared"
     first = comparison.contenders[0]
-    what = f"Best: {first.label}, {_told(comparison, first)}" if first.best is not None else "No held-out loss yet"
+    what = f"Best: {first.label}, {_best_of(comparison, first)}" if first.best is not None else "No held-out loss yet"
     body = element(
         "main",
         element("header", element("h1", title), element("p", what), class_="head"),
@@ -39,7 +39,7 @@ def write_comparison(comparison: Comparison, path: Path) -> Path:
     return path
 
 
-def _told(comparison: Comparison, contender: Contender) -> str:
+def _best_of(comparison: Comparison, contender: Contender) -> str:
     value = contender.value(comparison.measure)
     at = "" if contender.best is None else f" at step {contender.best.step:,}"
     return f"{MEASURES[comparison.measure]} {value:.4f}{at}"
@@ -66,15 +66,15 @@ def _ranking(comparison: Comparison) -> Html:
     rows = [_row(comparison, place, [row[place] for row in values]) for place in range(len(comparison.contenders))]
     numeric = {0, *range(3, len(heads) - 1)}
     classes = ["best" if place == 0 else "" for place in range(len(rows))]
-    told = f"The checkpoint with the lowest {MEASURES[comparison.measure]} of each run."
+    text = f"The checkpoint with the lowest {MEASURES[comparison.measure]} of each run."
     if any(bounds is not None for bounds in comparison.differences):
-        told += (
+        text += (
             " Where the 95% interval of the difference to the first contains 0 it is a tie: another held-out text "
             "might turn them round. The intervals allow for the first being the best of all of them by luck too."
         )
     shown = table(heads, rows, numeric, classes)
     notes = [notice(f"{visible(caveat[:1].upper() + caveat[1:])}.") for caveat in comparison.caveats]
-    return section("ranking", "Ranking", lead(told), _forest(comparison), shown, notes)
+    return section("ranking", "Ranking", lead(text), _forest(comparison), shown, notes)
 
 
 def _row(comparison: Comparison, place: int, settings: list[str]) -> list[Child]:
@@ -147,10 +147,10 @@ def _curves(comparison: Comparison) -> Html:
         (430, 380),
     )
     dashed = "; dashed: on training rows, scored alike" if comparison.measure == "loss" else ""
-    told = lead(
+    text = lead(
         f"{MEASURES[comparison.measure].capitalize()} as training measured it{dashed}. Marked: the best checkpoint."
     )
-    return section("curves", "Curves", told, drawn.html)
+    return section("curves", "Curves", text, drawn.html)
 
 
 def draw_curves(comparison: Comparison, figure: Figure, axis: Axis, narrow: bool) -> None:
@@ -165,7 +165,8 @@ def draw_curves(comparison: Comparison, figure: Figure, axis: Axis, narrow: bool
         x = facts.clock.at(axis, drawn.steps)
         axes.plot(x, drawn.mean, color=shade, linewidth=2.2, label=_short(contender.label), zorder=3 - place / 100)
         if comparison.measure == "loss":
-            train = thin(facts.heldout("train_loss"))
+            seen.append(facts.heldout("train_loss"))
+            train = thin(seen[-1])
             axes.plot(facts.clock.at(axis, train.steps), train.mean, color=shade, lw=1.2, linestyle=(0, (3, 2)))
         if contender.best is not None and np.isfinite(contender.value(comparison.measure)):
             at = facts.clock.at(axis, np.array([float(contender.best.step)]))

@@ -1,6 +1,7 @@
 """What a run's records say, read once: every section of a page and every column of a comparison starts from here."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -11,15 +12,16 @@ from launcher.choosing.listing import Listing
 from launcher.report.speed import Speed, read_speed
 from launcher.watching.status import RunStatus, read_status
 from llmtrain import jsonl, ledger
-from llmtrain.choose import Entry, Ranking
-from llmtrain.config.load import load_config
 from llmtrain.config.schema import RunConfig
 from llmtrain.errors import ConfigError
 from llmtrain.ledger import Event, Score, Upload
+from llmtrain.ranking import Entry, Ranking
 from llmtrain.rundir import RunDir
 
 Axis = Literal["steps", "epochs", "tokens"]
 AXES: tuple[Axis, ...] = ("steps", "epochs", "tokens")
+_STEP = ("step", "epoch", "targets", "loss", "lr", "grad_norm")
+"""What is read of a step's record."""
 Numbers = NDArray[np.float64]
 
 
@@ -107,7 +109,7 @@ def read_facts(run: RunDir) -> Facts:
         RunFolderError: there is no run in that folder.
     """
     listing.open_run(run.path)
-    records = {int(r["step"]): r for r in jsonl.read(run.metrics)}
+    steps, not_finite = _read_steps(run.metrics)
     evaluations = ledger.heldout_at_saves(run)
     listed = listing.gather(run)
     return Facts(
@@ -116,9 +118,9 @@ def read_facts(run: RunDir) -> Facts:
         listed=listed,
         config=_config(run),
         config_text=run.config.read_text(encoding="utf-8", errors="replace") if run.config.exists() else "",
-        metrics={key: _series(records, key) for key in ("loss", "lr", "grad_norm")},
-        not_finite=next((step for step, r in records.items() if not _is_finite(r)), None),
-        clock=_clock(records),
+        metrics={key: _series(steps, key) for key in ("loss", "lr", "grad_norm")},
+        not_finite=not_finite,
+        clock=Clock(*(np.concatenate([[0.0], steps[key]]) for key in ("step", "epoch", "targets"))),
         evaluations=evaluations,
         ranking=listed.ranked or ranking_of_training(run, evaluations),
         is_scored=listed.ranked is not None,
@@ -132,17 +134,28 @@ def read_facts(run: RunDir) -> Facts:
 
 def _config(run: RunDir) -> RunConfig | None:
     try:
-        return load_config(run.config)[0]
+        return listing.config_of(run)
     except ConfigError:  # of another version
         return None
 
 
-def _series(records: dict[int, dict[str, Any]], key: str) -> Series:
-    return Series.of({step: record[key] for step, record in records.items() if key in record})
+def _read_steps(metrics: Path) -> tuple[dict[str, Numbers], int | None]:
+    """A column of numbers for each key, by step, NaN where a record has none; and the first step that is not finite."""
+    table = jsonl.columns(metrics, _STEP)
+    columns: dict[str, Numbers] = {key: table.column(key).to_numpy() for key in _STEP}
+    bad = np.zeros(len(table), bool)
+    for key in ("loss", "grad_norm"):
+        bad |= ~np.isfinite(columns[key]) & table.column(key).is_valid().to_numpy()
+    # Of several records of a step the last one counts.
+    _, from_the_end = np.unique(columns["step"][::-1], return_index=True)
+    last = len(table) - 1 - from_the_end
+    columns, bad = {key: column[last] for key, column in columns.items()}, bad[last]
+    return columns, int(columns["step"][bad.argmax()]) if bad.any() else None
 
 
-def _is_finite(record: dict[str, Any]) -> bool:
-    return bool(np.isfinite([record["loss"], record.get("grad_norm", 0.0)]).all())
+def _series(steps: dict[str, Numbers], key: str) -> Series:
+    known = np.isfinite(steps[key])
+    return Series(steps["step"][known], steps[key][known])
 
 
 def ranking_of_training(run: RunDir, evaluations: dict[int, dict[str, Any]]) -> Ranking | None:
@@ -175,11 +188,3 @@ def ranking_of_training(run: RunDir, evaluations: dict[int, dict[str, Any]]) -> 
             for step, r in sorted(measured.items())
         ]
     )
-
-
-def _clock(records: dict[int, dict[str, Any]]) -> Clock:
-    """From the start on."""
-    ordered = [records[step] for step in sorted(records)]
-    first = {"step": 0, "epoch": 0.0, "targets": 0}
-    columns = [np.array([r[key] for r in (first, *ordered)], np.float64) for key in ("step", "epoch", "targets")]
-    return Clock(*columns)

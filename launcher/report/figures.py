@@ -8,9 +8,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
 from launcher.report.facts import Axis, Clock, Facts, Series
-from launcher.report.plots import label_axis, legend_above, thin
+from launcher.report.plots import Thinned, label_axis, legend_above, thin
 from launcher.report.theme import LIGHT
-from llmtrain.choose import Entry, Ranking
+from llmtrain.ranking import Entry, Ranking
 
 MOST_INTERVALS = 14
 _SETTLED = 0.1
@@ -27,15 +27,21 @@ def _line(axes: Axes, clock: Clock, axis: Axis, series: Series, role: str, **sty
         axes.plot(clock.at(axis, drawn.steps), drawn.mean, **{**options, **style})  # pyright: ignore[reportArgumentType]
 
 
+def _noisy(axes: Axes, clock: Clock, axis: Axis, series: Series, role: str, width: float, label: str) -> Thinned:
+    """A line that jumps from step to step; of a long one the mean, over the band in which it jumps."""
+    drawn = thin(series)
+    x = clock.at(axis, drawn.steps)
+    if not drawn.is_whole:
+        axes.fill_between(x, drawn.low, drawn.high, color=LIGHT["train-pale"], alpha=0.45, linewidth=0)
+    axes.plot(x, drawn.mean, color=LIGHT[role], linewidth=width, label=label)
+    return drawn
+
+
 def losses(facts: Facts, figure: Figure, axis: Axis, narrow: bool) -> None:
     """Train and held-out loss, what the service scored from disk, and the best checkpoint."""
     axes, clock = figure.add_subplot(), facts.clock
-    each = thin(facts.metrics["loss"])
-    x = clock.at(axis, each.steps)
-    if not each.is_whole:
-        axes.fill_between(x, each.low, each.high, color=LIGHT["train-pale"], alpha=0.45, linewidth=0)
-    if len(x):
-        axes.plot(x, each.mean, color=LIGHT["train-pale"], linewidth=1.1, label="train, each step")
+    if len(facts.metrics["loss"]):
+        _noisy(axes, clock, axis, facts.metrics["loss"], "train-pale", 1.1, "train, each step")
     heldout, train = facts.heldout(), facts.heldout("train_loss")
     _line(axes, clock, axis, train, "train", label="train, scored like held-out")
     _line(axes, clock, axis, heldout, "heldout", label="held-out", linewidth=2.4)
@@ -105,11 +111,7 @@ def schedule(facts: Facts, figure: Figure, axis: Axis, narrow: bool) -> None:
     _line(upper, facts.clock, axis, facts.metrics["lr"], "train", label="learning rate")
     upper.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     upper.set_ylim(bottom=0)
-    norms = thin(facts.metrics["grad_norm"])
-    x = facts.clock.at(axis, norms.steps)
-    if not norms.is_whole:
-        lower.fill_between(x, norms.low, norms.high, color=LIGHT["train-pale"], alpha=0.45, linewidth=0)
-    lower.plot(x, norms.mean, color=LIGHT["heldout"], linewidth=1.3, label="gradient norm")
+    norms = _noisy(lower, facts.clock, axis, facts.metrics["grad_norm"], "heldout", 1.3, "gradient norm")
     if len(norms.mean) and norms.low.min() > 0 and norms.high.max() > 30 * np.median(norms.mean):
         lower.set_yscale("log")
     clip = None if facts.config is None else facts.config.optim.clip_norm
@@ -124,11 +126,8 @@ def speed(facts: Facts, figure: Figure, axis: Axis, narrow: bool) -> None:
     """Tokens a second, and below it how long training stood still for each save."""
     waits = Series.of(facts.speed.save_wait_s)
     upper, lower = figure.subplots(2, 1, sharex=True, gridspec_kw={"height_ratios": [2.2, 1]})
-    drawn = thin(Series.of(facts.speed.tokens_per_s))
-    x = facts.clock.at(axis, drawn.steps)
-    if not drawn.is_whole:
-        upper.fill_between(x, drawn.low, drawn.high, color=LIGHT["train-pale"], alpha=0.45, linewidth=0)
-    upper.plot(x, drawn.mean, color=LIGHT["train"], linewidth=1.5, label="tokens a second")
+    rates = Series.of(facts.speed.tokens_per_s)
+    drawn = _noisy(upper, facts.clock, axis, rates, "train", 1.5, "tokens a second")
     upper.yaxis.set_major_formatter(EngFormatter(sep=""))
     upper.set_ylim(0, 1.1 * float(np.quantile(drawn.high, 0.995)))
     lower.vlines(

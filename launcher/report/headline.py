@@ -9,7 +9,7 @@ from launcher import display
 from launcher.report import words
 from launcher.report.facts import Facts
 from launcher.report.markup import Html, element
-from llmtrain import choose
+from llmtrain import overfitting, ranking
 from llmtrain.config.schema import RunConfig
 
 STATE_TONES = {"running": "go", "starting": "go", "finished": "best", "stopped": "warn", "not started": "warn"}
@@ -131,10 +131,10 @@ def _pace(facts: Facts, seconds: float | None) -> str | None:
         return None
     has_prompts = facts.config is not None and facts.config.data.format.kind != "text"
     included, learned = (", prompts included", " learned ones") if has_prompts else ("", "")
-    told = f"{words.quantity(rates[len(rates) // 2])} tokens a second while stepping{included}"
+    pace = f"{words.quantity(rates[len(rates) // 2])} tokens a second while stepping{included}"
     if not seconds or seconds < 0:
-        return told
-    return f"{told} ({words.quantity(float(facts.clock.tokens[-1]) / seconds)}{learned} overall)"
+        return pace
+    return f"{pace} ({words.quantity(float(facts.clock.tokens[-1]) / seconds)}{learned} overall)"
 
 
 def _heldout(facts: Facts) -> list[str | None]:
@@ -147,7 +147,7 @@ def _heldout(facts: Facts) -> list[str | None]:
     losses, ranked = facts.evaluations, facts.ranking
     best = None if ranked is None else ranked.best.score
     first, last = losses[measured[0]]["loss"], losses[measured[-1]]["loss"]
-    lower = choose.lowest_measured(facts.run, 0 if best is None else best.step)
+    lower = ranking.lowest_measured(facts.run, 0 if best is None else best.step)
     low = lower[:1].upper() + lower[1:] or None
     if ranked is not None and best is not None:
         low = (
@@ -174,19 +174,19 @@ def _proposal(facts: Facts) -> list[str | None]:
 
 
 def _overfits(facts: Facts) -> bool:
-    return facts.ranking is not None and choose.overfitting(facts.ranking).began
+    return facts.ranking is not None and overfitting.judge(facts.ranking).began
 
 
 def _overfitting(facts: Facts) -> list[str | None]:
-    verdict = None if facts.ranking is None else choose.overfitting(facts.ranking)
+    verdict = None if facts.ranking is None else overfitting.judge(facts.ranking)
     if verdict is None or not verdict.is_known:
         return ["Not known yet", "It takes two checkpoints with a held-out loss."]
     said = verdict.describe()
     big = f"Began after step {verdict.best.step:,}" if verdict.began else "None seen"
     if verdict.perhaps:
         big = f"Perhaps since step {verdict.best.step:,}"
-    told = said if verdict.began else said.partition(": ")[2] or said
-    return [big, told[:1].upper() + told[1:]]
+    why = said.partition(": ")[2] or said
+    return [big, why[:1].upper() + why[1:]]
 
 
 def _hub(facts: Facts) -> list[str | None]:
@@ -222,8 +222,8 @@ def problems(facts: Facts) -> list[str]:
     if facts.not_finite is not None:
         found.append(f"Step {facts.not_finite:,} came to a loss or gradient norm that is no finite number")
     status, hub = facts.now.service.status, facts.now.hub
-    is_told = status is not None and status.problem is not None  # in more words than the Hub's
-    if hub is not None and hub.state is not None and hub.state.state != "ok" and not is_told:
+    is_explained = status is not None and status.problem is not None  # in more words than the Hub's
+    if hub is not None and hub.state is not None and hub.state.state != "ok" and not is_explained:
         found.append(f"Hub {hub.state.state}: {hub.state.message}")
     waiting = _left_behind(facts)
     if waiting:
@@ -255,5 +255,5 @@ def _all_well(facts: Facts) -> str:
         "failed attempt": sum(kinds.count(kind) for kind in ("score-failed", "upload-failed", "stalled")),
         "rejected checkpoint": kinds.count("rejected"),
     }
-    told = [words.count(number, noun) for noun, number in counts.items() if number]
-    return f"On the way: {display.words(told)}." if told else "Nothing failed on the way."
+    dealt_with = [words.count(number, noun) for noun, number in counts.items() if number]
+    return f"On the way: {display.words(dealt_with)}." if dealt_with else "Nothing failed on the way."

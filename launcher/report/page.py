@@ -75,6 +75,6 @@ def footer() -> Html:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
-    told = ", ".join(f"{name} {version}" for name, version in versions.items())
+    makers = ", ".join(f"{name} {version}" for name, version in versions.items())
     now = time.time()
-    return element("footer", f"Made {words.moment(now)} {time.strftime('%Z', time.localtime(now))} with {told}.")
+    return element("footer", f"Made {words.moment(now)} {time.strftime('%Z', time.localtime(now))} with {makers}.")

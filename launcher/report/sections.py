@@ -1,6 +1,7 @@
 """The sections of a run's page below the headline."""
 
 import shlex
+from functools import partial
 from itertools import groupby
 
 import numpy as np
@@ -11,8 +12,8 @@ from launcher.report.facts import Facts
 from launcher.report.figures import Estimate, crop, estimates, gap_series
 from launcher.report.markup import Child, Html, element, join, table
 from launcher.report.plots import Picture, picture
-from llmtrain.choose import Entry
 from llmtrain.ledger import Event, drain_command
+from llmtrain.ranking import Entry
 
 _ROWS = 12
 """Of a ranking that are shown at once."""
@@ -86,7 +87,7 @@ def losses(facts: Facts) -> tuple[Html, list[Picture]]:
     drawn = picture(
         "losses",
         "Line chart of the training loss and the held-out loss over the run",
-        lambda figure, axis, narrow: figures.losses(facts, figure, axis, narrow),
+        partial(figures.losses, facts),
         (430, 340),
     )
     missing: list[str] = []
@@ -130,8 +131,8 @@ def ranking(facts: Facts) -> tuple[Html, list[Picture]]:
     rest = None
     if others:
         more = table(heads, [rows[at] for at in others[:_MORE_ROWS]], numeric)
-        told = f"{len(others):,} more" if len(others) <= _MORE_ROWS else f"{_MORE_ROWS} of {len(others):,} more"
-        rest = element("details", element("summary", told), more)
+        number = f"{len(others):,} more" if len(others) <= _MORE_ROWS else f"{_MORE_ROWS} of {len(others):,} more"
+        rest = element("details", element("summary", number), more)
     lines = estimates(ranked, chosen)
     pictures = [_forest(lines)] if len(lines) > 1 else []
     beyond = len(ranked.entries) - len(lines)
@@ -204,12 +205,12 @@ def _forest(lines: list[Estimate]) -> Picture:
 def gap(facts: Facts) -> tuple[Html, list[Picture]]:
     """Held-out minus train."""
     if len(gap_series(facts)) < 2:
-        told = "It takes two evaluations with evaluate.train_rows above 0."
-        return section("gap", "Gap between held-out and training text", notice(told)), []
+        missing = notice("It takes two evaluations with evaluate.train_rows above 0.")
+        return section("gap", "Gap between held-out and training text", missing), []
     drawn = picture(
         "gap",
         "Line chart of held-out loss minus training loss over the run",
-        lambda figure, axis, narrow: figures.gap(facts, figure, axis, narrow),
+        partial(figures.gap, facts),
         (300, 280),
     )
     text = lead("A gap that grows while the held-out loss no longer falls: the model learns its text by heart.")
@@ -225,7 +226,7 @@ def optimisation(facts: Facts) -> tuple[Html, list[Picture]]:
             picture(
                 "schedule",
                 "Line charts of learning rate and gradient norm over the run",
-                lambda figure, axis, narrow: figures.schedule(facts, figure, axis, narrow),
+                partial(figures.schedule, facts),
                 (380, 360),
             )
         )
@@ -235,7 +236,7 @@ def optimisation(facts: Facts) -> tuple[Html, list[Picture]]:
             picture(
                 "speed",
                 "Tokens a second over the run, and how long training waited for each save",
-                lambda figure, axis, narrow: figures.speed(facts, figure, axis, narrow),
+                partial(figures.speed, facts),
                 (340, 330),
             )
         )
@@ -277,8 +278,8 @@ def samples(facts: Facts) -> Html:
         )
         for at in picked
     ]
-    told = f"{len(picked)} of {len(every):,}, evenly over the run; the prompt in grey."
-    return section("samples", "Generated text", lead(told), element("div", texts, class_="texts"))
+    text = f"{len(picked)} of {len(every):,}, evenly over the run; the prompt in grey."
+    return section("samples", "Generated text", lead(text), element("div", texts, class_="texts"))
 
 
 def _shortened(text: str) -> str:
@@ -291,8 +292,8 @@ def timeline(facts: Facts) -> Html:
         return section("events", "On the way", notice("Nothing has been noted."))
     grouped = [list(same) for _, same in groupby(enumerate(facts.events), key=_repeated)]
     lines = [_event([event for _, event in same]) for same in grouped[-_EVENTS:]]
-    told = f"The last {_EVENTS} of {len(grouped):,}." if len(grouped) > _EVENTS else None
-    return section("events", "On the way", lead(told) if told else None, element("ol", lines, class_="log"))
+    shortened = lead(f"The last {_EVENTS} of {len(grouped):,}.") if len(grouped) > _EVENTS else None
+    return section("events", "On the way", shortened, element("ol", lines, class_="log"))
 
 
 def _repeated(numbered: tuple[int, Event]) -> tuple[str, int]:

@@ -1,15 +1,20 @@
 """How fast training was: from TensorBoard's event files, since the ledger has no times."""
 
+import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import google_crc32c
 
 from llmtrain.rundir import RunDir
 
 _TOKENS, _WAIT = "speed/tokens_per_s", "speed/save_wait_s"
 _SHORT = 48
 """Bytes: events that mark a start are shorter than those with figures."""
+_HEAD = struct.Struct("<QI")
+"""Of a record: its length, and that one's checksum."""
 
 
 @dataclass(frozen=True)
@@ -39,11 +44,31 @@ def read_speed(run: RunDir) -> Speed:
 
 
 def _events(path: Path) -> Iterator[Any]:
-    """Only the few that are wanted are decoded: a long run has a hundred thousand of the others."""
-    from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
+    """Up to the first record that is damaged or not whole. Only the few that are wanted are decoded: a long run has
+    a million of the others."""
     from tensorboard.compat.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
 
-    wanted = _TOKENS.encode(), _WAIT.encode()
-    for record in RawEventFileLoader(str(path)).Load():
-        if len(record) < _SHORT or any(tag in record for tag in wanted):
+    tokens, wait = _TOKENS.encode(), _WAIT.encode()
+    for record in _records(path):
+        if tokens in record or wait in record or len(record) < _SHORT:
             yield Event.FromString(record)
+
+
+def _records(path: Path) -> Iterator[bytes]:
+    """As TensorBoard's own reader, which computes every checksum in Python: 20 s for a million records."""
+    with path.open("rb") as file:
+        while len(head := file.read(_HEAD.size)) == _HEAD.size:
+            length, length_sum = _HEAD.unpack(head)
+            if not _is_sum(head[:8], length_sum):
+                return
+            body = file.read(length + 4)
+            data = body[:length]
+            if len(body) < length + 4 or not _is_sum(data, int.from_bytes(body[length:], "little")):
+                return
+            yield data
+
+
+def _is_sum(data: bytes, masked: int) -> bool:
+    """Whether this is the CRC-32C of `data`, rotated and shifted as TFRecord has it."""
+    crc = google_crc32c.value(data)
+    return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF == masked

@@ -16,24 +16,22 @@ from typing import Any
 
 from launcher.sharding import reasons, tasks
 from launcher.sharding.finish import publish, write_shards
+from launcher.sharding.lock import locked, may_lock
 from launcher.sharding.parts import Part, choose_tasks
 from launcher.sharding.prepare import Prepared, prepare, read_prepared
 from launcher.sharding.processes import RunAll, processes
 from launcher.sharding.progress import ShardProgress
-from launcher.sharding.sources import default_workers
 from launcher.sharding.work import (
     WORK,
     Plan,
     check_folder,
     check_unchanged,
-    locked,
     make_plan,
-    may_lock,
     open_work,
     remove_work,
     take_manifest,
 )
-from llmtrain import recipe, shards
+from llmtrain import cpu, recipe, shards
 from llmtrain.config.schema import RunConfig
 from llmtrain.errors import EncodingError, SourceError, TooLittleData, disk_errors
 from llmtrain.shards import ShardFolder
@@ -52,8 +50,8 @@ class Built:
     was_there: bool
     newer_source: Path | None = None
     """Of shards that were there: a file of the sources that was written after them."""
-    told: tuple[str, ...] = ()
-    """Of shards that were built now, about the input."""
+    notes: tuple[str, ...] = ()
+    """Of shards that were built now: what to know about the input, in lines."""
 
 
 @dataclass(frozen=True)
@@ -100,19 +98,26 @@ def build(config: RunConfig, workers: int | None = None, force: bool = False) ->
         started = time.perf_counter()
         plan = early or make_plan(config)
         open_work(plan, anew=force)
-        with ShardProgress() as progress, processes(workers or default_workers()) as run_all, _unchanged(plan):
+        with ShardProgress() as progress, processes(workers or cpu.usable_cores()) as run_all, _unchanged(plan):
             prepared = prepare(plan, run_all, progress)
             size_bytes = _tokenise(plan, prepared, list(range(len(plan.tasks))), "tokenise", run_all, progress)
-            read = reasons.read_input(plan.work, len(plan.tasks))
+            found = reasons.read_found(plan.work, len(plan.tasks))
             try:
-                manifest = write_shards(plan, read, run_all, progress)
+                manifest = write_shards(plan, found, run_all, progress)
             except TooLittleData:
                 _forget(plan)
                 raise
         publish(plan, manifest)
         opened = shards.open_folder(folder, "size")
-        told = tuple(reasons.told_found(config.data, read.found))
-        return Built(opened, time.perf_counter() - started, size_bytes, prepared.fast, was_there=False, told=told)
+        notes = tuple(reasons.describe_found(config.data, found))
+        return Built(
+            folder=opened,
+            seconds=time.perf_counter() - started,
+            size_bytes=size_bytes,
+            fast=prepared.fast,
+            was_there=False,
+            notes=notes,
+        )
 
 
 def prepare_build(config: RunConfig, workers: int | None = None, force: bool = False) -> PreparedBuild | Built:
@@ -131,7 +136,7 @@ def prepare_build(config: RunConfig, workers: int | None = None, force: bool = F
         check_folder(config)
         plan = early or make_plan(config)
         open_work(plan, anew=force)
-        with ShardProgress() as progress, processes(workers or default_workers()) as run_all:
+        with ShardProgress() as progress, processes(workers or cpu.usable_cores()) as run_all:
             prepare(plan, run_all, progress)
         # With `force`: what stood there is finished no more, or parts would find nothing to do.
         if shards.exists(folder):
@@ -157,7 +162,7 @@ def build_part(config: RunConfig, part: Part, workers: int | None = None) -> Bui
         started = time.perf_counter()
         plan = early or make_plan(config)
         prepared, chosen = read_prepared(plan), choose_tasks(plan.sizes, part)
-        with ShardProgress() as progress, processes(workers or default_workers()) as run_all:
+        with ShardProgress() as progress, processes(workers or cpu.usable_cores()) as run_all:
             size_bytes = _tokenise(plan, prepared, chosen, f"tokenise part {part}", run_all, progress)
         return BuiltPart(plan, part, chosen, time.perf_counter() - started, size_bytes)
 
@@ -200,10 +205,9 @@ def _find_finished(config: RunConfig) -> Built | None:
     folder = recipe.shard_folder(config)
     if not shards.exists(folder):
         return None
-    opened = shards.open_folder(folder, "size")
-    opened.check_recipe(recipe.recipe_of(config), recipe.tokenizer_file(config))
+    opened = recipe.open_shards(config, "size")
     newer = recipe.newer_source(config, folder / shards.MANIFEST)
-    return Built(opened, 0.0, 0, fast=False, was_there=True, newer_source=newer)
+    return Built(folder=opened, seconds=0.0, size_bytes=0, fast=False, was_there=True, newer_source=newer)
 
 
 def _find_read_only(config: RunConfig) -> Built | None:
@@ -221,11 +225,19 @@ def _tokenise(
     missing = set(plan.missing())
     jobs = [
         tasks.TokeniseJob(
-            number, data, plan.tasks[number], prepared.starts[number], prepared.bounds, context, plan.tokenizer,
-            prepared.fast, plan.work,
+            number=number,
+            data=data,
+            task=plan.tasks[number],
+            start=prepared.starts[number],
+            bounds=prepared.bounds,
+            context=context,
+            tokenizer=plan.tokenizer,
+            fast=prepared.fast,
+            work=plan.work,
         )
-        for number in chosen if number in missing
-    ]  # fmt: skip
+        for number in chosen
+        if number in missing
+    ]
     total, to_do = sum(plan.sizes[number] for number in chosen), sum(plan.sizes[job.number] for job in jobs)
     progress.stage(stage, total, total - to_do)
     for size in run_all(tasks.tokenise, jobs):

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from launcher.sharding import pack, reasons, tasks, tokenize
 from launcher.sharding.processes import RunAll
 from launcher.sharding.progress import ShardProgress
+from launcher.sharding.records import Found
 from launcher.sharding.work import Plan, remove_work, take_manifest
 from llmtrain import files, recipe, shards
 from llmtrain.config.schema import RunConfig
@@ -24,7 +25,7 @@ from llmtrain.shards import ShardManifest, SplitInfo, SplitName, TokenizerInfo
 _SHARD_BYTES = 64_000_000
 
 
-def write_shards(plan: Plan, read: reasons.Input, run_all: RunAll[Any], progress: ShardProgress) -> ShardManifest:
+def write_shards(plan: Plan, found: Found, run_all: RunAll[Any], progress: ShardProgress) -> ShardManifest:
     """Write all shards into WORK/out; returns the manifest that describes them.
 
     Raises:
@@ -41,13 +42,13 @@ def write_shards(plan: Plan, read: reasons.Input, run_all: RunAll[Any], progress
     for name in tasks.SPLITS:
         if name == "test" and not config.data.has_test:
             continue
-        jobs, dropped = _pack_jobs(config, name, streams[name], work, encoder)
+        stream = streams[name]
+        jobs, dropped = _pack_jobs(config, name, stream, work, encoder)
         packed = list(run_all(tasks.write_packed, jobs))
-        progress.advance(streams[name].text_bytes)
+        progress.advance(stream.text_bytes)
         if not any(each.info.rows for each in packed):
-            stream = streams[name]
-            raise TooLittleData(reasons.too_little(config, name, stream.tokens, len(stream.doc_lens), read))
-        splits[name] = _describe(streams[name], packed, dropped)
+            raise TooLittleData(reasons.too_little(config, name, stream.tokens, len(stream.doc_lens), found))
+        splits[name] = _describe(stream, packed, dropped)
     return ShardManifest(
         recipe=recipe.recipe_of(config),
         tokenizer=TokenizerInfo(
@@ -56,8 +57,8 @@ def write_shards(plan: Plan, read: reasons.Input, run_all: RunAll[Any], progress
         context=config.model.context,
         packing=config.data.packing,
         splits=splits,
-        skipped=dict(sorted(read.skipped.items())),
-        cut=read.cut,
+        skipped=dict(sorted(found.skipped.items())),
+        cut=found.cut,
     )
 
 
@@ -97,11 +98,19 @@ def _pack_jobs(
     shard_rows = max(1, _SHARD_BYTES // ((context + 1) * itemsize))
 
     def job(number: int, start: int, stop: int, doc_lens: NDArray[np.int64] | None) -> tasks.PackJob:
-        path = work / "out" / f"{name}-{number:05d}.arrow"
         return tasks.PackJob(
-            path, name, start, stop, doc_lens, work, stream.task_starts, context, encoder.eos_id,
-            together=config.data.packing == "bestfit", masked=stream.masked,
-        )  # fmt: skip
+            path=work / "out" / f"{name}-{number:05d}.arrow",
+            split=name,
+            start=start,
+            stop=stop,
+            doc_lens=doc_lens,
+            work=work,
+            task_starts=stream.task_starts,
+            context=context,
+            padding_id=encoder.eos_id,
+            together=config.data.packing == "bestfit",
+            masked=stream.masked,
+        )
 
     if config.data.packing == "contiguous":
         rows, dropped = pack.contiguous_rows(stream.tokens, context, keep_rest=name != "train")

@@ -3,13 +3,12 @@
 from collections.abc import Iterator
 from typing import Any
 
-from launcher.sharding.problems import Where
+from launcher.sharding.problems import Where, kind_of
 from llmtrain.errors import SourceError
 
 CALLS = "tool_calls"
 _SPEAKERS = {"human": "user", "gpt": "assistant"} | {name: name for name in ("system", "user", "assistant", "tool")}
 """ShareGPT's names for who speaks."""
-_KINDS = {dict: "an object", list: "a list", str: "text", bool: "true or false", int: "a number", float: "a number"}
 
 
 class _Unfit(Exception):
@@ -24,14 +23,15 @@ def read(value: Any, field: str, where: Where) -> list[dict[str, Any]]:
     """
     wanted = f"'{field}' must be a list of messages with 'role' and 'content' as text"
     if not isinstance(value, list):
-        raise SourceError(f"{where()}: {wanted}, and is {_kind(value)}")
+        raise SourceError(f"{where()}: {wanted}, and is {kind_of(value)}")
     messages: list[dict[str, Any]] = []
     for number, message in enumerate(value, start=1):
         try:
             messages.append(_read_one(message))
         except _Unfit as why:
-            told = "docs/finetuning.md says what else is known"
-            raise SourceError(f"{where()}: {wanted}: message {number} {why} ({told})") from None
+            raise SourceError(
+                f"{where()}: {wanted}: message {number} {why} (docs/finetuning.md says what else is known)"
+            ) from None
     return messages
 
 
@@ -40,7 +40,7 @@ def is_learned(message: dict[str, Any]) -> bool:
     return message["role"] == "assistant" and message.get("weight") != 0
 
 
-def told_as_messages(value: Any) -> str:
+def hint_at_messages(value: Any) -> str:
     """What to do, where a field that should hold text holds messages."""
     if isinstance(value, list) and value and all(isinstance(m, dict) and {"role", "from"} & m.keys() for m in value):
         return (
@@ -53,7 +53,7 @@ def told_as_messages(value: Any) -> str:
 def _read_one(message: Any) -> dict[str, Any]:
     """The message itself where it is of our shape."""
     if not isinstance(message, dict):
-        raise _Unfit(f"is {_kind(message)}")
+        raise _Unfit(f"is {kind_of(message)}")
     if "from" in message and "role" not in message:
         message = _from_sharegpt(message)
     role, content = message.get("role"), message.get("content")
@@ -66,7 +66,7 @@ def _read_one(message: Any) -> dict[str, Any]:
     elif content is None:
         raise _Unfit(f"({role}) has no 'content'; it has {_keys(message)}")
     elif not isinstance(content, str):
-        raise _Unfit(f"({role}) has {_kind(content)} as its 'content'")
+        raise _Unfit(f"({role}) has {kind_of(content)} as its 'content'")
     weight = message.get("weight")
     if role == "assistant" and weight is not None and weight not in (0, 1):
         raise _Unfit(f"({role}) has weight {weight!r}; what is known is 0, which is not learned, and 1")
@@ -87,13 +87,9 @@ def _texts_of_parts(parts: list[Any]) -> Iterator[str]:
     for part in parts:
         kind = part.get("type") if isinstance(part, dict) else None
         if kind != "text" or not isinstance(part.get("text"), str):
-            what = f"a part of type {kind!r}" if kind else f"{_kind(part)} as a part"
+            what = f"a part of type {kind!r}" if kind else f"{kind_of(part)} as a part"
             raise _Unfit(f"has {what} in its 'content'; only text is trained on, as {{type: text, text: ...}}")
         yield part["text"]
-
-
-def _kind(value: Any) -> str:
-    return "nothing" if value is None else _KINDS.get(type(value), f"a {type(value).__name__}")
 
 
 def _keys(message: dict[str, Any]) -> str:

@@ -8,7 +8,6 @@ import functools
 import itertools
 import json
 import shutil
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +18,7 @@ from launcher.sharding import tasks, tokenize
 from launcher.sharding.processes import RunAll
 from launcher.sharding.progress import ShardProgress
 from launcher.sharding.readers import Unit
+from launcher.sharding.records import Found
 from launcher.sharding.work import Plan, check_work, not_prepared
 from llmtrain import files
 from llmtrain.config.data_sections import DataSection
@@ -120,7 +120,7 @@ def _training_texts(plan: Plan, starts: list[int], bounds: tuple[int, int], prog
     share = min(1.0, left / max(1, sum(plan.sizes)))
     width, owed = max(256, min(_SLICE, left // 8)), 0.0
     for start, task in zip(starts, plan.tasks, strict=True):
-        for piece in tasks.read_pieces(data, task, start, bounds, Counter()):
+        for piece in tasks.read_pieces(data, task, start, bounds, Found()):
             for first in range(0, len(piece.text) if piece.split == "train" else 0, width):
                 text = piece.text[first : first + width]
                 size = len(text.encode())
@@ -135,5 +135,5 @@ def _proof_texts(plan: Plan, starts: list[int], bounds: tuple[int, int]) -> Iter
     """Some documents from all over the corpus, on which the fast tokenizer has to prove itself."""
     step = max(1, len(plan.tasks) // _PROOF_TASKS)
     for start, task in zip(starts[::step], plan.tasks[::step], strict=True):
-        pieces = tasks.read_pieces(plan.config.data, task, start, bounds, Counter())
+        pieces = tasks.read_pieces(plan.config.data, task, start, bounds, Found())
         yield from (piece.text[:_PROOF_CHARACTERS] for piece in itertools.islice(pieces, _PROOF_TEXTS))

@@ -1,6 +1,7 @@
 """What is wrong with single records: gathered and told together, so that a source is mended once, not once a record."""
 
 from collections.abc import Callable
+from typing import Any
 
 from llmtrain.errors import EncodingError, SourceError
 
@@ -10,6 +11,12 @@ AT_ONCE = 20
 """Where every record is wrong, more would say nothing new."""
 _PLACES = 10
 """Of the same problem."""
+_KINDS = {dict: "an object", list: "a list", str: "text", bool: "true or false", int: "a number", float: "a number"}
+
+
+def kind_of(value: Any) -> str:
+    """What stands in a record, in JSON's words."""
+    return "nothing" if value is None else _KINDS.get(type(value), f"a {type(value).__name__}")
 
 
 class Problems:
@@ -26,6 +33,10 @@ class Problems:
         self._places.setdefault(str(error).removeprefix(f"{place}: "), []).append(place)
         if len(self._errors) >= AT_ONCE:
             self.tell()
+
+    def note(self, what: str, where: Where) -> None:
+        """As `add`, of what is wrong with a record of a source."""
+        self.add(SourceError(f"{where()}: {what}"), where)
 
     def tell(self) -> None:
         """Raise what was found: a problem alone as it came."""

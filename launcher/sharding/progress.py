@@ -9,6 +9,11 @@ _PLAIN_EVERY_S = (5.0, 60.0)
 """Between two lines, at first and at most: a job of hours should not fill its log."""
 
 
+def say(text: str) -> None:
+    """A line beside the bar, which is standard error's."""
+    print(f"sharding: {text}", file=sys.stderr, flush=True)
+
+
 class ShardProgress:
     """Shows one stage after another, in bytes of text."""
 
@@ -43,7 +48,7 @@ class ShardProgress:
             self._task = self._bar.add_task(name, total=total_bytes, completed=done_bytes)
         else:
             before = f", {done_bytes / 1e6:,.1f} MB of them done before" if done_bytes else ""
-            print(f"sharding: {name} ({total_bytes / 1e6:,.1f} MB{before})", file=sys.stderr, flush=True)
+            say(f"{name} ({total_bytes / 1e6:,.1f} MB{before})")
 
     def advance(self, size_bytes: int) -> None:
         self._done += size_bytes
@@ -54,10 +59,9 @@ class ShardProgress:
         first, most = _PLAIN_EVERY_S
         if now - self._last_plain >= min(most, max(first, (now - self._started) / 10)):
             self._last_plain = now
-            speed = (self._done - self._before) / (now - self._started)
-            print(
-                f"sharding: {self._name} {self._done / max(1, self._total):.0%}, {speed / 1e6:,.1f} MB/s, "
-                f"{(self._total - self._done) / speed / 60:,.1f} min left",
-                file=sys.stderr,
-                flush=True,
+            seconds = now - self._started
+            speed = max(1.0, (self._done - self._before) / seconds)  # of no text at all, too
+            say(
+                f"{self._name} {self._done / max(1, self._total):.0%}, {speed / 1e6:,.1f} MB/s, "
+                f"{(self._total - self._done) / speed / 60:,.1f} min left"
             )

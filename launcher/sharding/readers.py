@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launcher.sharding.problems import Problems, Where
+from launcher.sharding.problems import Problems, Where, kind_of
 from llmtrain.config import data_sections as schema
 from llmtrain.errors import EncodingError, SourceError
 
@@ -111,23 +111,22 @@ def read_jsonl(unit: Unit, problems: Problems) -> Iterator[tuple[dict[str, Any],
             except UnicodeDecodeError as error:
                 raise _not_utf8(unit.path, offset + error.start) from None
             except json.JSONDecodeError as error:
-                problem = SourceError(f"{where()}: not JSON: {error.msg} ({_kind_hint(unit.path)})")
+                problem = f"not JSON: {error.msg} ({_kind_hint(unit.path)})"
                 if offset == 0:  # then it is mostly a file of another kind, and so are all of its lines
-                    raise problem from None
-                problems.add(problem, where)
+                    raise SourceError(f"{where()}: {problem}") from None
+                problems.note(problem, where)
                 continue
             except (ValueError, RecursionError) as error:
-                problems.add(SourceError(f"{where()}: {_told_unreadable(error)}"), where)
+                problems.note(_why_unreadable(error), where)
                 continue
             if isinstance(record, dict):
                 yield record, where
-                continue
-            a_list = f" ({_kind_hint(unit.path)})" if isinstance(record, list) else ""
-            said = f"{where()}: must be a JSON object, not a {type(record).__name__}{a_list}"
-            problems.add(SourceError(said), where)
+            else:
+                a_list = f" ({_kind_hint(unit.path)})" if isinstance(record, list) else ""
+                problems.note(f"must be a JSON object, not {kind_of(record)}{a_list}", where)
 
 
-def _told_unreadable(error: ValueError | RecursionError) -> str:
+def _why_unreadable(error: ValueError | RecursionError) -> str:
     """Of what is JSON, but not for Python."""
     if isinstance(error, RecursionError):
         return "lists or objects nested too deeply to be read; remove the record, or write them as text"
@@ -158,16 +157,15 @@ def read_json(path: str, problems: Problems) -> Iterator[tuple[dict[str, Any], W
     except json.JSONDecodeError as error:
         raise SourceError(f"{path}:{error.lineno}: not JSON: {error.msg} (one object a line is kind: jsonl)") from None
     except (ValueError, RecursionError) as error:
-        raise SourceError(f"{path}: {_told_unreadable(error)}") from None
+        raise SourceError(f"{path}: {_why_unreadable(error)}") from None
     if not isinstance(records, list):
-        raise SourceError(f"{path}: must be a list of JSON objects, not a {type(records).__name__}")
+        raise SourceError(f"{path}: must be a list of JSON objects, not {kind_of(records)}")
     for number, record in enumerate(records):
         where = functools.partial("{}: record {}".format, path, number)
         if isinstance(record, dict):
             yield record, where
         else:
-            said = f"{where()}: must be a JSON object, not a {type(record).__name__}"
-            problems.add(SourceError(said), where)
+            problems.note(f"must be a JSON object, not {kind_of(record)}", where)
 
 
 def read_csv(path: str, required: list[str], problems: Problems) -> Iterator[tuple[dict[str, Any], Where]]:
@@ -181,13 +179,11 @@ def read_csv(path: str, required: list[str], problems: Problems) -> Iterator[tup
             for record in reader:
                 where = functools.partial("{}:{}".format, path, reader.line_num)
                 if None in record:  # an unquoted comma in the text would cut it off in silence
-                    problem = "more fields than the header has; quote the text"
+                    problems.note("more fields than the header has; quote the text", where)
                 elif missing := [field for field in required if record[field] is None]:
-                    problem = f"the row ends before its '{missing[0]}'"
+                    problems.note(f"the row ends before its '{missing[0]}'", where)
                 else:
                     yield record, where
-                    continue
-                problems.add(SourceError(f"{where()}: {problem}"), where)
         except csv.Error as error:
             raise SourceError(f"{path}:{reader.line_num}: not CSV: {error}") from None
         except UnicodeDecodeError:

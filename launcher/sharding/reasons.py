@@ -1,9 +1,7 @@
 """What a build tells about its input: what was left out, what stood nowhere, and why there is too little of it."""
 
 import json
-from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -16,41 +14,27 @@ from llmtrain.config.schema import RunConfig
 from llmtrain.shards import SplitName
 
 
-@dataclass
-class Input:
-    """What all tasks say of what they have read."""
-
-    skipped: Counter[str] = field(default_factory=Counter[str])
-    """Documents left out, by reason."""
-    cut: int = 0
-    """Samples whose prompt lacks its beginning."""
-    found: Found = field(default_factory=Found)
-
-
-def read_input(work: Path, num_tasks: int) -> Input:
-    """From the files of the tasks."""
-    read = Input()
+def read_found(work: Path, num_tasks: int) -> Found:
+    """What all tasks have counted, from their files."""
+    found = Found()
     for number in range(num_tasks):
         with np.load(tasks.task_file(work, number)) as arrays:
-            read.cut += int(arrays["cut"][0])
-            read.found.records += int(arrays["records"][0])
-            for names, counts, counter in (
-                (arrays["skipped_names"], arrays["skipped_counts"], read.skipped),
-                (arrays["field_names"], arrays["field_counts"], read.found.fields),
-                (arrays["noted_names"], arrays["noted_counts"], read.found.noted),
-            ):
-                counter.update(dict(zip(names.tolist(), counts.tolist(), strict=True)))
-            read.found.separators.update(dict(enumerate(arrays["separators"].tolist())))
-    return read
+            found.cut += int(arrays["cut"][0])
+            found.records += int(arrays["records"][0])
+            found.separators.update(dict(enumerate(arrays["separators"].tolist())))
+            for name, counter in (("skipped", found.skipped), ("field", found.fields), ("noted", found.noted)):
+                names, counts = arrays[f"{name}_names"].tolist(), arrays[f"{name}_counts"].tolist()
+                counter.update(dict(zip(names, counts, strict=True)))
+    return found
 
 
-def told_skipped(skipped: dict[str, int]) -> Iterator[str]:
+def describe_skipped(skipped: dict[str, int]) -> Iterator[str]:
     """Lines for people: what was left out."""
     for reason, count in sorted(skipped.items()):
         yield f"skipped    {count:,} documents: {reason}"
 
 
-def told_found(data: schema.DataSection, found: Found) -> Iterator[str]:
+def describe_found(data: schema.DataSection, found: Found) -> Iterator[str]:
     """Lines for people: how often what may be absent was there, and what may be misspelt."""
     if isinstance(data.format, schema.InstructionFormat):
         name = data.format.input
@@ -66,16 +50,16 @@ def told_found(data: schema.DataSection, found: Found) -> Iterator[str]:
             setting = f"data.sources.{number}.separator={json.dumps(separator, ensure_ascii=False)}"
             meant = r"""; a line break is "\n" in double quotes in a file""" if "\\n" in separator else ""
             yield f"warning    {setting}: stands in none of its files; each of them is one document{meant}"
-    yield from unseen.told(found)
+    yield from unseen.describe(found)
 
 
-def too_little(config: RunConfig, name: SplitName, tokens: int, documents: int, read: Input) -> str:
+def too_little(config: RunConfig, name: SplitName, tokens: int, documents: int, found: Found) -> str:
     """Why a split has not one row, and what to change."""
     said = (
         f"the {name} split has {tokens} tokens of {documents} documents: not one row of {config.model.context} tokens."
     )
-    long, samples = read.skipped[TOO_LONG], read.found.records
-    if count := long or read.skipped[COMPLETION_TOO_LONG]:
+    long, samples = found.skipped[TOO_LONG], found.records
+    if count := long or found.skipped[COMPLETION_TOO_LONG]:
         said += f" {count:,} of {samples:,} samples are longer than model.context + 1 tokens" + (
             ": use a longer model.context, or data.format.overlong=cut_prompt."
             if long
@@ -85,7 +69,7 @@ def too_little(config: RunConfig, name: SplitName, tokens: int, documents: int, 
         *ways, last = _ways(config, name, documents)
         listed = f"{', '.join(ways)}, or {last}" if ways else last
         said += f" {'Otherwise use' if count else 'Use'} {listed}"
-    return "\n".join([said, *told_skipped(read.skipped), *told_found(config.data, read.found)])
+    return "\n".join([said, *describe_skipped(found.skipped), *describe_found(config.data, found)])
 
 
 def _ways(config: RunConfig, name: SplitName, documents: int) -> Iterator[str]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from launcher.sharding import messages, readers
-from launcher.sharding.problems import Problems, Where
+from launcher.sharding.problems import Problems, Where, kind_of
 from launcher.sharding.readers import Unit, check_fields
 from llmtrain.config import data_sections as schema
 from llmtrain.errors import EncodingError, SourceError
@@ -33,11 +33,15 @@ class Document:
 
 @dataclass
 class Found:
-    """How often there was what may be absent: where it never was, its name may be misspelt."""
+    """What is counted while documents are read: what was left out, and how often there was what may be absent."""
 
+    skipped: Counter[str] = dataclasses.field(default_factory=Counter[str])
+    """Documents left out, by reason."""
+    cut: int = 0
+    """Samples whose prompt lacks its beginning."""
     records: int = 0
     fields: Counter[str] = dataclasses.field(default_factory=Counter[str])
-    """Records with something in an optional field, by the field's name."""
+    """Records with something in an optional field, by the field's name: where none has, it may be misspelt."""
     separators: Counter[int] = dataclasses.field(default_factory=Counter[int])
     """By the number of the source."""
     noted: Counter[str] = dataclasses.field(default_factory=Counter[str])
@@ -73,38 +77,31 @@ def _unread_fields(format: schema.Format) -> list[str]:
             return []
 
 
-def read_documents(
-    source: schema.Source, unit: Unit, format: schema.Format, skipped: Counter[str], found: Found | None = None
-) -> Iterator[Document]:
-    """The documents of a unit, in order. What is left out is counted in `skipped`, by reason.
+def read_documents(source: schema.Source, unit: Unit, format: schema.Format, found: Found) -> Iterator[Document]:
+    """The documents of a unit, in order.
 
     Raises:
         SourceError: the source cannot be read; names file and line. What is wrong with single records (they are broken,
             or lack a field) is in `found.problems`.
         EncodingError: names file and byte.
     """
-    own = Found() if found is None else found
-    for document in _read(source, unit, format, skipped, own):
+    for document in _read(source, unit, format, found):
         if document.text:
             yield document
         else:
-            skipped["empty document"] += 1
-    if found is None:
-        own.problems.tell()
+            found.skipped["empty document"] += 1
 
 
-def _read(
-    source: schema.Source, unit: Unit, format: schema.Format, skipped: Counter[str], found: Found
-) -> Iterator[Document]:
+def _read(source: schema.Source, unit: Unit, format: schema.Format, found: Found) -> Iterator[Document]:
     required, optional = wanted_fields(source, format)
     unread, problems = _unread_fields(format), found.problems
     match source:
         case schema.StdlibSource():
-            if (text := readers.read_text(unit.path, "skip", skipped)) is not None:
+            if (text := readers.read_text(unit.path, "skip", found.skipped)) is not None:
                 yield Document(text, None, lambda: unit.path)
             return
         case schema.TextSource():
-            if (text := readers.read_text(unit.path, source.invalid_utf8, skipped)) is not None:
+            if (text := readers.read_text(unit.path, source.invalid_utf8, found.skipped)) is not None:
                 texts = [text] if source.separator is None else text.split(source.separator)
                 found.separators[unit.source] += len(texts) - 1
                 yield from (Document(text, None, lambda: unit.path) for text in texts)
@@ -161,8 +158,8 @@ def text_of(value: Any, field: str, where: Where) -> str:
     if value is None:
         return ""
     if not isinstance(value, str):
-        hint = messages.told_as_messages(value)
-        raise SourceError(f"{where()}: '{field}' holds a {type(value).__name__}, not text{hint}")
+        hint = messages.hint_at_messages(value)
+        raise SourceError(f"{where()}: '{field}' holds {kind_of(value)}, not text{hint}")
     if not value.isascii():
         try:
             value.encode()

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from launcher.sharding import messages as chats
 from launcher.sharding import unseen
+from launcher.sharding.problems import Where
 from launcher.sharding.records import TOOLS, Document, text_of
 from launcher.sharding.tokenize import Encoder
 from llmtrain import prompts
@@ -71,25 +72,23 @@ class _Piece:
 class SampleMaker:
     """Turns records into samples, with the tokenizer of a folder."""
 
-    def __init__(
-        self, format: schema.Format, encoder: Encoder, tokenizer: Path, limit: int, noted: Counter[str] | None = None
-    ):
+    def __init__(self, format: schema.Format, encoder: Encoder, tokenizer: Path, limit: int, noted: Counter[str]):
         """Args:
         limit: the longest sample, in tokens.
         noted: gets what a chat template leaves out (unseen.py).
         """
         self._format, self._encoder, self._limit = format, encoder, limit
-        noted = Counter() if noted is None else noted
         self._chat = Chat(format, tokenizer, encoder, noted) if isinstance(format, schema.ChatFormat) else None
 
     def make(self, document: Document) -> Sample:
         """Raises SourceError for a record without what it needs, NotUsable for one to be counted and left out."""
-        assert document.record is not None
+        record, where = document.record, document.where
+        assert record is not None
         assert not isinstance(self._format, schema.TextFormat)
         if self._chat is not None:
-            segments = self._chat.segments(document)
+            segments = self._chat.segments(record, where)
         else:
-            segments = [*_prompt_and_completion(self._format, document)]
+            segments = [*_prompt_and_completion(self._format, record, where)]
         own = self._encoder.prefix_ids
         added = [] if self._chat is not None and self._chat.template.writes_prefix else own
         pieces = self._encode(segments)
@@ -157,8 +156,7 @@ class SampleMaker:
         return len(text.encode())
 
 
-def _prompt_and_completion(format: schema.Format, document: Document) -> Iterator[Segment]:
-    record, where = document.record or {}, document.where
+def _prompt_and_completion(format: schema.Format, record: dict[str, Any], where: Where) -> Iterator[Segment]:
     match format:
         case schema.CompletionFormat():
             prompt = text_of(record[format.prompt], format.prompt, where)
@@ -213,20 +211,18 @@ class Chat:
         longest_first = sorted(self._special, key=len, reverse=True)  # as a tokenizer finds them
         self.special_text = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
 
-    def segments(self, document: Document) -> list[Segment]:
+    def segments(self, record: dict[str, Any], where: Where) -> list[Segment]:
         """What the others say is not learned; what the assistant says is, with its end-of-text token, unless it has
         weight 0. What comes after the last answer that is learned is left out."""
-        messages, tools = self._messages(document), _tools(document.record or {})
+        messages, tools = self._messages(record, where), _tools(record)
         try:
-            segments, written = self._split(document, messages, tools)
+            segments, written = self._split(messages, tools)
             self._note(messages, tools, written)
-        except TokenizerError as error:
-            raise TokenizerError(f"{document.where()}: {error}") from error
+        except (SourceError, TokenizerError) as error:
+            raise type(error)(f"{where()}: {error}") from error
         return segments
 
-    def _split(
-        self, document: Document, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None
-    ) -> tuple[list[Segment], str]:
+    def _split(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None) -> tuple[list[Segment], str]:
         """Also all that the template wrote."""
         segments: list[Segment] = []
         done = after = ""
@@ -254,8 +250,8 @@ class Chat:
                 )
             if not message["content"].strip() and not said.replace(self._eos, "").strip():
                 raise SourceError(
-                    f"{document.where()}: the assistant says nothing in message {number + 1}, and the chat template "
-                    f"makes nothing of its '{chats.CALLS}'; data.format.template takes another template"
+                    f"the assistant says nothing in message {number + 1}, and the chat template makes nothing of its "
+                    f"'{chats.CALLS}'; data.format.template takes another template"
                 )
             learned = chats.is_learned(message)
             segments += [
@@ -280,9 +276,9 @@ class Chat:
         except TokenizerError:
             return None
 
-    def _messages(self, document: Document) -> list[dict[str, Any]]:
-        field, where = self._format.messages, document.where
-        messages = chats.read((document.record or {})[field], field, where)
+    def _messages(self, record: dict[str, Any], where: Where) -> list[dict[str, Any]]:
+        field = self._format.messages
+        messages = chats.read(record[field], field, where)
         said = [m for m in messages if m["role"] == "assistant"]
         if not said:
             roles = ", ".join(sorted({m["role"] for m in messages})) or "none"

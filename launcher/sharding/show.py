@@ -40,7 +40,7 @@ def describe(done: Built | PreparedBuild | BuiltPart) -> Iterator[str]:
         case Built(was_there=True):
             yield f"shards     {done.folder.path} (finished before; fingerprint {done.folder.fingerprint[:12]})"
             if done.newer_source is not None:
-                yield f"note       {recipe.told_newer(done.newer_source, done.folder.path)}"
+                yield f"note       {recipe.describe_newer(done.newer_source, done.folder.path)}"
         case Built():
             yield from _describe_built(done)
         case PreparedBuild():
@@ -66,8 +66,8 @@ def _describe_built(built: Built) -> Iterator[str]:
             f" ({split.text_bytes / max(1, split.text_tokens):.2f} bytes a token)"
             + (f", {split.tokens_dropped} dropped" if split.tokens_dropped else "")
         )
-    yield from reasons.told_skipped(manifest.skipped)
-    yield from built.told
+    yield from reasons.describe_skipped(manifest.skipped)
+    yield from built.notes
     if manifest.cut:
         yield f"cut        {manifest.cut:,} samples lack the beginning of their prompt, to fit into model.context"
     by = "tiktoken (ids proven equal)" if built.fast else "tokenizers"

@@ -12,11 +12,11 @@ from pathlib import Path
 
 from launcher.sharding.readers import Unit, check_fields, load_dataset, open_parquet
 from launcher.sharding.records import wanted_fields
-from llmtrain import cpu, log
+from llmtrain import log
 from llmtrain.config import data_sections as schema
 from llmtrain.errors import SourceError
 from llmtrain.files import expand_home
-from llmtrain.recipe import TEXT_SUFFIXES, source_files
+from llmtrain.source_files import TEXT_SUFFIXES, source_files
 
 UNIT_BYTES = 4_000_000
 """Large sources are cut into units of about this size."""
@@ -33,7 +33,7 @@ def list_units(sources: list[schema.Source], format: schema.Format) -> list[Unit
     for number, source in enumerate(sources):
         match source:
             case schema.StdlibSource():
-                units += [_file_unit(number, path) for path in _stdlib_files() if path.stat().st_size]
+                units += [_file_unit(number, path) for path in _stdlib_files(problems) if path.stat().st_size]
             case schema.HuggingFaceSource():
                 units += _dataset_units(number, source, format)
             case _:
@@ -44,11 +44,11 @@ def list_units(sources: list[schema.Source], format: schema.Format) -> list[Unit
     return units
 
 
-def _stdlib_files() -> list[Path]:
+def _stdlib_files(problems: list[str]) -> list[Path]:
     root = Path(sysconfig.get_paths()["stdlib"])
     foreign = {"site-packages", "dist-packages", "__pycache__"}
     found: list[Path] = []
-    for folder, subfolders, names in os.walk(root):
+    for folder, subfolders, names in os.walk(root, onerror=lambda error: problems.append(_why_unreadable(error))):
         subfolders[:] = [name for name in subfolders if name not in foreign]  # do not even look into them
         found += [Path(folder, name) for name in names if name.endswith(".py")]
     return sorted(found, key=lambda path: path.relative_to(root).as_posix())
@@ -60,7 +60,7 @@ def _find_files(number: int, patterns: list[str], problems: list[str]) -> list[P
     for position, pattern in enumerate(patterns):
         errors: list[OSError] = []
         found = sorted(source_files(pattern, errors.append))
-        problems += [f"{error.filename or pattern}: cannot be read ({error.strerror})" for error in errors]
+        problems += dict.fromkeys(map(_why_unreadable, errors))
         if not found and not errors:
             path = Path(expand_home(pattern))
             looked = "" if path.is_absolute() else f" (looked for it from {Path.cwd().name}/, the working directory)"
@@ -78,6 +78,10 @@ def _find_files(number: int, patterns: list[str], problems: list[str]) -> list[P
             )
         files.update(dict.fromkeys(found))
     return [path for path in files if _is_readable(path, problems)]
+
+
+def _why_unreadable(error: OSError) -> str:
+    return f"{error.filename}: cannot be read ({error.strerror})"
 
 
 def _is_readable(path: Path, problems: list[str]) -> bool:
@@ -106,7 +110,7 @@ def _stamp(info: os.stat_result) -> str:
 def _file_unit(number: int, path: Path, start: int = 0, stop: int = 0, size_bytes: int | None = None) -> Unit:
     info = path.stat()
     size = info.st_size if size_bytes is None else size_bytes
-    return Unit(number, str(path), start, stop, size, _stamp(info))
+    return Unit(source=number, path=str(path), start=start, stop=stop, size_bytes=size, stamp=_stamp(info))
 
 
 def _split_file(number: int, source: schema.Source, path: Path, format: schema.Format) -> list[Unit]:
@@ -129,9 +133,15 @@ def _dataset_units(number: int, source: schema.HuggingFaceSource, format: schema
     check_fields(wanted_fields(source, format)[0], dataset.column_names, lambda: source.name)
     row_bytes = max(1, dataset.data.nbytes // max(1, rows))
     step = max(1, UNIT_BYTES // row_bytes)
-    stamp = str(dataset._fingerprint)
     return [
-        Unit(number, source.name, start, min(start + step, rows), row_bytes * (min(start + step, rows) - start), stamp)
+        Unit(
+            source=number,
+            path=source.name,
+            start=start,
+            stop=min(start + step, rows),
+            size_bytes=row_bytes * (min(start + step, rows) - start),
+            stamp=str(dataset._fingerprint),
+        )
         for start in range(0, rows, step)
     ]
 
@@ -147,8 +157,3 @@ def group_units(units: list[Unit]) -> list[list[Unit]]:
         tasks[-1].append(unit)
         size += unit.size_bytes
     return tasks
-
-
-def default_workers() -> int:
-    """CPUs that this process may use."""
-    return cpu.usable_cores()

@@ -7,7 +7,6 @@ never on which process runs it.
 
 import hashlib
 import uuid
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,17 +44,14 @@ class Piece:
 
 def count_characters(data: schema.DataSection, task: list[Unit]) -> int:
     """Of what is split by data.split; sources with a `use` lie outside of the text that is measured."""
-    return sum(len(document.text) for use, document in _documents(data, task, Counter()) if use is None)
+    return sum(len(document.text) for use, document in _documents(data, task, Found()) if use is None)
 
 
-def _documents(
-    data: schema.DataSection, task: list[Unit], skipped: Counter[str], found: Found | None = None
-) -> Iterator[tuple[SplitName | None, Document]]:
+def _documents(data: schema.DataSection, task: list[Unit], found: Found) -> Iterator[tuple[SplitName | None, Document]]:
     """Each with the `use` of its source."""
-    found = found or Found()
     for unit in task:
         source = data.sources[unit.source]
-        for document in read_documents(source, unit, data.format, skipped, found):
+        for document in read_documents(source, unit, data.format, found):
             yield source.use, document
     found.problems.tell()
 
@@ -93,16 +89,11 @@ def split_document(
 
 
 def read_pieces(
-    data: schema.DataSection,
-    task: list[Unit],
-    start: int,
-    bounds: tuple[int, int],
-    skipped: Counter[str],
-    found: Found | None = None,
+    data: schema.DataSection, task: list[Unit], start: int, bounds: tuple[int, int], found: Found
 ) -> Iterator[Piece]:
     """All pieces of a task whose text begins `start` characters into the whole."""
     split = data.rest_split
-    for use, document in _documents(data, task, skipped, found):
+    for use, document in _documents(data, task, found):
         if use is not None:
             yield Piece(use, document.text, begins=True, ends=True, document=document)
             continue
@@ -145,15 +136,14 @@ def tokenise(job: TokeniseJob) -> int:
     """
     key = (job.tokenizer, job.fast)
     encoder = _encoders.get(key) or _encoders.setdefault(key, Encoder(*key))
-    prefix, skipped, found = encoder.prefix_ids, Counter[str](), Found()
+    prefix, found = encoder.prefix_ids, Found()
     tokens = {name: _Tokens() for name in SPLITS}
-    format, cut = job.data.format, 0
-    maker = None
+    format, maker = job.data.format, None
     if not isinstance(format, schema.TextFormat):
         maker = SampleMaker(format, encoder, job.tokenizer, limit=job.context + 1, noted=found.noted)
     special = SpecialText([] if isinstance(format, schema.ChatFormat) else encoder.special_tokens)
     special.note_template(format, found.noted)
-    for piece in read_pieces(job.data, job.task, job.start, job.bounds, skipped, found):
+    for piece in read_pieces(job.data, job.task, job.start, job.bounds, found):
         if piece.begins:
             special.note(piece.document.text, found.noted)
         if maker is None:
@@ -168,24 +158,21 @@ def tokenise(job: TokeniseJob) -> int:
         try:
             sample = maker.make(piece.document)
         except NotUsable as reason:
-            skipped[str(reason)] += 1
+            found.skipped[str(reason)] += 1
             continue
         except RECORD_ERRORS as error:
             found.problems.add(error, piece.document.where)
             continue
-        cut += sample.cut
+        found.cut += sample.cut
         tokens[piece.split].add_sample(sample)
     arrays: dict[str, Any] = {
-        "skipped_names": np.array(sorted(skipped), str),
-        "skipped_counts": np.array([skipped[name] for name in sorted(skipped)], np.int64),
-        "cut": np.array([cut]),
+        "cut": np.array([found.cut]),
         "records": np.array([found.records]),
-        "field_names": np.array(sorted(found.fields), str),
-        "field_counts": np.array([found.fields[name] for name in sorted(found.fields)], np.int64),
-        "noted_names": np.array(sorted(found.noted), str),
-        "noted_counts": np.array([found.noted[name] for name in sorted(found.noted)], np.int64),
         "separators": np.array([found.separators[number] for number in range(len(job.data.sources))], np.int64),
     }
+    for name, counter in (("skipped", found.skipped), ("field", found.fields), ("noted", found.noted)):
+        arrays[f"{name}_names"] = np.array(sorted(counter), str)
+        arrays[f"{name}_counts"] = np.array([counter[each] for each in sorted(counter)], np.int64)
     for name in SPLITS:
         arrays |= {f"{name}_{key}": array for key, array in tokens[name].arrays(encoder.vocab_size).items()}
     _write_whole(job.result, arrays)

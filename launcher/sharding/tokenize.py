@@ -12,7 +12,7 @@ import re
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -125,20 +125,26 @@ def _download(name: str, revision: str | None, folder: Path) -> None:
         raise TokenizerError(f"the tokenizer '{name}' has no tokenizer.json (a fast tokenizer is needed)")
 
 
+def _load(folder: Path) -> Any:
+    """A tokenizer that neither cuts nor fills up, whatever its file says."""
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
 class Encoder:
     """Text -> ids, with the tokenizer of a folder. Text that looks like a special token stays text."""
 
     def __init__(self, folder: Path, fast: bool):
-        from tokenizers import Tokenizer
-
         file = folder / "tokenizer.json"
         try:
             self._spec: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-            self._tokenizer = Tokenizer.from_file(str(file))
+            self._tokenizer = _load(folder)
         except Exception as error:
             raise TokenizerError(f"{file}: not a tokenizer: {error}") from error
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = True
         self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
         self.eos_id = self._find_eos(folder)
@@ -161,12 +167,7 @@ class Encoder:
 
     @functools.cached_property
     def _special_tokenizer(self) -> Any:
-        from tokenizers import Tokenizer
-
-        tokenizer = Tokenizer.from_file(str(self._folder / "tokenizer.json"))
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
-        return tokenizer
+        return _load(self._folder)
 
     def text_end(self, text: str, count: int, special: bool) -> int:
         """How many characters of a text its first `count` ids stand for; `special`: those of `encode_special`."""
@@ -189,14 +190,9 @@ class Encoder:
         return self._tokenizer.id_to_token(number) or ""
 
     def _find_eos(self, folder: Path) -> int:
-        config = folder / "tokenizer_config.json"
-        settings = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
-        named = settings.get("eos_token")
-        if isinstance(named, dict):
-            named = cast(dict[str, Any], named).get("content")
-        for token in (named, END_OF_TEXT, "</s>", "<|end_of_text|>"):
-            found = None if token is None else self._tokenizer.token_to_id(token)
-            if found is not None:
+        named = prompts.read_own(folder)[1]["eos_token"]
+        for token in filter(None, (named, END_OF_TEXT, "</s>", "<|end_of_text|>")):
+            if (found := self._tokenizer.token_to_id(token)) is not None:
                 return found
         raise TokenizerError(
             f"{folder}: the tokenizer has no end-of-text token; set eos_token in its tokenizer_config.json to one of "

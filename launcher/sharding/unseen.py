@@ -64,7 +64,7 @@ def is_written(messages: Sequence[dict[str, Any]], written: str) -> bool:
     )
 
 
-def told(found: Found) -> Iterator[str]:
+def describe(found: Found) -> Iterator[str]:
     """Lines for people."""
     noted, of = found.noted, f"of {found.records:,} chats"
     if count := noted[CONTENT]:

@@ -2,10 +2,13 @@
 
     key                       of the recipe, of every source file's size and time, and of the rules that samples are cut
                               by; other work is not used again
+    made-from.json            the same in words, for people
     counts.json               characters of each task (split by `tail` alone)
     tokenizer/                and tokenizer-done, last, which says whether tiktoken gives its ids
     tokens-000000.npz ...     finished tasks
     out/                      shards, before they are moved into place
+
+FOLDER/.work-0123456789ab is such a folder with another key (which begins so), kept aside until shards are published.
 
 Beside it stands FOLDER/.unpublished from when an older build's manifest is taken away, or the new shards begin to move
 in, until the new manifest: what has no manifest then is a build's all the same, and the next try replaces it.
@@ -14,28 +17,29 @@ Jobs on several machines find the same tasks, in the same order, because each li
 """
 
 import contextlib
-import fcntl
 import functools
 import hashlib
 import itertools
 import json
 import os
 import shutil
-import sys
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO
+from typing import Any
 
 from launcher.sharding import samples, tasks
+from launcher.sharding.progress import say
 from launcher.sharding.readers import Unit
 from launcher.sharding.sources import group_units, list_units, stamp_of
-from llmtrain import files, locks, recipe, shards
+from llmtrain import files, recipe, shards
 from llmtrain.config.schema import RunConfig
 from llmtrain.errors import ConfigError, DataMismatch, SourceError, TooLittleData, UserError
 
 WORK = ".work"
 _UNPUBLISHED = ".unpublished"
+_KEY, _MADE_FROM = "key", "made-from.json"
+_SHORT = 12
+"""Letters of a key that tell work folders apart."""
 
 
 @dataclass(frozen=True)
@@ -114,6 +118,7 @@ def check_unchanged(plan: Plan) -> None:
     changed = [path for path, stamp in read if stamp_of(Path(path)) != stamp]
     if not changed and _key(plan.config, units) == plan.key:
         return
+    (plan.work / _KEY).unlink(missing_ok=True)  # nothing may build on what was read of it
     what = "the tokenizer, or the chat template" if not changed else changed[0]
     more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
     raise DataMismatch(
@@ -134,19 +139,97 @@ def num_tasks(config: RunConfig) -> int:
 def open_work(plan: Plan, anew: bool) -> None:
     """Make the work folder ready; keep what an earlier try has finished, if it is of the same input and not `anew`.
 
-    Nobody else may be at work there.
+    Work on other input is kept aside, and goes on where the input is again as it was. Nobody else may be at work there.
     """
-    marker = plan.work / "key"
-    if plan.work.exists() and (anew or not marker.exists() or marker.read_text() != plan.key):
-        if not anew:
-            told = f"sharding: starting anew; {plan.work} was of other sources or settings, or another version's"
-            print(told, file=sys.stderr, flush=True)
-        shutil.rmtree(plan.work)
+    own = _aside(plan.folder, plan.key)
+    if anew:
+        if done := _describe_done(plan.work):
+            say(f"--force throws away what was done before: {done}")
+        for old in (plan.work, *_asides(plan.folder)):
+            if old.exists():
+                shutil.rmtree(old)
+    elif plan.work.exists() and _key_of(plan.work) != plan.key:
+        _put_aside(plan, own)
+    if not plan.work.exists() and own.exists():
+        say(f"going on with {own}: sources and settings are again what they were")
+        own.rename(plan.work)
     if not plan.work.exists():
         plan.work.mkdir(parents=True)  # the job that had the lock before may have removed the folder
-        files.write_atomic(marker, plan.key)
+        files.write_atomic(plan.work / _MADE_FROM, json.dumps(_made_from(plan)))
+        files.write_atomic(plan.work / _KEY, plan.key)
     for left in plan.work.glob(f"*{tasks.ASIDE}"):
         left.unlink()
+
+
+def _put_aside(plan: Plan, own: Path) -> None:
+    """Keep the work on other input, in place of what was kept before; `own` is where work on this one may be kept."""
+    key = _key_of(plan.work)
+    if key is None:
+        if any(plan.work.iterdir()):
+            say(f"starting anew; {plan.work} was made while a source changed, or is not whole")
+        shutil.rmtree(plan.work)
+        return
+    if not own.exists():
+        say(f"starting anew: {_why_other(plan)}")
+    aside = _aside(plan.folder, key)
+    if done := _describe_done(plan.work):
+        say(f"what was done before ({done}) stays in {aside} until the shards are finished")
+    for older in _asides(plan.folder):
+        if older != own:
+            shutil.rmtree(older)
+    plan.work.rename(aside)
+
+
+def _key_of(work: Path) -> str | None:
+    """None where none is written yet."""
+    return (work / _KEY).read_text() if (work / _KEY).exists() else None
+
+
+def _aside(folder: Path, key: str) -> Path:
+    return folder / f"{WORK}-{key[:_SHORT]}"
+
+
+def _asides(folder: Path) -> list[Path]:
+    return list(folder.glob(f"{WORK}-{'[0-9a-f]' * _SHORT}"))
+
+
+def _describe_done(work: Path) -> str:
+    sizes = [path.stat().st_size for path in work.glob("tokens-*.npz") if not path.name.endswith(tasks.ASIDE)]
+    return f"{len(sizes):,} tasks, {sum(sizes) / 1e6:,.1f} MB of tokens" if sizes else ""
+
+
+def _made_from(plan: Plan) -> dict[str, Any]:
+    """What the key is of."""
+    file = recipe.tokenizer_file(plan.config)
+    return {
+        "rules": samples.RULES,
+        "recipe": recipe.recipe_of(plan.config),
+        "tokenizer": None if file is None else files.sha256(file),
+        "files": {unit.path: unit.stamp for unit in itertools.chain.from_iterable(plan.tasks)},
+    }
+
+
+def _why_other(plan: Plan) -> str:
+    """Why the work folder's key is not this input's."""
+    now, then = _made_from(plan), None
+    with contextlib.suppress(FileNotFoundError, ValueError):
+        then = json.loads((plan.work / _MADE_FROM).read_text())
+    if then is not None and then["rules"] == now["rules"]:
+        if settings := _different(then["recipe"], now["recipe"]):
+            names = ("model.context" if name == "context" else f"data.{name}" for name in settings)
+            return f"{plan.work} was made with other settings ({', '.join(names)})"
+        if then["tokenizer"] != now["tokenizer"]:
+            return f"{plan.work} was made with another tokenizer"
+        if changed := _different(then["files"], now["files"]):
+            first = changed[0]
+            how = "is new" if first not in then["files"] else "is gone" if first not in now["files"] else "has changed"
+            return f"{first} {how}" + (f" (and {len(changed) - 1} more)" if len(changed) > 1 else "")
+    return f"another version of llmtrain made {plan.work}"
+
+
+def _different(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Names under which something else stands now."""
+    return sorted(name for name in {*then, *now} if then.get(name) != now.get(name))
 
 
 def check_folder(config: RunConfig) -> None:
@@ -188,7 +271,8 @@ def take_manifest(plan: Plan) -> None:
 def remove_work(folder: Path) -> None:
     """Delete what a build needs until its manifest is written."""
     (folder / _UNPUBLISHED).unlink(missing_ok=True)
-    shutil.rmtree(folder / WORK, ignore_errors=True)
+    for work in (folder / WORK, *_asides(folder)):
+        shutil.rmtree(work, ignore_errors=True)
 
 
 def check_work(plan: Plan) -> None:
@@ -198,14 +282,14 @@ def check_work(plan: Plan) -> None:
         UserError: it was not made ready.
         DataMismatch: it was made for something else.
     """
-    marker = plan.work / "key"
-    if not marker.exists():
+    key = _key_of(plan.work)
+    if key is None:
         raise not_prepared(plan)
-    if marker.read_text() != plan.key:
+    if key != plan.key:
         raise DataMismatch(
-            f"{plan.work}: prepared for other sources or settings than what this job finds: a file was changed since, "
-            "is not the same on this machine, another configuration uses the same data.dir, or another version of "
-            "llmtrain prepared it. Run 'llmtrain shard CONFIG --only prepare' again: it starts anew"
+            f"{plan.work}: prepared for other sources or settings than what this job finds ({_why_other(plan)}). A "
+            "file was changed since, is not the same on this machine, another configuration uses the same data.dir, or "
+            "another version of llmtrain prepared it. Run 'llmtrain shard CONFIG --only prepare' again: it starts anew"
         )
 
 
@@ -214,48 +298,3 @@ def not_prepared(plan: Plan) -> UserError:
         f"{plan.folder}: --part needs the tokenizer, and it is not prepared yet; run "
         "'llmtrain shard CONFIG --only prepare' first, with the same configuration"
     )
-
-
-def _lock_file(folder: Path) -> Path:
-    return folder.with_name(folder.name + ".lock")
-
-
-def may_lock(folder: Path) -> bool:
-    """Whether this process may write what `locked` needs: finished shards may lie where nobody may write."""
-    path = _lock_file(folder)
-    return os.access(path if path.exists() else path.parent, os.W_OK)
-
-
-@contextlib.contextmanager
-def locked(folder: Path, shared: bool = False) -> Iterator[None]:
-    """Keep others out of a folder; with `shared`, only those who do not share. Waits for them, and says so.
-
-    Also between machines, where their file system knows locks; a lock ends with the process that holds it.
-
-    Raises:
-        UserError: the file system knows no locks.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    path = _lock_file(folder)
-    with path.open("a+") as lock:  # NFS wants a file that may be read for a shared lock, written for the other one
-        kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
-        if not _lock(lock, kind | fcntl.LOCK_NB, path):
-            print(f"sharding: waiting for other jobs, which hold {path}", file=sys.stderr, flush=True)
-            _lock(lock, kind, path)
-        yield
-
-
-def _lock(lock: IO[str], how: int, path: Path) -> bool:
-    """Whether the lock was had."""
-    try:
-        fcntl.flock(lock, how)
-    except BlockingIOError:
-        return False
-    except OSError as error:
-        if error.errno not in locks.NO_LOCKS:
-            raise
-        raise UserError(
-            f"{path}: its file system has no locks ({error.strerror}); set data.dir to a folder on one that has "
-            "(Lustre has them where it is mounted with -o flock)"
-        ) from error
-    return True

@@ -3,6 +3,7 @@
 import math
 import shlex
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,8 @@ from launcher.cluster import Profile, SideJob
 from launcher.walltime import seconds
 
 _EVER = 1_000_000
-"""Requeues after time-outs that submitit allows: a job that makes no progress is ended by its supervisor."""
+"""No limit, where submitit has one: on requeues after time-outs (a job that makes no progress is ended by its
+supervisor), and on the jobs of an array that run at once."""
 
 
 @dataclass(frozen=True)
@@ -23,8 +25,6 @@ class JobSpec:
     folder: Path
     """Absolute, on the shared file system: script, pickles, output."""
     profile: Profile
-    words: tuple[str, ...]
-    """For `python -m launcher` on each node, where there is no submitit."""
     nodes: int = 1
     gpus_per_node: int = 0
     ranks_per_node: int = 1
@@ -32,6 +32,8 @@ class JobSpec:
     """Limit; by default the profile's."""
     after: str = ""
     """Dependency, as sbatch takes it: afterok:123."""
+    at_once: int | None = None
+    """Of an array: how many of its jobs may run at the same time; None: all."""
     side: SideJob | None = None
     """It does not train: one node, with what the profile says for such jobs."""
 
@@ -75,6 +77,7 @@ def parameters(spec: JobSpec) -> dict[str, Any]:
         "mem": (side.mem if side is not None else None) or profile.mem,
         "exclusive": True if profile.exclusive and side is None else None,
         "dependency": spec.after or None,
+        "array_parallelism": spec.at_once or _EVER,  # submitit's own limit is 256
         "signal_delay_s": profile.signal_s,
         "wckey": None,
         "stderr_to_stdout": True,
@@ -95,23 +98,27 @@ def executor(spec: JobSpec) -> Any:
     return made
 
 
-def render(spec: JobSpec, plain: bool = False, count: int = 1) -> str:
-    """The script of a job, or of an array of `count`. `plain`: to be submitted with sbatch, without submitit.
+def render(spec: JobSpec, count: int = 1) -> str:
+    """The script of a job, or of an array of `count`. Needs no SLURM."""
+    payload = f"{_python(spec.profile)} -u -m submitit.core._submit {shlex.quote(str(spec.folder))}"
+    return _script(payload, spec, parameters(spec), map_count=count if count > 1 else None)
 
-    Needs no SLURM.
-    """
+
+def render_plain(spec: JobSpec, words: Sequence[str]) -> str:
+    """A script for sbatch itself, without submitit: `python -m launcher WORDS` on each node. Needs no SLURM."""
+    further = parameters(spec)
+    further["additional_parameters"]["output"] = "%x-%j.out"  # beside where a person calls sbatch
+    srun = shlex.join(["srun", "--unbuffered", *further.pop("srun_args")])
+    # What the script is given becomes settings: sbatch SCRIPT train.steps=100
+    payload = f'{srun} {_python(spec.profile)} -u -m launcher {shlex.join(words)} "$@"'
+    return _script(payload, spec, further, use_srun=False)
+
+
+def _script(payload: str, spec: JobSpec, further: dict[str, Any], **how: Any) -> str:
     from submitit.slurm import slurm
 
-    python, further = _python(spec.profile), parameters(spec)
     make: Any = vars(slurm)["_make_sbatch_string"]  # it has no public name; a test fails where it moves
-    if plain:
-        further["additional_parameters"]["output"] = "%x-%j.out"  # beside where a person calls sbatch
-        srun = shlex.join(["srun", "--unbuffered", *further.pop("srun_args")])
-        # What the script is given becomes settings: sbatch SCRIPT train.steps=100
-        payload = f'{srun} {python} -u -m launcher {shlex.join(spec.words)} "$@"'
-        return make(payload, spec.folder, **further, use_srun=False)
-    payload = f"{python} -u -m submitit.core._submit {shlex.quote(str(spec.folder))}"
-    return make(payload, spec.folder, **further, map_count=count if count > 1 else None)
+    return make(payload, spec.folder, **further, **how)
 
 
 def _python(profile: Profile) -> str:

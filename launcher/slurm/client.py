@@ -97,11 +97,11 @@ def queue(job_ids: Iterable[str]) -> dict[str, Queued]:
     if not wanted:
         return {}
     _ping()
-    known = _told_by_squeue(wanted)
-    found = {job_id: told for job_id in wanted if (told := _of(job_id, known)) is not None}
+    known = _ask_squeue(wanted)
+    found = {job_id: job for job_id in wanted if (job := _of(job_id, known)) is not None}
     if forgotten := [job_id for job_id in wanted if job_id not in found]:
-        known = _told_by_sacct(forgotten)
-        found |= {job_id: told for job_id in forgotten if (told := _of(job_id, known)) is not None}
+        known = _ask_sacct(forgotten)
+        found |= {job_id: job for job_id in forgotten if (job := _of(job_id, known)) is not None}
     return found
 
 
@@ -113,26 +113,26 @@ def _ping() -> None:
 
 def _of(job_id: str, known: dict[str, Queued]) -> Queued | None:
     """Of a job, or of all tasks of an array together."""
-    tasks = [told for each, told in known.items() if each.startswith(f"{job_id}_")]
+    tasks = [job for each, job in known.items() if each.startswith(f"{job_id}_")]
     if job_id in known or not tasks:
         return known.get(job_id)
-    counts = collections.Counter(told.state for told in tasks)
+    counts = collections.Counter(job.state for job in tasks)
     failed = sorted(counts.keys() - {*_MOST_ALIVE, "COMPLETED"})
     ordered = [state for state in (*_MOST_ALIVE, *failed, "COMPLETED") if state in counts]
     state = ordered[0]
-    alike = [told for told in tasks if told.state == state]
+    alike = [job for job in tasks if job.state == state]
     return Queued(
         job_id,
         state,
-        ", ".join(f"{counts[each]} {each.lower()}" for each in ordered),
-        ",".join(dict.fromkeys(told.nodes for told in alike if told.nodes)),
-        max((told.left_s for told in alike if told.left_s is not None), default=None),
-        min((told.starts for told in alike if told.starts is not None), default=None),
-        all(told.from_accounts for told in alike),
+        reason=", ".join(f"{counts[each]} {each.lower()}" for each in ordered),
+        nodes=",".join(dict.fromkeys(job.nodes for job in alike if job.nodes)),
+        left_s=max((job.left_s for job in alike if job.left_s is not None), default=None),
+        starts=min((job.starts for job in alike if job.starts is not None), default=None),
+        from_accounts=all(job.from_accounts for job in alike),
     )
 
 
-def _told_by_squeue(wanted: Iterable[str]) -> dict[str, Queued]:
+def _ask_squeue(wanted: Iterable[str]) -> dict[str, Queued]:
     """With all tasks of their arrays."""
     roots = sorted({job_id.split("_")[0] for job_id in wanted})
     words = ["squeue", "--noheader", "--array", "--states=all", f"--jobs={','.join(roots)}"]
@@ -148,14 +148,17 @@ def _told_by_squeue(wanted: Iterable[str]) -> dict[str, Queued]:
             continue  # a notice of the site's
         job_id, state, reason, nodes, left, starts = line.split("|", 5)
         found[job_id] = Queued(
-            job_id, state, "" if reason == "None" else reason, nodes,
-            seconds(left) if state == "RUNNING" else None,
-            float(starts) if state == "PENDING" and starts.isdigit() else None,
-        )  # fmt: skip
-    for job_id, told in found.items():
-        if told.is_over and told.reason != NEVER_STARTS:  # squeue's other reasons are what it waited for
-            code = describe(job_id).get("ExitCode", "") if told.state == "FAILED" else ""
-            found[job_id] = replace(told, reason=_exit(code))
+            job_id,
+            state,
+            reason="" if reason == "None" else reason,
+            nodes=nodes,
+            left_s=seconds(left) if state == "RUNNING" else None,
+            starts=float(starts) if state == "PENDING" and starts.isdigit() else None,
+        )
+    for job_id, job in found.items():
+        if job.is_over and job.reason != NEVER_STARTS:  # squeue's other reasons are what it waited for
+            code = describe(job_id).get("ExitCode", "") if job.state == "FAILED" else ""
+            found[job_id] = replace(job, reason=_exit(code))
     return found
 
 
@@ -185,7 +188,7 @@ def describe(job_id: str) -> dict[str, str]:
     return fields[0] if fields else {}
 
 
-def _told_by_sacct(wanted: Iterable[str]) -> dict[str, Queued]:
+def _ask_sacct(wanted: Iterable[str]) -> dict[str, Queued]:
     if shutil.which("sacct") is None:
         return {}
     words = ["sacct", "--noheader", "--parsable2", "-X", f"--jobs={','.join(wanted)}"]
@@ -205,5 +208,5 @@ def _told_by_sacct(wanted: Iterable[str]) -> dict[str, Queued]:
 
 def end_time(job_id: str) -> float | None:
     """When the time limit ends this job; seconds since 1970. None without a limit."""
-    told = queue([job_id]).get(job_id)
-    return time.time() + told.left_s if told is not None and told.left_s is not None else None
+    job = queue([job_id]).get(job_id)
+    return time.time() + job.left_s if job is not None and job.left_s is not None else None

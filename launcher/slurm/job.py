@@ -83,11 +83,11 @@ class ServiceJob:
     def _training(self) -> tuple[str, bool]:
         """How its job stands, and whether it is over."""
         try:
-            told = client.queue([self.train_job]).get(self.train_job)
+            queued = client.queue([self.train_job]).get(self.train_job)
         except SlurmError as error:
             say(f"SLURM does not say how job {self.train_job} stands: {error}")
             return "", False
-        return ("", True) if told is None else (told.state, told.is_over)
+        return ("", True) if queued is None else (queued.state, queued.is_over)
 
     def checkpoint(self) -> Any:
         return _again(self)

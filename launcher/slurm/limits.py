@@ -5,7 +5,6 @@ leave a job waiting for ever. So these are compared before.
 """
 
 import difflib
-from dataclasses import dataclass
 
 from launcher import display
 from launcher.findings import Finding, doubtful, fine, wrong
@@ -13,32 +12,21 @@ from launcher.slurm.batch import JobSpec
 from launcher.slurm.partitions import Partition
 
 
-@dataclass(frozen=True)
-class Request:
-    """What a training job asks for."""
-
-    nodes: int = 1
-    gpus_per_node: int = 0
-    ranks_per_node: int = 1
-    time: str | None = None
-    """By default the profile's."""
-
-
 def check_limits(spec: JobSpec, known: dict[str, Partition]) -> list[Finding]:
     """Of several partitions that are named one that fits is enough: SLURM takes the first that is free."""
     named = (spec.side.partition if spec.side is not None else None) or spec.profile.partition
     default = next((name for name, partition in known.items() if partition.is_default), None)
-    told: list[Finding] = []
+    too_many: list[Finding] = []
     if spec.side is None and spec.gpus_per_node > spec.profile.gpus_per_node:
         has = f"gpus_per_node={spec.profile.gpus_per_node} (profile {spec.profile.name})"
-        told = [wrong("profile", f"{spec.gpus_per_node} GPUs per node are asked for, and a node has {has}")]
+        too_many = [wrong("profile", f"{spec.gpus_per_node} GPUs per node are asked for, and a node has {has}")]
     if named is None and default is None:
-        return [*told, wrong("partition", f"none is named, and there is no default; use one of {_listed(known)}")]
+        return [*too_many, wrong("partition", f"none is named, and there is no default; use one of {_listed(known)}")]
     names = named.split(",") if named else [str(default)]
     unknown = [_unknown(name, known, spec.profile.name) for name in names if name not in known]
     each = [_check(spec, known[name]) for name in names if name in known]
     fitting = [found for found in each if not any(finding.severity == "error" for finding in found)]
-    return [*told, *unknown, *(fitting[0] if fitting else [finding for found in each for finding in found])]
+    return [*too_many, *unknown, *(fitting[0] if fitting else [finding for found in each for finding in found])]
 
 
 def _unknown(name: str, known: dict[str, Partition], profile: str) -> Finding:
@@ -84,8 +72,8 @@ def _check_nodes(spec: JobSpec, partition: Partition) -> Finding:
         return wrong("nodes", f"{spec.nodes} are asked for; {partition.name} has {partition.num_nodes}{limit}")
     ready = partition.num_nodes_with(min(_gpus(spec), partition.gpus_per_node), up=True)
     if least > ready:
-        told = f"{ready} of {partition.num_nodes} in {partition.name} are up"
-        return doubtful("nodes", f"{spec.nodes} are asked for, and {told}: the job waits for the others")
+        up = f"{ready} of {partition.num_nodes} in {partition.name} are up"
+        return doubtful("nodes", f"{spec.nodes} are asked for, and {up}: the job waits for the others")
     return fine("nodes", f"{spec.nodes} of {partition.num_nodes} in {partition.name}")
 
 
@@ -121,8 +109,8 @@ def _check_account(spec: JobSpec, partition: Partition) -> list[Finding]:
     if profile.account is None and not allowed:
         return []
     if profile.account is None:
-        told = f"none is named, and {partition.name} is for {display.words(allowed)} alone"
-        return [doubtful("account", f"{told}: your default account must be one of them")]
+        unnamed = f"none is named, and {partition.name} is for {display.words(allowed)} alone"
+        return [doubtful("account", f"{unnamed}: your default account must be one of them")]
     if (allowed and profile.account not in allowed) or profile.account in denied:
         who = f"it is for {display.words(allowed)} alone" if allowed else "it is refused there"
         return [wrong("account", f"{profile.account} (profile {profile.name}) may not use {partition.name}: {who}")]

@@ -11,7 +11,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from launcher.jobs import JobDir
@@ -70,9 +70,10 @@ def keep_going(words: list[str], ranks: int, device: str | None, rules: Rules, r
     folder = jobs.start(node.job_id, node.restart)
     used = nodes_that_train(config.train.global_batch_size, ranks, node.num_nodes)
     meeting = Meeting(folder, node.number, used)
-    if node.number >= used:
-        return _sit_out(meeting, node)
+    meeting.beat()
     try:
+        if node.number >= used:
+            return _sit_out(meeting, node)
         start = Start(words, ranks, device, node.number, used)
         return _train(start, rules, requeue, again, node, run, jobs, meeting)
     except FirstNodeGone as error:  # what went wrong stands in that node's output
@@ -98,7 +99,7 @@ def _sit_out(meeting: Meeting, node: Node) -> int:
 def _train(
     start: Start, rules: Rules, requeue: Requeue, again: bool, node: Node, run: RunDir, jobs: JobDir, meeting: Meeting
 ) -> int:
-    rules = Rules(rules.max_restarts, rules.hang_s, rules.grace_s, _ends_at(node), rules.lead_s)
+    rules = replace(rules, ends_at=_ends_at(node), may_requeue=again)
     since = _begin(jobs, run, node, meeting, rules.max_restarts)
     if since is None:
         return 1
@@ -106,17 +107,31 @@ def _train(
     code = supervisor.supervise(since if node.restart else None)
     stopped = supervisor.stopped_by is not None or code == EXIT_REQUEUE  # the time limit is the first node's to know
     asked = supervisor.stopped_by == "llmtrain stop" or jobs.stop.exists()
-    # At its limit a job has had all its time: what `_begin` wrote stands, and counts without a new checkpoint.
-    if node.number == 0 and (code == 0 or not supervisor.met_limit):
+    # At its limit a job has had all its time, and a GPU that fails may fail again: what `_begin` wrote stands, and
+    # counts without a new checkpoint.
+    counts = supervisor.met_limit or supervisor.lost_gpus_on
+    if node.number == 0 and (code == 0 or asked or not counts):
         _note(jobs, run, node, since, clean=stopped or code == 0, asked=asked)
-    if not stopped or code == 0 or is_for_a_person(code):
+    if asked or not again or not stopped or code == 0 or is_for_a_person(code):
         return code
-    if asked or not again:
-        return EXIT_REQUEUE if code == EXIT_REQUEUE else code
     if node.number > 0:
         return 0  # some clusters end a job when one of its tasks ends badly: the first node has work to do
+    meeting.beat(last=True)  # SLURM may be silent for long
     come_back(node.job_id, requeue)
+    if supervisor.lost_gpus_on:
+        _avoid(supervisor.lost_gpus_on, node.job_id)
     return EXIT_REQUEUE
+
+
+def _avoid(nodes: list[str], job_id: str) -> None:
+    """Keep a job that was just queued again off these nodes: it would find them first, idle as they are now."""
+    try:
+        excluded = client.describe(job_id).get("ExcNodeList", "(null)")
+        listed = ",".join(nodes if excluded == "(null)" else [excluded, *nodes])
+        client.call(["scontrol", "update", f"JobId={job_id}", f"ExcNodeList={listed}"])
+        say(f"it keeps off {', '.join(nodes)}; once the GPU works again: scontrol update JobId={job_id} ExcNodeList=")
+    except SlurmError as error:
+        say(f"it may start on {', '.join(nodes)} again: {error}")
 
 
 def _ignore_signals() -> None:
@@ -175,8 +190,8 @@ def _ends_at(node: Node) -> float | None:
     """When the time limit ends this job; None on other nodes than the first: one that knows is enough."""
     if node.number > 0:
         return None
-    if (told := os.environ.get("SLURM_JOB_END_TIME", "")).isdigit():
-        return float(told)
+    if (ends_at := os.environ.get("SLURM_JOB_END_TIME", "")).isdigit():
+        return float(ends_at)
     try:
         return client.end_time(node.job_id)
     except SlurmError as error:  # in a container without SLURM's commands its signal comes all the same
@@ -243,8 +258,8 @@ def _forget_older_stop(jobs: JobDir, node: Node) -> None:
 def _submitted(node: Node) -> float:
     """When; where SLURM does not say that, when it started, or else 0."""
     with contextlib.suppress(SlurmError, OSError):
-        if (told := client.describe(node.job_id).get("SubmitTime", "")).isdigit():
-            return float(told)
+        if (submitted := client.describe(node.job_id).get("SubmitTime", "")).isdigit():
+            return float(submitted)
     started = os.environ.get("SLURM_JOB_START_TIME", "")
     return float(started) if started.isdigit() else 0.0
 

@@ -1,57 +1,41 @@
 """What `llmtrain submit` does with its options: check, then show the script or queue the job."""
 
 import shlex
-from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
 
 from launcher import walltime
 from launcher.cluster import load_profile
-from launcher.slurm.limits import Request
-from launcher.submitting import dependencies, submit
+from launcher.submitting import submit
 from launcher.submitting.submit import Order
 from llmtrain.errors import ConfigError
 
 
-@dataclass(frozen=True)
-class Wishes:
-    """The command line."""
+def order_of(
+    cluster: Path | None, nodes: int, gpus_per_node: int | None, ranks_per_node: int | None, time: str
+) -> Order:
+    """What a job has on that cluster.
 
-    words: list[str]
-    cluster: Path | None
-    nodes: int
-    gpus_per_node: int | None
-    ranks_per_node: int | None
-    time: str
-    after: str
-    sweep: list[str]
-    service_job: bool
-    max_restarts: int
-    hang_s: float
+    Args:
+        gpus_per_node: None for all that the profile says, or none where ranks are asked for.
+        ranks_per_node: of nodes without GPUs.
+        time: limit; empty for the profile's.
 
-
-def order_of(wishes: Wishes) -> Order:
-    """Raises ConfigError where options contradict each other or the profile."""
-    if wishes.cluster is None:
+    Raises:
+        ConfigError: options contradict each other or the profile.
+    """
+    if cluster is None:
         raise ConfigError(
             ["--cluster is missing: the file that describes your cluster; 'llmtrain doctor --cluster' drafts one"]
         )
-    _check_time(wishes.time)
-    dependencies.parse(wishes.after)
-    profile = load_profile(wishes.cluster)
-    gpus = wishes.gpus_per_node
-    if gpus is None:
-        gpus = 0 if wishes.ranks_per_node is not None else profile.gpus_per_node
-    if gpus and wishes.ranks_per_node is not None:
+    _check_time(time)
+    profile = load_profile(cluster)
+    if gpus_per_node is None:
+        gpus_per_node = 0 if ranks_per_node is not None else profile.gpus_per_node
+    if gpus_per_node and ranks_per_node is not None:
         raise ConfigError(["--ranks-per-node is for nodes without GPUs: else there is one rank per GPU; leave it out"])
-    return Order(
-        profile=profile,
-        request=Request(wishes.nodes, gpus, gpus or wishes.ranks_per_node or 1, wishes.time or None),
-        after=wishes.after,
-        max_restarts=wishes.max_restarts,
-        hang_s=wishes.hang_s,
-    )
+    return Order(profile, nodes, gpus_per_node, gpus_per_node or ranks_per_node or 1, time, profile_file=cluster)
 
 
 def _check_time(limit: str) -> None:
@@ -61,23 +45,24 @@ def _check_time(limit: str) -> None:
         raise ConfigError([f"--time {error} (minutes, hours:minutes:seconds, days-hours:minutes:seconds)"]) from None
 
 
-def act(wishes: Wishes, dry_run: bool, plain: bool) -> None:
+def act(words: list[str], order: Order, sweep: list[str], service_job: bool, dry_run: bool, plain: bool) -> None:
     """Show the script, or queue the job and say how to follow it."""
     if plain and not dry_run:
         raise ConfigError(["--plain: it goes with --dry-run, which submits nothing"])
-    if dry_run and wishes.service_job:
+    if dry_run and service_job:
         raise ConfigError(["--service-job: --dry-run shows the script of training alone; leave it out"])
-    order = order_of(wishes)
+    if order.at_once is not None and not sweep:
+        raise ConfigError(["--at-once: it is for the runs of a sweep, and there is no --sweep; leave it out"])
     if dry_run:
-        print(submit.preview(wishes.words, order, wishes.sweep, plain), end="")
+        print(submit.preview(words, order, sweep, plain), end="")
         return
-    records = submit.submit(wishes.words, order, wishes.sweep, wishes.service_job, Console())
-    runs = submit.plan_runs(wishes.words, wishes.sweep)
+    records = submit.submit(words, order, sweep, service_job, Console())
+    runs = submit.plan_runs(words, sweep)
     for record in records:
         print(f"job {record.job_id}  {record.kind}")
-    folder = runs[0].run.path if not wishes.sweep else runs[0].run.path.parent
+    folder = runs[0].run.path if not sweep else runs[0].run.path.parent
     print(f"follow it with: llmtrain status {shlex.quote(str(folder))}")
-    if wishes.sweep:
+    if sweep:
         print(f"compare its {len(runs)} runs with: llmtrain compare {shlex.quote(str(folder))}")
 
 

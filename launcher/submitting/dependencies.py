@@ -19,24 +19,24 @@ def parse(text: str) -> str:
     Raises:
         ConfigError: it is neither job numbers nor a dependency.
     """
-    told = re.sub(r"\s", "", text)
-    if not told:
+    dependency = re.sub(r"\s", "", text)
+    if not dependency:
         return ""
-    if _NUMBERS.fullmatch(told):
-        return f"afterok:{told.replace(',', ':')}"  # with a comma SLURM would wait for any end of the second one
-    if not _DEPENDENCY.fullmatch(told):
+    if _NUMBERS.fullmatch(dependency):
+        return f"afterok:{dependency.replace(',', ':')}"  # with a comma SLURM would wait for any end of the second one
+    if not _DEPENDENCY.fullmatch(dependency):
         raise ConfigError(
             [
                 f"--after {text}: write a job's number (--after 4711), several (--after 4711,4712), or a dependency as "
                 "sbatch takes it (--after afterany:4711:4712)"
             ]
         )
-    return told
+    return dependency
 
 
-def check_known(told: str) -> list[Finding]:
+def check_known(dependency: str) -> list[Finding]:
     """Of a dependency: numbers of jobs that SLURM never had, or has forgotten."""
-    numbers = list(dict.fromkeys(re.findall(r"(?<=:)\d+", told)))
+    numbers = list(dict.fromkeys(re.findall(r"(?<=:)\d+", dependency)))
     try:
         known = client.queue(numbers)
     except SlurmError:

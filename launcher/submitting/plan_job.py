@@ -52,12 +52,8 @@ def find_job(wishes: Wishes) -> Order | None:
     from launcher.submitting import command
 
     return command.order_of(
-        command.Wishes(
-            words=[], cluster=wishes.cluster, nodes=wishes.nodes or 1, gpus_per_node=wishes.gpus_per_node,
-            ranks_per_node=wishes.ranks_per_node, time=wishes.time or "", after="", sweep=[], service_job=False,
-            max_restarts=3, hang_s=600.0,
-        )
-    )  # fmt: skip
+        wishes.cluster, wishes.nodes or 1, wishes.gpus_per_node, wishes.ranks_per_node, wishes.time or ""
+    )
 
 
 def machine_for(wishes: Wishes, job: Order | None, gpu_memory_gb: float | None, device: str) -> Machine:
@@ -75,15 +71,14 @@ def machine_for(wishes: Wishes, job: Order | None, gpu_memory_gb: float | None, 
 
 def find_nodes(job: Order, gpu_memory_gb: float | None, device: str) -> Machine:
     """What a job gets of a cluster, which is not asked."""
-    profile, asked = job.profile, job.request
-    ranks = asked.nodes * asked.ranks_per_node
-    nodes = "1 node" if asked.nodes == 1 else f"{asked.nodes} nodes"
-    if not asked.gpus_per_node or device == "cpu":
-        size = None if profile.mem_bytes is None else profile.mem_bytes / asked.ranks_per_node
+    profile, ranks = job.profile, job.nodes * job.ranks_per_node
+    nodes = "1 node" if job.nodes == 1 else f"{job.nodes} nodes"
+    if not job.gpus_per_node or device == "cpu":
+        size = None if profile.mem_bytes is None else profile.mem_bytes / job.ranks_per_node
         memory = "unknown memory" if profile.mem_bytes is None else display.size(profile.mem_bytes)
         return Machine("cpu", ranks, size, f"{nodes} with {memory}, {num_ranks(ranks)}")
     gigabytes = gpu_memory_gb or profile.gpu_memory_gb
-    gpus = "1 GPU" if asked.gpus_per_node == 1 else f"{asked.gpus_per_node} GPUs"
+    gpus = "1 GPU" if job.gpus_per_node == 1 else f"{job.gpus_per_node} GPUs"
     if gigabytes is None:
         return Machine("cuda", ranks, None, f"{nodes} with {gpus} of unknown size")
     return Machine("cuda", ranks, gigabytes * GB, f"{nodes} with {gpus} of {gigabytes:g} GB")

@@ -19,7 +19,6 @@ from launcher.keeper.supervisor import Rules
 from launcher.slurm import batch, client
 from launcher.slurm.batch import JobSpec
 from launcher.slurm.job import CommandJob, ServiceJob, TrainJob
-from launcher.slurm.limits import Request
 from launcher.submitting import dependencies
 from launcher.submitting.variables import forget_overrides
 from llmtrain import files
@@ -35,22 +34,68 @@ _LONGEST_NAME = 100
 
 @dataclass(frozen=True)
 class Order:
-    """What the command line asks for."""
+    """What a training job is to have, and how it is kept going; the same for all runs of a sweep."""
 
     profile: Profile
-    request: Request
+    nodes: int = 1
+    gpus_per_node: int = 0
+    ranks_per_node: int = 1
+    time: str = ""
+    """Limit; empty: the profile's."""
     after: str = ""
-    """Job numbers, or a whole dependency such as afterany:123."""
-    max_restarts: int = 3
-    hang_s: float = 600.0
+    """Dependency, as sbatch takes it."""
+    at_once: int | None = None
+    """How many runs of a sweep may train at the same time; None: all that SLURM has room for."""
+    max_restarts: int = Rules.max_restarts
+    hang_s: float = Rules.hang_s
+    profile_file: Path | None = None
+    """Where the profile stands; None where it is from no file."""
 
     @property
-    def dependency(self) -> str:
-        return dependencies.parse(self.after)
+    def rules(self) -> Rules:
+        return Rules(self.max_restarts, self.hang_s, lead_s=self.profile.signal_s)
+
+    def device(self, config: RunConfig) -> str | None:
+        """For the ranks: where GPUs are asked for, training must not go on in silence on a CPU."""
+        return "cuda" if self.gpus_per_node and config.train.device == "auto" else None
+
+    def spec(self, name: str, folder: Path) -> JobSpec:
+        """The training job, as sbatch is told of it."""
+        return JobSpec(
+            name=name,
+            folder=folder,
+            profile=self.profile,
+            nodes=self.nodes,
+            gpus_per_node=self.gpus_per_node,
+            ranks_per_node=self.ranks_per_node,
+            time=self.time,
+            after=self.after,
+            at_once=self.at_once,
+        )
+
+    def options(self) -> list[str]:
+        """Of `llmtrain submit`, with which one run is asked for in the same way; `after` is over by then."""
+        each = ["--gpus-per-node", str(self.gpus_per_node)]
+        if not self.gpus_per_node:
+            each = ["--ranks-per-node", str(self.ranks_per_node)]
+        words = [] if self.profile_file is None else ["--cluster", str(self.profile_file.absolute())]
+        words += ["--nodes", str(self.nodes), *each, *(["--time", self.time] if self.time else [])]
+        if self.max_restarts != Rules.max_restarts:
+            words += ["--max-restarts", str(self.max_restarts)]
+        return [*words, *(["--hang-after", f"{self.hang_s:g}"] if self.hang_s != Rules.hang_s else [])]
+
+    def on_node(self, words: Sequence[str], config: RunConfig) -> list[str]:
+        """What trains on each node where there is no submitit: the words behind `python -m launcher`."""
+        device = self.device(config)
+        return [
+            "node", "--ranks", str(self.ranks_per_node), *(["--device", device] if device else []),
+            "--max-restarts", str(self.max_restarts), "--hang-after", f"{self.hang_s:g}",
+            "--lead", str(self.profile.signal_s), *([] if self.profile.requeue else ["--no-requeue"]), *words,
+        ]  # fmt: skip
 
 
 @dataclass(frozen=True)
-class Training:
+class PlannedRun:
     """One run to be submitted: its folder, and what `python -m llmtrain` is given."""
 
     run: RunDir
@@ -59,7 +104,7 @@ class Training:
     """Over the configuration that all runs of a sweep share."""
 
 
-def plan_runs(words: Sequence[str], sweep: Sequence[str]) -> list[Training]:
+def plan_runs(words: Sequence[str], sweep: Sequence[str]) -> list[PlannedRun]:
     """The run that is asked for, or one for each combination of a sweep's values, in a folder of their own.
 
     Raises:
@@ -68,7 +113,7 @@ def plan_runs(words: Sequence[str], sweep: Sequence[str]) -> list[Training]:
     file, overrides = split_settings(list(words))
     config, _ = load_to_start(file, overrides)
     if not sweep:
-        return [Training(RunDir(config.run.folder), config)]
+        return [PlannedRun(RunDir(config.run.folder), config)]
     if config.hub.repo is not None:
         raise ConfigError(
             [
@@ -76,13 +121,13 @@ def plan_runs(words: Sequence[str], sweep: Sequence[str]) -> list[Training]:
                 "one later with 'llmtrain checkpoints RUN push --repo NAME'"
             ]
         )
-    runs: list[Training] = []
+    runs: list[PlannedRun] = []
     folder = config.run.folder
     for number, chosen in enumerate(itertools.product(*(_values(setting) for setting in sweep))):
         name = "-".join([f"{number:02d}", *(_short(setting) for setting in chosen)])[:_LONGEST_NAME]
         settings = (*chosen, f"run.dir={folder}", f"run.name={name}")
         each, _ = load_to_start(file, [*overrides, *settings])
-        runs.append(Training(RunDir(folder / name), each, settings))
+        runs.append(PlannedRun(RunDir(folder / name), each, settings))
     return runs
 
 
@@ -101,44 +146,18 @@ def _values(setting: str) -> list[str]:
     return [f"{name}={value}" for value in found]
 
 
-def device_of(config: RunConfig, gpus: int) -> str | None:
-    """Where GPUs are asked for, training must not go on in silence on a CPU."""
-    return "cuda" if gpus and config.train.device == "auto" else None
-
-
-def spec_of(order: Order, name: str, folder: Path, words: Sequence[str], config: RunConfig) -> JobSpec:
-    """The training job of a run, as `sbatch` is told of it."""
-    device = device_of(config, order.request.gpus_per_node)
-    options = ["--ranks", str(order.request.ranks_per_node), *(["--device", device] if device else [])]
-    rules = ["--max-restarts", str(order.max_restarts), "--hang-after", f"{order.hang_s:g}"]
-    lead = ["--lead", str(order.profile.signal_s)]
-    again = [] if order.profile.requeue else ["--no-requeue"]
-    return JobSpec(
-        name=name,
-        folder=folder,
-        profile=order.profile,
-        words=("node", *options, *rules, *lead, *again, *words),
-        nodes=order.request.nodes,
-        gpus_per_node=order.request.gpus_per_node,
-        ranks_per_node=order.request.ranks_per_node,
-        time=order.request.time or "",
-        after=order.dependency,
-    )
-
-
 def preview(words: Sequence[str], order: Order, sweep: Sequence[str], plain: bool = False) -> str:
     """The script that would be submitted. Needs neither SLURM nor the cluster's file systems, and writes nothing.
 
     `plain`: one for sbatch itself, which names the configuration as it was given.
     """
     runs = plan_runs(words, sweep)
-    folder = _folder(runs)
-    if plain:
-        if sweep:
-            raise ConfigError(["--plain is for one run: a sweep needs 'llmtrain submit'"])
-        return batch.render(spec_of(order, _name(runs), folder, list(words), runs[0].config), plain=True)
-    spec = spec_of(order, _name(runs), folder, [str(folder / "config.yaml"), *runs[0].settings], runs[0].config)
-    return batch.render(spec, count=len(runs))
+    spec = order.spec(_name(runs), _folder(runs))
+    if not plain:
+        return batch.render(spec, count=len(runs))
+    if sweep:
+        raise ConfigError(["--plain is for one run: a sweep needs 'llmtrain submit'"])
+    return batch.render_plain(spec, order.on_node(words, runs[0].config))
 
 
 def submit(
@@ -156,14 +175,14 @@ def submit(
         words = [*words, "service.start=manual"]
     runs = plan_runs(words, sweep)
     folder = _folder(runs)
-    for training in runs:
-        refuse_if_queued(training.run)
+    for planned in runs:
+        refuse_if_queued(planned.run)
     shared, origins = load_to_start(*split_settings(list(words)))
     frozen = folder / "config.yaml"
-    spec = spec_of(order, _name(runs), folder, [str(frozen)], shared)
+    spec = order.spec(_name(runs), folder)
     script = batch.render(spec, count=len(runs))
     forget_overrides(batch.parameters(spec))  # the checks ask sbatch too
-    found = preflight.check([training.config for training in runs], origins, spec, script)
+    found = preflight.check([planned.config for planned in runs], origins, spec, script)
     found += dependencies.check_known(spec.after)
     if with_service:
         service = _service_spec(order, runs[0].run, folder)
@@ -171,17 +190,16 @@ def submit(
     settle(found, console)
     folder.mkdir(parents=True)
     files.write_atomic(frozen, resolved_yaml(shared))  # what is queued does not change when the file is edited
-    rules = Rules(order.max_restarts, order.hang_s, lead_s=order.profile.signal_s)
-    device = device_of(shared, order.request.gpus_per_node)
+    device, again = order.device(shared), order.profile.requeue
     jobs = [
-        TrainJob([str(frozen), *training.settings], order.request.ranks_per_node, device, rules, order.profile.requeue)
-        for training in runs
+        TrainJob([str(frozen), *planned.settings], order.ranks_per_node, device, order.rules, again) for planned in runs
     ]
     records: list[JobRecord] = []
+    options = [*order.options(), *(["--service-job"] if with_service else [])]
     # All of them before anything else can fail: a job that is queued and not written down, nobody shows or stops.
-    for training, job_id in zip(runs, queue_jobs(spec, jobs), strict=True):
-        jobs_of_run = JobDir.of(training.run)
-        records.append(_write_down(jobs_of_run, spec, job_id, "train"))
+    for planned, job_id in zip(runs, queue_jobs(spec, jobs), strict=True):
+        jobs_of_run = JobDir.of(planned.run)
+        records.append(_write_down(jobs_of_run, spec, job_id, "train", options))
         jobs_of_run.stop.unlink(missing_ok=True)
     return [*records, *_submit_services(order, [each.run for each in runs], records)] if with_service else records
 
@@ -199,7 +217,7 @@ def submit_shards(words: Sequence[str], profile: Profile, parts: int | None, con
     config, _ = load_to_start(*split_settings(list(words)))
     run = RunDir(Path(config.run.dir) / f"shard-{config.run.name}")
     jobs = JobDir.of(run)
-    first = JobSpec(run.path.name, jobs.path, profile, ("shard",), side=profile.shard)
+    first = JobSpec(run.path.name, jobs.path, profile, side=profile.shard)
     forget_overrides(batch.parameters(first))
     settle(preflight.check_shard_job(config, first, batch.render(first)), console)
     parts = min(parts or _PARTS, num_tasks(config))
@@ -211,10 +229,10 @@ def submit_shards(words: Sequence[str], profile: Profile, parts: int | None, con
         folder.mkdir(parents=True)
         frozen = folder / "config.yaml"
         files.write_atomic(frozen, resolved_yaml(config))
-        workers = ["--workers", str(profile.shard.cpus)]
+        command = ["shard", str(frozen), "--workers", str(profile.shard.cpus)]
         name = f"shard-{config.run.name}" + (f"-{step}" if step else "")
-        spec = JobSpec(name, folder, profile, ("shard", str(frozen), *workers), after=after, side=profile.shard)
-        ids = queue_jobs(spec, [CommandJob(["shard", str(frozen), *workers, *choice]) for choice in choices])
+        spec = JobSpec(name, folder, profile, after=after, side=profile.shard)
+        ids = queue_jobs(spec, [CommandJob([*command, *choice]) for choice in choices])
         records += [_write_down(jobs, spec, job_id, "shard") for job_id in ids]
         after = f"afterok:{ids[0].split('_')[0]}"
     return records
@@ -222,9 +240,8 @@ def submit_shards(words: Sequence[str], profile: Profile, parts: int | None, con
 
 def _service_spec(order: Order, run: RunDir, folder: Path) -> JobSpec:
     side = order.profile.service
-    time = order.request.time or "" if side.time is None else ""
-    words = ("service", str(run.path))
-    return JobSpec(f"{run.path.name}-service", folder, order.profile, words, time=time, side=side)
+    time = order.time if side.time is None else ""
+    return JobSpec(f"{run.path.name}-service", folder, order.profile, time=time, side=side)
 
 
 def _submit_services(order: Order, runs: Sequence[RunDir], trainings: Sequence[JobRecord]) -> list[JobRecord]:
@@ -270,22 +287,22 @@ def queue_jobs(spec: JobSpec, jobs: Sequence[Any]) -> list[str]:
 def refuse_if_queued(run: RunDir) -> None:
     """Two jobs of one run would take turns at failing."""
     last = JobDir.of(run).last("train")
-    told = client.queue([last.job_id]).get(last.job_id) if last is not None else None
-    if told is not None and not told.is_over:
+    queued = client.queue([last.job_id]).get(last.job_id) if last is not None else None
+    if queued is not None and not queued.is_over:
         raise ConfigError(
             [
-                f"run {run.path.name} is {told.state} already, as job {told.job_id}: stop it first "
+                f"run {run.path.name} is {queued.state} already, as job {queued.job_id}: stop it first "
                 f"('llmtrain stop {run.path}'), or give this one a name of its own (run.name=...)"
             ]
         )
 
 
-def _name(runs: Sequence[Training]) -> str:
+def _name(runs: Sequence[PlannedRun]) -> str:
     run = runs[0].run.path
     return run.name if len(runs) == 1 and not runs[0].settings else run.parent.name
 
 
-def _folder(runs: Sequence[Training]) -> Path:
+def _folder(runs: Sequence[PlannedRun]) -> Path:
     """For the script and the output; a sweep's runs share one."""
     run = runs[0].run
     if not runs[0].settings:
@@ -309,7 +326,7 @@ def _fresh(jobs: JobDir) -> Path:
     return jobs.path / f"submitted-{time.strftime('%Y%m%d-%H%M%S')}-{os.urandom(2).hex()}"
 
 
-def _write_down(jobs: JobDir, spec: JobSpec, job_id: str, kind: Kind) -> JobRecord:
+def _write_down(jobs: JobDir, spec: JobSpec, job_id: str, kind: Kind, options: Sequence[str] = ()) -> JobRecord:
     record = JobRecord(
         job_id=job_id,
         kind=kind,
@@ -317,6 +334,7 @@ def _write_down(jobs: JobDir, spec: JobSpec, job_id: str, kind: Kind) -> JobReco
         ranks_per_node=spec.ranks_per_node if kind == "train" else 1,
         cluster=spec.profile.name,
         after=spec.after,
+        options=list(options),
     )
     jobs.add(record, spec.folder)
     return record

@@ -1,5 +1,6 @@
 """What the shell's variables would change of a job that is submitted from it."""
 
+import itertools
 import os
 from typing import Any
 
@@ -23,9 +24,9 @@ def forget_overrides(parameters: dict[str, Any]) -> None:
     In an allocation (salloc, srun --pty, a job) there are also those of that job, which sbatch hands on to the new one:
     its srun would take them for its own.
     """
-    told = [variable for name, found in _OF_PARAMETERS.items() if parameters[name] is not None for variable in found]
+    of_given = (found for name, found in _OF_PARAMETERS.items() if parameters[name] is not None)
     extra = [name.upper().replace("-", "_") for name in parameters["additional_parameters"]]
-    for variable in (*told, *extra, *_DECIDED):
+    for variable in (*itertools.chain(*of_given), *extra, *_DECIDED):
         os.environ.pop(f"SBATCH_{variable}", None)
     for name in [name for name in os.environ if name.startswith("SLURM_") and name not in _HOW_TO_REACH_SLURM]:
         del os.environ[name]

@@ -4,7 +4,7 @@ import contextlib
 import json
 
 from launcher.display import when
-from llmtrain import jsonl, ledger, origin, unsaved
+from llmtrain import ledger, origin, unsaved
 from llmtrain.rundir import RunDir
 
 
@@ -33,13 +33,12 @@ def lost_steps(run: RunDir) -> str | None:
     if lost is None:
         return None
     where = f"goes on from step {lost.saved:,}" if lost.saved else "starts from the beginning"
-    return f"{lost.describe()}: {lost.steps} are lost; the same command {where}"
+    return f"{lost.describe()}: {lost.steps} are lost; started again, it {where}"
 
 
 def last_failure(run: RunDir) -> str | None:
     """What training's last start failed with; None where it did not fail."""
-    events = [ledger.Event.model_validate(record) for record in jsonl.read(run.events)]
-    last = next((event for event in reversed(events) if event.kind in ("started", "resumed", "failed")), None)
+    last = ledger.last_event(run, (*ledger.STARTS, "failed"))
     if last is None or last.kind != "failed":
         return None
     return f"training failed on {when(last.time)}, {last.message}"

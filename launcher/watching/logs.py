@@ -51,11 +51,15 @@ def show_logs(path: Path, wanted: Wanted, follow: bool, lines: int | None) -> No
     try:
         source = _wait_for(run, wanted) if follow else find(run, wanted)
         _announce(source)
+        old_ends: dict[Path, int] = {}
+        if wanted == Wanted() and source != run.log and run.log.exists():
+            old_ends[run.log] = run.log.stat().st_size
+            print(f"(the newest job's own output; what was said before it: {run.log})", file=sys.stderr, flush=True)
         with source.open("rb") as file:
             file.seek(0 if lines is None else start_of_last(file, lines))
             _pass_on(file)
             if follow:
-                _follow(file, source, lambda: find(run, wanted), lambda: _is_over(run), lambda: _is_gone(run))
+                _follow(file, source, old_ends, lambda: find(run, wanted), lambda: _is_over(run), lambda: _is_gone(run))
     except KeyboardInterrupt:
         return
     except BrokenPipeError:  # `llmtrain logs RUN | head` has seen enough
@@ -74,10 +78,9 @@ def find(run: RunDir, wanted: Wanted) -> Path:
         return _of_rank(run, wanted.rank)
     if wanted.node is not None:
         return _of_node(run, wanted.node)
-    if run.log.exists():
+    outputs = [path for path in _outputs(run) if path.stat().st_size]  # a job's file is there before anything is said
+    if run.log.exists() and not (outputs and _is_of_before_the_job(run.log, JobDir.of(run), outputs[-1])):
         return run.log
-    # It did not come as far as its log, or has not started: a job's file is there before anything is said.
-    outputs = [path for path in _outputs(run) if path.stat().st_size]
     if outputs:
         return outputs[-1]
     raise RunFolderError(f"{run.path}: nothing was said yet{_waiting(run)}")
@@ -118,6 +121,13 @@ def _outputs(run: RunDir) -> list[Path]:
     jobs = [record.job_id for record in JobDir.of(run).records() if record.kind == "train"]
     found = [path for job_id in jobs for path in queue_view.outputs(run, job_id)]
     return sorted(found, key=_modified)
+
+
+def _is_of_before_the_job(log: Path, jobs: JobDir, output: Path) -> bool:
+    """Whether a log ends before the newest job was submitted, and the output is that job's: it has not come as far as
+    the log yet, or failed before."""
+    job = jobs.last("train")
+    return job is not None and output.name.startswith(f"{job.job_id}_") and _modified(log) < job.time
 
 
 def _node(output: Path) -> int | None:
@@ -217,11 +227,16 @@ def _shown(line: str) -> str:
 def _follow(
     file: BinaryIO,
     source: Path,
+    old_ends: dict[Path, int],
     newest: Callable[[], Path],
     is_over: Callable[[], bool],
     is_gone: Callable[[], bool],
 ) -> None:
-    """As `tail -F`: goes on in the file of a newer start, and from the beginning in one that was cut off."""
+    """As `tail -F`: goes on in the file of a newer start, and from the beginning in one that was cut off.
+
+    Args:
+        old_ends: where what is not to be shown of a file ends, if it comes to that file.
+    """
     next_look, gone_since = time.monotonic(), None
     with contextlib.ExitStack() as later:
         while True:
@@ -246,6 +261,7 @@ def _follow(
                 if there != source or there.stat().st_ino != os.fstat(file.fileno()).st_ino:
                     source, file = there, later.enter_context(there.open("rb"))
                     _announce(source)
+                    file.seek(old_ends.pop(there, 0))
                 elif over and not _pass_on(file):
                     return
             time.sleep(_POLL_S)

@@ -112,10 +112,10 @@ def read_queue(runs: Iterable[RunDir]) -> Queue:
             records[run.path.absolute()] = _last_ones(JobDir.of(run))
         except RunFolderError as error:
             damaged[run.path.absolute()] = str(error)
-    told, problem = _ask_about(record.job_id for found in records.values() for record in found)
+    answers, problem = _ask_about(record.job_id for found in records.values() for record in found)
     jobs: dict[Path, list[Job]] = {}
     for path, found in records.items():
-        jobs[path] = [_job(record, told.get(record.job_id)) for record in found]
+        jobs[path] = [_job(record, answers.get(record.job_id)) for record in found]
         if problem is None:
             jobs[path] = [_remembered(RunDir(path), job) if job.state is None else job for job in jobs[path]]
         jobs[path] = [replace(job, was_asked=_was_asked(RunDir(path), job)) for job in jobs[path]]
@@ -151,8 +151,8 @@ def _final_code(meeting: Meeting) -> int | None:
     if meeting.told("begin", 0).get(0, 0.0) is None:
         return 1  # it had ended too often without a new checkpoint
     attempt, decision = 0, None
-    while told := meeting.told("decision", attempt):
-        attempt, decision = attempt + 1, told[0]
+    while decisions := meeting.told("decision", attempt):
+        attempt, decision = attempt + 1, decisions[0]
     return None if decision is None or decision["again"] else decision["code"]
 
 
@@ -163,8 +163,8 @@ def _with_blockers(jobs: dict[Path, list[Job]]) -> dict[Path, list[Job]]:
         for job in found
         if job.may_be_blocked
     }
-    told, _ = _ask_about(job_id for chain in chains.values() for job_id in chain)
-    blockers = {key: _blocker(RunDir(key[0]), chain, told) for key, chain in chains.items()}
+    answers, _ = _ask_about(job_id for chain in chains.values() for job_id in chain)
+    blockers = {key: _blocker(RunDir(key[0]), chain, answers) for key, chain in chains.items()}
     return {
         path: [replace(job, blocked_by=blockers.get((path, job.job_id), "")) for job in found]
         for path, found in jobs.items()
@@ -186,9 +186,9 @@ def _waited_for(records: Sequence[JobRecord], after: str) -> list[str]:
     return found
 
 
-def _blocker(run: RunDir, chain: Sequence[str], told: Mapping[str, Queued]) -> str:
+def _blocker(run: RunDir, chain: Sequence[str], answers: Mapping[str, Queued]) -> str:
     """How the first one of them ended that failed, or else that was cancelled."""
-    over = [found for job_id in chain if (found := told.get(job_id)) is not None and found.is_over]
+    over = [found for job_id in chain if (found := answers.get(job_id)) is not None and found.is_over]
     failed = [found for found in over if found.state not in ("COMPLETED", "CANCELLED")]
     cancelled = [found for found in over if found.state == "CANCELLED"]
     return next((_ending(run, each.job_id, each.state, each.reason) for each in (*failed, *cancelled)), "")
@@ -216,20 +216,20 @@ def _ask(ids: tuple[str, ...], moment: int) -> tuple[dict[str, Queued], str | No
         return {}, one_line(str(error))
 
 
-def _job(record: JobRecord, told: Queued | None) -> Job:
+def _job(record: JobRecord, queued: Queued | None) -> Job:
     return Job(
         job_id=record.job_id,
         kind=record.kind,
         cluster=record.cluster,
         submitted=record.time,
         after=record.after,
-        state=None if told is None else told.state,
-        is_over=told is not None and told.is_over,
-        reason="" if told is None else told.reason,
-        nodes="" if told is None else told.nodes,
-        left_s=None if told is None else told.left_s,
-        starts=None if told is None else told.starts,
-        from_accounts=told is not None and told.from_accounts,
+        state=None if queued is None else queued.state,
+        is_over=queued is not None and queued.is_over,
+        reason="" if queued is None else queued.reason,
+        nodes="" if queued is None else queued.nodes,
+        left_s=None if queued is None else queued.left_s,
+        starts=None if queued is None else queued.starts,
+        from_accounts=queued is not None and queued.from_accounts,
     )
 
 

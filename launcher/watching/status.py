@@ -13,14 +13,15 @@ from typing import Any, Literal
 
 from launcher.choosing import listing
 from launcher.jobs import JobDir
-from launcher.watching import queue_view
+from launcher.watching import again, queue_view
 from launcher.watching.endings import is_complete, last_failure, lost_steps, missing_save
 from launcher.watching.queue_view import Job, Queue
-from llmtrain import choose, jsonl, ledger
+from llmtrain import choose, early_stop, jsonl, ledger, locks, manifest, ranking
 from llmtrain.batches import ANY_ROWS, plan_batches
 from llmtrain.config import RunConfig
 from llmtrain.config.load import Origins
 from llmtrain.errors import RunFolderError, UserError
+from llmtrain.ranking import Ranking
 from llmtrain.rundir import RunDir
 
 _RECENT_S = 60.0
@@ -33,24 +34,26 @@ State = Literal["starting", "running", "finished", "ended early", "stopped", "no
 is damaged, or the disk does not answer."""
 
 
-@dataclass(frozen=True)
-class Training:
+@dataclass(frozen=True, kw_only=True)
+class TrainingStatus:
+    """What is not known is None."""
+
     state: State
-    who: str | None
+    who: str | None = None
     """Process and machine that hold the run, or held it last."""
-    step: int
-    total_steps: int | None
-    epoch: float | None
-    loss: float | None
-    heldout: tuple[int, float] | None
+    step: int = 0
+    total_steps: int | None = None
+    epoch: float | None = None
+    loss: float | None = None
+    heldout: tuple[int, float] | None = None
     """Step and loss of the last evaluation."""
-    tokens_per_s: float | None
+    tokens_per_s: float | None = None
     """Supervised tokens, on average since it was last started, with evaluations and saves. None unless running."""
-    left_s: float | None
+    left_s: float | None = None
     """Until the end, at that pace."""
-    written: float | None
+    written: float | None = None
     """When the last step was written down."""
-    early_stop: str | None
+    early_stop: str | None = None
     """Why the service asks it to end."""
 
 
@@ -91,7 +94,7 @@ class RunStatus:
 
     path: Path
     time: float
-    training: Training
+    training: TrainingStatus
     checkpoints: Checkpoints
     service: Service
     hub: Hub | None
@@ -102,6 +105,8 @@ class RunStatus:
     """What SLURM said in place of an answer."""
     problems: list[str]
     """For a person to mend."""
+    again: str | None = None
+    """What goes on with a run that has stopped, to be pasted; None where it goes on by itself, or has ended."""
 
 
 def find_submitted(paths: Sequence[Path]) -> list[RunDir]:
@@ -142,12 +147,11 @@ def read_status_or_why(run: RunDir, queue: Queue | None = None) -> RunStatus:
         return read_status(run, queue)
     except (UserError, OSError, ValueError, KeyError) as error:
         why = str(error) if isinstance(error, UserError) else f"cannot be read ({type(error).__name__}: {error})"
-        nothing = Training("unreadable", None, 0, None, None, None, None, None, None, None, None)
         return RunStatus(
             path=run.path,
             time=time.time(),
-            training=nothing,
-            checkpoints=Checkpoints(None, [], None, None, [], []),
+            training=TrainingStatus(state="unreadable"),
+            checkpoints=Checkpoints(last=None, on_disk=[], best=None, proposed=None, quarantined=[], not_scored=[]),
             service=Service(wanted=False, at_work=False, status=None),
             hub=None,
             jobs=[] if queue is None else queue.of(run),
@@ -177,6 +181,7 @@ def read_status(run: RunDir, queue: Queue | None = None) -> RunStatus:
         found = ", ".join(map(str, checkpoints.quarantined))
         problems.append(f"in quarantine, because a file did not match its hash: step {found}")
     training = read_training(run, config, elsewhere)
+    has_stopped = training.state == "stopped" and not _may_come_back(training, jobs, elsewhere)
     failure = queue_view.failure(run, jobs) if training.state in ("stopped", "not started") else None
     if failure is not None:
         problems.append(failure)
@@ -184,7 +189,7 @@ def read_status(run: RunDir, queue: Queue | None = None) -> RunStatus:
         problems.append(said)
     elif training.state == "stopped" and failure is None and training.step >= (training.total_steps or math.inf):
         problems.append(missing_save(run))
-    elif training.state == "stopped" and not _may_come_back(training, jobs, elsewhere):
+    elif has_stopped:
         problems += [lost] if (lost := lost_steps(run)) is not None else []
     return RunStatus(
         path=run.path,
@@ -196,31 +201,32 @@ def read_status(run: RunDir, queue: Queue | None = None) -> RunStatus:
         jobs=jobs,
         slurm=None if queue is None or not jobs else queue.problem,
         problems=problems,
+        again=again.command(run, config) if has_stopped else None,
     )
 
 
-def read_training(run: RunDir, config: RunConfig | None, elsewhere: bool = True) -> Training:
+def read_training(run: RunDir, config: RunConfig | None, elsewhere: bool = True) -> TrainingStatus:
     """`elsewhere`: whether it may be running on another machine."""
     last, evaluation = jsonl.last_record(run.metrics), jsonl.last_record(run.heldout)
     step = 0 if last is None else int(last["step"])
     total = None if config is None else total_steps(config, last)
     written = run.metrics.stat().st_mtime if last is not None else None
-    who, jobs = _holder(run.path), JobDir.of(run)
-    early_stop = choose.early_stop(run)
+    who, jobs = locks.holder(run.lock_file), JobDir.of(run)
+    asked = early_stop.read(run)
     state: State = "stopped"
     seen = elsewhere and _is_at_work_elsewhere(who, written) and not _is_summed_up(run, written)
     if run.is_training() or seen:
         state = "running"
     elif jobs.is_kept_going():
-        state, who = "starting", _holder(jobs.local)
+        state, who = "starting", locks.holder(jobs.local_lock)
     elif last is None:
         state = "not started"
     elif total is not None and step >= total and is_complete(run, total):
         state = "finished"
-    elif early_stop is not None:
+    elif asked is not None:
         state = "ended early"
     pace = _steps_per_s(run, step, written) if state == "running" else None
-    return Training(
+    return TrainingStatus(
         state=state,
         who=who,
         step=step,
@@ -231,7 +237,7 @@ def read_training(run: RunDir, config: RunConfig | None, elsewhere: bool = True)
         tokens_per_s=pace * last["targets"] / step if pace is not None and last is not None and step else None,
         left_s=(total - step) / pace if pace and total is not None else None,
         written=written,
-        early_stop=None if early_stop is None else early_stop.message,
+        early_stop=None if asked is None else asked.message,
     )
 
 
@@ -250,26 +256,21 @@ def total_steps(config: RunConfig, last: dict[str, Any] | None) -> int | None:
 
 def _steps_per_s(run: RunDir, step: int, written: float | None) -> float | None:
     """On average since training was last started or resumed; None where that is not known."""
-    starts = [event for event in ledger.events(run) if event.kind in ("started", "resumed") and event.step is not None]
-    if not starts or written is None:
+    start = ledger.last_event(run, ledger.STARTS)
+    if start is None or written is None:
         return None
-    steps, seconds = step - (starts[-1].step or 0), written - starts[-1].time
+    steps, seconds = step - (start.step or 0), written - start.time
     return steps / seconds if steps > 0 and seconds > 0 else None
-
-
-def _holder(folder: Path) -> str | None:
-    """What a lock says; it stays there when its process has ended."""
-    lock = folder / "lock"
-    return (lock.read_text().strip() or None) if lock.exists() else None
 
 
 def _is_at_work_elsewhere(who: str | None, sign: float | None, recent_s: float = _RECENT_S) -> bool:
     """Not every shared file system shows another machine's locks: there a recent sign counts."""
-    here = os.uname().nodename
-    return who is not None and not who.endswith(f" on {here}") and sign is not None and time.time() - sign < recent_s
+    if who is None or sign is None or ((known := locks.parse(who)) is not None and known[1] == os.uname().nodename):
+        return False
+    return time.time() - sign < recent_s
 
 
-def _may_come_back(training: Training, jobs: list[Job], elsewhere: bool) -> bool:
+def _may_come_back(training: TrainingStatus, jobs: list[Job], elsewhere: bool) -> bool:
     """Whether a run that seems to have stopped may go on without anybody: its job is in the queue, or its process works
     on another machine on something that takes longer than a step."""
     in_queue = any(job.kind == "train" and not job.is_over for job in jobs)
@@ -297,30 +298,30 @@ def read_checkpoints(run: RunDir) -> Checkpoints:
     )
 
 
-_rankings: dict[RunDir, tuple[tuple[object, ...], choose.Ranking | None, choose.Choice | None]] = {}
+_rankings: dict[RunDir, tuple[tuple[object, ...], Ranking | None, choose.Choice | None]] = {}
 """The last one of each run, with what it depends on."""
 
 
-def _ranking(run: RunDir) -> tuple[choose.Ranking | None, choose.Choice | None]:
+def _ranking(run: RunDir) -> tuple[Ranking | None, choose.Choice | None]:
     """And the proposed one. Kept while nothing that it depends on has changed: --watch asks every two seconds."""
     stamp = _stamp(run)
     if run not in _rankings or _rankings[run][0] != stamp:
-        ranked, losses, here = choose.ranking(run), ledger.heldout_losses(run), choose.identities(run)
+        ranked, losses, here = ranking.rank(run), ledger.heldout_losses(run), manifest.identities(run)
         _rankings[run] = stamp, ranked, choose.propose(ranked, {step: losses[step] for step in here if step in losses})
     return _rankings[run][1:]
 
 
 def _stamp(run: RunDir) -> tuple[object, ...]:
     ledgers = [path.stat() for path in (run.scores, run.uploads, run.heldout) if path.exists()]
-    return (*((info.st_mtime_ns, info.st_size) for info in ledgers), *sorted(choose.identities(run).items()))
+    return (*((info.st_mtime_ns, info.st_size) for info in ledgers), *sorted(manifest.identities(run).items()))
 
 
 def _read_service(run: RunDir, config: RunConfig | None, may_be_elsewhere: bool) -> Service:
     status = ledger.status(run)
-    said_by = None if status is None else f"process {status.pid} on {status.host}"
+    said_by = None if status is None else locks.name(status.pid, status.host)
     elsewhere = may_be_elsewhere and status is not None and _is_at_work_elsewhere(said_by, status.time)
     served = run.is_served()
-    if served and _holder(run.service) != said_by:
+    if served and locks.holder(run.service_lock_file) != said_by:
         status = None  # of the one before
     wanted = config is None or config.service.start != "never"
     return Service(wanted=wanted, at_work=served or elsewhere, status=status)
@@ -332,7 +333,7 @@ def _read_hub(run: RunDir, config: RunConfig | None, on_disk: list[int]) -> Hub 
     repo = config.hub.repo if config is not None and config.hub.repo is not None else state.repo if state else None
     if not repo:
         return None
-    here = choose.identities(run)
+    here = manifest.identities(run)
     uploads = [upload for upload in ledger.uploads(run).values() if upload.repo == repo]
     confirmed = {upload.step for upload in uploads if not upload.removed}
     done = {upload.step for upload in uploads if here.get(upload.step, upload.checkpoint) == upload.checkpoint}

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import shlex
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,11 +11,11 @@ from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.text import Text
 
-from launcher.display import Column, duration, figure, fitted, named, one_line, steps, when, words
+from launcher.display import Column, duration, figure, fitted, named, one_line, steps, unfolded, when, words
 from launcher.watching import queue_view
 from launcher.watching.queue_view import read_queue
-from launcher.watching.status import Hub, RunStatus, Service, Training, find_submitted, read_status_or_why
-from llmtrain import ledger
+from launcher.watching.status import Hub, RunStatus, Service, TrainingStatus, find_submitted, read_status_or_why
+from llmtrain import ledger, locks
 
 REFRESH_S = 2.0
 _STALE_S = 30.0
@@ -65,7 +64,7 @@ def _print(paths: Sequence[Path], json_too: bool, console: Console) -> None:
     if json_too:
         print(json.dumps(as_json(statuses), indent=1, allow_nan=False), flush=True)
     else:
-        console.print(render(statuses, console.width))
+        console.print(render(statuses, console.width), crop=False)
 
 
 def as_json(statuses: Sequence[RunStatus]) -> list[dict[str, Any]]:
@@ -118,7 +117,7 @@ def overview(statuses: Sequence[RunStatus], width: int) -> RenderableType:
     return Group(*parts)
 
 
-def progress(training: Training) -> str:
+def progress(training: TrainingStatus) -> str:
     total = training.total_steps
     return f"{training.step:,}" if total is None else f"{training.step:,}/{total:,}"
 
@@ -165,6 +164,8 @@ def block(status: RunStatus) -> RenderableType:
     lines += _service_lines(status)
     if status.hub is not None:
         lines.append(named("Hub", _hub_line(status.hub)))
+    if status.again is not None:
+        lines.append(unfolded("go on", status.again))
     lines += [named("mend", one_line(problem), "bold red") for problem in status.problems]
     return Group(*lines)
 
@@ -224,7 +225,7 @@ def _service_lines(status: RunStatus) -> list[RenderableType]:
         return [named("service", "starting", "green")]
     doing = words(one_line(what) for what in said.doing) if said.doing else "nothing to do"
     lines: list[RenderableType] = [
-        named("service", f"at work (process {said.pid} on {one_line(said.host)}): {doing}", "green")
+        named("service", f"at work ({one_line(locks.name(said.pid, said.host))}): {doing}", "green")
     ]
     queues = {"score": said.to_score, "upload": said.to_upload}
     waiting = [f"{len(queue)} to {what} ({steps(queue)})" for what, queue in queues.items() if queue]
@@ -245,7 +246,7 @@ def _idle_line(status: RunStatus) -> tuple[str, str]:
     if not waiting:
         return "not running; nothing waits", ""
     what = "" if status.service.status is None else f" since {when(status.service.status.time)}"
-    command = f"python -m llmtrain.service --run {shlex.quote(str(status.path))} --drain"
+    command = ledger.drain_command(status.path)
     return f"not running{what}: {', '.join(waiting)}. Training starts it, or: {command}", "yellow"
 
 

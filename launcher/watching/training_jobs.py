@@ -36,17 +36,17 @@ def alive(jobs: JobDir, job_ids: Sequence[str]) -> list[Queued]:
         SlurmError: SLURM does not say.
     """
     unwritten = _unwritten(jobs)
-    found = [told for told in client.queue(job_ids).values() if not told.is_over]
-    return [told for told in found if told.job_id not in unwritten or _is_the_one(jobs, told)]
+    found = [job for job in client.queue(job_ids).values() if not job.is_over]
+    return [job for job in found if job.job_id not in unwritten or _is_the_one(jobs, job)]
 
 
-def _is_the_one(jobs: JobDir, told: Queued) -> bool:
+def _is_the_one(jobs: JobDir, job: Queued) -> bool:
     """Not another of the same number, on a cluster that was set up again: it has been here since it started."""
-    said = client.describe(told.job_id)
-    if told.state == "PENDING":
+    said = client.describe(job.job_id)
+    if job.state == "PENDING":
         return said.get("Restarts", "0") != "0"
     started = said.get("StartTime", "")
-    newest = max(path.stat().st_mtime for path in jobs.starts(told.job_id))
+    newest = max(path.stat().st_mtime for path in jobs.starts(job.job_id))
     return started.isdigit() and newest > float(started) - _SKEW_S
 
 
@@ -54,5 +54,5 @@ def ended(jobs: JobDir) -> Queued | None:
     """The last one, where SLURM knows that it is over."""
     last = numbers(jobs)[-1:]
     with contextlib.suppress(SlurmError):
-        return next((told for told in client.queue(last).values() if told.is_over), None)
+        return next((job for job in client.queue(last).values() if job.is_over), None)
     return None

@@ -1,7 +1,8 @@
 """Read the YAML file and the command line's `section.key=value`; report every mistake at once."""
 
+import contextlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -10,9 +11,8 @@ from pydantic import BaseModel
 
 from llmtrain import access_tokens
 from llmtrain.config import yaml_lines
-from llmtrain.config.explain import COMMAND_LINE, Origins, explain, kind_of, show
+from llmtrain.config.explain import COMMAND_LINE, Origins, explain, kind_of
 from llmtrain.config.schema import RunConfig
-from llmtrain.config.section import MAY_CHANGE
 from llmtrain.errors import ConfigError
 
 _COMPLETION_ONLY = "data.format.completion_only"
@@ -41,6 +41,17 @@ def load_config(file: str | Path | None, overrides: Sequence[str] = ()) -> tuple
     return load_section(RunConfig, file, overrides)
 
 
+def load_written(file: Path) -> RunConfig:
+    """The configuration of a file that `resolved_yaml` wrote, such as a run folder's: many times faster.
+
+    Raises:
+        ConfigError: as `load_config`.
+    """
+    with contextlib.suppress(ConfigError, pydantic.ValidationError):
+        return RunConfig.model_validate(_read_file(file, is_written=True)[0])
+    return load_config(file)[0]  # says what is wrong, and in which line
+
+
 def load_to_start(file: str | Path | None, overrides: Sequence[str] = ()) -> tuple[RunConfig, Origins]:
     """The same of what a person starts, which rules apply to that are younger than some run folders.
 
@@ -50,7 +61,7 @@ def load_to_start(file: str | Path | None, overrides: Sequence[str] = ()) -> tup
         ConfigError: lists everything that is wrong, each with its place and what is allowed.
     """
     config, origins = load_config(file, overrides)
-    if config.hub.repo is not None and access_tokens.stand_in(resolved_yaml(config)):
+    if config.hub.repo is not None and access_tokens.found_in(resolved_yaml(config)):
         raise ConfigError(
             [
                 f"{origins.describe(config, 'hub.repo')}: the configuration goes to the Hub, and something like an "
@@ -109,31 +120,11 @@ def json_schema() -> str:
 
 
 def with_precision(config: RunConfig, precision: str) -> RunConfig:
-    """What `train.precision=auto` came to."""
+    """With what `train.precision=auto` came to."""
     return config.model_copy(update={"train": config.train.model_copy(update={"precision": precision})})
 
 
-def auto_is_fp32(config: RunConfig) -> bool:
-    """Whether `train.precision=auto` can only be fp32, whatever the machine is fast at."""
-    return config.model.kind == "qlora" and config.model.compute_dtype == "fp32"
-
-
-def fixed_differences(old: RunConfig, new: RunConfig) -> list[tuple[str, str, str]]:
-    """(key, old value, new value) of every difference that a resumed run must not have."""
-
-    def walk(a: Any, b: Any, path: str) -> Iterator[tuple[str, str, str]]:
-        if isinstance(a, BaseModel) and type(a) is type(b):
-            for name, info in type(a).model_fields.items():
-                extra = info.json_schema_extra
-                if not (isinstance(extra, dict) and extra.items() >= MAY_CHANGE.items()):
-                    yield from walk(getattr(a, name), getattr(b, name), f"{path}.{name}" if path else name)
-        elif a != b:
-            yield path, show(a), show(b)
-
-    return list(walk(old, new, ""))
-
-
-def _read_file(file: Path) -> tuple[dict[str, Any], dict[yaml_lines.Path, int]]:
+def _read_file(file: Path, is_written: bool = False) -> tuple[dict[str, Any], dict[yaml_lines.Path, int]]:
     if file.exists() and not file.is_file() and not file.is_dir():
         raise ConfigError([f"{file}: a run reads its configuration more than once, so it has to be a regular file"])
     try:
@@ -145,7 +136,7 @@ def _read_file(file: Path) -> tuple[dict[str, Any], dict[yaml_lines.Path, int]]:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError([f"{file}: cannot be read: {error}"]) from None
     try:
-        values, lines = yaml_lines.read(text, str(file))
+        values, lines = yaml_lines.read(text, str(file), is_written)
     except yaml_lines.YamlError as error:
         raise ConfigError([str(error)]) from None
     if values is None:

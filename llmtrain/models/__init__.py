@@ -1,18 +1,36 @@
-"""What can be trained. `build_model` is the only place that knows the kinds."""
+"""What can be trained. `build_model` is the only place that knows the kinds, `Trainable` what each of them offers."""
 
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
 
 import torch
+from torch import Tensor
 
 from llmtrain.config.model_sections import GPTModel, QLoRAModel
 from llmtrain.config.schema import RunConfig
+from llmtrain.data import Documents
+from llmtrain.manifest import FileInfo
 from llmtrain.models.attention import has_flash
+from llmtrain.models.cached import CachedGenerator
 from llmtrain.models.gpt import GPT
 
 if TYPE_CHECKING:  # peft and bitsandbytes take seconds to import
     from llmtrain.models.qlora import QLoRA
 
-__all__ = ["GPT", "build_model"]
+__all__ = ["GPT", "Trainable", "build_model"]
+
+
+class Trainable(Protocol):
+    """A summed loss, and a file format of its own. Arguments of the loss as in `data.Batch`."""
+
+    def __call__(
+        self, input_ids: Tensor, targets: Tensor, documents: Documents | None, positions: Tensor | None
+    ) -> Tensor: ...
+    def save(self, folder: Path, weights: dict[str, Tensor], eos_id: int) -> dict[str, FileInfo]: ...
+    def load(self, folder: Path) -> None: ...
+    def text_generator(self) -> CachedGenerator: ...
+    def title(self) -> str: ...
+    def flops_per_token(self) -> float: ...
 
 
 def build_model(

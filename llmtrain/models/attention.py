@@ -39,7 +39,7 @@ def attention(
 ) -> Tensor:
     """(B, H, T, K). `apart`, from `kept_apart`, says who sees whom in place of `causal`; `scale`: 1/sqrt(K) if None.
 
-    Documents on a CPU are a host sync that costs nothing there. On a GPU there is none.
+    Where documents begin is read on CPUs alone: on a GPU that would be a host sync.
     """
     bf16 = q_BHTK.dtype == torch.bfloat16
     if isinstance(apart, Documents):

@@ -23,9 +23,9 @@ from llmtrain import log
 from llmtrain.base_facts import OTHER_FORMATS, BaseFacts, Linear
 from llmtrain.config.model_sections import QLoRAModel
 from llmtrain.errors import ModelError
-from llmtrain.models import base_layers
+from llmtrain.models import base_layers, base_linears
 from llmtrain.models.base_attention import head_width
-from llmtrain.models.base_errors import conversion_errors_raised, pass_on_the_gpus
+from llmtrain.models.base_errors import conversion_errors_raised, pass_on_the_disks, pass_on_the_gpus
 
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 _NAMED = 4
@@ -42,6 +42,13 @@ def place(base: str) -> str:
     return str(path.resolve()) if path.is_dir() else base
 
 
+def _folder(base: str) -> Path:
+    """Where its files lie; of one on the Hub, where the Hub's client keeps all of them."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    return Path(base) if Path(base).is_dir() else Path(HF_HUB_CACHE)
+
+
 @functools.lru_cache(maxsize=4)
 def read_config(base: str, revision: str | None, trust_remote_code: bool) -> Any:
     """The base's configuration, as transformers reads it.
@@ -54,6 +61,7 @@ def read_config(base: str, revision: str | None, trust_remote_code: bool) -> Any
     try:
         return AutoConfig.from_pretrained(place(base), revision=revision, trust_remote_code=trust_remote_code)
     except Exception as error:
+        pass_on_the_disks(error, base, _folder(base))
         text = str(error)
         if "trust_remote_code" in text:
             raise ModelError(
@@ -105,8 +113,10 @@ def describe(config: QLoRAModel) -> BaseFacts:
     """Count the parts of the base's outline. Raises ModelError as that does."""
     model = outline(config)
     text: Any = read_config(config.base, config.revision, config.trust_remote_code).get_text_config()
-    shapes = Counter((name.rsplit(".", 1)[-1], *_shape(module)) for name, module in linear_modules(model))
-    linears = tuple(Linear(*shape, count) for shape, count in shapes.items())
+    read = base_linears.text_linears(model)
+    quantised = base_linears.names_quantised(model, _stored(config).get("llm_int8_skip_modules"))
+    linears = _count(read, quantised)
+    unread = _count([each for each in base_linears.linear_modules(model) if each not in read], quantised)
     kv_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     width = head_width(text)
     return BaseFacts(
@@ -118,59 +128,37 @@ def describe(config: QLoRAModel) -> BaseFacts:
         heads=text.num_attention_heads,
         kv_width=kv_heads * width if width else max(each.outputs for each in linears if each.name == "k_proj"),
         linears=linears,
-        other_parameters=sum(p.numel() for p in model.parameters()) - sum(linear.weights for linear in linears),
-        expert_parameters=_count_experts(model),
+        unread=unread,
+        other_parameters=sum(p.numel() for p in model.parameters()) - sum(each.weights for each in (*linears, *unread)),
+        expert_parameters=base_linears.count_experts(model),
         head_has_bias=getattr(model.get_output_embeddings(), "bias", None) is not None,
     )
 
 
-def linear_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """The linear layers but the output layer: those that are quantised, and that LoRA can be added to.
-
-    A mixture's routers are none (Phi-MoE's, Llama 4's): what they give is no tensor, for LoRA to add to.
-    """
-    from transformers.pytorch_utils import Conv1D
-
-    head: Any = model.get_output_embeddings()  # pyright: ignore[reportCallIssue]
-    kinds = (nn.Linear, Conv1D)  # bitsandbytes' layers are nn.Linear's too
-    return [
-        (name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, kinds) and module is not head and not _is_router(module)
-    ]
-
-
-def _is_router(module: nn.Module) -> bool:
-    return "Router" in type(module).__name__ and type(module).forward is not nn.Linear.forward
-
-
-def _count_experts(model: nn.Module) -> int:
-    """What transformers keeps in one tensor for all experts of a layer, in modules named so."""
-    return sum(
-        parameter.numel()
-        for module in model.modules()
-        if "Expert" in type(module).__name__ and not isinstance(module, nn.Linear)
-        for parameter in module.parameters(recurse=False)
+def _count(modules: list[tuple[str, nn.Module]], quantised: set[str]) -> tuple[Linear, ...]:
+    kinds = Counter(
+        (name.rsplit(".", 1)[-1], *base_linears.shape_of(module), name in quantised) for name, module in modules
     )
-
-
-def _shape(module: Any) -> tuple[int, int]:
-    if isinstance(module, nn.Linear):
-        return module.in_features, module.out_features
-    return module.weight.shape[0], module.weight.shape[1]  # transformers' Conv1D
+    return tuple(Linear(name, ins, outs, count, is_so) for (name, ins, outs, is_so), count in kinds.items())
 
 
 def stored_quantisation(config: QLoRAModel) -> str | None:
     """How the base's weights are quantised where they lie; None if they are not."""
-    stored = getattr(read_config(config.base, config.revision, config.trust_remote_code), "quantization_config", None)
-    if stored is None:
+    values = _stored(config)
+    if not values:
         return None
-    values: dict[str, Any] = stored if isinstance(stored, dict) else stored.to_dict()
     if values.get("quant_method") != "bitsandbytes":
         return str(values.get("quant_method"))
     if values.get("load_in_8bit"):
         return "int8"
     return str(values.get("bnb_4bit_quant_type", "fp4"))
+
+
+def _stored(config: QLoRAModel) -> dict[str, Any]:
+    stored = getattr(read_config(config.base, config.revision, config.trust_remote_code), "quantization_config", None)
+    if stored is None or isinstance(stored, dict):
+        return stored or {}
+    return stored.to_dict()
 
 
 def fetch(config: QLoRAModel) -> Path:
@@ -198,6 +186,7 @@ def fetch(config: QLoRAModel) -> Path:
             )
         )
     except Exception as error:
+        pass_on_the_disks(error, config.base, _folder(config.base))
         raise ModelError(
             f"model.base={config.base} cannot be fetched from the Hub: {type(error).__name__}: "
             f"{(str(error).splitlines() or [''])[0]}"
@@ -211,6 +200,7 @@ def load(config: QLoRAModel, dtype: torch.dtype, device: torch.device, quantisat
 
     Raises:
         ModelError: it cannot be loaded.
+        DiskFull, RunFolderError, OSError: what a disk reports, which says nothing about it.
         torch.OutOfMemoryError, torch.AcceleratorError: the GPU is too full for it, or does not work.
     """
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
@@ -249,6 +239,7 @@ def load(config: QLoRAModel, dtype: torch.dtype, device: torch.device, quantisat
         ) from error
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         pass_on_the_gpus(error)
+        pass_on_the_disks(error, config.base, _folder(config.base))
         raise ModelError(
             f"model.base={config.base} cannot be loaded: {type(error).__name__}: {str(error).splitlines()[0]}"
         ) from error
@@ -292,27 +283,6 @@ def be_quiet() -> None:
         logging.getLogger(f"bitsandbytes.{talkative}").setLevel(logging.ERROR)
     # peft imports DeepSpeed where it is installed, which then looks for accelerators aloud.
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
-
-
-@torch.no_grad()
-def dequantise(quantised: nn.Module, into: nn.Module) -> None:
-    """Give `into`, the same base without quantisation, the values that the quantised weights stand for."""
-    from bitsandbytes import functional
-    from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
-
-    for name, module in linear_modules(into):
-        layer: Any = quantised.get_submodule(name)
-        weight: Any = layer.weight
-        if isinstance(layer, Linear4bit):
-            values = functional.dequantize_4bit(weight.data, weight.quant_state)
-        elif isinstance(layer, Linear8bitLt):
-            state: Any = layer.state
-            scales = weight.SCB if state.SCB is None else state.SCB  # moved by the first forward pass
-            values = functional.int8_vectorwise_dequant(weight.data, scales)
-        else:
-            continue  # left as it was by the quantiser
-        target: Any = module.weight
-        target.copy_(values if values.shape == target.shape and isinstance(module, nn.Linear) else values.t())
 
 
 @contextlib.contextmanager

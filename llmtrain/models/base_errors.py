@@ -1,10 +1,16 @@
-"""What goes wrong while a base is loaded: whether it says something about the base, or about the GPU."""
+"""What goes wrong while a base is loaded: whether it says something about the base, or about the GPU or a disk."""
 
 import contextlib
+import errno
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
+
+from llmtrain.errors import disk_errors, is_full_or_forbidden
+
+_MAY_PASS = (errno.EMFILE, errno.ENFILE, errno.EIO, errno.ESTALE)
 
 
 @contextlib.contextmanager
@@ -49,3 +55,25 @@ def pass_on_the_gpus(error: Exception) -> None:
         raise torch.OutOfMemoryError(str(error)) from error
     if isinstance(error, torch.AcceleratorError):
         raise error
+
+
+def pass_on_the_disks(error: Exception, base: str, folder: Path) -> None:
+    """Raise what a disk reports, which says nothing about the base that lies, or is to lie, in `folder`.
+
+    Raises:
+        DiskFull, RunFolderError: there is no room, or this process may not read or write there.
+        OSError: another start may not meet it: too many open files, a disk or a network file system that fails.
+    """
+    if isinstance(error, FileNotFoundError) and error.errno is None:  # safetensors says so whatever the reason was
+        named = Path(str(error).removeprefix("No such file or directory: "))
+        try:
+            if named.is_file():
+                named.open("rb").close()
+        except OSError as reason:
+            error = reason
+    for each in (error, error.__cause__):
+        if isinstance(each, Exception) and (
+            is_full_or_forbidden(each) or (isinstance(each, OSError) and each.errno in _MAY_PASS)
+        ):
+            with disk_errors(f"model.base={base}", folder, then="it takes up the base again"):
+                raise each

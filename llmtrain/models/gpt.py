@@ -15,8 +15,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
@@ -24,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from llmtrain import tensorfile
 from llmtrain.config.model_sections import GPTModel
 from llmtrain.data import IGNORE, Documents
-from llmtrain.errors import CheckpointError
+from llmtrain.errors import CheckpointError, disk_errors
 from llmtrain.manifest import FileInfo
 from llmtrain.models.attention import attention, kept_apart
 from llmtrain.models.cached import CachedGenerator
@@ -187,13 +185,14 @@ class GPT(nn.Module):
         except (OSError, ValueError, KeyError) as error:
             raise CheckpointError(f"{folder / 'config.json'}: cannot be read as a GPT-2: {error}") from error
         model = cls(config, vocab_size, seed=None)
-        model.load(folder)
+        with disk_errors("model", folder, then="it is read"):
+            model.load(folder)
         return model, eos_id
 
     def forward(
         self, input_ids: Tensor, targets: Tensor, documents: Documents | None = None, positions: Tensor | None = None
     ) -> Tensor:
-        """Sum of the cross-entropies of all supervised positions, in nats (fp32 scalar)."""
+        """Sum of the cross-entropies of all supervised positions, in nats: fp32, without gradients float64."""
         hidden_BTD = self._hidden(input_ids, documents, positions, None)
         return linear_cross_entropy(hidden_BTD.flatten(0, 1), self.lm_head.weight, targets.flatten(), IGNORE)
 
@@ -276,9 +275,10 @@ class GPT(nn.Module):
 
         Raises:
             CheckpointError: the file is missing or damaged, or its tensors are not this model's.
+            OSError: it cannot be read now, which says nothing about it.
         """
+        tensors = tensorfile.read(folder / WEIGHTS)
         try:
-            tensors = load_file(folder / WEIGHTS)
             if not self.config.qkv_bias:
                 for layer in range(self.config.num_layers):
                     tensors.pop(f"transformer.h.{layer}.attn.c_attn.bias", None)
@@ -286,8 +286,6 @@ class GPT(nn.Module):
                 for name, parameter in self.named_parameters():
                     tensor = tensors.pop(name)
                     parameter.copy_(tensor.t() if name.endswith(_CONV1D) else tensor)
-        except (FileNotFoundError, PermissionError, SafetensorError) as error:
-            raise CheckpointError(f"{folder / WEIGHTS}: cannot be read: {error}") from error
         except (KeyError, RuntimeError) as error:
             raise CheckpointError(f"{folder / WEIGHTS}: not the weights of this model: {error}") from error
         if tensors:

@@ -44,10 +44,10 @@ def check(model: QLoRA, batch: Batch, doc_lens: list[int], autocast: bool) -> fl
         ModelError: packed documents see each other, or logits are not transformers'.
     """
     told = f"model.base={model.config.base}: the logits of "
-    with bases.rows_apart(model):  # what 8 bits round differently in company is no leak, and can be larger than one
+    with bases.rows_apart(model):  # what 8 bits round differently beside other rows can be larger than a leak
         if len(doc_lens) > 1:
             moved, allowed = neighbours(model, batch, doc_lens, autocast)
-            if not moved <= allowed:  # neither is what is no number
+            if not moved <= allowed:  # also where it is NaN
                 raise ModelError(
                     f"{told}a document move by {moved:.3g} of their standard deviation with what else is in its row "
                     f"({allowed:.2g} could be rounding). This architecture does not keep packed documents apart. "

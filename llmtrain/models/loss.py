@@ -92,15 +92,15 @@ def _loss_and_gradients(
 def _add_to_weight(grad_weight: Tensor | None, gradient: Tensor, rows: Tensor, weight: Tensor) -> Tensor:
     """The output layer's gradient with a chunk's share, gradient^T rows, added.
 
-    In mixed precision a few rows of it at a time on CPUs: the whole product, and the copy of it in the weight's dtype
-    that adding makes, take 77 and 154 MB for GPT-2, at the peak of a step's memory.
+    In mixed precision CPUs make a few of its rows at a time. For GPT-2 the whole product takes 77 MB, and its copy in
+    the weight's dtype, which adding makes, 154 MB more, at the peak of a step's memory.
     """
     if gradient.dtype == weight.dtype:  # the product adds, and has no padding
         return gradient.t() @ rows if grad_weight is None else grad_weight.addmm_(gradient.t(), rows)
     size = _WEIGHT_ROWS if weight.device.type == "cpu" else gradient.shape[1]
     total = torch.empty_like(weight) if grad_weight is None else grad_weight
     for into, of_rows in zip(total.split(size), gradient.split(size, 1), strict=True):
-        part = (of_rows.t() @ rows)[: len(into)]  # without the padding, which is the product's to have
+        part = (of_rows.t() @ rows)[: len(into)]  # the padding's rows are cut off
         if grad_weight is None:
             into.copy_(part)
         else:

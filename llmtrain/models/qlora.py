@@ -10,13 +10,12 @@ cache. `isolation.check` proves it at the start of a run.
 """
 
 import inspect
+import math
 import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from llmtrain import tensorfile
@@ -25,12 +24,14 @@ from llmtrain.data import IGNORE, Documents
 from llmtrain.errors import CheckpointError, ModelError
 from llmtrain.manifest import FileInfo
 from llmtrain.models import base as bases
-from llmtrain.models import base_attention
+from llmtrain.models import base_attention, base_linears
 from llmtrain.models.cached import CachedGenerator
 from llmtrain.models.loss import linear_cross_entropy, token_losses
 
 ADAPTER = "adapter_model.safetensors"
 _PREFIX = "peft."
+_IN_FILE = "base_model.model."
+"""What peft puts before the names of the base's layers."""
 
 
 class QLoRA(nn.Module):
@@ -84,7 +85,7 @@ class QLoRA(nn.Module):
     def forward(
         self, input_ids: Tensor, targets: Tensor, documents: Documents | None = None, positions: Tensor | None = None
     ) -> Tensor:
-        """Sum of the cross-entropies of all supervised positions, in nats (fp32 scalar)."""
+        """Sum of the cross-entropies of all supervised positions, in nats: fp32, without gradients float64."""
         hidden_ND = self.hidden(input_ids, documents, positions).flatten(0, 1)
         targets_N = targets.flatten()
         if hidden_ND.device.type == "cpu":  # on a GPU, knowing how many there are would be a host sync
@@ -98,7 +99,7 @@ class QLoRA(nn.Module):
     ) -> Tensor:
         """(B, T) cross-entropies in nats, 0 where a position is not supervised; their sum is `forward`'s result."""
         hidden_ND, targets_N = self.hidden(input_ids, documents, positions).flatten(0, 1), targets.flatten()
-        supervised = targets_N != IGNORE
+        supervised = targets_N != IGNORE  # indexing by it is a host sync; who scores reads the result next anyway
         losses_N = torch.zeros(targets_N.shape, device=targets_N.device)
         losses_N[supervised] = token_losses(hidden_ND[supervised], self._head, targets_N[supervised], IGNORE)
         return losses_N.view_as(targets)
@@ -119,26 +120,26 @@ class QLoRA(nn.Module):
 
     def title(self) -> str:
         """What is trained, for people."""
-        frozen = self._num_frozen() / 1e6
-        how = {"nf4": "4 bits (nf4)", "int8": "8 bits", "none": str(self.dtype).removeprefix("torch.")}
-        lora = self.config.lora
+        linears = [module for _, module in base_linears.linear_modules(self._base)]
+        plain = str(self.dtype).removeprefix("torch.")
+        how = {"nf4": "4 bits (nf4)", "int8": "8 bits", "none": plain}[self.config.quantisation]
+        unquantised = _num_frozen([module for module in linears if not base_linears.is_quantised(module)]) / 1e6
+        frozen = _num_frozen(linears) / 1e6
+        if self.config.quantisation != "none" and unquantised:
+            frozen -= unquantised
+            how += f" and {unquantised:,.1f} M, which bitsandbytes does not quantise, in {plain}"
         return (
-            f"{type(self._base).__name__} from {self.config.base}, {frozen:,.1f} M weights frozen in "
-            f"{how[self.config.quantisation]}, LoRA of rank {lora.r} with {self.num_parameters() / 1e6:.2f} M"
+            f"{type(self._base).__name__} from {self.config.base}, {frozen:,.1f} M weights frozen in {how}, "
+            f"LoRA of rank {self.config.lora.r} with {self.num_parameters() / 1e6:.2f} M"
         )
 
     def num_parameters(self) -> int:
         return sum(p.numel() for p in self.trainable().values())
 
-    def _num_frozen(self) -> int:
-        """Weights of the base's linear layers; the adapter's own layers lie among them."""
-        linear = (module for _, module in bases.linear_modules(self._base))
-        return sum(_numel(module) for module in linear if not module.weight.requires_grad)
-
     def flops_per_token(self) -> float:
         """Forward, and backward without the gradients of frozen weights: 4 N for the base, 6 N for the adapter."""
         text = self._base.config.get_text_config()
-        frozen = self._num_frozen() + self._head.numel()
+        frozen = _num_frozen([module for _, module in base_linears.text_linears(self._base)]) + self._head.numel()
         attention = 12 * text.num_hidden_layers * text.hidden_size * self.config.context
         return 4.0 * frozen + 6.0 * self.num_parameters() + attention
 
@@ -162,14 +163,19 @@ class QLoRA(nn.Module):
         """Fill the adapter from what `save` wrote.
 
         Raises:
-            CheckpointError: the file's tensors are not this adapter's.
+            CheckpointError: the file is missing or damaged, or its tensors are not this adapter's.
+            OSError: it cannot be read now, which says nothing about it.
         """
         from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
-        try:
-            tensors = load_file(folder / ADAPTER)
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{folder / ADAPTER}: cannot be read: {error}") from error
+        every, read = base_linears.linear_modules(self._base), base_linears.text_linears(self._base)
+        # Earlier versions put LoRA on what text never goes through too, where it stayed as it began.
+        unread = {name for name, _ in every} - {name for name, _ in read}
+        tensors = {
+            name: tensor
+            for name, tensor in tensorfile.read(folder / ADAPTER).items()
+            if name.removeprefix(_IN_FILE).partition(".lora_")[0] not in unread
+        }
         mine = get_peft_model_state_dict(self.peft, save_embedding_layers=False)
         if {k: v.shape for k, v in mine.items()} != {k: v.shape for k, v in tensors.items()}:
             raise CheckpointError(f"{folder / ADAPTER}: not the weights of this adapter")
@@ -191,7 +197,7 @@ def lora_config(config: QLoRAModel, model: Any) -> Any:
         task_type="CAUSAL_LM",
         base_model_name_or_path=bases.place(config.base),
         revision=config.revision,
-        fan_in_fan_out=type(bases.linear_modules(model)[0][1]).__name__ == "Conv1D",
+        fan_in_fan_out=type(base_linears.text_linears(model)[0][1]).__name__ == "Conv1D",
     )
 
 
@@ -203,7 +209,7 @@ def _with_adapter(config: QLoRAModel, model: Any) -> Any:
     """
     from peft import get_peft_model
 
-    has = dict.fromkeys(name.rsplit(".", 1)[-1] for name, _ in bases.linear_modules(model))
+    has = dict.fromkeys(name.rsplit(".", 1)[-1] for name, _ in base_linears.text_linears(model))
     try:
         return get_peft_model(model, lora_config(config, model), autocast_adapter_dtype=False)
     except (ValueError, TypeError, AttributeError, NotImplementedError) as error:
@@ -226,18 +232,15 @@ def check_adapter(config: QLoRAModel) -> None:
 def _targets(wanted: list[str] | str, model: nn.Module) -> list[str]:
     """The linear layers that are counted (`BaseFacts.targets`), for peft: named in full where their names alone would
     mean others too. Its own all-linear takes a mixture's experts as well."""
-    linears = {name: name.rsplit(".", 1)[-1] for name, _ in bases.linear_modules(model)}
+    linears = {name: name.rsplit(".", 1)[-1] for name, _ in base_linears.text_linears(model)}
     chosen = {name: last for name, last in linears.items() if wanted == "all-linear" or last in wanted}
     meant = {name for name, _ in model.named_modules() if name.rsplit(".", 1)[-1] in chosen.values()}
     return list(dict.fromkeys(chosen.values())) if meant == set(chosen) else list(chosen)
 
 
-def _numel(module: nn.Module) -> int:
-    """Weights of a linear layer, also where they are stored packed."""
-    if isinstance(module, nn.Linear):
-        return module.in_features * module.out_features
-    weight: Any = module.weight
-    return weight.numel()
+def _num_frozen(linears: list[nn.Module]) -> int:
+    """Weights of the base's among these layers; the adapter's own lie among them."""
+    return sum(math.prod(base_linears.shape_of(module)) for module in linears if not module.weight.requires_grad)
 
 
 def text_generator(model: Any, context: int, autocast: bool = False) -> CachedGenerator:

@@ -9,11 +9,11 @@ from pathlib import Path
 from types import FrameType
 from typing import IO
 
-from llmtrain import log, origin, summary
+from llmtrain import locks, log, origin, summary
 from llmtrain.config import load_config
 from llmtrain.errors import RunFolderError, disk_errors, exit_with_code
 from llmtrain.rundir import RunDir
-from llmtrain.service.worker import Options, Service
+from llmtrain.service.worker import Service, ServiceOptions
 
 _HELP = """\
 Take care of a run's checkpoints: verify each, score it from disk on the held-out split, upload it (hub.repo),
@@ -47,14 +47,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
             log.set_up()
             log.also_to_file(run.service_log, alone=options.background)
             overrides = () if options.repo is None else (f"hub.repo={options.repo}",)
-            sys.exit(work(run, Options(options.drain, options.only, overrides)))
+            sys.exit(work(run, ServiceOptions(options.drain, options.only, overrides)))
 
 
-def work(run: RunDir, options: Options) -> int:
+def work(run: RunDir, options: ServiceOptions) -> int:
     """Serve behind the lock. Where another service is at work, let it; to drain or prune, wait for it."""
     lock = take_turn(run, wait=options.drain or options.only is not None)
     if lock is None:
-        log.info(f"another service ({(run.service / 'lock').read_text()}) is at work on {run.path}; nothing to do")
+        log.info(f"another service ({locks.holder(run.service_lock_file)}) is at work on {run.path}; nothing to do")
         return 0
     with lock:
         origin.enter(run)
@@ -97,7 +97,7 @@ def take_turn(run: RunDir, wait: bool) -> IO[str] | None:
         if not wait:
             return None
         if not said:
-            log.info(f"waiting    for {(run.service / 'lock').read_text()}, which is at work here")
+            log.info(f"waiting    for {locks.holder(run.service_lock_file)}, which is at work here")
             said = True
         time.sleep(_LOOK_S)
     return lock

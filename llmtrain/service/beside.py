@@ -8,7 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 
-from llmtrain import choose, ledger, log, manifest, retention, rundir
+from llmtrain import ledger, log, manifest, retention, rundir
 from llmtrain.config import RunConfig
 from llmtrain.errors import CheckpointError
 from llmtrain.ledger import Event, Status, drain_command
@@ -137,7 +137,7 @@ def _ends_nothing(what: str) -> Iterator[None]:
         log.warning(f"service    {what} failed ({type(error).__name__}: {error}); checkpoints wait on disk")
 
 
-def waiting(run: RunDir, config: RunConfig, since: float = 0.0) -> str | None:
+def waiting(run: RunDir, config: RunConfig, since: float) -> str | None:
     """What the service still has to do, for people; None when there is nothing that waiting would bring.
 
     What it said before `since` does not count: it had not seen the last checkpoint, or was another service.
@@ -188,7 +188,7 @@ def _last_error(separator: str, status: Status | None) -> str:
 
 def _unscored(run: RunDir) -> list[int]:
     """Steps whose checkpoint, as it lies there, has no score: the step may have been saved again since."""
-    here, scored = choose.identities(run), ledger.scores(run)
+    here, scored = manifest.identities(run), ledger.scores(run)
     return [s for s in run.checkpoint_steps() if s not in scored or scored[s].checkpoint != here.get(s)]
 
 
@@ -203,7 +203,7 @@ def _unconfirmed(run: RunDir, repo: str | None) -> list[int]:
     """Steps whose checkpoint, as it lies there, was not read back from this repository."""
     if repo is None:
         return []
-    here = choose.identities(run)
+    here = manifest.identities(run)
     confirmed = {(u.step, u.checkpoint) for u in ledger.uploads(run).values() if u.repo == repo}
     return [step for step in run.checkpoint_steps() if (step, here.get(step)) not in confirmed]
 

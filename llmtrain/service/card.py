@@ -5,11 +5,11 @@ from collections.abc import Mapping
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from llmtrain import base_facts, choose, jsonl, ledger, manifest, origin, summary
-from llmtrain.choose import Entry, Ranking
+from llmtrain import base_facts, jsonl, ledger, manifest, origin, overfitting, ranking, summary
 from llmtrain.config import RunConfig, resolved_yaml
 from llmtrain.config.model_sections import QLoRAModel
 from llmtrain.ledger import Upload
+from llmtrain.ranking import Entry, Ranking
 from llmtrain.rundir import RunDir
 from llmtrain.service import plan
 from llmtrain.service.plan import Shown
@@ -26,14 +26,14 @@ def render(repo: str, config: RunConfig, run: RunDir, best: Shown) -> str:
         "Every other checkpoint that is here has a tag of its own (`step-N`).",
         f"## Use\n\n```python\n{_loading(config, repo, best.upload)}\n```",
     ]
-    if summary.summarise(run) is not None:
-        lower = "" if ranked is None else choose.lowest_measured(run, ranked.best.step)
+    if summary.has_curve(run):
+        lower = "" if ranked is None else ranking.lowest_measured(run, ranked.best.step)
         told = "" if ranked is None or not lower else f"\n\n{_lowest_saved(ranked)}; {lower}."
         parts.append(f"## Losses\n\n![Train and held-out loss over epochs](llmtrain/curve.png){told}")
     if ranked is not None:
         parts += [
             f"## Checkpoints\n\n{table(ranked, uploads)}",
-            f"Overfitting: {choose.overfitting(ranked).describe()}.",
+            f"Overfitting: {overfitting.judge(ranked).describe()}.",
         ]
     parts.append(_data(run, config))
     parts.append(f"<details><summary>Configuration</summary>\n\n{_fenced(resolved_yaml(config), 'yaml')}\n\n</details>")
@@ -163,7 +163,7 @@ def _test_data(run: RunDir, config: RunConfig) -> str:
         case _:
             use = (
                 f"takes no part in the ranking, but {len(steps)} checkpoints were scored on it "
-                f"({choose.name_steps(steps)}), so a choice may have followed it"
+                f"({ranking.name_steps(steps)}), so a choice may have followed it"
             )
     share = config.data.rest_split.test
     return f"; test data ({f'{share:.0%}' if share else 'of sources of their own'}) {use}"

@@ -32,9 +32,7 @@ _PR_SET_PDEATHSIG = 1
 class Child:
     """A Python module as a process, whose standard output is JSON lines."""
 
-    def __init__(
-        self, module: str, arguments: list[str], log: Path, lock: int, environment: dict[str, str], nice: int = 0
-    ):
+    def __init__(self, module: str, arguments: list[str], log: Path, lock: int, environment: dict[str, str], nice: int):
         """`lock`: descriptor of the service's lock, which stays held until this process has ended too.
         `nice`: its niceness, from its first instruction on, also towards other sessions (`step_back`)."""
         self.started = self._moved = time.monotonic()

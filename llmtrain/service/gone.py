@@ -7,8 +7,9 @@ uploaded, so it is sent again while it is on this disk, and the rule deletes not
 import time
 from typing import Any
 
-from llmtrain import choose, ledger, log
+from llmtrain import ledger, log, manifest
 from llmtrain.ledger import Event, Upload
+from llmtrain.ranking import name_steps
 from llmtrain.rundir import RunDir
 
 
@@ -26,13 +27,13 @@ def record(run: RunDir, repo: str, answer: dict[str, Any]) -> None:
 
 
 def _tell(run: RunDir, repo: str, gone: list[int], uploads: dict[int, Upload]) -> None:
-    here = choose.identities(run)
+    here = manifest.identities(run)
     again = [step for step in gone if here.get(step) == uploads[step].checkpoint]
     lost = [step for step in gone if step not in again]
-    parts = [f"{choose.name_steps(again)} will be sent again from this disk"] if again else []
-    parts += [f"of {choose.name_steps(lost)} nothing is left on this disk"] if lost else []
+    parts = [f"{name_steps(again)} will be sent again from this disk"] if again else []
+    parts += [f"of {name_steps(lost)} nothing is left on this disk"] if lost else []
     message = (
-        f"{repo} does not hold {choose.name_steps(gone)} any more as uploaded (deleted or changed on the Hub?): "
+        f"{repo} does not hold {name_steps(gone)} any more as uploaded (deleted or changed on the Hub?): "
         f"{'; '.join(parts)}"
     )
     log.warning(f"HUB: {message}")

@@ -25,7 +25,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ge
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, RevisionNotFoundError
 from huggingface_hub.utils._http import hf_request_event_hook  # what its own clients have, and no public name gives
 
-from llmtrain import choose, ledger, manifest, origin
+from llmtrain import ledger, manifest, origin
 from llmtrain.config import RunConfig, load_config
 from llmtrain.errors import CheckpointError, ConfigError
 from llmtrain.rundir import RunDir
@@ -58,6 +58,12 @@ from llmtrain.service.remote import (
 _CONNECT_S = 30.0
 _ABOUT_TOKENS = re.compile(r"token|permission|credential|authori[sz]|granted|\brights?\b", re.IGNORECASE)
 """Words of a 403 that is about who asks; a full storage is a 403 too."""
+_ABOUT_SIZE = re.compile(
+    r"storage|quota|too large|(?:size|exceed\w*|maximum)\b.*\blimit|limit\b.*\b(?:size|exceeded|reached)", re.I
+)
+"""Words of a 400, 402 or 403 that is about how much is sent, or lies there."""
+_FULL_S = 3600.0
+"""Until the next attempt at what has no room on the Hub: an attempt may send all bytes again."""
 _IN_ABOUT = re.compile(r"in (?:about )?(\d+) (second|minute|hour)")
 _UNIT_S = {"second": 1.0, "minute": 60.0, "hour": 3600.0}
 
@@ -127,7 +133,16 @@ def converse(task: str, run: RunDir, name: str, step: int, token: str) -> dict[s
 
 def explain(error: HfHubHTTPError, name: str) -> dict[str, Any]:
     """Who has to act: a person (refused), or time."""
-    status = error.response.status_code
+    status, words = error.response.status_code, error.server_message or ""
+    if status == 413 or (status in (400, 402, 403) and _ABOUT_SIZE.search(words)):
+        said = " ".join((words or error.response.reason_phrase).split())  # without one the client's has a URL in it
+        return {
+            "error": "refused",
+            "message": f"{name}: the Hub refuses ({status}: {said}); checkpoints wait on this disk. Make room in that "
+            "account, or send less (hub.optimizer_state=false), or name another repository (hub.repo). Tried again "
+            "once an hour, and when a service is started",
+            "retry_after_s": _FULL_S,
+        }
     said = " ".join(str(error.server_message or error).split())
     if status in (401, 403, 404):
         about_token = status == 401 or (status == 403 and _ABOUT_TOKENS.search(said))
@@ -183,7 +198,7 @@ def find_lost(repo: Repo, config: RunConfig, run: RunDir) -> dict[str, Any]:
     `gone`: steps to upload again, or lost. Those whose tag says to be the same checkpoint at another commit (a history
     that was rewritten) are `moved`, or `to_read`: one that lies on this disk is read back again before it counts.
     """
-    there, here = repo.refs()[1], choose.identities(run)
+    there, here = repo.refs()[1], manifest.identities(run)
     doomed = plan.untaggable(run, config.model_copy(update={"hub": config.hub.model_copy(update={"repo": repo.name})}))
     gone: list[int] = []
     to_read: list[int] = []

@@ -6,10 +6,10 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from llmtrain import choose, ledger, retention
-from llmtrain.choose import Entry, Ranking
+from llmtrain import ledger, manifest, ranking, retention
 from llmtrain.config import RunConfig
 from llmtrain.ledger import Upload
+from llmtrain.ranking import Entry, Ranking
 from llmtrain.rundir import RunDir
 
 
@@ -18,7 +18,7 @@ class Shown:
     """What belongs on `main`, and the ranking that says so."""
 
     upload: Upload
-    ranked: Ranking | None = None
+    ranked: Ranking | None
 
     @property
     def entry(self) -> Entry | None:
@@ -66,7 +66,7 @@ def digest(run: RunDir, repo: str) -> str | None:
 
 
 def _scored_on_disk(run: RunDir) -> list[int]:
-    here = choose.identities(run)
+    here = manifest.identities(run)
     return sorted(step for step, score in ledger.scores(run).items() if here.get(step) == score.checkpoint)
 
 
@@ -88,13 +88,14 @@ def to_show(run: RunDir, repo: str) -> Shown | None:
     uploads = uploads_at(run, repo)
     if not uploads:
         return None
-    ranked = choose.ranking(run)
-    there = [] if ranked is None else [e for e in ranked.entries if any(is_of(e, u) for u in uploads.values())]
+    ranked = ranking.rank(run)
+    there = [] if ranked is None else [e for e in ranked.entries if e.step in uploads and is_of(e, uploads[e.step])]
     if ranked is None or not there:
         return Shown(uploads[max(uploads)], ranked)
     proposed = [e for e in there if e is ranked.proposed]
-    ties = [e for e in there if e.is_best or e.is_tie]
-    return Shown(uploads[(proposed or ties or [min(there, key=lambda e: e.score.loss)])[0].step], ranked)
+    as_good = [e for e in there if e.is_as_good]
+    shown = (proposed or as_good or [min(there, key=lambda e: ranking.order(e.score))])[0]
+    return Shown(uploads[shown.step], ranked)
 
 
 def uploads_at(run: RunDir, repo: str) -> dict[int, Upload]:

@@ -104,7 +104,7 @@ def documents(repo: Repo, config: RunConfig, run: RunDir, best: Shown) -> dict[s
     }
     if run.scores.exists():
         found[own_path("scores.jsonl")] = run.scores.read_bytes()
-    if summary.summarise(run) is not None:
+    if summary.has_curve(run):
         summary.draw(run, picture)
         found[own_path(picture.name)] = picture.read_bytes()
     return found

@@ -22,7 +22,6 @@ class Found:
 
     step: int
     identity: str
-    size_bytes: int
     heldout_loss: float | None
     """As the training ranks computed it at the save."""
     epoch: float
@@ -131,9 +130,8 @@ class Inspector:
         return Found(
             step=step,
             identity=manifest.identity(described),
-            size_bytes=sum(info.size_bytes for info in described.files.values()),
             heldout_loss=described.heldout_loss,
-            epoch=described.train_state.samples / described.num_rows,
+            epoch=described.epoch,
         )
 
     def reject(self, step: int, reason: str) -> None:

@@ -91,7 +91,7 @@ def secrets_in(paths: list[Path], token: str) -> list[Path]:
         if path.suffix in (".safetensors", ".png") or path.stat().st_size > _TEXT_BYTES:
             continue
         content = path.read_bytes()
-        if access_tokens.stand_in(content.decode(errors="replace")) or token.encode() in content:
+        if access_tokens.found_in(content.decode(errors="replace")) or token.encode() in content:
             found.append(path)
     return found
 

@@ -13,8 +13,8 @@ from llmtrain.rundir import RunDir
 
 _FIRST_BYTES = 128 << 10
 """For the log, events and the status."""
-_SCORE_BYTES = 40 << 10
-"""The losses by stretch (16 bytes for each of 2,048) and a line in the ledger."""
+SCORE_BYTES = 40 << 10
+"""What a score takes: the losses by stretch (16 bytes for each of 2,048), and a line in the ledger."""
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -27,7 +27,7 @@ class Reserve:
     def fill(self, keep_best: int) -> None:
         """Make it, where there is room. So large that as many scores fit in as are needed before any of those that
         wait can be deleted: the best ones stay."""
-        size = _FIRST_BYTES + _SCORE_BYTES * (keep_best + 2)
+        size = _FIRST_BYTES + SCORE_BYTES * (keep_best + 2)
         try:
             if self._path.exists() and self._path.stat().st_size >= size:
                 return

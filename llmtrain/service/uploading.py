@@ -46,7 +46,7 @@ class Uploading:
         self.last_error: str | None = None
         self.problem: str | None = None
         self._refused = "check"
-        """The task that ran into `problem`. A check that succeeds clears it only if that was a check."""
+        """The task that ran into `problem`, which only the same one clears when it succeeds."""
 
     @property
     def doing(self) -> str | None:
@@ -139,7 +139,7 @@ class Uploading:
                 self._fail("upload-failed", answer["message"])
                 self._checked = self._seen = None  # look what else is not there
             case "refused" | "gone":
-                self._refuse(answer["message"])
+                self._refuse(answer["message"], answer.get("retry_after_s", _REFUSED_S))
             case _:
                 self._fail("upload-failed", answer["message"], answer.get("retry_after_s", 0.0))
         return []
@@ -153,10 +153,10 @@ class Uploading:
         if task == "check" and self._refused != "check":  # what was refused since has not been tried again yet
             self._checked = repo
             return
-        if task != "check" and self.problem is not None:
-            self._checked = None  # look once more, which says that it is mended
-        self.last_error = self.problem = None
-        self._refused = "check"
+        if self._refused in ("check", task):  # else what was refused waits still: `main` takes hardly any room
+            if self.problem is not None and task != "check":
+                self._checked = None  # look once more, which says that it is mended
+            self.last_error, self.problem, self._refused = None, None, "check"
         match task:
             case "check":
                 state = HubState(state="ok", message=answer["message"], repo=repo, private=answer["private"])
@@ -191,9 +191,9 @@ class Uploading:
         if task == "check":
             ledger.write(self._run.hub_state, HubState(state="unreachable", message=self.last_error, repo=self._repo))
 
-    def _refuse(self, message: str) -> None:
+    def _refuse(self, message: str, pause_s: float) -> None:
         """Something that a person has to mend: said once, looked at again now and then."""
-        self.pause.failed(_REFUSED_S)
+        self.pause.failed(pause_s)
         self._checked, self._refused = None, self._task[0]
         if self.problem == message:
             return

@@ -19,15 +19,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from llmtrain import choose, devices, files, intervals, jsonl, ledger, manifest, origin, recipe, shards
+from llmtrain import devices, files, intervals, jsonl, ledger, manifest, origin, ranking, recipe, shards
 from llmtrain.config import RunConfig, load_config
 from llmtrain.data import IGNORE, Batch, make_batch
 from llmtrain.errors import CheckpointError, ConfigError, disk_errors, exit_with_code
-from llmtrain.evaluate import Score
+from llmtrain.evaluate import SplitLoss
 from llmtrain.hardware import is_bf16_fast
 from llmtrain.intervals import Losses
 from llmtrain.models import build_model
 from llmtrain.rundir import RunDir
+from llmtrain.service.reserve import SCORE_BYTES
 from llmtrain.shards import Rows, ShardSet
 from llmtrain.strategies.forward import autocast
 
@@ -36,8 +37,6 @@ _FEW_ROWS = 256
 _SHORTEST = 16
 _MANY_STRETCHES = 1 << 16
 """Limit in runs recorded before MAX_UNITS applied to recording too; they keep it: their losses stay comparable."""
-_SCORE_BYTES = 40 << 10
-"""What a score takes: the losses by stretch (16 bytes for each of 2,048), and a line in the ledger."""
 _SCORES_AGAIN = "it scores anew"
 
 TokenLosses = Callable[[Batch], Tensor]
@@ -81,7 +80,7 @@ def see_that_scores_can_be_kept(run: RunDir) -> None:
         for folder in (losses.parent, losses):
             folder.mkdir(exist_ok=True)
         with tempfile.TemporaryFile(dir=losses) as probe:
-            probe.write(bytes(_SCORE_BYTES))
+            probe.write(bytes(SCORE_BYTES))
         if run.scores.exists():
             run.scores.open("ab").close()
 
@@ -97,7 +96,7 @@ def recorded_precision(run: RunDir) -> str | None:
     A loss in bf16 and one in fp32 differ by rounding, and ranking, `keep_best` and `main` compare all of a run.
     """
     scores = (ledger.Score.model_validate(record) for record in jsonl.read(run.scores))
-    return next((found for score in scores if (found := choose.precision(score)) in ("fp32", "bf16")), None)
+    return next((found for score in scores if (found := ranking.precision(score)) in ("fp32", "bf16")), None)
 
 
 def validate(
@@ -135,7 +134,7 @@ def validate(
         losses = intervals.merged(by_stretch(token_losses, rows, batch_size, config), most)
         checkpoint = manifest.identity(described)
         write_losses(run.losses(step, checkpoint, split), losses)
-        result = Score(losses[0].sum() / max(1.0, losses[1].sum()), int(losses[1].sum()))
+        result = SplitLoss(losses[0].sum() / max(1.0, losses[1].sum()), int(losses[1].sum()))
         if not math.isfinite(result.loss):
             raise CheckpointError(f"{folder}: its {split} loss is {result.loss}")
         yield ledger.Score(
@@ -146,7 +145,7 @@ def validate(
             perplexity=result.perplexity,
             bits_per_byte=result.bits_per_byte(rows.info),
             targets=result.targets,
-            epoch=described.train_state.samples / described.num_rows,
+            epoch=described.epoch,
             origin="disk",
             how=f"{device} {'bf16' if bf16 else 'fp32'}",
             seconds=time.perf_counter() - began,

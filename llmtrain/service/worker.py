@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass
 from typing import IO, Literal
 
-from llmtrain import choose, files, jsonl, ledger, log, retention, scoring_place
+from llmtrain import early_stop, files, jsonl, ledger, log, retention, scoring_place
 from llmtrain.config import RunConfig, load_config
 from llmtrain.errors import EXIT_REQUEUE, HubError, is_full_or_forbidden
 from llmtrain.ledger import Event, Status
@@ -30,7 +30,7 @@ _LINGER_S = 3.0
 
 
 @dataclass
-class Options:
+class ServiceOptions:
     """What the command line asks for."""
 
     drain: bool = False
@@ -43,7 +43,7 @@ class Options:
 class Service:
     """One for a run, behind the run's service lock."""
 
-    def __init__(self, run: RunDir, lock: IO[str], options: Options):
+    def __init__(self, run: RunDir, lock: IO[str], options: ServiceOptions):
         self._run, self._lock, self._options = run, lock, options
         self._config_stamp = 0
         self._config = self._read_config()
@@ -111,14 +111,11 @@ class Service:
         """One round; False when the service may end."""
         looked = time.time()
         config = self._config = self._read_config()
+        if self._options.only == "prune":
+            return self._prune_once(config)
         where = scoring_place.find(self._run, config, self._presence.look(), self._scoring.device)
         config = config.model_copy(update={"service": config.service.model_copy(update={"score": where})})
         work = self._inspector.look(config, scoring=where != "training")
-        if self._options.only == "prune":
-            if self._is_to_look(config):
-                return True
-            self._prune(config, work)
-            return False
         self._scoring.advance(config, work, where)
         if self._scoring.lacks_room:
             self._reserve.give_way()
@@ -140,14 +137,18 @@ class Service:
             return False
         return self._run.is_training() or time.monotonic() - self._idle_since < _LINGER_S
 
-    def _is_to_look(self, config: RunConfig) -> bool:
-        """Before it deletes: whether the Hub still holds what was uploaded. Asked once."""
-        if config.hub.repo is None or not self._uploading.is_looking:
-            return False
-        self._uploading.advance(config, Work(), hurry=False)
-        if not self._uploading.is_looking and not self._uploading.trusts_uploads(config):
-            log.warning("nothing is deleted that only an upload would be left of: the Hub could not be asked")
-        return True
+    def _prune_once(self, config: RunConfig) -> bool:
+        """After a look at whether the Hub still holds what was uploaded. True while that is going on.
+
+        As `service.score` is set, not as things are now: what has no score yet waits for one, as the preview says.
+        """
+        if config.hub.repo is not None and self._uploading.is_looking:
+            self._uploading.advance(config, Work(), hurry=False)
+            if not self._uploading.is_looking and not self._uploading.trusts_uploads(config):
+                log.warning("nothing is deleted that only an upload would be left of: the Hub could not be asked")
+            return True
+        self._prune(config, self._inspector.look(config, scoring=True))
+        return False
 
     def _prune(self, config: RunConfig, work: Work) -> None:
         if config.service.start == "never" and not self._options.only:
@@ -166,7 +167,7 @@ class Service:
 
     def _ask_to_stop(self, config: RunConfig, work: Work) -> None:
         patience = config.service.patience
-        if patience is None or choose.asked_to_end(self._run, patience) or not self._run.is_training():
+        if patience is None or early_stop.asked_to_end(self._run, patience) or not self._run.is_training():
             return
         # After `restore`, or without checkpoints that did not verify, the ledger has scores of a later life's steps:
         # they count again when this life has come there, and saved.
@@ -176,7 +177,7 @@ class Service:
             for step, score in work.scores.items()
             if step <= newest and (step not in work.whole or work.is_scored(step))
         }
-        later = choose.saves_without_improvement(scores)
+        later = early_stop.saves_without_improvement(scores)
         if len(later) < patience:
             return
         # A save that a stop forced may lie a few steps after the last one: it may be the best, and else says nothing.
@@ -187,8 +188,8 @@ class Service:
         if since < patience:
             return
         message = f"the held-out loss has not improved for {since} saves (service.patience={patience})"
-        early_stop = choose.EarlyStop(message=message, saves=since)
-        files.write_atomic(self._run.early_stop, early_stop.model_dump_json() + "\n")
+        asked = early_stop.EarlyStop(message=message, saves=since)
+        files.write_atomic(self._run.early_stop, asked.model_dump_json() + "\n")
         ledger.append(self._run.service_events, Event(kind="early-stop", message=message, step=max(scores)))
         log.info(f"enough     {message}: asked training to stop")
 
@@ -227,7 +228,7 @@ class Service:
     def _is_ours(self) -> bool:
         """False when the run folder was moved aside and another run has taken its place."""
         try:
-            return os.fstat(self._lock.fileno()).st_ino == (self._run.service / "lock").stat().st_ino
+            return os.fstat(self._lock.fileno()).st_ino == self._run.service_lock_file.stat().st_ino
         except FileNotFoundError:
             return False
         except OSError:  # a file system that is away: `serve` waits for it

@@ -4,11 +4,11 @@ from torch import nn
 
 from llmtrain.config.schema import RunConfig
 from llmtrain.strategies.ddp import DDPStrategy
-from llmtrain.strategies.interface import Strategy, Trainable
+from llmtrain.strategies.interface import Strategy
 from llmtrain.strategies.zero2 import ZeRO2Strategy, deepspeed_config
 from llmtrain.world import World
 
-__all__ = ["Strategy", "Trainable", "build_strategy", "deepspeed_config"]
+__all__ = ["Strategy", "build_strategy", "deepspeed_config"]
 
 
 def build_strategy(config: RunConfig, model: nn.Module, world: World, bf16: bool) -> Strategy:

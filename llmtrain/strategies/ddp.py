@@ -65,7 +65,7 @@ class DDPStrategy:
         return norm
 
     def _fill_gradients(self) -> None:
-        """Zeros where no gradient came (LoRA on a part of the base that text never reaches), as buckets have them.
+        """Zeros where no gradient came (LoRA on an expert that no token went to), as buckets have them.
 
         Else the optimizer would leave the parameter out, and a checkpoint without its moments could not be loaded.
         """

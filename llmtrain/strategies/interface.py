@@ -1,33 +1,11 @@
 """The six operations that the loop drives, whatever shares the work between ranks."""
 
-from pathlib import Path
 from typing import Protocol
 
 from torch import Tensor
 
-from llmtrain.data import Batch, Documents
+from llmtrain.data import Batch
 from llmtrain.fragments import Fragment, FragmentReader
-from llmtrain.manifest import FileInfo
-
-
-class TextGenerator(Protocol):
-    """A model that continues one text (`evaluate.Generator`)."""
-
-    def next_logits(self, input_ids: Tensor) -> Tensor: ...
-
-
-class Trainable(Protocol):
-    """What a model offers: a summed loss, and its own file format. Implemented by `models/`."""
-
-    def __call__(
-        self, input_ids: Tensor, targets: Tensor, documents: Documents | None, positions: Tensor | None
-    ) -> Tensor: ...
-    def save(self, folder: Path, weights: dict[str, Tensor], eos_id: int) -> dict[str, FileInfo]: ...
-    def load(self, folder: Path) -> None: ...
-    def text_generator(self) -> "TextGenerator": ...
-    def title(self) -> str: ...
-    def num_parameters(self) -> int: ...
-    def flops_per_token(self) -> float: ...
 
 
 class Strategy(Protocol):

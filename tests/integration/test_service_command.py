@@ -14,7 +14,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import SCALARS, EventAccumulator
 
-from llmtrain import choose, intervals, ledger, log, origin, rundir
+from llmtrain import intervals, ledger, log, origin, ranking, rundir
 from llmtrain.rundir import RunDir
 from llmtrain.service import plan, validate
 from llmtrain.service.beside import Companion, waiting
@@ -79,7 +79,7 @@ def check_scores(run: RunDir) -> None:
         assert (score.origin, score.how) == ("disk", "cpu fp32")
         assert score.loss == pytest.approx(measured[step]["loss"], abs=1e-6)
         assert score.bits_per_byte == pytest.approx(measured[step]["bits_per_byte"], abs=1e-6)
-        losses = choose.read_losses(run, score)
+        losses = ranking.read_losses(run, score)
         assert losses is not None
         assert losses.shape[1] >= 8
         assert losses[1].sum() == score.targets
@@ -117,7 +117,7 @@ def test_all_scores_of_a_run_are_in_one_precision(workplace: Workplace, many: st
     monkeypatch.setattr(intervals, "MAX_UNITS", 50)
     (score,) = validate.validate(run, config_of(run), [2], "heldout", torch.device("cpu"))
     assert score.how == "cpu bf16"
-    losses = choose.read_losses(run, score)
+    losses = ranking.read_losses(run, score)
     assert losses is not None
     assert losses.shape[1] <= intervals.MAX_UNITS
 
@@ -128,7 +128,7 @@ def test_training_ends_with_all_checkpoints_scored_and_ranked(served: RunDir):
     assert json.loads((served.path / "steps-scored-by-then.json").read_text()) == steps
     check_scores(served)
     assert origin.read(served).finished  # its GPUs, if it had any, are for scoring
-    ranked = choose.ranking(served)
+    ranked = ranking.rank(served)
     assert ranked is not None
     assert [entry.step for entry in ranked.entries] == steps
     assert all(entry.difference is not None for entry in ranked.entries if not entry.is_best)
@@ -329,7 +329,7 @@ def test_the_end_waits_for_the_records_of_these_checkpoints_in_this_repository(t
     run = make_run(tmp_path / "run", "hub.repo=ada/gpt")
 
     def left() -> str | None:
-        return waiting(run, config_of(run))
+        return waiting(run, config_of(run), since=0.0)
 
     save(run, 100)
     assert left() == "1 to score, 1 to upload (Ctrl-C leaves it at work)"

@@ -10,7 +10,7 @@ import pytest
 
 from launcher.report.speed import read_speed
 from launcher.watching.status import read_status
-from llmtrain import choose, errors, ledger, manifest
+from llmtrain import errors, ledger, manifest, ranking
 from llmtrain.rundir import RunDir
 from tests.support.hub_server import TOKEN, Hub
 from tests.support.runs import Workplace
@@ -120,7 +120,7 @@ def test_every_tag_holds_the_checkpoint_byte_for_byte(uploaded: Uploaded):
 
 def test_main_shows_the_proposed_one_with_a_card_that_the_hub_understands(uploaded: Uploaded, tmp_path: Path):
     run, hub = uploaded.run, uploaded.hub
-    ranked = choose.ranking(run)
+    ranked = ranking.rank(run)
     assert ranked is not None
     step = ranked.proposed.step
     assert step != run.checkpoint_steps()[-1]

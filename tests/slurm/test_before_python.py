@@ -39,7 +39,7 @@ def test_output_of_the_script_and_of_its_first_node_share_a_file(
     """Of each task of an array, and neither takes the other's place; SLURM's own notes are there too."""
     profile = load_profile(write_profile(own_workplace, setup=["echo loaded"]))
     folder = own_workplace.folder / "jobs"
-    spec = JobSpec("said", folder, profile, ())
+    spec = JobSpec("said", folder, profile)
     ids = queue_jobs(spec, [CommandJob(["--version"]), CommandJob(["logs", "--help"])])
     for job_id in ids:
         wait_until(lambda job_id=job_id: client.queue([job_id])[job_id].is_over)

@@ -1,12 +1,13 @@
 """The way back into the queue: a controller that is silent, starts that end in vain, and the service job's patience."""
 
 import errno
+import json
 import os
 import signal
 import subprocess
 import threading
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -127,6 +128,18 @@ def test_a_real_controller_that_stops_for_a_while(cluster: Cluster):
 
 
 @pytest.mark.usefixtures("own_signals")
+def test_a_real_job_keeps_off_a_node_whose_gpu_has_failed(cluster: Cluster):
+    number = cluster.submit("sleep 300")
+    cluster.wait_for(number, "RUNNING")
+    bad = cluster.describe(number)["NodeList"]
+    node.come_back(number, node.requeue_with_scontrol)
+    node._avoid([bad], number)
+    assert cluster.describe(number)["ExcNodeList"] == bad
+    cluster.wait_for_restart(number)
+    assert cluster.describe(number)["NodeList"] != bad
+
+
+@pytest.mark.usefixtures("own_signals")
 @pytest.mark.parametrize("handler", [signal.SIG_DFL, signal.SIG_IGN])
 def test_without_submitits_handler_it_comes_back_too(handler: signal.Handlers, monkeypatch: pytest.MonkeyPatch):
     """SUBMITIT_PREEMPT_SIGNAL in a user's shell has submitit listen to another signal."""
@@ -151,11 +164,12 @@ def test_without_submitits_handler_it_comes_back_too(handler: signal.Handlers, m
 class Start:
     """What one start of a job comes to, in place of a supervisor."""
 
-    def __init__(self, by: str, saves: int = 0, met_limit: bool = False):
-        self.stopped_by, self.saves, self.met_limit = by, saves, met_limit
+    def __init__(self, by: str | None, saves: int = 0, met_limit: bool = False, lost_gpus_on: Sequence[str] = ()):
+        self.stopped_by, self.saves, self.met_limit, self.lost_gpus_on = by, saves, met_limit, lost_gpus_on
 
 
 PREEMPTED, LIMITED = Start("SIGTERM"), Start("time limit", met_limit=True)
+LOST = Start(None, lost_gpus_on=["n1"])
 
 
 @pytest.fixture
@@ -187,7 +201,10 @@ def starts(
                     run.checkpoint(now.saves).mkdir(parents=True)
                 return EXIT_REQUEUE
 
-            own = types.SimpleNamespace(stopped_by=each.stopped_by, met_limit=each.met_limit, supervise=supervise)
+            own = types.SimpleNamespace(
+                stopped_by=each.stopped_by, met_limit=each.met_limit, lost_gpus_on=each.lost_gpus_on,
+                supervise=supervise,
+            )  # fmt: skip
             monkeypatch.setattr(node, "Supervisor", lambda *_, own=own: own)
             variables = {
                 "SLURM_JOB_ID": "7", "SLURM_NODEID": "0", "SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_END_TIME": "1",
@@ -207,6 +224,11 @@ def test_time_limits_without_a_new_checkpoint_are_counted(
     """A start-up that takes longer than the job may: it would burn the allocation for ever."""
     assert starts([LIMITED] * 4) == 1
     assert "ended 3 times in a row without a new checkpoint: not started again" in capfd.readouterr().err
+
+
+def test_gpus_that_are_lost_are_counted_too(starts: Callable[[list[Start]], int], controller: Controller):
+    assert starts([LOST] * 4) == 1
+    assert [call for call in controller.calls if call.startswith("update")] == ["update JobId=7 ExcNodeList=n1"] * 3
 
 
 def test_time_limits_with_one_are_not(starts: Callable[[list[Start]], int]):
@@ -269,6 +291,8 @@ def test_what_llmtrain_stop_has_ended_does_not_come_back(
     stop.touch()
     assert starts([PREEMPTED]) == EXIT_REQUEUE
     assert REQUEUE not in controller.calls
+    assert starts([LIMITED]) == EXIT_REQUEUE  # as `llmtrain status` says it, too
+    assert json.loads(JobDir.of(RunDir(tmp_path / "runs/again")).progress.read_text())["asked"]
     stop.unlink()
     assert starts([PREEMPTED]) == EXIT_REQUEUE
     assert REQUEUE in controller.calls
@@ -282,7 +306,9 @@ def test_with_no_requeue_nobody_asks_and_of_several_nodes_the_first_alone(
     controller.fails(0)
     workplace = make_workplace(tmp_path)
     JobDir.of(RunDir(tmp_path / "runs/run")).path.mkdir(parents=True)
-    own = types.SimpleNamespace(stopped_by="SIGTERM", met_limit=False, supervise=lambda _: EXIT_REQUEUE)
+    own = types.SimpleNamespace(
+        stopped_by="SIGTERM", met_limit=False, lost_gpus_on=[], supervise=lambda _: EXIT_REQUEUE
+    )
     monkeypatch.setattr(node, "Supervisor", lambda *_: own)
     monkeypatch.setattr(node, "_begin", lambda *_: 0.0)
     variables = {"JOB_ID": "7", "NODEID": str(number), "JOB_NUM_NODES": "2", "JOB_END_TIME": "1"}

@@ -22,5 +22,5 @@ def test_a_drafted_profile_loads_and_fits(cluster: Cluster, tmp_path: Path, part
     profile = load_profile(file)
     assert (profile.name, profile.partition) == ("tests", partition or "low")
     assert (profile.gpus_per_node, profile.cpus_per_gpu) == (2, 4)
-    found = check_limits(JobSpec("run", tmp_path, profile, ("node",), gpus_per_node=2), partitions())
+    found = check_limits(JobSpec("run", tmp_path, profile, gpus_per_node=2), partitions())
     assert not [finding for finding in found if finding.severity == "error"]

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from launcher.jobs import JobDir
+from launcher.slurm import client
 from llmtrain import ledger
 from llmtrain.rundir import RunDir
 from tests.support.runs import Workplace
@@ -61,6 +62,25 @@ def test_a_sweep_is_an_array_whose_runs_are_ranked(cluster: Cluster, workplace: 
     assert {jobs.name for jobs in runs} == {
         "00-lr_1e-3-dropout_0.0", "01-lr_1e-3-dropout_0.2", "02-lr_1e-2-dropout_0.0", "03-lr_1e-2-dropout_0.2",
     }  # fmt: skip
+
+
+def test_a_sweep_leaves_room_for_others(cluster: Cluster, workplace: Workplace):
+    words = ["--sweep", "optim.lr=1e-3,1e-2,1e-1", "--at-once", "1", "--ranks-per-node", "1"]
+    settings = ["run.name=few", "train.device=cpu", "train.steps=100000"]
+    launch(workplace, "submit", str(workplace.config), *settings, *words, "--cluster", str(write_profile(workplace)))
+    few = [JobDir(path) for path in sorted((workplace.folder / "runs/few/.jobs").glob("0*"))]
+    ids = [record.job_id for jobs in few for record in jobs.records()]
+    assert len(ids) == 3
+
+    def states() -> list[str]:
+        found = client.queue(ids)
+        return sorted(f"{job.state} {job.reason}".strip() for job in found.values())
+
+    wait_until(lambda: "RUNNING" in states())
+    assert states() == ["PENDING JobArrayTaskLimit"] * 2 + ["RUNNING"]
+    assert "waits for other tasks of its array" in launch(workplace, "status", f"runs/few/{few[1].name}")
+    cluster.call("scancel", ids[0])
+    wait_until(lambda: client.queue([ids[1]])[ids[1]].state == "RUNNING")
 
 
 def test_the_service_has_a_job_of_its_own(cluster: Cluster, workplace: Workplace):

@@ -1,5 +1,6 @@
 """Checkpoints as runs on text, instructions and chats leave them, made without training; and how they are asked."""
 
+import functools
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,7 +13,7 @@ from tokenizers import Tokenizer, processors
 from launcher.sharding import tasks
 from launcher.sharding.build import build
 from launcher.sharding.show import documents
-from llmtrain import adapters, generate, manifest, origin, prompts, trained
+from llmtrain import adapters, export, generate, manifest, origin, prompts, trained
 from llmtrain.assemble import make_model_writer
 from llmtrain.config import RunConfig, load_config, resolved_yaml
 from llmtrain.manifest import Manifest, TrainState
@@ -104,10 +105,18 @@ def lora(base: Path) -> list[str]:
     return ["model.kind=qlora", f"model.base={base}", "model.quantisation=none", "model.lora.r=2"]
 
 
-def asked(made: Trained, prompt: str) -> tuple[list[int], int | None]:
-    load = generate.load_adapter if adapters.is_adapter(made.model) else generate.load_gpt
-    _, _, ids, eos_id = load(made.model, prompt, trained.format_of(made.model), CPU)
+def asked(made: Trained, prompt: str, system: str | None = None) -> tuple[list[int], int | None]:
+    format = trained.format_of(made.model)
+    ask = functools.partial(generate.ask_model, format=format, prompt=prompt, system=system)
+    if adapters.is_adapter(made.model):
+        _, _, ids, eos_id = generate.load_adapter(made.model, ask, CPU, trust_remote_code=False)
+    else:
+        _, _, ids, eos_id = generate.load_gpt(made.model, ask, CPU)
     return ids, eos_id
+
+
+def export_plainly(checkpoint: Path, to: Path, merge: bool = False) -> None:
+    export.export(checkpoint, to, merge, "original", torch.float32, CPU, trust_remote_code=False)
 
 
 def rendered(folder: Path) -> list[int]:

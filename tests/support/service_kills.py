@@ -18,7 +18,7 @@ import psutil
 import pytest
 
 from launcher.keeper.processes import is_alive
-from llmtrain import choose, files, ledger, manifest, retention, rundir
+from llmtrain import files, ledger, manifest, ranking, retention, rundir
 from llmtrain.config import load_config
 from llmtrain.rundir import RunDir
 from llmtrain.service import beside, plan
@@ -126,9 +126,9 @@ def looked_at(run: RunDir) -> Iterator[Counter[str]]:
         config, _ = load_config(run.config)
         while not ended.wait(0.05):
             try:
-                ranked, status, hub = choose.ranking(run), ledger.status(run), ledger.hub_state(run)
+                ranked, status, hub = ranking.rank(run), ledger.status(run), ledger.hub_state(run)
                 ledger.events(run)
-                beside.waiting(run, config)
+                beside.waiting(run, config, since=0.0)
                 if ranked is not None:
                     assert ranked.proposed.step in {entry.step for entry in ranked.entries}
             except Exception as error:  # noqa: BLE001  shown by the test
@@ -174,7 +174,7 @@ def assert_calm_end(case: Case, steps: list[int]) -> None:
     assert set(case.run.checkpoint_steps()) == retention.to_keep(steps, losses, rule)
     assert list(case.run.service.glob(".*")) == []
     assert [path.name for path in case.run.checkpoints.iterdir() if path.name.startswith(rundir.DOOMED)] == []
-    ranked = choose.ranking(case.run)
+    ranked = ranking.rank(case.run)
     assert ranked is not None
     assert [entry.step for entry in ranked.entries] == steps
     assert all(entry.uploaded for entry in ranked.entries)

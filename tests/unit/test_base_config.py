@@ -140,7 +140,7 @@ def test_a_tokenizer_that_the_base_cannot_read_is_refused_before_there_are_shard
     message = "model.base=.*\n  - the tokenizer has 600 tokens, but the base's embedding only 512 rows"
     with pytest.raises(ModelError, match=message):
         sizes.find_sizes(config, None, None, None)
-    job = JobSpec("run", tmp_path, Profile(name="here", gpus_per_node=1), ("node",))
+    job = JobSpec("run", tmp_path, Profile(name="here", gpus_per_node=1))
     found = [each for each in preflight.check_run(config, Origins({}), job) if each.what == "base"]
     assert [each.severity for each in found] == ["error"]
     assert re.match(message, found[0].message)

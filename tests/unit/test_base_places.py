@@ -51,9 +51,9 @@ def test_an_adapter_whose_base_is_gone_says_so_before_anything_else(tmp_path: Pa
     """Not that the shards are gone, which may be true too."""
     (tmp_path / adapters.ADAPTER_CONFIG).write_text(json.dumps({"base_model_name_or_path": f"{tmp_path}/base"}))
     with pytest.raises(CheckpointError, match=f"the adapter's base is {tmp_path}/base, and no such folder is here"):
-        adapters.find(tmp_path)
+        adapters.find(tmp_path, trust_remote_code=False)
     (tmp_path / "base").mkdir()
-    assert adapters.find(tmp_path).base.base == f"{tmp_path}/base"
+    assert adapters.find(tmp_path, trust_remote_code=False).base.base == f"{tmp_path}/base"
     (tmp_path / adapters.ADAPTER_CONFIG).write_text('{"base_model_name_or_path": null}')
     with pytest.raises(CheckpointError, match="cannot be read as an adapter's"):
-        adapters.find(tmp_path)
+        adapters.find(tmp_path, trust_remote_code=False)

@@ -13,14 +13,14 @@ from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from launcher.planning.base_config import read_facts
-from llmtrain import base_facts, prepare
+from llmtrain import base_facts, rank0
 from llmtrain.batches import BatchPlan
 from llmtrain.config.schema import RunConfig
 from llmtrain.data import make_batch
 from llmtrain.errors import ModelError, RunFolderError
 from llmtrain.memory_lora import LoraSizes, lora_parameters
 from llmtrain.models import base as bases
-from llmtrain.models import base_checks, build_model, isolation
+from llmtrain.models import base_checks, base_linears, build_model, isolation
 from llmtrain.models.qlora import QLoRA, check_adapter
 from llmtrain.rundir import RunDir
 from llmtrain.shards import Rows
@@ -128,17 +128,17 @@ def test_weights_that_lie_there_twice_are_fetched_and_read_once(
     run = RunDir(tmp_path / "run")
     run.create()
     folder = copy(llama, tmp_path / "base")
-    prepare.check_same_base(run, folder, resuming=False)
+    rank0.check_same_base(run, folder, resuming=False)
     noted = json.loads(run.base.read_text())
     shutil.copy(folder / "model.safetensors", folder / "consolidated.safetensors")
-    prepare.check_same_base(run, folder, resuming=True)
+    rank0.check_same_base(run, folder, resuming=True)
     assert json.loads(run.base.read_text()) == noted
     earlier = {**noted, "consolidated.safetensors": {"sha256": "0"}}  # as versions before this one noted it
     run.base.write_text(json.dumps(earlier))
-    prepare.check_same_base(run, folder, resuming=True)
+    rank0.check_same_base(run, folder, resuming=True)
     (folder / "config.json").write_text("{}")
     with pytest.raises(RunFolderError, match=r"\(config.json changed\)"):
-        prepare.check_same_base(run, folder, resuming=True)
+        rank0.check_same_base(run, folder, resuming=True)
 
 
 @pytest.mark.parametrize("targets", ["all-linear", "[q_proj, v_proj]"])
@@ -282,13 +282,13 @@ def test_int8_with_dora_computes_with_its_values_at_every_pass(llama: Path, reco
         for name, parameter in model.trainable().items():
             parameter.mul_(1.1).add_(0.01)
             plain.trainable()[name].copy_(parameter)
-        bases.dequantise(model._base, into=plain._base)
+        base_linears.dequantise(model._base, into=plain._base)
     wanted = plain(batch.input_ids, batch.targets).item()
     for _ in range(3):
         loss = model(batch.input_ids, batch.targets)
         assert loss.item() == pytest.approx(wanted, rel=1e-4)
         loss.backward()
-    bases.dequantise(model._base, into=plain._base)  # the scales are still there
+    base_linears.dequantise(model._base, into=plain._base)  # the scales are still there
     assert plain(batch.input_ids, batch.targets).item() == wanted
 
 

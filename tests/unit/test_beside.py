@@ -35,6 +35,6 @@ def test_nobody_waits_for_uploads_that_the_hub_refuses(tmp_path: Path):
     run = make_run(tmp_path / "run", "hub.repo=ada/gpt")
     save(run, 100)
     score(run, 100, stretches(0.0))
-    assert waiting(run, config_of(run)) == "0 to score, 1 to upload (Ctrl-C leaves it at work)"
+    assert waiting(run, config_of(run), since=0.0) == "0 to score, 1 to upload (Ctrl-C leaves it at work)"
     ledger.write(run.service_status, Status(pid=1, host="here", problem="the Hub refuses (401)"))
-    assert waiting(run, config_of(run)) is None
+    assert waiting(run, config_of(run), since=0.0) is None

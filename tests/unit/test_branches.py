@@ -4,7 +4,7 @@ import shutil
 from pathlib import Path
 
 from llmtrain import ledger, origin, rank0
-from llmtrain.config.load import fixed_differences
+from llmtrain.resume import fixed_differences
 from llmtrain.rundir import RunDir
 from tests.support.checkpoint_runs import config_of, make_run
 

@@ -26,6 +26,7 @@ narrow, run = checkpoint_runs.narrow, checkpoint_runs.run  # fixtures
 
 
 def test_best_prints_the_path_alone(run: RunDir, capsys: pytest.CaptureFixture[str]):
+    score(run, 800, stretches(0.3))
     act(run.path, "best", None, Options())
     output = capsys.readouterr()
     assert (output.out, output.err) == (f"{run.checkpoint(300)}\n", "")
@@ -177,6 +178,7 @@ def test_prune_shows_before_it_deletes(tmp_path: Path, capsys: pytest.CaptureFix
     assert "held back      step 500: not confirmed on the Hub yet" in output
     assert "to be deleted  steps 100 and 200, " in output
     assert "step 200 is the one that is proposed now; only its upload is left then" in output
+    assert "it asks the Hub, and keeps what ada/gpt does not hold any more (all of these, where" in output
     assert "prune --yes" in output
     assert len(run.checkpoint_steps()) == 6
     assert act(run.path, "prune", None, Options(yes=True)) == ["--run", str(run.path), "--only", "prune"]
@@ -184,6 +186,17 @@ def test_prune_shows_before_it_deletes(tmp_path: Path, capsys: pytest.CaptureFix
     capsys.readouterr()
     act(run.path, "prune", None, Options())
     assert "held back      step 500: the newest one that verifies" in capsys.readouterr().out
+
+
+def test_prune_without_uploads_asks_no_hub(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    run = make_run(tmp_path / "run", "checkpoint.keep_last=1", "checkpoint.keep_best=1")
+    for step, loss in ((100, 3.0), (200, 2.9)):
+        save(run, step, loss)
+        score(run, step, loss)
+    act(run.path, "prune", None, Options())
+    output = capsys.readouterr().out
+    assert "to be deleted  step 100, " in output
+    assert "puts one that is damaged into quarantine instead\nnothing was deleted" in output
 
 
 def test_prune_of_what_is_kept_does_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

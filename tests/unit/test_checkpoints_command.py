@@ -133,12 +133,15 @@ def test_without_a_service_training_s_own_loss_counts(tmp_path: Path, capsys: py
 
 def test_an_unscored_one_that_was_better_at_its_save_is_named(run: RunDir, capsys: pytest.CaptureFixture[str]):
     act(run.path, "best", None, Options())
-    assert capsys.readouterr().err == ""
+    assert capsys.readouterr().err == "note: step 300 is taken; this is of the 6 scored so far: 1 later one waits\n"
     save(run, 900, 2.5)
     act(run.path, "best", None, Options())
     output = capsys.readouterr()
     assert output.out == f"{run.checkpoint(300)}\n"
-    assert output.err == "note: step 900's loss was lower at its save: 2.5000; it is not scored yet\n"
+    assert output.err == (
+        "note: step 300 is taken; this is of the 6 scored so far: 2 later ones wait; step 900's loss was lower at its "
+        "save: 2.5000\n"
+    )
     act(run.path, None, None, Options())
     said = " ".join(capsys.readouterr().out.split())
     assert "this is of the 6 scored so far: 2 later ones wait; step 900's loss was lower at its save: 2.5000" in said

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmtrain import choose, intervals, ledger
-from llmtrain.choose import Entry, Ranking
+from llmtrain import early_stop, intervals, ledger, manifest, overfitting, ranking
 from llmtrain.ledger import Score
+from llmtrain.ranking import Entry, Ranking
 from llmtrain.rundir import RunDir
 from tests.support.checkpoint_runs import make_run, save, score, stretches, upload
 
@@ -26,7 +26,7 @@ def saved_and_scored(run: RunDir, shifts: dict[int, float], noise: float = 0.03,
 
 
 def ranked(run: RunDir) -> Ranking:
-    found = choose.ranking(run)
+    found = ranking.rank(run)
     assert found is not None
     return found
 
@@ -100,7 +100,7 @@ def test_a_checkpoint_whose_manifest_cannot_be_read_is_not_proposed(run: RunDir)
     saved_and_scored(run, {100: 0.0, 200: 0.2})
     (run.checkpoint(100) / "manifest.json").write_text("{}")
     assert ranked(run).proposed.step == 200
-    assert list(choose.identities(run)) == [200]
+    assert list(manifest.identities(run)) == [200]
 
 
 def test_too_few_stretches_give_no_interval_and_no_tie(run: RunDir):
@@ -130,7 +130,7 @@ def test_between_two_precisions_nothing_is_sure(run: RunDir):
     assert (other.difference, other.is_tie) == (None, False)
     assert same.difference == pytest.approx((0.002, 0.002))
     assert ranked(run).reason() == "the lowest held-out loss"
-    assert not choose.overfitting(Ranking([first, other])).began
+    assert not overfitting.judge(Ranking([first, other])).began
 
 
 def test_training_s_own_losses_have_no_interval(run: RunDir):
@@ -149,9 +149,9 @@ def test_what_training_measured_stands_beside_the_score(run: RunDir):
 
 def test_nothing_scored_is_no_ranking(run: RunDir):
     save(run, 100)
-    assert choose.ranking(run) is None
+    assert ranking.rank(run) is None
     score(run, 100, stretches(0.0), split="test")
-    assert choose.ranking(run) is None
+    assert ranking.rank(run) is None
 
 
 def test_a_loss_that_is_not_a_number_is_never_the_best(run: RunDir):
@@ -159,7 +159,7 @@ def test_a_loss_that_is_not_a_number_is_never_the_best(run: RunDir):
         save(run, step)
         score(run, step, loss)
     assert (ranked(run).best.step, ranked(run).proposed.step) == (200, 200)
-    assert choose.saves_without_improvement(ledger.scores(run)) == []
+    assert early_stop.saves_without_improvement(ledger.scores(run)) == []
 
 
 @st.composite
@@ -204,12 +204,12 @@ def test_the_proposed_one_is_there_and_as_good_and_as_early_as_can_be(found: Ran
 )
 def test_saves_without_improvement_are_counted_from_the_first_lowest(losses: list[float], since: int):
     scored = {100 * n: record(100 * n, loss) for n, loss in enumerate(losses)}
-    assert len(choose.saves_without_improvement(scored)) == since
+    assert len(early_stop.saves_without_improvement(scored)) == since
 
 
 def test_overfitting_that_chance_does_not_explain(run: RunDir):
     saved_and_scored(run, {100: 0.3, 200: 0.0, 300: 0.1, 400: 0.2})
-    found = choose.overfitting(ranked(run))
+    found = overfitting.judge(ranked(run))
     assert found.began
     assert found.rise == pytest.approx(0.2, abs=0.02)
     assert found.epochs_past == pytest.approx(6.4)
@@ -221,15 +221,15 @@ def test_overfitting_that_chance_does_not_explain(run: RunDir):
 
 def test_a_rise_that_chance_explains_is_not_overfitting(run: RunDir):
     saved_and_scored(run, {100: 0.3, 200: 0.0, 300: 0.001})
-    found = choose.overfitting(ranked(run))
+    found = overfitting.judge(ranked(run))
     assert not found.began
     assert "none that chance does not explain: 3.20 epochs past it" in found.describe()
 
 
 def test_the_last_being_the_best_is_not_overfitting(run: RunDir):
     saved_and_scored(run, {100: 0.3, 200: 0.1, 300: 0.0})
-    assert not choose.overfitting(ranked(run)).began
-    assert choose.overfitting(ranked(run)).describe() == "none seen: the last checkpoint is the best one"
+    assert not overfitting.judge(ranked(run)).began
+    assert overfitting.judge(ranked(run)).describe() == "none seen: the last checkpoint is the best one"
 
 
 @pytest.mark.parametrize(("last", "perhaps"), [(3.02, False), (3.04, True)])
@@ -238,7 +238,7 @@ def test_without_intervals_a_rise_of_one_percent_is_doubtful(run: RunDir, last: 
     for step, loss in ((100, 3.0), (200, last)):
         save(run, step)
         score(run, step, loss)
-    found = choose.overfitting(ranked(run))
+    found = overfitting.judge(ranked(run))
     assert (found.began, found.perhaps) == (False, perhaps)
     assert found.describe().startswith("perhaps since step 100" if perhaps else "none to speak of")
     assert ("not known whether that is chance" in found.describe()) is perhaps
@@ -246,13 +246,13 @@ def test_without_intervals_a_rise_of_one_percent_is_doubtful(run: RunDir, last: 
 
 def test_verdicts_say_that_checkpoints_wait_to_be_scored(run: RunDir):
     saved_and_scored(run, {100: 0.3, 200: 0.0})
-    told = (ranked(run).reason(), choose.overfitting(ranked(run)).describe())
+    told = (ranked(run).reason(), overfitting.judge(ranked(run)).describe())
     save(run, 50, 3.5)
-    assert (ranked(run).reason(), choose.overfitting(ranked(run)).describe()) == told  # not after those scored
+    assert (ranked(run).reason(), overfitting.judge(ranked(run)).describe()) == told  # not after those scored
     for step, loss in ((300, 2.5), (400, 2.25), (500, None)):
         save(run, step, loss)
     end = "; this is of the 2 scored so far: 3 later ones wait"
-    assert choose.overfitting(ranked(run)).describe() == told[1] + end
+    assert overfitting.judge(ranked(run)).describe() == told[1] + end
     assert ranked(run).reason() == f"{told[0]}{end}; step 400's loss was lower at its save: 2.2500"
 
 
@@ -282,7 +282,7 @@ def test_a_twin_of_the_best_cannot_be_told_from_it(run: RunDir):
 def test_a_rise_that_is_sure_and_tiny_is_not_overfitting(run: RunDir, rise: float, began: bool):
     """On a large held-out split chance explains hardly anything: 0.1% is nothing to speak of, 0.4% is."""
     saved_and_scored(run, {100: 0.0, 200: rise}, noise=0)
-    found = choose.overfitting(ranked(run))
+    found = overfitting.judge(ranked(run))
     assert found.last.difference is not None
     assert found.last.difference[0] > 0
     assert found.began is began
@@ -291,7 +291,14 @@ def test_a_rise_that_is_sure_and_tiny_is_not_overfitting(run: RunDir, rise: floa
 def test_a_step_that_was_saved_again_is_another_checkpoint_for_who_looked_before_too(run: RunDir):
     """The service looks several times a second, and must not take the new one for the one that it has scored."""
     first = save(run, 100)
-    assert choose.identities(run) == {100: first}
+    assert manifest.identities(run) == {100: first}
     second = save(run, 100, content="other weights")
     assert second != first
-    assert choose.identities(run) == {100: second}
+    assert manifest.identities(run) == {100: second}
+
+
+def test_of_many_steps_the_first_are_named():
+    assert ranking.name_steps([5]) == "step 5"
+    assert ranking.name_steps([5, 6]) == "steps 5 and 6"
+    assert ranking.name_steps([1, 2, 3, 4, 5, 6]) == "steps 1, 2, 3, 4, 5 and 6"
+    assert ranking.name_steps(range(1, 1001)) == "steps 1, 2, 3, 4, 5 and 995 more"

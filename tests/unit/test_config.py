@@ -13,10 +13,11 @@ from llmtrain import base_facts, recipe
 from llmtrain.batches import nodes_that_train, plan_batches
 from llmtrain.config import RunConfig, explain, load_config, load_to_start, other_names, resolved_yaml
 from llmtrain.config.data_sections import TextSource
-from llmtrain.config.load import Origins, fixed_differences, json_schema
+from llmtrain.config.load import Origins, json_schema
 from llmtrain.config.reference import settings_page
 from llmtrain.config.yaml_lines import YamlError, read
 from llmtrain.errors import ConfigError, ModelError, SourceError, TooLittleData
+from llmtrain.resume import fixed_differences
 
 ROOT = Path(__file__).parents[2]
 

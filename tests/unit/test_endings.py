@@ -18,16 +18,16 @@ from llmtrain import assemble, jsonl, ledger, origin, summary
 from llmtrain.config import load_config
 from llmtrain.finish import finish
 from llmtrain.ledger import Event, EventKind
-from llmtrain.prepare import prepare_run
+from llmtrain.run_start import prepare_run
 from llmtrain.rundir import RunDir
 from llmtrain.service.__main__ import work
-from llmtrain.service.worker import Options
+from llmtrain.service.worker import ServiceOptions
 from llmtrain.shards import ShardFolder
 from llmtrain.trainer import Parts
 from tests.support.checkpoint_runs import make_run, save, score, stretches, train
 
 KILLED = "ended without saving at step 130 (killed? out of memory?)"
-LOST = f"{KILLED}: steps 101 to 130 are lost; the same command goes on from step 100"
+LOST = f"{KILLED}: steps 101 to 130 are lost; started again, it goes on from step 100"
 
 
 @pytest.fixture
@@ -50,7 +50,7 @@ def note(run: RunDir, kind: EventKind, step: int | None = None) -> None:
     ledger.append(run.events, Event(kind=kind, message="said", step=step))
 
 
-def go_on(run: RunDir, total_steps: int | None = None) -> int | None:
+def go_on(run: RunDir, total_steps: int = 300) -> int | None:
     shards = cast(ShardFolder, SimpleNamespace(fingerprint="f" * 64, path=Path("shards")))
     return prepare_run(run, *load_config(run.config), shards, total_steps)
 
@@ -68,7 +68,7 @@ def test_a_run_that_was_killed_says_what_is_lost(run: RunDir):
     assert LOST[1:] in write_report(run).read_text(encoding="utf-8").replace("&#x27;", "'")
     shutil.rmtree(run.checkpoint(100))
     (found,) = read_status(run).problems
-    assert found == f"{KILLED}: steps 1 to 130 are lost; the same command starts from the beginning"
+    assert found == f"{KILLED}: steps 1 to 130 are lost; started again, it starts from the beginning"
 
 
 def test_what_ended_otherwise_was_not_killed(run: RunDir):
@@ -197,7 +197,7 @@ def test_a_report_renews_the_summary_of_a_run_that_has_ended(ended: RunDir, monk
     score_all(ended)
     write_report(ended)
     assert best_of(ended) == ("step-00000300", True)
-    monkeypatch.setattr(summary, "write", lambda *_: pytest.fail("written again, though nothing has changed"))
+    monkeypatch.setattr(summary, "_put", lambda *_: pytest.fail("written again, though nothing has changed"))
     monkeypatch.chdir(ended.path)
     write_report(RunDir(Path()))  # from wherever it is looked at
 
@@ -207,15 +207,15 @@ def test_a_service_of_its_own_renews_it_too(ended: RunDir, monkeypatch: pytest.M
     monkeypatch.chdir(ended.path)  # restored at the end: a service goes where the run was started
     pages: list[RunDir] = []
     monkeypatch.setattr(summary, "write_report", pages.append)
-    assert work(ended, Options(only="prune")) == 0
+    assert work(ended, ServiceOptions(only="prune")) == 0
     assert best_of(ended) == ("step-00000300", True)
     assert not pages  # log.report=false
     ended.config.write_text(ended.config.read_text().replace("report: false", "report: true"))
     ended.summary.unlink()
     with ended.lock():  # training goes on
-        assert work(ended, Options(only="prune")) == 0
+        assert work(ended, ServiceOptions(only="prune")) == 0
     assert not ended.summary.exists()
-    assert work(ended, Options(only="prune")) == 0
+    assert work(ended, ServiceOptions(only="prune")) == 0
     assert [page.path for page in pages] == [ended.path]
     assert ended.curve.read_bytes().startswith(b"\x89PNG")
 

@@ -14,15 +14,14 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models
 
-from llmtrain import export, log
+from llmtrain import log
 from llmtrain.adapters import ADAPTER_CONFIG
 from llmtrain.config.schema import GPTModel
 from llmtrain.errors import CheckpointError, ConfigError, DiskFull, RunFolderError, disk_errors
 from llmtrain.models.gpt import GPT
+from tests.support.asked_runs import export_plainly
 from tests.support.bases import VOCAB, write_tokenizer
 from tests.support.data import folder_content
-
-CPU = torch.device("cpu")
 
 
 @contextmanager
@@ -47,7 +46,7 @@ def adapter(tmp_path: Path) -> Path:
 
 
 def copy(adapter: Path, to: Path) -> None:
-    export.export(adapter, to, merge=False, base="original", dtype=torch.float32)
+    export_plainly(adapter, to)
 
 
 def test_no_room_is_said_in_a_line_and_leaves_nothing(adapter: Path, tmp_path: Path):

@@ -17,7 +17,7 @@ from llmtrain.service import scoring, worker
 from llmtrain.service.children import Pause
 from llmtrain.service.reserve import Reserve
 from llmtrain.service.validate import write_losses
-from llmtrain.service.worker import Options, Service
+from llmtrain.service.worker import Service, ServiceOptions
 from tests.support.checkpoint_runs import config_of, make_run, save, score, stretches
 
 KEEP_ONE = ("checkpoint.keep_last=1", "checkpoint.keep_best=1")
@@ -73,7 +73,7 @@ def serve(run: RunDir) -> Iterator[Service]:
     lock = run.lock_service()
     assert lock is not None
     with lock:
-        service = Service(run, lock, Options(drain=True))
+        service = Service(run, lock, ServiceOptions(drain=True))
         service._scoring.pause = Pause(first_s=0.0)
         yield service
 
@@ -205,7 +205,7 @@ def test_who_waits_for_the_end_is_told_that_the_disk_stays_full(
     lock = run.lock_service()
     assert lock is not None
     with lock:
-        service = Service(run, lock, Options(drain=drain))
+        service = Service(run, lock, ServiceOptions(drain=drain))
 
         def turn() -> bool:
             nonlocal turns

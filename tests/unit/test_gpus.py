@@ -21,7 +21,7 @@ from llmtrain.batches import BatchPlan
 from llmtrain.config import load_config
 from llmtrain.devices import check_kernels
 from llmtrain.errors import ConfigError
-from llmtrain.gpus import driver_problem, num_gpus
+from llmtrain.gpus import all_gpus, driver_problem, num_gpus
 from llmtrain.hardware import peak_flops
 from llmtrain.manifest import TrainState
 from llmtrain.models.base import be_quiet
@@ -70,7 +70,7 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> types.SimpleNamespace:
 def test_a_machine_without_a_driver_has_no_gpus(driver: types.SimpleNamespace, error: int):
     driver.error = error
     assert (num_gpus(), driver_problem(), check(None, None)) == (0, None, (1, None))
-    assert [found.severity for found in doctor._examine_gpus(doctor._driver_cuda())] == ["ok"]
+    assert [found.severity for found in doctor._examine_gpus(all_gpus())] == ["ok"]
 
 
 def test_a_driver_that_does_not_work_is_an_error(driver: types.SimpleNamespace, monkeypatch: pytest.MonkeyPatch):
@@ -81,7 +81,7 @@ def test_a_driver_that_does_not_work_is_an_error(driver: types.SimpleNamespace, 
             check(gpus, None)
     assert check(0, None) == (1, "cpu")
     assert check(None, 4) == (4, "cpu")
-    (found,) = doctor._examine_gpus(doctor._driver_cuda())
+    (found,) = doctor._examine_gpus(all_gpus())
     assert (found.severity, "does not work" in found.message) == ("error", True)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # hidden on purpose
     assert check(None, None) == (1, None)
@@ -197,15 +197,52 @@ def test_deepspeed_finds_free_memory_where_gpus_have_names(monkeypatch: pytest.M
 
 def test_the_doctor_survives_a_gpu_that_does_not_tell_all(driver: types.SimpleNamespace):
     assert check(None, None) == (2, "cuda")
-    (found,) = doctor._examine_gpus(doctor._driver_cuda())
+    (found,) = doctor._examine_gpus(all_gpus())
     assert (found.severity, found.message[:18]) == ("ok", "2 x H100 with 80.0")
     driver.memory_error = pynvml.NVML_ERROR_NOT_SUPPORTED
-    (found,) = doctor._examine_gpus(doctor._driver_cuda())
+    (found,) = doctor._examine_gpus(all_gpus())
     assert "2 x H100 with memory that it does not tell, fast bf16" in found.message
     driver.lost = 1
-    well, lost = doctor._examine_gpus(doctor._driver_cuda())
+    well, lost = doctor._examine_gpus(all_gpus())
     assert well.message.startswith("1 x H100")
     assert (lost.severity, lost.message[:21]) == ("error", "GPU 1 does not answer")
+
+
+@pytest.mark.parametrize(
+    ("visible", "hidden", "severity"),
+    [
+        ("0,1", "", "ok"),
+        ("1", "hides GPU 0 from runs", "ok"),
+        ("GPU-a", "hides GPU 1 from runs", "ok"),
+        ("MIG-b", "hides GPU 0 from runs", "ok"),
+        ("", "hides all of them: runs take the CPU", "warning"),
+    ],
+)
+def test_the_doctor_names_the_gpus_that_runs_would_not_see(
+    driver: types.SimpleNamespace, monkeypatch: pytest.MonkeyPatch, visible: str, hidden: str, severity: str
+):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetUUID", lambda gpu: f"GPU-{'ab'[gpu]}123")
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetIndex", lambda gpu: gpu)
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetHandleByUUID", {"MIG-b": "a part"}.__getitem__)
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetDeviceHandleFromMigDeviceHandle", {"a part": 1}.__getitem__)
+    (found,) = doctor._examine_gpus(all_gpus())
+    assert found.message.startswith("2 x H100 with 80.0 GB, fast bf16; driver 570.1 up to CUDA 12.8")
+    assert (found.severity, found.message.partition("CUDA_VISIBLE_DEVICES ")[2]) == (severity, hidden)
+
+
+def test_what_hidden_gpus_lack_is_no_error(driver: types.SimpleNamespace, monkeypatch: pytest.MonkeyPatch):
+    """Nobody would use them: that may be why they are hidden."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetCudaComputeCapability", lambda gpu: ((9, 0), (6, 0))[gpu])
+    here = Environment("3.11", Path("/venv"), Torch("2.13.0", "CUDA 13.0"), has_llmtrain=True)
+    assert doctor._examine_kernels(here, all_gpus()) == []
+    driver.lost = 1
+    assert [found.severity for found in doctor._examine_gpus(all_gpus())] == ["ok", "warning"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    alone = Environment("3.11", Path("/venv"), Torch("2.13.0", None), has_llmtrain=True)
+    monkeypatch.setattr(doctor, "look_into", lambda _: alone)
+    assert [found.severity for found in doctor.examine() if found.what == "torch"] == ["ok"]  # runs take the CPU
 
 
 @pytest.mark.parametrize(
@@ -241,7 +278,7 @@ def test_the_doctor_knows_what_torch_is_built_for(driver: types.SimpleNamespace,
             capability = number // 10, number % 10
             monkeypatch.setattr(pynvml, "nvmlDeviceGetCudaComputeCapability", lambda _, given=capability: given)
             monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, given=capability: given)
-            with pytest.raises(ConfigError) if doctor._examine_kernels(here) else contextlib.nullcontext():
+            with pytest.raises(ConfigError) if doctor._examine_kernels(here, all_gpus()) else contextlib.nullcontext():
                 check_kernels(torch.device("cuda", 0), "train.device=cuda")
 
 

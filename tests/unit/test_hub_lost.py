@@ -15,7 +15,7 @@ from llmtrain.service import hub as conversation
 from llmtrain.service.queue import Inspector
 from llmtrain.service.remote import BRANCH, Repo
 from llmtrain.service.uploading import Uploading
-from llmtrain.service.worker import Options, Service
+from llmtrain.service.worker import Service, ServiceOptions
 from tests.support import hub_client
 from tests.support.checkpoint_runs import config_of, save, score, stretches
 from tests.support.hub_client import REPO, add, commit, sent
@@ -185,13 +185,13 @@ def test_nothing_is_deleted_before_the_hub_was_looked_at(run: RunDir, monkeypatc
     lock = run.lock_service()
     assert lock is not None
     with lock:
-        service = Service(run, lock, Options(only=only, overrides=rule))
+        service = Service(run, lock, ServiceOptions(only=only, overrides=rule))
         for _ in range(3):
             service.turn()
         assert run.checkpoint_steps() == [100, 200]
         assert children.tasks == ["check"]
         del children.answers["check"]
-        service = Service(run, lock, Options(only=only, overrides=rule))
+        service = Service(run, lock, ServiceOptions(only=only, overrides=rule))
         for _ in range(3):
             service.turn()
         assert run.checkpoint_steps() == [200]
@@ -207,6 +207,57 @@ def test_a_refusal_is_looked_at_again_now_and_then_alone(run: RunDir, monkeypatc
         lane.advance(config, work, hurry=False)
     assert children.tasks == ["check"]
     assert 30 < lane.pause.left_s <= 60
+
+
+def test_what_has_no_room_on_the_hub_is_told_and_tried_once_an_hour(run: RunDir, monkeypatch: pytest.MonkeyPatch):
+    """At every turn all bytes might be sent again."""
+    save(run, 200)
+    full = {"error": "refused", "message": "the Hub refuses (413: too large)", "retry_after_s": 3600.0}
+    shown = {"message": "", "digest": plan.digest(run, REPO)}
+    monkeypatch.setattr(uploading, "Child", children := Children(upload=full, publish=shown))
+    lane, config = Uploading(run, lock=0, pause_s=1.0), config_of(run)
+    work = Inspector(run).look(config, scoring=True)
+    for _ in range(6):
+        lane.advance(config, work, hurry=False)
+    assert children.tasks == ["check", "upload"]
+    assert 3590 < lane.pause.left_s <= 3600
+    lane.pause.succeeded()  # the hour is over
+    for _ in range(6):
+        lane.advance(config, work, hurry=False)
+    assert children.tasks == ["check", "upload", "check", "publish", "upload"]  # one that fails blocks no other
+    assert lane.problem == full["message"]
+    assert [event.message for event in ledger.events(run) if event.kind == "hub-refused"] == [full["message"]]
+    state = ledger.hub_state(run)
+    assert state is not None
+    assert (state.state, state.message) == ("refused", full["message"])
+
+
+@pytest.mark.parametrize(
+    ("status", "words", "is_full"),
+    [
+        (413, "", True),
+        (413, "Payload Too Large", True),
+        (403, "Private repository storage limit reached, please upgrade your plan", True),
+        (402, "You have exceeded your storage quota", True),
+        (400, "Your proposed upload exceeds the maximum size limit", True),
+        (400, "Invalid revision", False),
+        (403, "You need a token with write access", False),
+        (429, "You have exceeded the limit of 128 commits", False),
+        (507, "Insufficient storage", False),
+    ],
+)
+def test_what_time_cannot_mend_is_no_failure_to_be_tried_again(
+    hub: Hub, api: HfApi, status: int, words: str, is_full: bool
+):
+    hub.faults.add("status", "^GET .*/refs", status=status, message=words, html=not words, times=100)
+    with pytest.raises(HfHubHTTPError) as error:
+        api.list_repo_refs(REPO)
+    answer = conversation.explain(error.value, REPO)
+    assert (answer["error"] == "refused" and answer.get("retry_after_s") == 3600.0) is is_full
+    if is_full:
+        assert answer["message"].startswith(f"{REPO}: the Hub refuses ({status}: ")
+        assert "http" not in answer["message"]
+        assert "Make room in that account" in answer["message"]
 
 
 # ---------------------------------------------------------------------------------------------- advice

@@ -11,11 +11,12 @@ from tests.support.runs import environment, free_port
 
 ROOT = Path(__file__).parents[2]
 CONTRACTS = [
-    "access_tokens", "log", "errors", "files", "jsonl", "locks", "heartbeat", "config.yaml_lines", "config.section",
-    "config.data_sections", "config.model_sections", "config.service_sections", "config.schema", "config.other_names",
-    "config.explain",
-    "config.load", "config", "config.reference", "rundir", "shards", "manifest", "recipe", "batches", "memory",
-    "base_facts", "memory_lora", "ledger", "intervals", "choose", "retention", "summary", "origin", "unsaved",
+    "access_tokens", "launched", "log", "errors", "files", "jsonl", "locks", "heartbeat",
+    "config.yaml_lines", "config.section", "config.data_sections", "config.model_sections", "config.service_sections",
+    "config.schema", "config.other_names", "config.explain",
+    "config.load", "config", "config.reference", "rundir", "shards", "manifest", "source_files", "recipe",
+    "batches", "memory", "base_facts", "memory_lora", "ledger", "intervals", "ranking", "overfitting", "choose",
+    "early_stop", "retention", "resume", "summary", "origin", "unsaved",
     "gpus", "scoring_place", "cpu", "prompts", "transformers_ids",
 ]  # fmt: skip
 PROCESS = ["devices", "world", "stop"]
@@ -26,7 +27,7 @@ AMONG_PARTS = {
     "models": {"data", "tensorfile"}, "evaluate": {"data"}, "task": {"evaluate"},
     "metrics": {"hardware", "progress", "tensorboard"},
 }  # fmt: skip
-ASSEMBLY = ["fragments", "strategies", "checkpoint", "saver", "prepare", "out_of_memory"]
+ASSEMBLY = ["fragments", "strategies", "checkpoint", "saver", "run_start", "failures"]
 
 
 TOP = [

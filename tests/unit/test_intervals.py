@@ -168,6 +168,37 @@ def test_losses_that_are_not_finite_have_no_interval_and_change_none():
     assert intervals.compare(broken[0], [reference], 1) == [None]
 
 
+def plain_critical_value(draws: NDArray[np.float64]) -> float:
+    """Every pair in every draw."""
+    farthest = np.zeros(draws.shape[1])
+    for number in range(len(draws)):
+        apart = draws[number + 1 :] - draws[number]
+        errors = np.sqrt((apart**2).mean(1))
+        scaled = np.abs(apart[errors > 1e-9]) / errors[errors > 1e-9, None]
+        farthest = np.maximum(farthest, scaled.max(0, initial=0.0))
+    return float(np.quantile(farthest, 0.95))
+
+
+@pytest.mark.parametrize("kind", ["unlike", "in small steps", "falling", "of few kinds", "with twins"])
+def test_the_pairs_that_are_passed_over_decide_nothing(kind: str):
+    """Every 40th checkpoint is at random places, so that groups of neighbours are not all alike."""
+    generator = np.random.default_rng(12)
+    for count, units in ((1, 16), (2, 32), (40, 17), (200, 32)):
+        targets = np.round(np.exp(generator.normal(7, 1, units)))
+        each = generator.normal(0, 0.1, (count, units))
+        per_token = {
+            "unlike": each,
+            "in small steps": each.cumsum(0),
+            "falling": 3 * np.exp(-np.arange(count) / 20)[:, None] + 0.1 * each.cumsum(0),
+            "of few kinds": np.sin(np.arange(count))[:, None] * each[0] + np.cos(np.arange(count))[:, None] * each[-1],
+            "with twins": np.repeat(each, 4, axis=0)[:count],
+        }[kind]
+        per_token[::40] += generator.normal(0, 1, per_token[::40].shape)
+        deltas, weights = per_token * targets, intervals._weights(targets, seed=count)
+        draws = np.concatenate([np.zeros((1, weights.shape[1])), deltas @ weights])
+        assert intervals.critical_value(deltas, weights) == pytest.approx(plain_critical_value(draws), rel=1e-9)
+
+
 def test_five_hundred_checkpoints_take_little_memory():
     reference = np.stack([np.full(2048, 200.0), np.full(2048, 64.0)])
     generator = np.random.default_rng(9)

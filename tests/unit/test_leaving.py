@@ -120,9 +120,12 @@ def test_a_stopped_run_reads_as_finished_only_for_torchrun(
 ERRORS = "from llmtrain.errors import *\nwith exit_with_code(): "
 
 
-def test_a_full_disk_behind_the_output_is_no_bug():
-    command = shlex.join([sys.executable, "-c", f"{ERRORS}print('said', flush=True)"])
-    for script in (command, f"{sys.executable} -m launcher schema"):
+def test_a_full_disk_behind_the_output_is_no_bug(monkeypatch: pytest.MonkeyPatch):
+    """Nor a success: Python writes what a short command prints only when that has ended."""
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
+    held = [f"print('said'{flushed}){then}" for flushed, then in ((", flush=True", ""), ("", ""), ("", ", exit()"))]
+    commands = [shlex.join([sys.executable, "-c", ERRORS + code]) for code in held]
+    for script in (*commands, f"{sys.executable} -m launcher schema"):
         done = subprocess.run(["bash", "-c", f"{script} >/dev/full"], text=True, capture_output=True, check=False)
         assert done.returncode == DiskFull.exit_code
         assert done.stderr.startswith("error: no space left for what this command writes or prints")

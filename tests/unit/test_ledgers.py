@@ -13,14 +13,14 @@ from typing import cast
 
 import pytest
 
-from llmtrain import choose, files, jsonl, ledger, manifest, origin, prepare, retention
+from llmtrain import early_stop, files, jsonl, ledger, manifest, origin, rank0, retention, run_start
 from llmtrain.config import load_config
 from llmtrain.errors import RunFolderError, disk_errors
 from llmtrain.ledger import Event
 from llmtrain.rundir import RunDir
 from llmtrain.service import queue, worker
 from llmtrain.service.queue import Inspector
-from llmtrain.service.worker import Options, Service
+from llmtrain.service.worker import Service, ServiceOptions
 from llmtrain.shards import ShardFolder
 from tests.support.checkpoint_runs import config_of, make_run, save, score
 
@@ -97,14 +97,14 @@ def test_small_files_that_are_damaged_are_written_anew(tmp_path: Path):
     run.service.mkdir()
     for path in (run.origin, run.early_stop):
         path.write_text('{"id": "a"')
-    assert choose.early_stop(run) is None
+    assert early_stop.read(run) is None
     guessed = origin.read(run).id
     assert origin.start_of(run) == Path.cwd()
     origin.note(run, "cpu", 1)
     assert json.loads(run.origin.read_text())["id"] == guessed
     run.base.write_text("{")
     with pytest.raises(RunFolderError, match=r"base\.json: damaged"):
-        prepare.check_same_base(run, tmp_path, resuming=True)
+        rank0.check_same_base(run, tmp_path, resuming=True)
 
 
 @pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES, errno.EPERM])
@@ -242,7 +242,7 @@ def service(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> Iterator[Service]:
     lock = run.lock_service()
     assert lock is not None
     with lock:
-        yield Service(run, lock, Options())
+        yield Service(run, lock, ServiceOptions())
 
 
 def test_a_file_system_that_is_away_does_not_end_the_service(
@@ -307,12 +307,12 @@ def test_a_larger_patience_is_asked_anew(service: Service, run: RunDir, monkeypa
         save(run, step)
         score(run, step, loss)
     run.early_stop.write_text('{"message": "enough", "saves": 2}')
-    asked = [choose.asked_to_end(run, patience) for patience in (1, 2, 3, None)]
+    asked = [early_stop.asked_to_end(run, patience) for patience in (1, 2, 3, None)]
     assert asked == ["enough", "enough", None, None]
     for patience, told in ((2, "enough"), (3, "the held-out loss has not improved for 3 saves (service.patience=3)")):
         config = load_config(run.config, [f"service.patience={patience}"])[0]
         service._ask_to_stop(config, service._inspector.look(config, scoring=True))
-        assert choose.asked_to_end(run, patience) == told
+        assert early_stop.asked_to_end(run, patience) == told
 
 
 def test_saves_that_a_stop_forced_do_not_end_a_run(service: Service, run: RunDir, monkeypatch: pytest.MonkeyPatch):
@@ -334,7 +334,7 @@ def test_saves_that_a_stop_forced_do_not_end_a_run(service: Service, run: RunDir
     assert not is_ended_by(31, 3.0, forced=True)
     retention.remove(run, [30])  # it counts without its manifest too
     assert is_ended_by(40, 3.0, forced=False)
-    asked = choose.early_stop(run)
+    asked = early_stop.read(run)
     assert asked is not None
     assert asked.saves == 2
 
@@ -382,5 +382,5 @@ def test_a_start_takes_back_what_was_recorded_after_its_checkpoint(tmp_path: Pat
     for path in ledgers:
         jsonl.append(path, [{"step": step, "text": "said"} for step in (5, 6, 7)])
     shards = cast(ShardFolder, SimpleNamespace(fingerprint="f" * 64, path=Path("shards")))
-    assert prepare.prepare_run(run, *load_config(run.config), shards) == 5
+    assert run_start.prepare_run(run, *load_config(run.config), shards, 300) == 5
     assert [{record["step"] for record in jsonl.read(path)} for path in ledgers] == [{5}] * 3

@@ -80,6 +80,26 @@ def test_output_by_node_is_that_of_the_newest_job(run: RunDir):
     assert find(run, Wanted(node=1)) == second
     with pytest.raises(RunFolderError, match="no output of node 7; there is that of node 0 and 1 in "):
         find(run, Wanted(node=7))
+    run.log.touch()  # the newest job has come that far
+    assert find(run, Wanted()) == run.log
+
+
+def test_a_job_that_failed_before_it_came_to_the_log_speaks_for_itself(run: RunDir, capsys: pytest.CaptureFixture[str]):
+    submitted(run, "12")
+    write(run.log, "one\n", age_s=60)
+    assert find(run, Wanted()) == run.log  # it waits
+    jobs = submitted(run, "13")
+    first = write(jobs.folder("12") / "12_0_log.out", "ended", age_s=-60)
+    assert find(run, Wanted()) == run.log  # what an older job says at its very end
+    first.unlink()
+    failed = write(jobs.folder("13") / "13_0_log.out", "error: no module named torch\n")
+    show_logs(run.path, Wanted(), False, None)
+    assert capsys.readouterr() == (
+        "error: no module named torch\n",
+        f"==> {failed} <==\n(the newest job's own output; what was said before it: {run.log})\n",
+    )
+    with run.log.open("a") as log:
+        log.write("two\n")
     assert find(run, Wanted()) == run.log
 
 
@@ -148,6 +168,21 @@ def test_following_waits_for_a_job_to_start(tmp_path: Path, slurm: Slurm):
     made = make_run(run.path)
     made.log.write_text("training\n")
     assert process.stdout.readline() == "training\n"
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) == 0
+
+
+def test_following_a_job_that_goes_on_shows_nothing_of_before_it(run: RunDir, slurm: Slurm):
+    write(run.log, "one\n", age_s=60)
+    jobs = submitted(run, "12")
+    slurm.queued("12|RUNNING|None|n1|1:00:00|N/A")
+    write(jobs.folder("12") / "12_0_log.out", "loading\n")
+    process = follow(run)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "loading\n"
+    with run.log.open("a") as log:
+        log.write("two\n")
+    assert process.stdout.readline() == "two\n"
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=60) == 0
 

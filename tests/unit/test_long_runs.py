@@ -16,7 +16,7 @@ from launcher.keeper.supervisor import Rules, Supervisor
 from launcher.keeper.torchrun import Start
 from llmtrain import checkpoint, errors, ledger
 from llmtrain.errors import EXIT_CODES, ConfigError, RunFolderError, leave_code
-from llmtrain.prepare import failures_noted
+from llmtrain.failures import failures_noted
 from llmtrain.rundir import RunDir
 from tests.support.checkpoint_runs import make_run
 from tests.support.runs import environment

@@ -1,20 +1,26 @@
 """What the nodes of a job say to each other, and what becomes of the others where the first one has gone."""
 
 import concurrent.futures
+import contextlib
 import errno
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from launcher.keeper import meeting
 from launcher.keeper.meeting import FirstNodeGone, Meeting
+from launcher.keeper.processes import is_alive
 from launcher.keeper.supervisor import Rules, Supervisor
 from launcher.keeper.torchrun import Start
 from launcher.slurm import node
 from llmtrain import files
 from llmtrain.rundir import RunDir
-from tests.support.runs import make_workplace
+from tests.support.runs import environment, make_workplace
 
 
 @pytest.fixture(autouse=True)
@@ -57,6 +63,72 @@ def test_ranks_are_not_kept_for_a_first_node_that_has_gone(tmp_path: Path):
     assert own._others_failed(0)
     first.tell("decision", 0, {"again": False, "code": 0})  # it ended well, and these are on their way
     assert not own._others_failed(0)
+
+
+KEEPS_GOING = """
+import sys
+from launcher.keeper import meeting, torchrun
+from launcher.keeper.supervisor import Rules
+from launcher.slurm import node
+meeting._BEAT_S, meeting._SILENT_S, meeting._LOOK_S, meeting._SETTLES_S = 0.1, {silent_s}, 0.1, 0.2
+torchrun.command = lambda *_: [sys.executable, "-c", "import time; time.sleep(600)"]
+sys.exit(node.keep_going({words!r}, 1, "cpu", Rules(hang_s=0), node.requeue_with_scontrol, again=True))
+"""
+
+
+def test_a_first_node_that_was_killed_ends_the_others(tmp_path: Path):
+    """With SIGKILL it can say nothing any more, and SLURM leaves the other nodes' tasks alone."""
+    workplace = make_workplace(tmp_path)
+    words = [str(workplace.config), f"run.dir={tmp_path / 'runs'}", "run.name=two", "train.global_batch_size=8"]
+    started, ranks = list[subprocess.Popen[str]](), list[psutil.Process]()
+    for number in (0, 1):
+        end = int(time.time()) + 9000
+        slurm = {"JOB_ID": "7", "NODEID": str(number), "JOB_NUM_NODES": "2", "JOB_END_TIME": str(end)}
+        started.append(
+            subprocess.Popen(
+                [sys.executable, "-c", KEEPS_GOING.format(silent_s=3.0, words=words)],
+                env={**environment(), **{f"SLURM_{name}": value for name, value in slurm.items()}},
+                stderr=subprocess.PIPE, text=True,
+            )
+        )  # fmt: skip
+    first, second = started
+    try:
+        deadline = time.monotonic() + 60
+        while not all(psutil.Process(each.pid).children() for each in started):
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        ranks = [rank for each in started for rank in psutil.Process(each.pid).children()]
+        with pytest.raises(subprocess.TimeoutExpired):
+            second.wait(5)  # longer than the first one may be silent
+        first.kill()
+        _, said = second.communicate(timeout=60)
+        assert second.returncode == 1, said
+        assert "the first node has ended without a word on 'decision'" in said
+        assert not is_alive(ranks[1])
+    finally:
+        for each in [*started, *ranks]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                each.kill()
+
+
+def test_a_first_node_that_gives_no_more_signs_is_not_taken_for_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """While it asks SLURM to queue the job again, nodes that the batch leaves over wait for it."""
+    for name, seconds in (("_SILENT_S", 0.2), ("_LOOK_S", 0.01)):
+        monkeypatch.setattr(meeting, name, seconds)
+    first, second = Meeting(tmp_path, 0, 2), Meeting(tmp_path, 1, 2)
+
+    def seems_gone() -> bool:
+        deadline = time.monotonic() + 1
+        while True:
+            time.sleep(0.02)
+            if (gone := second.first_is_gone()) or time.monotonic() > deadline:
+                return gone
+
+    assert not seems_gone()  # it has not come yet
+    first.beat()
+    assert seems_gone()
+    first.beat(last=True)
+    assert not seems_gone()
 
 
 def test_a_word_is_said_again_where_the_file_server_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

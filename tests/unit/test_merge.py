@@ -16,6 +16,7 @@ from llmtrain.errors import CheckpointError, ConfigError, ModelError
 from llmtrain.models import base as bases
 from llmtrain.models import build_model
 from llmtrain.models.qlora import QLoRA
+from tests.support.asked_runs import export_plainly
 from tests.support.bases import configure, copy, write_llama
 from tests.support.checkpoint_runs import make_run, save
 
@@ -138,7 +139,7 @@ def test_an_altered_checkpoint_is_not_exported(tmp_path: Path):
     content[100] ^= 1
     weights.write_bytes(content)
     with pytest.raises(CheckpointError, match=r"model\.safetensors: altered"):
-        export.export(run.checkpoint(10), tmp_path / "new", merge=False, base="original", dtype=torch.float32)
+        export_plainly(run.checkpoint(10), tmp_path / "new")
     assert not (tmp_path / "new").exists()
 
 

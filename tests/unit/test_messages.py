@@ -1,6 +1,7 @@
 """Chats in the shapes of other tools: calls of tools, weights, ShareGPT, parts; and what is refused, all at once."""
 
 import json
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,7 @@ def learned(tokenizer: Path) -> Callable[..., list[str]]:
 
     def make(record: dict[str, Any], template: str | None = QWEN, field: str = "messages", **more: Any) -> list[str]:
         format = schema.ChatFormat(kind="chat", template=template, messages=field, **more)
-        maker = SampleMaker(format, Encoder(tokenizer, fast=False), tokenizer, 10_000)
+        maker = SampleMaker(format, Encoder(tokenizer, fast=False), tokenizer, 10_000, Counter())
         sample = maker.make(Document("", record, lambda: "here"))
         decoder = Tokenizer.from_file(str(tokenizer / "tokenizer.json"))
         found, inside = [[]], False
@@ -244,7 +245,7 @@ def test_bad_records_are_told_together(tokenizer: Path):
     assert said[0] == "3 records cannot be used, and perhaps more after these:"  # counting the text reads them first
     assert said[1].startswith("  - a.jsonl:2: not JSON: ")
     assert said[2].startswith("  - a.jsonl:4: no field 'messages'; there are: x. ")
-    assert said[3] == "  - a.jsonl:7: must be a JSON object, not a str"
+    assert said[3] == "  - a.jsonl:7: must be a JSON object, not text"
     said = refused(configure(tokenizer, [GOOD, silent, GOOD, silent, silent])).split("\n")
     assert said[0].startswith("3 records cannot be used")
     assert said[1].startswith("  - a.jsonl:2: the assistant says nothing in one of its messages")

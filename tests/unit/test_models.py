@@ -167,7 +167,7 @@ def test_packed_loss_is_the_sum_of_the_documents_losses():
 def test_generation_with_the_cache_equals_generation_without():
     model = GPT(SMALL, 100, seed=1).eval()
     prompt, greedy = [1, 2, 3], SampleSection(temperature=0.0, tokens=18)
-    cached = list(continue_text(model.text_generator(), prompt, greedy, seed=0))
+    cached = list(continue_text(model.text_generator(), prompt, greedy, seed=0, eos_id=None))
     ids = list(prompt)
     with torch.no_grad():
         for _ in range(18):
@@ -177,9 +177,9 @@ def test_generation_with_the_cache_equals_generation_without():
 
 def test_generation_goes_on_past_the_context():
     model = GPT(SMALL, 100, seed=1).eval()
-    ids = list(continue_text(model.text_generator(), list(range(60)), SampleSection(tokens=60), seed=0))
+    ids = list(continue_text(model.text_generator(), list(range(60)), SampleSection(tokens=60), seed=0, eos_id=None))
     assert len(ids) == 60
-    again = list(continue_text(model.text_generator(), list(range(60)), SampleSection(tokens=60), seed=0))
+    again = list(continue_text(model.text_generator(), list(range(60)), SampleSection(tokens=60), seed=0, eos_id=None))
     assert ids == again
 
 

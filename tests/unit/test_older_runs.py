@@ -17,7 +17,7 @@ from launcher.submitting import submit
 from llmtrain import assemble, log, manifest
 from llmtrain.config import load_to_start
 from llmtrain.errors import CheckpointError, ConfigError, DataMismatch
-from llmtrain.prepare import prepare_run
+from llmtrain.run_start import prepare_run
 from llmtrain.rundir import RunDir
 from llmtrain.shards import ShardFolder
 from tests.support.checkpoint_runs import config_of, make_run, save
@@ -39,7 +39,7 @@ def shards(fingerprint: str) -> ShardFolder:
 
 def go_on(run: RunDir, fingerprint: str, *settings: str) -> int | None:
     names = [f"run.dir={run.path.parent}", f"run.name={run.path.name}"]
-    return prepare_run(run, *load_to_start(None, [*SAMPLES, *names, *settings]), shards(fingerprint))
+    return prepare_run(run, *load_to_start(None, [*SAMPLES, *names, *settings]), shards(fingerprint), 300)
 
 
 def test_a_run_goes_on_without_what_is_not_started_any_more(run: RunDir):
@@ -74,7 +74,7 @@ def test_shards_of_another_version_are_not_taken_for_other_text_alone(run: RunDi
 def test_a_run_whose_configuration_cannot_be_read_is_not_queued(run: RunDir):
     config, origins = load_to_start(None, [*SAMPLES, f"run.dir={run.path.parent}", "run.name=old"])
     run.config.write_text("optim: {speed: 0.1}\n")
-    job = JobSpec("run", run.path, Profile(gpus_per_node=0, shared=[str(run.path.parent)]), ("node",))
+    job = JobSpec("run", run.path, Profile(gpus_per_node=0, shared=[str(run.path.parent)]))
     found = preflight.check([config], origins, job, "#!/bin/bash\n")
     (refused,) = [each.message for each in found if each.what == "run folder" and each.severity == "error"]
     assert f"{run.config}: not readable by this version" in refused

@@ -8,8 +8,8 @@ import torch
 
 from llmtrain.config import load_config
 from llmtrain.errors import ModelError, OutOfMemory, is_for_a_person
+from llmtrain.failures import advice, memory_explained
 from llmtrain.models import base as bases
-from llmtrain.out_of_memory import advice, explained
 from llmtrain.rundir import RESTARTED
 from llmtrain.world import World
 from tests.support.bases import write_llama
@@ -20,7 +20,7 @@ SAID = (
 
 
 def exhaust(has_stepped: bool) -> None:
-    with explained(*load_config(None), World(0, 1, 0, torch.device("cpu")), lambda: has_stepped):
+    with memory_explained(*load_config(None), World(0, 1, 0, torch.device("cpu")), lambda: has_stepped):
         raise torch.OutOfMemoryError(SAID)
 
 
@@ -61,7 +61,7 @@ def load_where(llama: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, q
         monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", fail)
     config, origins = load_config(None, ["model.kind=qlora", f"model.base={llama}", "model.context=64"])
     assert config.model.kind == "qlora"
-    with explained(config, origins, World(0, 1, 0, torch.device("cpu"))):
+    with memory_explained(config, origins, World(0, 1, 0, torch.device("cpu"))):
         bases.load(config.model, torch.float32, torch.device("cpu"), "nf4" if quantising else "none")
 
 

@@ -19,9 +19,8 @@ from rich.console import Console
 from launcher.cluster import Profile
 from launcher.display import duration
 from launcher.planning import forecast
-from launcher.planning.plan import Machine, Told, show
+from launcher.planning.plan import Given, Machine, show
 from launcher.sharding.build import build
-from launcher.slurm.limits import Request
 from launcher.submitting.plan_job import Wishes, find_job, find_nodes, machine_for, train_seconds
 from launcher.submitting.submit import Order
 from llmtrain import origin
@@ -107,9 +106,11 @@ def test_what_is_on_disk_and_what_is_uploaded():
 # ---------------------------------------------------------------------------------------------- time
 
 
-def pace_of(config: RunConfig, told: float | None = None, ranks: int = 2, device: str = "cpu") -> forecast.Pace | str:
+def pace_of(
+    config: RunConfig, tokens_per_s: float | None = None, ranks: int = 2, device: str = "cpu"
+) -> forecast.Pace | str:
     plan = plan_batches(config, Origins(), ranks, ANY_ROWS)
-    return forecast.find_pace(config, plan, told, float(config.model.context), ranks, device)
+    return forecast.find_pace(config, plan, tokens_per_s, float(config.model.context), ranks, device)
 
 
 def test_the_pace_is_told_or_measured(tmp_path: Path):
@@ -130,7 +131,7 @@ def test_the_pace_is_told_or_measured(tmp_path: Path):
     pace = pace_of(config)
     assert isinstance(pace, forecast.Pace)
     assert pace.tokens_per_s == pytest.approx(50 * 8 * 256 / 100, rel=1e-6)
-    assert str(run) in pace.told
+    assert str(run) in pace.source
 
 
 def test_the_pace_of_other_settings_says_nothing(tmp_path: Path):
@@ -144,7 +145,7 @@ def test_the_pace_of_other_settings_says_nothing(tmp_path: Path):
     origin.note(run, "cpu", 2, ranks=2)
     same = ["optim.lr=0.5", "train.steps=7", "train.micro_batch_size=4", "checkpoint.every_steps=3", "data.dir=x"]
     assert isinstance(pace_of(configured(*given, *same)), forecast.Pace)
-    for setting, told in [
+    for setting, expected in [
         ("model.context=128", "(model)"),
         ("model.num_layers=1", "(model)"),
         ("data.tokenizer.vocab_size=300", "(data)"),
@@ -155,14 +156,14 @@ def test_the_pace_of_other_settings_says_nothing(tmp_path: Path):
     ]:
         said = pace_of(configured(*given, setting))
         assert "not known for these settings" in str(said)
-        assert told in str(said)
+        assert expected in str(said)
     assert "(ranks=2" in str(pace_of(configured(*given), ranks=1))
     assert "(device=cpu)" in str(pace_of(configured(*given), device="cuda"))
 
 
-def time_line(config: RunConfig, told: Told) -> str:
+def time_line(config: RunConfig, known: Given) -> str:
     out = io.StringIO()
-    show(config, Origins(), Machine("cpu", 1, None, ""), told, Console(file=out, width=300))
+    show(config, Origins(), Machine("cpu", 1, None, ""), known, Console(file=out, width=300))
     return next(line for line in out.getvalue().splitlines() if line.startswith("time "))
 
 
@@ -178,24 +179,24 @@ def short_texts(folder: Path, *settings: str) -> RunConfig:
 def test_padding_takes_no_time_where_shards_tell_how_much_there_is(tmp_path: Path):
     """--tokens-per-s is what training shows, which leaves padding out."""
     config = short_texts(tmp_path)
-    told = Told(tokens_per_s=100.0, vocab_size=300)
-    full = time_line(config, told)
+    known = Given(tokens_per_s=100.0, vocab_size=300)
+    full = time_line(config, known)
     assert f" {duration(100 * 10 * 64 / 100)} at 100 tokens/s" in full
     assert "rows are counted as full" in full
     train = build(config, workers=1).folder.manifest.splits["train"]
     assert train.tokens / train.rows < 32
-    line = time_line(config, told)
+    line = time_line(config, known)
     assert f" {duration(100 * 10 * train.tokens / train.rows / 100)} at 100 tokens/s" in line
     assert "full" not in line
     with pytest.raises(DataMismatch, match="built by another recipe; context: shards have 64, the configuration 32"):
-        time_line(short_texts(tmp_path, "model.context=32"), told)  # which training refuses
+        time_line(short_texts(tmp_path, "model.context=32"), known)  # which training refuses
 
 
 def test_a_plan_says_that_the_warmup_is_too_long():
     for total, said in ((30, True), (50, False)):
         out = io.StringIO()
         config = configured(f"train.steps={total}")
-        show(config, Origins(), Machine("cpu", 1, None, ""), Told(vocab_size=300), Console(file=out, width=300))
+        show(config, Origins(), Machine("cpu", 1, None, ""), Given(vocab_size=300), Console(file=out, width=300))
         assert ("\nwarm-up      50 of 30 steps: the learning rate ends at 0.0012 and" in out.getvalue()) == said
 
 
@@ -205,7 +206,7 @@ def test_a_run_is_spread_over_jobs(tmp_path: Path):
     wishes = Wishes(nodes=2, cluster=tmp_path / "p.yaml")
     job = find_job(wishes)
     assert job is not None
-    assert (job.request, train_seconds(wishes, job)) == (Request(2, 4, 4), 3480)
+    assert (job.nodes, job.gpus_per_node, job.ranks_per_node, train_seconds(wishes, job)) == (2, 4, 4, 3480)
     longer = Wishes(gpus_per_node=1, cluster=tmp_path / "p.yaml", time="2:00:00")
     assert train_seconds(longer, find_job(longer)) == 7080
     alone = Wishes(gpus=8, time="10:00")
@@ -216,16 +217,16 @@ def test_a_run_is_spread_over_jobs(tmp_path: Path):
 
 
 def test_what_nodes_have_comes_from_the_profile_and_the_command_line():
-    job = Order(Profile(gpus_per_node=4, gpu_memory_gb=80), Request(2, 4, 4))
+    job = Order(Profile(gpus_per_node=4, gpu_memory_gb=80), 2, 4, 4)
     machine = find_nodes(job, None, "auto")
     assert (machine.device, machine.ranks, machine.memory_bytes) == ("cuda", 8, 80e9)
     unknown = replace(job, profile=Profile(gpus_per_node=4))
     sizes = [find_nodes(unknown, described, "auto").memory_bytes for described in (40.0, None)]
     assert sizes == [40e9, None]
     assert find_nodes(job, None, "cpu").device == "cpu"  # train.device=cpu on nodes that have GPUs
-    cpu = find_nodes(Order(Profile(gpus_per_node=0, mem="64G"), Request(2, ranks_per_node=4)), None, "auto")
+    cpu = find_nodes(Order(Profile(gpus_per_node=0, mem="64G"), 2, ranks_per_node=4), None, "auto")
     assert (cpu.device, cpu.ranks, cpu.memory_bytes) == ("cpu", 8, 16 * 1024**3)
-    assert find_nodes(Order(Profile(gpus_per_node=0, mem="0"), Request()), None, "auto").memory_bytes is None
+    assert find_nodes(Order(Profile(gpus_per_node=0, mem="0")), None, "auto").memory_bytes is None
     assert Profile(gpus_per_node=0, mem="1000").mem_bytes == 1000 * 1024**2
 
 
@@ -239,7 +240,7 @@ def test_nodes_without_a_profile():
 def test_the_tokens_of_a_run_are_those_of_all_its_micro_batches():
     config = configured("train.steps=100", "train.global_batch_size=8", "train.micro_batch_size=2", "model.context=64")
     out = io.StringIO()
-    show(config, Origins(), Machine("cpu", 2, None, ""), Told(), Console(file=out, width=200))
+    show(config, Origins(), Machine("cpu", 2, None, ""), Given(), Console(file=out, width=200))
     assert "\nbatch        8 rows = 2 ranks x 2 x 2\n" in out.getvalue()
     assert "\nsteps        100, 51,200 tokens\n" in out.getvalue()
 
@@ -261,7 +262,7 @@ def test_bf16_that_nobody_has_promised_is_told(
     out = io.StringIO()
     machine = Machine("cuda", 1, memory_gb and memory_gb * 1e9, "", bf16)
     config = configured("model.width=1024", "model.num_layers=12", "train.micro_batch_size=8", *settings)
-    fits = show(config, Origins(), machine, Told(vocab_size=50_000), Console(file=out, width=300))
+    fits = show(config, Origins(), machine, Given(vocab_size=50_000), Console(file=out, width=300))
     assert ("\nprecision    counted in bf16; GPUs before Ampere take fp32" in out.getvalue()) == said
     assert fits == (memory_gb != 7.1 or bf16 is not False), out.getvalue()
 

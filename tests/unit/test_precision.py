@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from llmtrain import cpu, rank0
+from llmtrain import cpu, rank0, resume
 from llmtrain.config import load_config
 from llmtrain.errors import ConfigError
 from llmtrain.rank0 import settle_precision
@@ -41,7 +41,8 @@ def fast_at_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def settled(run: RunDir, *settings: str) -> str:
-    return settle_precision(load_config(None, settings)[0], run, CPU).train.precision
+    config, origins = load_config(None, settings)
+    return settle_precision(config, resume.check(run, config, origins), CPU).train.precision
 
 
 @pytest.mark.usefixtures("fast_at_bf16")

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from launcher.checks import preflight
+from launcher.checks import places, preflight
 from launcher.checks.environment import look_into, read_torch
 from launcher.checks.places import find_place, kind_of_file_system
 from launcher.cluster import Profile, SideJob
@@ -36,7 +36,7 @@ fs:/tmp /tmp/projects nfs rw 0 0
 
 
 def spec(profile: Profile, **wishes: Any) -> JobSpec:
-    return JobSpec("run", Path("/nowhere"), profile, ("node",), **wishes)
+    return JobSpec("run", Path("/nowhere"), profile, **wishes)
 
 
 def findings(job: JobSpec, *settings: str) -> list[Finding]:
@@ -65,16 +65,20 @@ def errors(found: list[Finding]) -> list[str]:
         ("/s3/x", "shared", "fuse.goofys"),
     ],
 )
-def test_the_kind_of_file_system_tells_what_all_nodes_see(path: str, reach: str, kind: str):
-    assert find_place(Path(path), [], MOUNTS).reach == reach
-    assert kind_of_file_system(Path(path), MOUNTS) == kind
+def test_the_kind_of_file_system_tells_what_all_nodes_see(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str, reach: str, kind: str
+):
+    monkeypatch.setattr(places, "_MOUNTS", tmp_path / "mounts")
+    (tmp_path / "mounts").write_text(MOUNTS)
+    assert find_place(Path(path), []).reach == reach
+    assert kind_of_file_system(Path(path)) == kind
 
 
 def test_the_profiles_word_counts_for_more(tmp_path: Path):
-    assert find_place(tmp_path / "runs", [tmp_path], MOUNTS).reach == "shared"
-    assert find_place(Path("/home/ada"), [tmp_path], MOUNTS).reach == "node-local"
+    assert find_place(tmp_path / "runs", [tmp_path]).reach == "shared"
+    assert find_place(Path("/home/ada"), [tmp_path]).reach == "node-local"
     (tmp_path / "link").symlink_to("/srv")
-    assert find_place(tmp_path / "link/x", [tmp_path], MOUNTS).reach == "node-local"  # it leads out of there
+    assert find_place(tmp_path / "link/x", [tmp_path]).reach == "node-local"  # it leads out of there
 
 
 # ---------------------------------------------------------------------------------------------- partitions

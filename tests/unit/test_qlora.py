@@ -15,7 +15,7 @@ from llmtrain.data import IGNORE, Documents, make_batch
 from llmtrain.errors import ModelError
 from llmtrain.memory_lora import layer_activations, lora_parameters, weight_bytes
 from llmtrain.models import base as bases
-from llmtrain.models import base_checks, build_model, isolation
+from llmtrain.models import base_checks, base_linears, build_model, isolation
 from llmtrain.models.qlora import QLoRA
 from llmtrain.shards import Rows
 from tests.support.bases import configure, copy, write_gpt2, write_llama, write_tokenizer
@@ -216,7 +216,7 @@ def test_what_the_adapter_is_scaled_by(llama: Path, rslora: str, scale: float):
 def test_the_counted_bytes_of_nf4_weights_are_the_models(llama: Path, double: bool):
     config = configure(llama, f"model.double_quantisation={str(double).lower()}").model
     assert config.kind == "qlora"
-    for _, module in bases.linear_modules(bases.load(config, torch.float32, CPU)):
+    for _, module in base_linears.linear_modules(bases.load(config, torch.float32, CPU)):
         weight: Any = module.weight
         state = weight.quant_state
         assert state.nested == double
@@ -381,7 +381,7 @@ def test_the_weights_that_nf4_stands_for_are_what_it_computes_with(llama: Path, 
             ids = torch.randint(512, (1, 20), generator=torch.Generator().manual_seed(0))
             with torch.no_grad():
                 original = plain(input_ids=ids).logits
-                bases.dequantise(quantised, into=plain)
+                base_linears.dequantise(quantised, into=plain)
                 wanted, found = quantised(input_ids=ids).logits, plain(input_ids=ids).logits
             assert torch.allclose(found, wanted, atol=2e-3), (folder, quantisation)
             assert not torch.allclose(found, original, atol=2e-3)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from rich.console import Console
 
 from launcher.jobs import JobDir
@@ -381,3 +382,13 @@ def test_markup_is_never_built_from_plain_strings():
     allowed = {"markup.py", "plots.py", "theme.py", "page.py"}
     users = {path.name for path in sources if re.search(r"\bHtml\((?!\))", path.read_text())}
     assert users <= allowed
+
+
+def test_the_curves_on_training_rows_do_not_leave_the_picture(tmp_path: Path):
+    """Where the steep start is cut off."""
+    runs = [make_run(tmp_path / name, shifts=(0.4, 0.0, 0.1, 0.2)) for name in "ab"]
+    figure = Figure()
+    compare_page.draw_curves(compare_runs(runs), figure, "steps", narrow=False)
+    low, high = figure.axes[0].get_ylim()
+    assert high < 9.5
+    assert low < min(record["train_loss"] for record in jsonl.read(runs[0].heldout))

@@ -14,8 +14,8 @@ from huggingface_hub import HfApi
 from launcher.choosing import listing
 from llmtrain import ledger, log, manifest, origin
 from llmtrain.config import resolved_yaml
-from llmtrain.config.load import fixed_differences
 from llmtrain.errors import EXIT_INTERRUPTED, CheckpointError, RunFolderError
+from llmtrain.resume import fixed_differences
 from llmtrain.rundir import RunDir
 from llmtrain.service import hub as conversation
 from llmtrain.service import plan, publish, restore

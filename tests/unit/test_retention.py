@@ -10,12 +10,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmtrain import checkpoint, choose, jsonl, ledger, retention, rundir
+from llmtrain import checkpoint, jsonl, ledger, manifest, retention, rundir, scoring_place
 from llmtrain.config.schema import CheckpointSection
 from llmtrain.retention import plan_deletions
 from llmtrain.service import plan
 from llmtrain.service.queue import Inspector, Work
-from llmtrain.service.worker import Options, Service
+from llmtrain.service.worker import Service, ServiceOptions
 from tests.support.checkpoint_runs import config_of, make_run, save, score, stretches, upload
 
 STEPS = [100, 200, 300, 400, 500]
@@ -216,7 +216,7 @@ def test_a_step_that_was_saved_again_is_verified_scored_and_uploaded_again(tmp_p
     save(run, 200, content="other weights")
     work = inspector.look(config, scoring=True)
     assert (work.to_score, work.to_upload) == ([200], [200])
-    assert {step: found.identity for step, found in work.whole.items()} == choose.identities(run)
+    assert {step: found.identity for step, found in work.whole.items()} == manifest.identities(run)
     save(run, 100, content="bad weights")
     weights = run.checkpoint(100) / "model/model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"?")
@@ -258,6 +258,23 @@ def test_the_service_deletes_only_what_it_has_verified(tmp_path: Path):
     lock = run.lock_service()
     assert lock is not None
     with lock:
-        service = Service(run, lock, Options())
+        service = Service(run, lock, ServiceOptions())
         service._prune(config_of(run), Work(whole=cast(Any, dict.fromkeys([200, 300]))))
     assert run.checkpoint_steps() == [100, 300]
+
+
+def test_prune_deletes_no_more_than_its_preview_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Where no GPU is free to score a base on, service.score=auto means training's figures for the moment."""
+    run = make_run(tmp_path / "run", "checkpoint.keep_last=1", "checkpoint.keep_best=1")
+    for step in (100, 200, 300):
+        save(run, step)
+        if step != 200:
+            score(run, step, stretches(step / 1000))
+    monkeypatch.setattr(scoring_place, "find", lambda *_: "training")
+    deleted, held = retention.deletable(run, config_of(run), 300)
+    lock = run.lock_service()
+    assert lock is not None
+    with lock:
+        assert not Service(run, lock, ServiceOptions(only="prune")).turn()
+    assert (deleted, held) == (set(), {200: retention.UNSCORED})
+    assert run.checkpoint_steps() == [100, 200, 300]

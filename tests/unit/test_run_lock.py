@@ -16,7 +16,7 @@ from launcher.cluster import Profile
 from launcher.jobs import JobDir
 from launcher.keeper.one_machine import _kept_going
 from launcher.slurm.batch import JobSpec
-from llmtrain import log, rundir
+from llmtrain import locks, log, rundir
 from llmtrain.config import load_config
 from llmtrain.errors import RunFolderError
 from llmtrain.rundir import RunDir
@@ -107,7 +107,7 @@ def test_a_disk_that_fails_is_no_disk_without_locks(
     assert (run.path / "lock").read_text() == "process 7 on faraway"
     assert said == []
     with pytest.raises(OSError, match=os.strerror(number)):
-        preflight._why_no_locks(run.path)
+        locks.why_none(run.path)
 
 
 def test_each_lock_says_what_nobody_else_should_do(run: RunDir, said: list[str], monkeypatch: pytest.MonkeyPatch):
@@ -171,7 +171,7 @@ def test_a_stop_of_an_earlier_start_does_not_end_the_next_one(run: RunDir):
 def test_preflight_says_that_there_are_none(run: RunDir, monkeypatch: pytest.MonkeyPatch):
     before = sorted(run.path.iterdir())
     config, origins = load_config(None, [f"run.dir={run.path.parent}", f"run.name={run.path.name}"])
-    job = JobSpec("gpt", run.path, Profile(name="p", gpus_per_node=1, shared=[str(run.path)]), ())
+    job = JobSpec("gpt", run.path, Profile(name="p", gpus_per_node=1, shared=[str(run.path)]))
     assert {found.severity for found in preflight._check_folder(config, origins, run, job)} == {"ok"}
     without_locks(monkeypatch, errno.ENOSYS)
     (found,) = (each for each in preflight._check_folder(config, origins, run, job) if each.severity != "ok")

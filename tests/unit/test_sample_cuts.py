@@ -1,6 +1,7 @@
 """Samples that are cut to fit, at every length: what stays, what is learned of it, and how many bytes that is."""
 
 import itertools
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,7 @@ ANSWERS = [turn["content"] for turn in TURNS if turn["role"] == "assistant"]
 
 
 def make(tokenizer: Path, format: schema.Format, record: dict[str, Any], limit: int = 10_000) -> Sample:
-    maker = SampleMaker(format, Encoder(tokenizer, fast=False), tokenizer, limit)
+    maker = SampleMaker(format, Encoder(tokenizer, fast=False), tokenizer, limit, Counter())
     return maker.make(Document("", record, lambda: "here"))
 
 

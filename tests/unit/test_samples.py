@@ -314,7 +314,7 @@ BAD = {
     "field": ("{kind: completion}", {"prompt": "x"}, SourceError, "record 3: no field 'completion'; there are: prompt"),
     "empty": ("{kind: completion}", {"prompt": "x", "completion": " "}, SourceError, "record 3: the completion"),
     "null": ("{kind: completion}", {"prompt": "x", "completion": None}, SourceError, "is empty"),
-    "number": ("{kind: completion}", {"prompt": "x", "completion": 3}, SourceError, "'completion' holds a int"),
+    "number": ("{kind: completion}", {"prompt": "x", "completion": 3}, SourceError, "'completion' holds a number"),
     "output": ("{kind: instruction}", {"instruction": "x"}, SourceError, "record 3: no field 'output'"),
     "marker": ("{kind: marked, marker: '$'}", {"text": "no price"}, SourceError, "does not hold the marker '$'"),
     "messages": ("{kind: chat}", {"messages": "hello"}, SourceError, "must be a list of messages"),

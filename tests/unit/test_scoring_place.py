@@ -20,7 +20,7 @@ from llmtrain.service.__main__ import work
 from llmtrain.service.children import Pause
 from llmtrain.service.queue import Work
 from llmtrain.service.scoring import Presence, Scoring
-from llmtrain.service.worker import Options
+from llmtrain.service.worker import ServiceOptions
 from tests.support.checkpoint_runs import config_of, make_run, save, train
 
 
@@ -352,5 +352,5 @@ def test_a_service_that_has_given_up_scoring_says_what_is_left(tmp_path: Path, m
     run = make_run(tmp_path / "run")
     save(run, 10)
     save(run, 20)
-    assert work(run, Options(drain=True)) == 0
+    assert work(run, ServiceOptions(drain=True)) == 0
     assert said[-1] == "service    ended; 2 not scored: it failed too often"

@@ -86,7 +86,7 @@ def test_a_job_that_would_be_refused_is_not_queued(folder: Path, named: bool):
     text = (folder / "a.txt").rename(folder / "b.txt")
     wishes = [f"data.tokenizer={{path: '{folder}/tokenizer'}}"] if named else []
     config, origins = configure(folder, *wishes), Origins()
-    spec = JobSpec("gpt", folder, Profile(name="p", gpus_per_node=1, shared=[str(folder.parent)]), ())
+    spec = JobSpec("gpt", folder, Profile(name="p", gpus_per_node=1, shared=[str(folder.parent)]))
     for found in (preflight.check_run(config, origins, spec), preflight.check_shard_job(config, spec, "#!/bin/sh")):
         refused = [each.message for each in found if each.what == "shards"]
         assert [each.severity for each in found if each.what == "shards"] == ["error", "error"]

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from launcher.sharding import build as building
 from launcher.sharding import tasks, work
 from launcher.sharding.build import build, build_part, prepare_build
 from launcher.sharding.parts import Part
+from launcher.sharding.progress import ShardProgress
 from launcher.sharding.show import describe
 from llmtrain import shards
 from llmtrain.config import RunConfig, load_config
@@ -330,3 +332,13 @@ def test_fewer_files_than_splits_are_said_before_anything_is_tokenised(monkeypat
     config = configure("{kind: text, paths: [a.txt, b.txt]}", "data.split={by: hash, heldout: 0.2, test: 0.1}")
     assert "2 documents (a file is one) for 3 splits" in refused(TooLittleData, config)
     assert not Path("shards").exists()
+
+
+def test_a_stage_without_any_text_has_a_pace(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """What is packed may be answers of which nothing but the end is learned."""
+    with ShardProgress() as shown:
+        shown.stage("pack", 0)
+        later = time.monotonic() + 60
+        monkeypatch.setattr(time, "monotonic", lambda: later)
+        shown.advance(0)
+    assert "sharding: pack 0%, 0.0 MB/s, 0.0 min left" in capsys.readouterr().err

@@ -3,7 +3,6 @@
 import json
 import os
 import time
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +10,14 @@ import pytest
 
 from launcher.sharding import readers, tasks, tokenize
 from launcher.sharding.build import build
-from launcher.sharding.records import read_documents
+from launcher.sharding.records import Found, read_documents
 from launcher.sharding.show import describe
 from launcher.sharding.sources import group_units, list_units
 from llmtrain import recipe, shards
 from llmtrain.config import RunConfig, load_config
 from llmtrain.config import data_sections as schema
 from llmtrain.errors import DataMismatch, EncodingError, SourceError, TooLittleData
-from llmtrain.prepare import prepare_shards
+from llmtrain.rank0 import prepare_shards
 from tests.support.data import python_sources, shared
 
 
@@ -52,15 +51,16 @@ def write_sources(folder: Path) -> dict[str, str]:
 def test_every_kind_of_source_gives_the_same_documents(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     config = configure(tmp_path, write_sources(tmp_path)[kind])
-    skipped: Counter[str] = Counter()
+    counted = Found()
     sources = config.data.sources
     found = [
         t.text
         for unit in list_units(sources, config.data.format)
-        for t in read_documents(sources[unit.source], unit, config.data.format, skipped)
+        for t in read_documents(sources[unit.source], unit, config.data.format, counted)
     ]
     assert found == [t for t in TEXTS if t]
-    assert skipped == {"empty document": 1}
+    counted.problems.tell()
+    assert counted.skipped == {"empty document": 1}
 
 
 def test_a_data_set_that_has_changed_is_told_from_what_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -85,7 +85,7 @@ def test_a_large_jsonl_file_is_cut_between_lines(tmp_path: Path, monkeypatch: py
     units = list_units(config.data.sources, config.data.format)
     assert len(units) > 10
     found = [
-        t.text for unit in units for t in read_documents(config.data.sources[0], unit, config.data.format, Counter())
+        t.text for unit in units for t in read_documents(config.data.sources[0], unit, config.data.format, Found())
     ]
     assert found == [json.loads(line)["text"] for line in lines]
 
@@ -115,7 +115,7 @@ BAD = {
     ),
     "csv comma": ("{kind: csv, paths: [comma.csv]}", SourceError, "comma.csv:2: more fields than the header has"),
     "csv quote": ("{kind: csv, paths: [quote.csv]}", SourceError, "quote.csv:2: not CSV: unexpected end of data"),
-    "number": ("{kind: jsonl, paths: [number.jsonl]}", SourceError, "'text' holds a int"),
+    "number": ("{kind: jsonl, paths: [number.jsonl]}", SourceError, "'text' holds a number"),
     "hub": ("{kind: huggingface, name: json, data_files: [nowhere.json]}", SourceError, "'json' cannot be loaded"),
 }
 
@@ -170,7 +170,7 @@ def test_texts_of_windows_have_plain_line_ends_and_no_mark(tmp_path: Path):
     (tmp_path / "a.txt").write_bytes("\ufeffone\r\ntwo\r\n".encode())
     source = configure(tmp_path, f"{{kind: text, paths: ['{tmp_path}/a.txt']}}").data
     (unit,) = list_units(source.sources, source.format)
-    assert [d.text for d in read_documents(source.sources[0], unit, source.format, Counter())] == ["one\ntwo\n"]
+    assert [d.text for d in read_documents(source.sources[0], unit, source.format, Found())] == ["one\ntwo\n"]
 
 
 def test_too_little_text_for_a_row(tmp_path: Path):

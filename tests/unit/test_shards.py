@@ -106,9 +106,9 @@ def test_an_id_beyond_the_vocabulary_is_found_even_if_the_manifest_hides_it(fold
 
 
 def test_another_recipe_is_refused_and_says_what_differs(folder: Path):
-    config, _ = load_config(None, [*SETTINGS, source_setting(2), "data.tokenizer.vocab_size=400"])
+    config, _ = load_config(None, [*SETTINGS, source_setting(2), "data.tokenizer.vocab_size=400", f"data.dir={folder}"])
     with pytest.raises(DataMismatch, match=r"tokenizer: shards have .*300.*, the configuration .*400"):
-        shards.open_folder(folder).check_recipe(recipe.recipe_of(config))
+        recipe.open_shards(config, "sha256")
 
 
 def test_the_fingerprint_is_the_manifests_hash(folder: Path):

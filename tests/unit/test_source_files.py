@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import glob
 import os
 import random
 import types
@@ -13,7 +14,8 @@ from launcher.sharding.sources import list_units
 from llmtrain import log
 from llmtrain.config import load_config
 from llmtrain.errors import SourceError
-from llmtrain.recipe import TEXT_SUFFIXES, newer_source, source_files
+from llmtrain.recipe import newer_source
+from llmtrain.source_files import TEXT_SUFFIXES, source_files
 
 
 def write(*paths: Path) -> None:
@@ -160,5 +162,89 @@ def test_folders_without_links_keep_their_files_and_order(tmp_path: Path):
     (tmp_path / "data/linked.txt").symlink_to(tmp_path / "outside.txt")
     files = [path for path in (tmp_path / "data").rglob("*") if path.suffix in TEXT_SUFFIXES and path.is_file()]
     assert len(files) > 10
-    assert sorted(source_files(str(tmp_path / "data"))) == sorted(files)
+    errors: list[OSError] = []
+    assert sorted(source_files(str(tmp_path / "data"), errors.append)) == sorted(files)
+    assert errors == []
     assert found(tmp_path / "data") == [os.path.relpath(path, tmp_path / "data") for path in sorted(files)]
+
+
+PATTERNS = (
+    "*.txt", "data/*", "data/**", "data/**/*.txt", "data/**/da", "data/*/*.md", "**/*.txt", "data/d?/[ab]*", "data/.*",
+    "data/**/.*/*", "da[t]a/dB/a", "data/**/**/a.txt", "data/../data/*.txt", "./data/*.txt", "*/d*/**/*.md",
+    "data/da/*",
+)  # fmt: skip
+
+
+def test_a_glob_means_what_it_means_to_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    draw = random.Random(0)
+    names = ["a", "b.txt", "B", ".hidden", "ä.md", "c d", "a.txt", "x.bin", ".txt"]
+    for _ in range(80):
+        path = tmp_path.joinpath("data", *(f"d{draw.choice(names)}" for _ in range(draw.randrange(4))))
+        write(path / draw.choice(names))
+    write(tmp_path / "top.txt", tmp_path / "data/.in/a.txt")
+    (tmp_path / "data/linked.txt").symlink_to(tmp_path / "top.txt")
+    (tmp_path / "data/nowhere.txt").symlink_to("gone")
+    (tmp_path / "data/itself.txt").symlink_to("itself.txt")
+    (tmp_path / "data/dlink").symlink_to("da")
+    monkeypatch.chdir(tmp_path)
+    matched = 0
+    for pattern in (*PATTERNS, *(f"{tmp_path}/{pattern}" for pattern in PATTERNS)):
+        errors: list[OSError] = []
+        files = {path for path in map(Path, glob.glob(pattern, recursive=True)) if path.is_file()}
+        assert set(source_files(pattern, errors.append)) == files, pattern
+        assert errors == []
+        matched += bool(files)
+    assert matched > 20
+
+
+@pytest.mark.parametrize("number", [errno.ESTALE, errno.EACCES, errno.EIO])
+@pytest.mark.parametrize(
+    ("where", "pattern"),
+    [
+        *(("folder", pattern) for pattern in ("*/*.txt", "**/*.txt", "**", "b*/**/*.txt", "books/*.txt")),
+        *(("link", pattern) for pattern in ("*/*.txt", "**/*.txt", "**", "b*/**/*.txt", "*s/deep/b.txt")),
+    ],
+)
+def test_nor_is_what_a_glob_cannot_list(
+    tmp_path: Path, number: int, where: str, pattern: str, monkeypatch: pytest.MonkeyPatch
+):
+    """`glob` of Python passes over such a folder, and all of its text would be missing from training."""
+    write(tmp_path / "data/a.txt", tmp_path / "data/x/a.txt", tmp_path / "data/books/b.txt")
+    write(tmp_path / "data/books/deep/b.txt")
+    monkeypatch.setattr(os, "scandir", Failing(number, **{where: "books"}))
+    with pytest.raises(SourceError) as caught:
+        found(tmp_path / "data" / pattern)
+    assert f"  - {tmp_path}/data/books: cannot be read ({os.strerror(number)})\n" in f"{caught.value}\n"
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may look into every folder")
+@pytest.mark.parametrize("mode", [0o000, 0o400])
+@pytest.mark.parametrize("pattern", ["", "*/*.txt", "**/*.txt", "books/b.txt", "*/b.txt"])
+def test_a_folder_of_somebody_else_is_named(tmp_path: Path, mode: int, pattern: str):
+    write(tmp_path / "data/a.txt", tmp_path / "data/x/b.txt", tmp_path / "data/books/b.txt")
+    (tmp_path / "data/books").chmod(mode)
+    try:
+        with pytest.raises(SourceError, match=r"data/books.*: cannot be read \(Permission denied\)"):
+            found(tmp_path / "data" / pattern)
+    finally:
+        (tmp_path / "data/books").chmod(0o700)
+
+
+def test_nor_a_folder_of_the_standard_library(monkeypatch: pytest.MonkeyPatch):
+    real = os.scandir
+
+    def scandir(path: str) -> object:
+        if Path(path).name == "json":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    config = load_config(None)[0]
+    with pytest.raises(SourceError, match=r"/json: cannot be read \(Permission denied\)"):
+        list_units(config.data.sources, config.data.format)
+
+
+def test_a_name_that_no_file_can_have_is_no_file(tmp_path: Path):
+    errors: list[OSError] = []
+    assert list(source_files("a\0b", errors.append)) == []
+    assert list(source_files(str(tmp_path / "a\0b*"), errors.append)) == []

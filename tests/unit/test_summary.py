@@ -12,8 +12,8 @@ import pytest
 import torch
 from matplotlib.axes import Axes
 
-from launcher.choosing import listing
-from llmtrain import choose, jsonl, summary, tensorboard
+from launcher.choosing import checkpoints, listing
+from llmtrain import jsonl, overfitting, ranking, summary, tensorboard
 from llmtrain.generate import find_model
 from llmtrain.hardware import HardwareMeter
 from llmtrain.ledger import drain_command
@@ -37,7 +37,7 @@ def make_run(tmp_path: Path, heldout: list[float]) -> RunDir:
 
 def test_a_rise_of_which_nothing_is_scored_is_named_as_doubtful(tmp_path: Path):
     run = make_run(tmp_path, [9.0, 7.0, 6.0, 6.2, 6.5])
-    found = summary.write(run)
+    found = summary.write(run, with_curve=True)
     assert found is not None
     assert (found.overfits, found.lowest_step, found.first_heldout, found.last_heldout) == (None, 20, 9.0, 6.5)
     text = summary.describe(run, found)
@@ -83,7 +83,7 @@ def test_a_curve_of_an_earlier_end_does_not_stay_beside_a_newer_summary(tmp_path
 def test_a_lowest_loss_that_was_not_saved_is_called_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """On the curve the lowest of the saved ones is marked as well."""
     run = make_run(tmp_path, [9.0, 7.0, 6.0, 6.25])
-    found, marks = summary.write(run), list[str]()
+    found, marks = summary.write(run, with_curve=True), list[str]()
     assert found is not None
     assert "not saved" not in summary.describe(run, found)
     run.checkpoint(20).rmdir()
@@ -110,9 +110,9 @@ def test_one_measurement_says_nothing_of_overfitting(tmp_path: Path):
     assert "\nheld-out loss   3.0000 at step 300 (measured once)\n" in summary.describe(run, found)
     assert "not known: the held-out loss was measured once" in summary.describe(run, found)
     score(run, 300, stretches(0.0))
-    ranked = choose.ranking(run)
+    ranked = ranking.rank(run)
     assert ranked is not None
-    assert choose.overfitting(ranked).describe() == "not known: it takes two checkpoints with a held-out loss"
+    assert overfitting.judge(ranked).describe() == "not known: it takes two checkpoints with a held-out loss"
 
 
 @pytest.mark.parametrize(("rise", "noise", "began"), [(0.025, 0.005, True), (0.1, 2.0, False)])
@@ -124,11 +124,11 @@ def test_overfitting_is_what_the_ranking_says(tmp_path: Path, rise: float, noise
     for step, shift in ((100, 0.3), (200, 0.0), (300, rise)):
         save(run, step, 3.0 + shift)
         score(run, step, stretches(shift, noise=noise, seed=step))
-    found, ranked = summary.summarise(run), choose.ranking(run)
+    found, ranked = summary.summarise(run), ranking.rank(run)
     assert found is not None
     assert ranked is not None
     assert found.overfits is began
-    assert f"\noverfitting     {choose.overfitting(ranked).describe()}\n" in summary.describe(run, found)
+    assert f"\noverfitting     {overfitting.judge(ranked).describe()}\n" in summary.describe(run, found)
 
 
 def test_the_best_checkpoint_is_one_that_still_exists(tmp_path: Path):
@@ -179,6 +179,44 @@ def test_it_proposes_what_checkpoints_does_or_says_why_not(tmp_path: Path):
     assert (path, loss, step) == (str(run.checkpoint(200)), 5.5, 200)
     assert reason == f"scored at the save: {why}"
     assert why.endswith("; none is left of those that were scored from disk")
+
+
+def test_whoever_takes_the_best_one_is_told_what_may_still_change_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """The same words as `llmtrain checkpoints best` has."""
+    run = checkpoint_runs.make_run(tmp_path / "run")
+
+    def taken(step: int) -> str:
+        checkpoints.act(run.path, "best", None, checkpoints.Options())
+        best = capsys.readouterr()
+        assert best.out == f"{run.checkpoint(step)}\n"
+        assert find_model(run.path) == run.checkpoint(step) / "model"
+        assert capsys.readouterr().err == best.err
+        return best.err
+
+    for step, loss in ((100, 3.0), (200, 2.9), (300, 3.1)):
+        save(run, step, loss)
+        (run.checkpoint(step) / "model" / "config.json").write_text("{}")
+    assert taken(200) == (
+        "note: step 200 is taken; it has the lowest held-out loss that training computed of those on disk; "
+        "none has been scored from disk\n"
+    )
+    score(run, 100, stretches(0.0))
+    assert taken(100) == (
+        "note: step 100 is taken; this is of the 1 scored so far: 2 later ones wait; step 200's loss was lower at its "
+        "save: 2.9000\n"
+    )
+    score(run, 200, stretches(-0.1))
+    score(run, 300, stretches(0.1))
+    assert taken(200) == ""
+    for step in run.checkpoint_steps():
+        shutil.rmtree(run.checkpoint(step))
+    save(run, 400, None)
+    (run.checkpoint(400) / "model" / "config.json").write_text("{}")
+    assert find_model(run.path) == run.checkpoint(400) / "model"
+    told = "note: step 400 is taken, the newest: no held-out loss of any checkpoint is known\n"
+    assert capsys.readouterr().err == told
 
 
 def test_ledgers_survive_a_cut_line_and_rewind(tmp_path: Path):
@@ -279,7 +317,7 @@ def test_tensorboard_reads_back_text_and_settings(tmp_path: Path):
     assert "_hparams_/session_start_info" in events.summary_metadata
 
 
-def test_a_gpu_without_readings_of_its_own_ends_no_run():
+def test_a_gpu_without_readings_of_its_own_ends_no_run(monkeypatch: pytest.MonkeyPatch):
     """As part of one (MIG) has none."""
     pynvml = pytest.importorskip("pynvml")
 
@@ -287,5 +325,10 @@ def test_a_gpu_without_readings_of_its_own_ends_no_run():
         raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
 
     meter = HardwareMeter(torch.device("cpu"))
-    meter._nvml = SimpleNamespace(NVMLError=pynvml.NVMLError, nvmlDeviceGetUtilizationRates=not_supported)
+    meter._gpu = object()
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetUtilizationRates", not_supported)
     assert set(meter.read()) == {"hardware/memory_gb"}
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetUtilizationRates", lambda _: SimpleNamespace(gpu=90))
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetPowerUsage", lambda _: 400_000)
+    shown = meter.read()
+    assert (shown["hardware/gpu_utilisation_percent"], shown["hardware/gpu_power_w"]) == (90.0, 400.0)

@@ -82,6 +82,15 @@ def test_a_tokenizer_without_an_end_is_refused(tmp_path: Path):
         tokenize.prepare(config, tmp_path / "out", [])
 
 
+@pytest.mark.parametrize("content", ["{", "[]", "\xff"])
+def test_settings_that_are_none_are_refused(tmp_path: Path, content: str):
+    tokenize.prepare(schema.DataSection(), tmp_path / "own", ["some text to train on"])
+    (tmp_path / "own/tokenizer_config.json").write_text(content, encoding="latin1")
+    chosen = schema.DataSection(tokenizer=schema.FolderTokenizer(kind="folder", path=str(tmp_path / "own")))
+    with pytest.raises(TokenizerError, match=r"tokenizer_config\.json: (not JSON|must be a JSON object)"):
+        tokenize.prepare(chosen, tmp_path / "copy", [])
+
+
 def test_no_text_is_cut_or_filled_up_whatever_the_tokenizer_says(tmp_path: Path):
     """Many on the Hub were saved with the lengths of somebody's training."""
     tokenize.prepare(schema.DataSection(), tmp_path, ["some text to train on"])

@@ -4,12 +4,11 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
 
-from llmtrain import adapters, export, manifest, prompts, trained
+from llmtrain import adapters, manifest, prompts, trained
 from llmtrain.errors import ConfigError, TokenizerError
 from tests.support import asked_runs
-from tests.support.asked_runs import GPT, OTHER, OWN, asked, lora, rendered, train, tuned_tokenizer
+from tests.support.asked_runs import GPT, OTHER, OWN, asked, export_plainly, lora, rendered, train, tuned_tokenizer
 
 fresh_encoders, base, work = asked_runs.fresh_encoders, asked_runs.base, asked_runs.work
 
@@ -35,7 +34,7 @@ def test_a_templates_file_that_was_edited_since(work: Path, base: Path, model: s
     (work / "other.jinja").write_text(OTHER.replace("[", "{{ '((' }}"))
     ids = asked(made, "hello")[0]
     assert ids == made.ids[: len(ids)]
-    export.export(made.model, work / "exported", merge=model == "qlora", base="original", dtype=torch.float32)
+    export_plainly(made.model, work / "exported", merge=model == "qlora")
     assert rendered(work / "exported") == ids
     assert (work / "exported" / prompts.TEMPLATE).read_text() == OTHER
 
@@ -60,14 +59,14 @@ def test_a_template_that_is_gone_keeps_nobody_from_a_whole_model(
         (made.model / prompts.TEMPLATE).unlink()
         (made.model.parent / manifest.NAME).unlink()
         if to == "whole":
-            export.export(made.model, work / to, merge=False, base="original", dtype=torch.float32)
+            export_plainly(made.model, work / to)
             told = "exported without the chat template that it was trained with: data.format.template=other.jinja"
             assert f"{told} ({made.run.config})" in caplog.text
             assert (work / to / "model.safetensors").is_file()
             shutil.rmtree(made.run.path)
         else:
             with pytest.raises(TokenizerError, match=r"--merge: data.format.template=other.jinja .*config.yaml.*bring"):
-                export.export(made.model, work / to, merge=True, base="original", dtype=torch.float32)
+                export_plainly(made.model, work / to, merge=True)
         (work / "gone.jinja").rename(work / "other.jinja")
 
 
@@ -77,14 +76,14 @@ def test_a_configuration_that_cannot_be_read_is_not_passed_over(
     tuned_tokenizer(work / "tuned", OWN)
     made = train(work, "chat", *lora(base))
     made.run.config.write_text(made.run.config.read_text() + "\nnew_section: {}\n")
-    for ask in (trained.format_of, adapters.find):
+    for ask in (trained.format_of, lambda model: adapters.find(model, trust_remote_code=False)):
         with pytest.raises(ConfigError, match=r"config\.yaml says what .* cannot read it: new_section="):
             ask(made.model)
     alone = work / "alone"
     shutil.copytree(made.model, alone)
     (alone / "config.yaml").write_text("somebody: else\n")
     assert trained.format_of(alone).kind == "text"
-    assert adapters.find(alone).base.quantisation == "none"
+    assert adapters.find(alone, trust_remote_code=False).base.quantisation == "none"
     assert caplog.text.count(f"{alone}/config.yaml: not taken for a run's configuration") == 1
     (alone / "llmtrain").mkdir()
     shutil.copy(made.run.config, alone / "llmtrain")

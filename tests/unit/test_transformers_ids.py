@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, processors, trainers
 
 from launcher.sharding import tokenize
@@ -16,7 +15,7 @@ from llmtrain.config import data_sections as schema
 from llmtrain.config.model_sections import QLoRAModel
 from llmtrain.errors import TokenizerError
 from tests.support import asked_runs
-from tests.support.asked_runs import CHAT, GPT, lora, rendered, train, tuned_tokenizer
+from tests.support.asked_runs import CHAT, GPT, export_plainly, lora, rendered, train, tuned_tokenizer
 from tests.support.bases import write_tokenizer
 from tests.support.data import python_sources, shared
 
@@ -60,7 +59,7 @@ def test_a_class_that_splits_its_own_way_is_not_shipped(
     text = ZEPHYR.replace("\n", "")
     wrong = loaded(tuned)(text).input_ids
     to = work / "exported"
-    export.export(made.model, to, merge=model == "qlora", base="original", dtype=torch.float32)
+    export_plainly(made.model, to, merge=model == "qlora")
     assert "verified   transformers' tokenizer gives the ids of training" in capsys.readouterr().out
     for folder in (to, made.model) if model == "gpt" else (to,):
         whole = loaded(folder).apply_chat_template(CHAT["messages"], return_dict=False)

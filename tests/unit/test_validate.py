@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from launcher.sharding.build import build
-from llmtrain import choose, files, intervals, ledger, manifest, origin, shards
+from llmtrain import files, intervals, ledger, manifest, origin, ranking, shards
 from llmtrain.errors import CheckpointError, DiskFull
-from llmtrain.evaluate import Score
+from llmtrain.evaluate import SplitLoss
 from llmtrain.models import build_model
 from llmtrain.rundir import RunDir
 from llmtrain.service import validate
@@ -40,7 +40,7 @@ def test_no_more_stretches_are_recorded_than_are_compared(run: RunDir):
     for most in (1 << 16, intervals.MAX_UNITS):
         best, other = (intervals.merged(losses, most) for losses in all_of_it)
         assert best.shape[1] <= most
-        (interval,) = choose.differences(run, score(run, 100, best), [score(run, 200, other)])
+        (interval,) = ranking.differences((run, score(run, 100, best)), [(run, score(run, 200, other))])
         assert interval is not None
         found.append(interval)
     assert found[1] == pytest.approx(found[0])
@@ -51,7 +51,7 @@ def test_a_run_with_more_of_them_goes_on_as_it_began(run: RunDir):
     score(run, 100, stretches(0.0, count=intervals.MAX_UNITS + 1))
     most = validate.most_stretches(run, "heldout")
     assert validate.most_stretches(run, "test") == intervals.MAX_UNITS
-    old = choose.read_losses(run, ledger.scores(run)[100])
+    old = ranking.read_losses(run, ledger.scores(run)[100])
     assert old is not None
     assert np.array_equal(intervals.merged(old, most), old)
 
@@ -83,7 +83,7 @@ def test_bits_per_byte_and_perplexity_are_what_their_names_say():
     split = SplitInfo(
         rows=1, tokens=0, targets=0, documents=1, text_bytes=1200, text_tokens=300, tokens_dropped=0, shards=[]
     )
-    found = Score(loss=math.log(2), targets=300)
+    found = SplitLoss(loss=math.log(2), targets=300)
     assert found.perplexity == pytest.approx(2.0)
     assert found.bits_per_byte(split) == pytest.approx(0.25)
 

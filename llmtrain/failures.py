@@ -1,21 +1,59 @@
-"""What a person is told where a GPU's memory does not suffice, and whether starting again may help."""
+"""How a run fails: noted in its folder, and where a GPU's memory does not suffice, with what would take less."""
 
 import contextlib
 import os
+import traceback
 from collections.abc import Callable, Iterator
 
 import torch
 
+from llmtrain import ledger, log
 from llmtrain.batches import ANY_ROWS, plan_batches
+from llmtrain.config import RunConfig
 from llmtrain.config.load import Origins
-from llmtrain.config.schema import RunConfig
-from llmtrain.errors import OutOfMemory
-from llmtrain.rundir import RESTARTED
+from llmtrain.errors import OutOfMemory, RunFolderError, UserError
+from llmtrain.ledger import Event
+from llmtrain.rundir import RESTARTED, RunDir
 from llmtrain.world import World
 
 
 @contextlib.contextmanager
-def explained(
+def failures_noted(run: RunDir) -> Iterator[None]:
+    """Around what rank 0 does with a run that is its own: how that fails goes into the run's log and its events too.
+
+    Whoever starts a run overnight may have no terminal to look at any more.
+
+    Raises:
+        RunFolderError: it failed because the run folder is gone.
+    """
+    try:
+        with _missing_folder_named(run):
+            yield
+    except Exception as error:
+        known = isinstance(error, UserError)
+        code, message = (error.exit_code, str(error)) if known else (1, f"{type(error).__name__}: {error}")
+        log.to_file_alone(f"error: {message}" if known else traceback.format_exc().rstrip())
+        with contextlib.suppress(OSError):  # such as the full disk that this is about
+            if run.config.exists():  # else what is there is an empty mount point
+                ledger.append(run.events, Event(kind="failed", message=f"exit code {code}: {message}"))
+        raise
+
+
+@contextlib.contextmanager
+def _missing_folder_named(run: RunDir) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError as error:
+        if run.config.exists():
+            raise
+        raise RunFolderError(
+            f"{run.path}: the run folder is gone: was it moved or deleted, or its disk unmounted? Bring it back, then "
+            "run the same command again: it goes on from the last checkpoint"
+        ) from error
+
+
+@contextlib.contextmanager
+def memory_explained(
     config: RunConfig, origins: Origins, world: World, has_stepped: Callable[[], bool] = lambda: False
 ) -> Iterator[None]:
     """Around what fills the memory. Once a step was done the memory did suffice, so that starting again may help, as
