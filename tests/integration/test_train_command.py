@@ -64,7 +64,7 @@ def test_a_checkpoint_loads_with_transformers_and_generates(workplace: Workplace
             cwd=workplace.folder, env=environment(), text=True, capture_output=True, check=False,
         )  # fmt: skip
         assert done.returncode == code, done.stderr
-        return done.stdout + done.stderr
+        return done.stderr if code else done.stdout
 
     first = generate("runs/hf", "--prompt", "import ", "--tokens", "12", "--seed", "3")
     assert first.startswith("import ")
