@@ -113,10 +113,9 @@ def describe(config: QLoRAModel) -> BaseFacts:
     """Count the parts of the base's outline. Raises ModelError as that does."""
     model = outline(config)
     text: Any = read_config(config.base, config.revision, config.trust_remote_code).get_text_config()
-    read = base_linears.text_linears(model)
     quantised = base_linears.names_quantised(model, _stored(config).get("llm_int8_skip_modules"))
-    linears = _count(read, quantised)
-    unread = _count([each for each in base_linears.linear_modules(model) if each not in read], quantised)
+    linears = _count(base_linears.text_linears(model), quantised)
+    unread = _count(base_linears.unread_linears(model), quantised)
     kv_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     width = head_width(text)
     return BaseFacts(

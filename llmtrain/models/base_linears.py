@@ -19,6 +19,12 @@ def text_linears(model: Any) -> list[tuple[str, nn.Module]]:
     return [(name, module) for name, module in linear_modules(model) if module in read]
 
 
+def unread_linears(model: Any) -> list[tuple[str, nn.Module]]:
+    """The others of `linear_modules`."""
+    read = {name for name, _ in text_linears(model)}
+    return [(name, module) for name, module in linear_modules(model) if name not in read]
+
+
 def linear_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """The linear layers but the output layer.
 

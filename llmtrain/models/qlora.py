@@ -168,9 +168,8 @@ class QLoRA(nn.Module):
         """
         from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
-        every, read = base_linears.linear_modules(self._base), base_linears.text_linears(self._base)
         # Earlier versions put LoRA on what text never goes through too, where it stayed as it began.
-        unread = {name for name, _ in every} - {name for name, _ in read}
+        unread = {name for name, _ in base_linears.unread_linears(self._base)}
         tensors = {
             name: tensor
             for name, tensor in tensorfile.read(folder / ADAPTER).items()

@@ -1,9 +1,7 @@
 """What is looked at before a job is queued, where no SLURM is needed to tell."""
 
 import json
-import os
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +18,6 @@ from launcher.slurm.batch import JobSpec
 from launcher.slurm.limits import check_limits
 from launcher.slurm.partitions import NodeGroup, Partition, partitions
 from llmtrain.config import RunConfig, load_config
-from llmtrain.rundir import RunDir
-from tests.support.hub_server import TOKEN, Hub, client_environment
 
 MOUNTS = r"""
 /dev/sda / ext4 rw 0 0
@@ -359,45 +355,3 @@ def test_a_run_whose_checkpoints_are_gone_is_not_queued(tmp_path: Path, monkeypa
     (tmp_path / "runs/stdlib-gpt/saves.jsonl").write_text('{"step": 100}\n')
     (refused,) = [e for e in errors(findings(spec(profile))) if e.startswith("run folder")]
     assert "has saved checkpoints, and none of them is there any more" in refused
-
-
-# ---------------------------------------------------------------------------------------------- the Hub
-
-
-READER = "hf_" + "r" * 34
-
-
-@pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    with Hub(tmp_path / "hub", {TOKEN: "write", READER: "read"}) as running:
-        wanted = client_environment(running.endpoint, tmp_path / "home")
-        for name in os.environ.keys() - wanted.keys():
-            monkeypatch.delenv(name)
-        for name, value in wanted.items():
-            monkeypatch.setenv(name, value)
-        yield running
-
-
-def ask_hub(tmp_path: Path) -> Finding:
-    (found,) = preflight.check_hub(load_config(None, ["hub.repo=tester/gpt"])[0], RunDir(tmp_path / "run"))
-    return found
-
-
-def test_the_tokens_right_to_write_is_found_out(tmp_path: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch):
-    assert ask_hub(tmp_path) == fine("Hub", "tester/gpt (private) takes the checkpoints of this run")
-    monkeypatch.setenv("HF_TOKEN", READER)
-    found = ask_hub(tmp_path)
-    assert found.severity == "error"
-    assert "403" in found.message
-    assert READER not in found.message
-    monkeypatch.delenv("HF_TOKEN")
-    assert "there is no token" in ask_hub(tmp_path).message
-
-
-def test_a_hub_that_cannot_be_reached_is_a_warning(tmp_path: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch):
-    hub.stop()
-    found = ask_hub(tmp_path)
-    assert found.severity == "warning"
-    assert "uploads wait" in found.message
-    monkeypatch.setattr(preflight, "_HUB_S", 0.01)
-    assert ask_hub(tmp_path).severity == "warning"

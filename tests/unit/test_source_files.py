@@ -151,13 +151,18 @@ def test_finished_shards_do_not_need_their_sources(tmp_path: Path, monkeypatch: 
     assert newer_source(config, tmp_path / "made") == tmp_path / "data/a.txt"
 
 
-def test_folders_without_links_keep_their_files_and_order(tmp_path: Path):
-    """What shards were made of before is what they are made of now."""
+def scatter(data: Path, files: int, depth: int) -> None:
+    """Files of all kinds of names in folders of such names, the same at each call."""
     draw = random.Random(0)
     names = ["a", "b.txt", "B", ".hidden", "ä.md", "c d", "a.txt", "x.bin", ".txt"]
-    for _ in range(60):
-        path = tmp_path.joinpath("data", *(f"d{draw.choice(names)}" for _ in range(draw.randrange(3))))
+    for _ in range(files):
+        path = data.joinpath(*(f"d{draw.choice(names)}" for _ in range(draw.randrange(depth))))
         write(path / draw.choice(names))
+
+
+def test_folders_without_links_keep_their_files_and_order(tmp_path: Path):
+    """What shards were made of before is what they are made of now."""
+    scatter(tmp_path / "data", 60, depth=3)
     write(tmp_path / "data/.in/a.txt", tmp_path / "outside.txt")
     (tmp_path / "data/linked.txt").symlink_to(tmp_path / "outside.txt")
     files = [path for path in (tmp_path / "data").rglob("*") if path.suffix in TEXT_SUFFIXES and path.is_file()]
@@ -176,11 +181,7 @@ PATTERNS = (
 
 
 def test_a_glob_means_what_it_means_to_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    draw = random.Random(0)
-    names = ["a", "b.txt", "B", ".hidden", "ä.md", "c d", "a.txt", "x.bin", ".txt"]
-    for _ in range(80):
-        path = tmp_path.joinpath("data", *(f"d{draw.choice(names)}" for _ in range(draw.randrange(4))))
-        write(path / draw.choice(names))
+    scatter(tmp_path / "data", 80, depth=4)
     write(tmp_path / "top.txt", tmp_path / "data/.in/a.txt")
     (tmp_path / "data/linked.txt").symlink_to(tmp_path / "top.txt")
     (tmp_path / "data/nowhere.txt").symlink_to("gone")
