@@ -84,11 +84,49 @@ class FusedAdamW:
         return state
 
 
+class EightBitAdamW:
+    """bitsandbytes' AdamW with moments in 8 bits (Dettmers et al. 2022), whose own `step` waits for the GPU after each
+    parameter.
+
+    Its kernels and copies follow each other on the stream, so that nobody has to wait; but paged moments lie in memory
+    that host and GPU share, and who reads them on the host waits (`saved_state`).
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], lr: float, betas: tuple[float, float], eps: float, paged: bool):
+        """`groups`: `params` and `weight_decay` each. `paged`: of large parameters, on a GPU."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            from bitsandbytes.optim.adamw import AdamW8bit, PagedAdamW8bit
+        kind: Any = PagedAdamW8bit if paged else AdamW8bit
+        self._inner: Any = kind(groups, lr=lr, betas=betas, eps=eps)
+        self.param_groups: list[dict[str, Any]] = self._inner.param_groups
+        self.state: Any = self._inner.state
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Update what has a gradient."""
+        for number, group in enumerate(self.param_groups):
+            for position, parameter in enumerate(group["params"]):
+                if parameter.grad is not None:
+                    self.state_of(parameter, number, position)
+                    self._inner.prefetch_state(parameter)
+                    self._inner.update_step(group, parameter, number, position)
+
+    def zero_grad(self) -> None:
+        self._inner.zero_grad()
+
+    def state_of(self, parameter: nn.Parameter, group: int, position: int) -> dict[str, Any]:
+        """A parameter's moments, their scales and its step count; zero moments at the first call."""
+        if not self.state[parameter]:
+            self._inner.init_state(self.param_groups[group], parameter, group, position)
+        return self.state[parameter]
+
+
 def build_optimizer(parameters: Iterable[nn.Parameter], config: OptimSection, torchs: bool = False) -> Optimizer:
     """AdamW (Loshchilov and Hutter 2019); weight decay on matrices alone, unless `decay: all`.
 
     torch's fused one (`torchs`: as a torch.optim.Optimizer, which DeepSpeed wants), or bitsandbytes' with moments in 8
-    bits (Dettmers et al. 2022).
+    bits.
     """
     decayed: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []
@@ -105,19 +143,21 @@ def build_optimizer(parameters: Iterable[nn.Parameter], config: OptimSection, to
         if torchs:
             return torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, fused=True)
         return FusedAdamW(groups, config.lr, betas, config.eps)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        from bitsandbytes.optim.adamw import AdamW8bit, PagedAdamW8bit
     on_gpu = any(p.device.type == "cuda" for group in groups for p in group["params"])
     paged = config.kind == "paged_adamw8bit" and on_gpu  # pages move between a GPU and its host: nowhere else
-    kind: Any = PagedAdamW8bit if paged else AdamW8bit
-    return kind(groups, lr=config.lr, betas=betas, eps=config.eps)
+    return EightBitAdamW(groups, config.lr, betas, config.eps, paged)
 
 
 def saved_state(optimizer: Optimizer, parameter: nn.Parameter) -> dict[str, Tensor]:
-    """What a checkpoint holds of a parameter's optimizer state, by kind: views."""
+    """What a checkpoint holds of a parameter's optimizer state, by kind: views.
+
+    Host sync where a moment is paged: the host reads it, and the GPU may still be writing.
+    """
     state = optimizer.state[parameter]
-    return {kind: state[kind] for kind in (*MOMENTS, *_MOMENTS_8BIT) if kind in state}
+    saved = {kind: state[kind] for kind in (*MOMENTS, *_MOMENTS_8BIT) if kind in state}
+    if any(getattr(tensor, "is_paged", False) for tensor in saved.values()):
+        torch.cuda.synchronize()
+    return saved
 
 
 def restore_state(
@@ -128,13 +168,11 @@ def restore_state(
         state: Any = optimizer.state_of(parameter)
         state["step"].copy_(steps)
     else:
-        eight_bit: Any = optimizer
+        assert isinstance(optimizer, EightBitAdamW)
         for number, group in enumerate(optimizer.param_groups):
             for position, other in enumerate(group["params"]):
                 if other is parameter:
-                    eight_bit.init_state(group, parameter, number, position)
-        state = optimizer.state[parameter]
-        state["step"] = int(steps)
+                    optimizer.state_of(parameter, number, position)["step"] = int(steps)
     for kind, tensor in saved_state(optimizer, parameter).items():
         tensor.copy_(read(kind, tensor.numel()).reshape(tensor.shape))
 

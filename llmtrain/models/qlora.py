@@ -55,10 +55,10 @@ class QLoRA(nn.Module):
         self.dtype = bases.compute_dtype(config, precision)
         model = bases.load(config, self.dtype, device)
         self._by_document = base_attention.use(model, config.context, self.dtype, device)
-        if activation_checkpointing:  # restores dropout's random numbers: the same loss and gradients
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers for what it renamed
+            warnings.simplefilter("ignore", FutureWarning)  # peft and we ask transformers for what it renamed
+            if activation_checkpointing:  # restores dropout's random numbers: the same loss and gradients
+                model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             torch.manual_seed(seed)
             self.peft: Any = _with_adapter(config, model)
         self._autocast = precision == "bf16"

@@ -203,6 +203,8 @@ def _import_deepspeed(world: World) -> Any:
             ]
         ) from error
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # On GPUs it gathers by a name that torch has changed since: said by each rank, at its first step.
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     _ask_torch_for_free_memory()
     if world.device.type == "cpu":
         # A private name (deepspeed is pinned; tests/multiprocess/test_zero2.py fails where it has moved): without

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -106,6 +107,33 @@ def test_adamw_gives_the_bits_of_torchs(settings: OptimSection):
         for kind in ("exp_avg", "exp_avg_sq", "step"):
             assert torch.equal(optimizer.state[mine][kind], torchs.state[other][kind])
         assert mine.grad is None
+
+
+@pytest.mark.parametrize("kind", ["adamw8bit", "paged_adamw8bit"])
+def test_eight_bits_are_those_of_bitsandbytes(kind: str):
+    from bitsandbytes.optim.adamw import AdamW8bit
+
+    def wide() -> nn.Sequential:  # moments of 4,096 elements and more are kept in 8 bits, others in fp32
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(37, 128), nn.Linear(128, 5))
+
+    ours, theirs = wide(), wide()
+    settings = OptimSection.model_validate({"kind": kind, "weight_decay": 0.3, "eps": 1e-6, "betas": [0.8, 0.9]})
+    optimizer = build_optimizer(ours.parameters(), settings)
+    groups = [
+        {"params": [p for p in theirs.parameters() if p.ndim == 2], "weight_decay": 0.3},
+        {"params": [p for p in theirs.parameters() if p.ndim == 1], "weight_decay": 0.0},
+    ]
+    expected: Any = AdamW8bit(groups, betas=(0.8, 0.9), eps=1e-6)
+    take_steps(ours, optimizer, range(5))
+    take_steps(theirs, expected, range(5))
+    kept: set[torch.dtype] = set()
+    for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert torch.equal(mine, other)
+        for name, state in saved_state(optimizer, mine).items():
+            assert torch.equal(state, expected.state[other][name])
+            kept.add(state.dtype)
+    assert kept == {torch.uint8, torch.float32}
 
 
 def test_adamw_goes_on_where_it_was():
