@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+# Before anything imports numpy or torch: tests share the cores, and threads that wait for each other keep them busy.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 from tests.support.runs import Workplace, make_workplace
 
 
