@@ -46,7 +46,7 @@ def main() -> None:
     rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 4
     on_gpu = sys.argv[2:] == ["cuda"]
     model_config = MODEL.model_copy(update={"context": 1024}) if on_gpu else MODEL
-    config, world = RunConfig(model=model_config), find_world("cuda" if on_gpu else "cpu")
+    config, world = RunConfig(model=model_config), find_world("cuda" if on_gpu else "cpu", "default")
     model = GPT(model_config, VOCAB_SIZE, seed=0)
     strategy = build_strategy(config, model, world, bf16=True)
     ids = torch.randint(0, VOCAB_SIZE, (16 if on_gpu else 2, model_config.context), device=world.device)

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from launcher.cli_plan import Settings
+from launcher.keeper.rules import Rules
 from llmtrain.errors import exit_with_code
 
 MaxRestarts = Annotated[int, typer.Option(min=0, help="After crashes in a row that brought no new checkpoint.")]
@@ -19,8 +20,8 @@ def run(
     settings: Settings = None,
     gpus: Annotated[int | None, typer.Option(min=0, help="One rank each; by default all. 0: the CPU.")] = None,
     ranks: Annotated[int | None, typer.Option(min=1, help="Processes on the CPU.")] = None,
-    max_restarts: MaxRestarts = 3,
-    hang_after: HangAfter = 600.0,
+    max_restarts: MaxRestarts = Rules.max_restarts,
+    hang_after: HangAfter = Rules.hang_s,
 ) -> None:
     """Train on this machine: one process, or torchrun with one for each GPU. After a crash it restarts.
 
@@ -30,10 +31,9 @@ def run(
     """
     with exit_with_code():
         from launcher.keeper.one_machine import train_here
-        from launcher.keeper.supervisor import Rules
-        from launcher.keeper.torchrun import Start, check
+        from launcher.keeper.torchrun import Start, ranks_here
 
-        count, device = check(gpus, ranks)
+        count, device = ranks_here(gpus, ranks)
         raise typer.Exit(train_here(Start(settings or [], count, device), Rules(max_restarts, hang_after)))
 
 
@@ -62,8 +62,8 @@ def submit(
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the batch script, and submit nothing.")] = False,
     plain: Annotated[bool, typer.Option("--plain", help="With --dry-run: a script for sbatch itself.")] = False,
-    max_restarts: MaxRestarts = 3,
-    hang_after: HangAfter = 600.0,
+    max_restarts: MaxRestarts = Rules.max_restarts,
+    hang_after: HangAfter = Rules.hang_s,
 ) -> None:
     """Train on SLURM. What can be known to fail is checked first; a job that is preempted requeues itself.
 
@@ -72,7 +72,8 @@ def submit(
     """
     with exit_with_code():
         from launcher.submitting import dependencies
-        from launcher.submitting.command import act, order_of
+        from launcher.submitting.command import act
+        from launcher.submitting.order import order_of
 
         order = replace(
             order_of(cluster, nodes, gpus_per_node, ranks_per_node, time),
@@ -85,15 +86,15 @@ def node(
     settings: Settings = None,
     ranks: Annotated[int, typer.Option(min=1, help="On each node.")] = 1,
     device: Annotated[str | None, typer.Option(help="cuda where GPUs were asked for.")] = None,
-    max_restarts: MaxRestarts = 3,
-    hang_after: HangAfter = 600.0,
-    lead: Annotated[float, typer.Option(min=0, help="Save so many seconds before the time limit.")] = 120.0,
+    max_restarts: MaxRestarts = Rules.max_restarts,
+    hang_after: HangAfter = Rules.hang_s,
+    lead: Annotated[float, typer.Option(min=0, help="Save so many seconds before the time limit.")] = Rules.lead_s,
     requeue: Annotated[bool, typer.Option(help="Ask for another turn after a stop by SLURM.")] = True,
 ) -> None:
     """One node's part of a SLURM job: what the scripts in slurm/ start with srun."""
     with exit_with_code():
-        from launcher.keeper.supervisor import Rules
-        from launcher.slurm.node import keep_going, requeue_with_scontrol
+        from launcher.slurm.node import keep_going
+        from launcher.slurm.requeueing import requeue_with_scontrol
 
-        rules = Rules(max_restarts, hang_after, lead_s=lead)
-        raise typer.Exit(keep_going(settings or [], ranks, device, rules, requeue_with_scontrol, requeue))
+        rules = Rules(max_restarts, hang_after, lead_s=lead, may_requeue=requeue)
+        raise typer.Exit(keep_going(settings or [], ranks, device, rules, requeue_with_scontrol))

@@ -52,7 +52,8 @@ def plan(
         from rich.console import Console
 
         from launcher.planning.plan import Given, show
-        from launcher.submitting.plan_job import Wishes, find_job, machine_for, script_for, train_seconds
+        from launcher.submitting.plan_job import Wishes, find_job, machine_for, train_seconds
+        from launcher.submitting.submit import preview
         from llmtrain.base_facts import check_place
         from llmtrain.config import load_to_start
         from llmtrain.config.load import split_settings
@@ -65,7 +66,7 @@ def plan(
         given = Given(vocab_size, samples, base_config, tokens_per_s, train_seconds(wishes, job))
         fits = show(config, origins, machine, given, Console())
         if job is not None:
-            typer.echo(f"\n{script_for(settings or [], job)}", nl=False)
+            typer.echo(f"\n{preview(settings or [], job, sweep=[], plain=False)}", nl=False)
         if not fits:
             raise typer.Exit(3)
 

@@ -40,6 +40,6 @@ def compare(
     with exit_with_code():
         from rich.console import Console
 
-        from launcher.report.compare import compare as show_comparison
+        from launcher.report.compare_page import compare as show_comparison
 
         show_comparison(runs or [], output, Console())

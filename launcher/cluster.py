@@ -184,10 +184,9 @@ class Profile(Section):
     @property
     def mem_bytes(self) -> float | None:
         """`mem`; None where it says "all", or nothing."""
-        if self.mem is None or not int(self.mem.rstrip("KMGTkmgt")):
-            return None
-        unit = self.mem[-1].upper() if self.mem[-1].isalpha() else "M"
-        return float(int(self.mem.rstrip("KMGTkmgt")) * 1024 ** ("KMGT".index(unit) + 1))
+        mem = self.mem or "0"
+        unit = mem[-1].upper() if mem[-1].isalpha() else "M"
+        return int(mem.rstrip("KMGTkmgt")) * 1024.0 ** ("KMGT".index(unit) + 1) or None
 
     def shared_folders(self) -> list[Path]:
         return [Path(folder) for folder in self.shared]

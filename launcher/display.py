@@ -1,4 +1,4 @@
-"""How figures and words are shown to people: tables that fit the terminal, sizes, times, text of unknown origin."""
+"""How figures are shown to people: tables that fit the terminal, sizes, times, text of unknown origin."""
 
 import math
 import time
@@ -28,7 +28,6 @@ class Column:
     importance: int
     """The column with the smallest one is left out first."""
     left: bool = False
-    style: str = ""
 
     @property
     def width(self) -> int:
@@ -50,7 +49,7 @@ def fitted(columns: Iterable[Column], styles: Sequence[str], width: int) -> tupl
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
     for column in shown:
         justify = "left" if column.left else "right"
-        table.add_column(Text(column.header), justify=justify, style=column.style, no_wrap=True)
+        table.add_column(Text(column.header), justify=justify, no_wrap=True)
     for number, style in enumerate(styles):
         table.add_row(*(Text(column.cells[number]) for column in shown), style=style)
     return table, left_out
@@ -107,17 +106,3 @@ def duration(seconds: float) -> str:
 
 def when(moment: float) -> str:
     return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(moment))
-
-
-def words(parts: Iterable[object], most: int = 6) -> str:
-    """`1, 2 and 3`; of many the first ones and how many more."""
-    texts = [str(part) for part in parts]
-    if len(texts) > most:
-        texts = [*texts[: most - 1], f"{len(texts) - most + 1} more"]
-    return texts[0] if len(texts) == 1 else f"{', '.join(texts[:-1])} and {texts[-1]}" if texts else "none"
-
-
-def steps(numbers: Iterable[int]) -> str:
-    """`step 300`, `steps 300 and 400`."""
-    found = list(numbers)
-    return f"step {found[0]}" if len(found) == 1 else f"steps {words(found)}"

@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from llmtrain.errors import UserError
+from llmtrain.wording import count
 
 Severity = Literal["ok", "warning", "error"]
 _STYLES = {"ok": "green", "warning": "yellow", "error": "red"}
@@ -45,9 +46,8 @@ class NotQueued(UserError):
 
     def __init__(self, problems: list[str]):
         self.problems = problems
-        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
         lines = ["  - " + problem.replace("\n", "\n    ") for problem in problems]
-        super().__init__("\n".join([f"nothing was queued: {count}", *lines]))
+        super().__init__("\n".join([f"nothing was queued: {count(len(problems), 'problem')}", *lines]))
 
 
 def show(findings: Iterable[Finding], console: Console) -> None:

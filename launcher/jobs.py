@@ -65,6 +65,10 @@ class JobDir:
         return self.path / "jobs.jsonl"
 
     @property
+    def progress(self) -> Path:
+        return self.path / "progress.json"
+
+    @property
     def stop(self) -> Path:
         return self.path / "stop"
 
@@ -97,10 +101,6 @@ class JobDir:
             link.unlink(missing_ok=True)  # of an earlier job: numbers begin anew on a cluster that was set up again
             link.symlink_to(os.path.relpath(folder, self.path))
 
-    @property
-    def progress(self) -> Path:
-        return self.path / "progress.json"
-
     def folder(self, job_id: str) -> Path:
         """With the script and the output of one job. The jobs of an array share one."""
         return self.path / job_id
@@ -120,11 +120,13 @@ def job_dirs(folder: Path) -> list[JobDir]:
 
     Looks no deeper: runs hold thousands of files.
     """
-    ledgers = [*folder.glob(f"{JOBS}/*/jobs.jsonl"), *folder.glob(f"*/{JOBS}/*/jobs.jsonl")]
-    return [JobDir(ledger.parent) for ledger in sorted(ledgers)]
+    return [JobDir(ledger.parent) for ledger in _find(folder, "jobs.jsonl")]
 
 
 def kept_going(folder: Path) -> list[JobDir]:
     """Those that `llmtrain run` keeps going now, in the same places; they may have no run folder yet."""
-    found = [*folder.glob(f"{JOBS}/*/local/lock"), *folder.glob(f"*/{JOBS}/*/local/lock")]
-    return [JobDir(lock.parent.parent) for lock in sorted(found) if locks.is_held(lock)]
+    return [JobDir(lock.parent.parent) for lock in _find(folder, "local/lock") if locks.is_held(lock)]
+
+
+def _find(folder: Path, file: str) -> list[Path]:
+    return sorted([*folder.glob(f"{JOBS}/*/{file}"), *folder.glob(f"*/{JOBS}/*/{file}")])

@@ -16,7 +16,7 @@ import psutil
 
 from launcher.display import duration
 from launcher.jobs import JobDir
-from launcher.keeper.processes import is_alive, kill_tree
+from launcher.keeper.processes import command_of, is_alive, is_launcher, keeper_of, kill_tree
 from launcher.slurm import client
 from launcher.slurm.client import Queued
 from launcher.watching import training_jobs
@@ -36,14 +36,14 @@ class Stopping:
     """A run that was asked to end."""
 
     run: RunDir
-    job_ids: list[str]
-    root: psutil.Process | None
+    job_ids: Sequence[str] = ()
+    root: psutil.Process | None = None
     """On this machine, the process that trains it or keeps it going."""
     is_kept_going: bool = False
     """By `llmtrain run`, which holds a lock as long as it does so."""
-    state: str = ""
+    _state: str = ""
     """Of its jobs, as told last."""
-    next_question: float = 0.0
+    _next_question: float = 0.0
 
     def is_over(self) -> bool:
         if self.job_ids:
@@ -53,9 +53,9 @@ class Stopping:
         return self.root is None or not is_alive(self.root)
 
     def _jobs_are_over(self) -> bool:
-        if time.monotonic() < self.next_question:
+        if time.monotonic() < self._next_question:
             return False
-        self.next_question = time.monotonic() + _ASK_SLURM_S
+        self._next_question = time.monotonic() + _ASK_SLURM_S
         try:
             alive = [job for job in client.queue(self.job_ids).values() if not job.is_over]
             cancel_waiting(_waiting(alive))  # it was requeued meanwhile
@@ -67,8 +67,8 @@ class Stopping:
         return not alive
 
     def _tell(self, state: str) -> None:
-        if state != self.state:
-            self.state = state
+        if state != self._state:
+            self._state = state
             say(self.run, state)
 
 
@@ -175,7 +175,7 @@ def _ask_jobs(run: RunDir, jobs: JobDir, alive: list[Queued], now: bool) -> Stop
         for job in alive:
             how = "waited and is cancelled" if job in waiting else "is asked to save and to end"
             say(run, f"job {job.job_id} {how}")
-    return Stopping(run, [job.job_id for job in alive], None)
+    return Stopping(run, [job.job_id for job in alive])
 
 
 def _waiting(jobs: Sequence[Queued]) -> list[Queued]:
@@ -197,7 +197,7 @@ def _ask_keeper(run: RunDir, jobs: JobDir, now: bool) -> Stopping:
         jobs.stop.touch()
         doing = "" if run.is_training() else " It is starting, and ends as soon as it can."
         say(run, f"{who or 'llmtrain run'} is asked to save and to end.{doing}")
-    return Stopping(run, [], None, is_kept_going=True)
+    return Stopping(run, is_kept_going=True)
 
 
 def _kill_keeper(run: RunDir, who: str) -> None:
@@ -208,7 +208,7 @@ def _kill_keeper(run: RunDir, who: str) -> None:
             f"ssh {host} llmtrain stop {run.path.absolute()} --now"
         )
     try:
-        if not is_launcher(_command(psutil.Process(pid))):  # the number is of the one before, or of another container
+        if not is_launcher(command_of(psutil.Process(pid))):  # the number is of the one before, or of another container
             raise psutil.NoSuchProcess(pid)
     except psutil.NoSuchProcess:
         if not JobDir.of(run).is_kept_going():
@@ -240,12 +240,12 @@ def _ask_process(run: RunDir, jobs: JobDir, training: TrainingStatus, now: bool)
         )
     try:
         rank = psutil.Process(pid)
-        root = keeper(rank)
+        root = keeper_of(rank)
         if now:
             kill_tree(root.pid)
             say(run, f"killed process {pid}" + (f" and what kept it going ({root.pid})" if root != rank else ""))
-            return Stopping(run, [], root)
-        if is_launcher(_command(root)):  # it asks all ranks; one that was asked twice may die of that at its very end
+            return Stopping(run, root=root)
+        if is_launcher(command_of(root)):  # it asks all ranks; one that was asked twice may die of that at its very end
             jobs.path.mkdir(parents=True, exist_ok=True)
             jobs.stop.touch()
         else:
@@ -256,46 +256,8 @@ def _ask_process(run: RunDir, jobs: JobDir, training: TrainingStatus, now: bool)
             raise RunFolderError(
                 f"{run.path}: process {pid} trains it, and is not seen here (in another container?); stop it there"
             ) from None
-        return Stopping(run, [], None)  # it has ended in this moment
-    return Stopping(run, [], root)
-
-
-def keeper(rank: psutil.Process) -> psutil.Process:
-    """The topmost of the processes that would start the rank again or report its end: torchrun, `llmtrain run`."""
-    found = rank
-    for parent in rank.parents():
-        if not (is_torchrun(_command(parent)) or is_launcher(_command(parent))):
-            break
-        found = parent
-    return found
-
-
-def is_torchrun(command: Sequence[str]) -> bool:
-    return _python_runs(command) in ("torch.distributed.run", "torchrun")
-
-
-def is_launcher(command: Sequence[str]) -> bool:
-    return _python_runs(command) in ("launcher", "llmtrain")
-
-
-def _python_runs(command: Sequence[str]) -> str:
-    """The module or script that a Python was started with; a terminal that was given such words runs none."""
-    if not command or not Path(command[0]).name.startswith("python"):
-        return ""
-    for number, word in enumerate(command[1:], 1):
-        if word == "-m":
-            # `-m llmtrain` is a rank, the script of that name is the launcher.
-            module = "".join(command[number + 1 : number + 2])
-            return "rank" if module == "llmtrain" else module
-        if not word.startswith("-"):
-            return Path(word).name
-    return ""
-
-
-def _command(process: psutil.Process) -> list[str]:
-    with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
-        return process.cmdline()
-    return []
+        return Stopping(run)  # it has ended in this moment
+    return Stopping(run, root=root)
 
 
 def wait(asked: list[Stopping]) -> None:

@@ -23,3 +23,9 @@ def seconds(limit: str) -> float | None:
     elif len(numbers) == 1:
         numbers.append(0)
     return int(days or 0) * 86_400 + sum(n * unit for n, unit in zip(reversed(numbers), _UNITS_S, strict=False))
+
+
+def clock(seconds: float) -> str:
+    """`24:00:00`."""
+    minutes, rest = divmod(int(seconds), 60)
+    return f"{minutes // 60:02}:{minutes % 60:02}:{rest:02}"

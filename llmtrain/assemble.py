@@ -27,7 +27,7 @@ from llmtrain.manifest import FileInfo, TrainState
 from llmtrain.metrics import Meter
 from llmtrain.models import GPT, Trainable, build_model
 from llmtrain.progress import Progress
-from llmtrain.rank0 import Prepared, prepare
+from llmtrain.rank0 import StartFacts, prepare
 from llmtrain.rundir import RunDir
 from llmtrain.saver import Saver
 from llmtrain.service.beside import Companion
@@ -53,14 +53,14 @@ def run(file: str | None, overrides: list[str]) -> int:
     locks: list[IO[str]] = []  # held until the process ends
     companion = Companion(run_dir, config)
     found = world.rank0_first("prepare", lambda: asdict(prepare(config, origins, world, run_dir, locks, companion)))
-    prepared = Prepared(**found)
+    prepared = StartFacts(**found)
     config = with_precision(config, prepared.precision)
     with failures_noted(run_dir) if world.is_main else contextlib.nullcontext():
         return go_on(config, origins, world, run_dir, prepared, companion)
 
 
 def go_on(
-    config: RunConfig, origins: Origins, world: World, run_dir: RunDir, prepared: Prepared, companion: Companion
+    config: RunConfig, origins: Origins, world: World, run_dir: RunDir, prepared: StartFacts, companion: Companion
 ) -> int:
     """Collective. Train what rank 0 has prepared."""
     patience = config.service.patience
@@ -103,7 +103,7 @@ def build(
     world: World,
     run_dir: RunDir,
     stop: StopFlag,
-    prepared: Prepared,
+    prepared: StartFacts,
     companion: Companion,
 ) -> tuple[Parts, TrainState]:
     """Collective. All parts of the run, and the state that it starts from."""

@@ -1,11 +1,10 @@
 """Which checkpoint to use: of all that are left, or of those on this disk; and what may still change that."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from llmtrain import ledger, ranking
+from llmtrain import ledger, manifest, ranking
 from llmtrain.ranking import Ranking
 from llmtrain.rundir import RunDir
 
@@ -27,7 +26,7 @@ def propose(ranked: Ranking | None, at_save: Mapping[int, float], on_disk_alone:
     """Of all checkpoints that are left, or of those on disk; None where none is, or no loss of any is known.
 
     Args:
-        at_save: held-out losses that training computed, of checkpoints on disk.
+        at_save: `losses_at_save`.
     """
     elsewhere: list[str] = []
     if ranked is not None:
@@ -43,18 +42,22 @@ def propose(ranked: Ranking | None, at_save: Mapping[int, float], on_disk_alone:
             return Choice(best.step, best.loss, best.origin, why, _note(best.step, [*elsewhere, *ranked.caveats]))
     if not at_save:
         return None
-    step = min(at_save, key=lambda step: (math.isnan(at_save[step]), at_save[step], step))
+    loss, step = min(((loss, step) for step, loss in at_save.items()), key=ranking.by_loss)
     scored = "has been scored" if ranked is None else "is left of those that were scored"
     caveats = elsewhere or [f"none {scored} from disk"]
     why = "; ".join(["the lowest held-out loss that training computed of those on disk", *caveats])
-    return Choice(step, at_save[step], "training", why, _note(step, [f"it has {why}"]))
+    return Choice(step, loss, "training", why, _note(step, [f"it has {why}"]))
 
 
 def propose_on_disk(run: RunDir, ranked: Ranking | None) -> Choice | None:
     """Of a run's checkpoints on this disk."""
-    there = set(run.checkpoint_steps())
-    at_save = {step: loss for step, loss in ledger.heldout_losses(run).items() if step in there}
-    return propose(ranked, at_save, on_disk_alone=True)
+    return propose(ranked, losses_at_save(run), on_disk_alone=True)
+
+
+def losses_at_save(run: RunDir) -> dict[int, float]:
+    """Held-out losses that training computed, of the checkpoints on this disk whose manifest can be read."""
+    losses = ledger.heldout_losses(run)
+    return {step: losses[step] for step in manifest.identities(run) if step in losses}
 
 
 def _note(step: int, caveats: list[str]) -> str:

@@ -117,6 +117,7 @@ class Batch:
     documents: Documents | None  # attention stays within each; None: each row is one
     positions: Tensor | None  # (B, T) int64, restarting at 0 with each document; None: 0 ... T - 1
     num_targets: int
+    learned: Tensor | None = None  # (num_targets,) int64: the supervised ones of B*T; None: all, or not listed
 
     def to(self, device: torch.device) -> "Batch":
         """Copy to `device`, without waiting for the copy on a GPU."""
@@ -137,7 +138,7 @@ class Batch:
             starts = move(self.documents.starts)
             assert starts is not None
             documents = Documents(starts, self.documents.longest)
-        return Batch(ids, targets, documents, move(self.positions), self.num_targets)
+        return Batch(ids, targets, documents, move(self.positions), self.num_targets, move(self.learned))
 
 
 def make_batch(rows: Rows, isolate_documents: bool) -> Batch:
@@ -165,7 +166,8 @@ def make_batch(rows: Rows, isolate_documents: bool) -> Batch:
     if isolate_documents:
         places = np.arange(width - 1) - starts[:, :-1]
         documents, positions = _bounds(places), torch.from_numpy(places)
-    return Batch(tokens[:, :-1].contiguous(), targets, documents, positions, int(supervised.sum()))
+    learned = torch.from_numpy(np.flatnonzero(supervised))
+    return Batch(tokens[:, :-1].contiguous(), targets, documents, positions, len(learned), learned)
 
 
 def _bounds(places: NDArray[np.int64]) -> Documents:

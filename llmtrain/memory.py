@@ -37,7 +37,7 @@ Device = Literal["cpu", "cuda", "mps"]
 
 
 @dataclass(frozen=True)
-class Part:
+class MemoryPart:
     name: str
     size_bytes: float
     note: str = ""
@@ -64,7 +64,7 @@ class Sizes(Protocol):
 
     def estimate(
         self, config: RunConfig, plan: BatchPlan, ranks: int, kind: str, bf16: bool, device: Device
-    ) -> list[Part]:
+    ) -> list[MemoryPart]:
         """The parts of a rank's peak."""
         ...
 
@@ -79,22 +79,24 @@ def loss_chunk(device: str, vocab_size: int) -> int:
     return min(_LOSS_CHUNK.get(device, _LOSS_CHUNK["cuda"]), max(128, _LOSS_LOGITS // vocab_size))
 
 
-def loss_part(positions: int, vocab_size: int, trained_head: int, bf16: bool, device: Device) -> Part:
+def loss_part(positions: int, vocab_size: int, trained_head: int, bf16: bool, device: Device) -> MemoryPart:
     """Logits of one chunk; of a trained output layer (`trained_head` weights) its gradient and bf16 copy."""
     chunk = min(positions, loss_chunk(device, vocab_size))
     # In bf16 there is an fp32 copy, on CPUs of a few rows alone. The gradient takes the logits' place.
     logits = chunk * vocab_size * ((2 if device == "cpu" else 2 + 4) if bf16 else 4)
     casts = 2 * trained_head if bf16 else 0
     note = f"logits of {chunk:,} positions" + (", the output layer's gradient" if trained_head else "")
-    return Part("loss", logits + casts + 4 * trained_head, note)
+    return MemoryPart("loss", logits + casts + 4 * trained_head, note)
 
 
-def runtime_part(kind: str, device: Device, compiler: bool) -> Part:
+def runtime_part(kind: str, device: Device, compiler: bool) -> MemoryPart:
     """What a process takes before it has a model; `compiler`: whether it loads torch's."""
     runtime = _RUNTIME_MB[device]
     if device == "cpu":
         runtime += _COMPILER_MB * compiler + _DEEPSPEED_MB * (kind == "zero2")
-    return Part("runtime", runtime * 1e6, "Python and libraries" if device == "cpu" else "CUDA context, libraries")
+    return MemoryPart(
+        "runtime", runtime * 1e6, "Python and libraries" if device == "cpu" else "CUDA context, libraries"
+    )
 
 
 @dataclass(frozen=True)
@@ -126,8 +128,41 @@ class GPTSizes:
 
     def estimate(
         self, config: RunConfig, plan: BatchPlan, ranks: int, kind: str, bf16: bool, device: Device
-    ) -> list[Part]:
-        return _estimate(config, self.model, self.vocab_size, plan, ranks, kind, bf16, device)
+    ) -> list[MemoryPart]:
+        """The parts of a rank's peak, which is reached in the backward pass of a step after the first."""
+        model, parameters = self.model, self.trainable
+        positions = plan.micro_batch_size * model.context
+        head = self.vocab_size * model.width
+
+        parts = [MemoryPart("weights", 4 * parameters, "fp32, whole on each rank")]
+        if kind == "zero2":
+            bucket = config.strategy.bucket_mb * 1e6
+            if device == "cuda":  # strategies/zero2.py: the largest gradient fits
+                bucket = max(bucket, 4 * head, 4 * 4 * model.width**2)
+            buckets = bucket * (2 if config.strategy.overlap else 1)
+            parts.append(
+                MemoryPart(
+                    "gradients", 4 * parameters / ranks + buckets, f"1/{ranks}, and buckets of {bucket / 1e6:g} MB"
+                )
+            )
+            offloaded = config.strategy.offload_optimizer == "cpu" and device != "cpu"
+            state = 0 if offloaded else 12 * parameters / ranks
+            note = "in host memory" if offloaded else f"1/{ranks} of fp32 weights and two moments"
+            parts.append(MemoryPart("optimizer", state, note))
+        else:
+            parts.append(MemoryPart("gradients", 4 * parameters, "fp32"))
+            size = "fp32" if config.optim.kind == "adamw" else "8 bits"
+            parts.append(MemoryPart("optimizer", moment_bytes(config) * parameters, f"two moments, {size}"))
+
+        parts.append(_activations(model, positions, bf16, device, config.train.activation_checkpointing))
+        parts.append(loss_part(positions, self.vocab_size, head, bf16, device))
+        backward = 3 * 4 * 4 * model.width * positions  # three gradients of an MLP's inside, fp32
+        parts.append(MemoryPart("temporaries", backward, "of one layer's backward pass"))
+        train = config.train
+        compiler = train.compile or train.activation_checkpointing or config.optim.kind != "adamw" or kind == "zero2"
+        parts.append(runtime_part(kind, device, compiler))
+        lost = FRAGMENTATION * sum(part.size_bytes for part in parts)
+        return [*parts, MemoryPart("fragmentation", lost, f"{FRAGMENTATION:.0%} of the above")]
 
 
 def num_parameters(model: GPTModel, vocab_size: int) -> int:
@@ -168,60 +203,14 @@ def layer_activations(model: GPTModel, positions: int, bf16: bool, device: Devic
     return float(kept * positions)
 
 
-def _estimate(
-    config: RunConfig,
-    model: GPTModel,
-    vocab_size: int,
-    plan: BatchPlan,
-    ranks: int,
-    kind: str,
-    bf16: bool,
-    device: Device,
-) -> list[Part]:
-    """The parts of a rank's peak, which is reached in the backward pass of a step after the first."""
-    parameters = num_parameters(model, vocab_size)
-    positions = plan.micro_batch_size * model.context
-    sharded = ranks if kind == "zero2" else 1
-    head = vocab_size * model.width
-
-    parts = [Part("weights", 4 * parameters, "fp32, whole on each rank")]
-    if kind == "zero2":
-        bucket = config.strategy.bucket_mb * 1e6
-        if device == "cuda":  # strategies/zero2.py: the largest gradient fits
-            bucket = max(bucket, 4 * head, 4 * 4 * model.width**2)
-        buckets = bucket * (2 if config.strategy.overlap else 1)
-        parts.append(
-            Part("gradients", 4 * parameters / sharded + buckets, f"1/{ranks}, and buckets of {bucket / 1e6:g} MB")
-        )
-        offloaded = config.strategy.offload_optimizer == "cpu" and device != "cpu"
-        state = 0 if offloaded else 12 * parameters / sharded
-        note = "in host memory" if offloaded else f"1/{ranks} of fp32 weights and two moments"
-        parts.append(Part("optimizer", state, note))
-    else:
-        parts.append(Part("gradients", 4 * parameters, "fp32"))
-        parts.append(
-            Part("optimizer", 8 * parameters, "two moments, fp32")
-            if config.optim.kind == "adamw"
-            else Part("optimizer", moment_bytes(config) * parameters, "two moments, 8 bits")
-        )
-
-    parts.append(_activations(model, positions, bf16, device, config.train.activation_checkpointing))
-    parts.append(loss_part(positions, vocab_size, head, bf16, device))
-    backward = 3 * 4 * 4 * model.width * positions  # three gradients of an MLP's inside, fp32
-    parts.append(Part("temporaries", backward, "of one layer's backward pass"))
-    train = config.train
-    compiler = train.compile or train.activation_checkpointing or config.optim.kind != "adamw" or kind == "zero2"
-    parts.append(runtime_part(kind, device, compiler))
-    lost = FRAGMENTATION * sum(part.size_bytes for part in parts)
-    return [*parts, Part("fragmentation", lost, f"{FRAGMENTATION:.0%} of the above")]
-
-
-def _activations(model: GPTModel, positions: int, bf16: bool, device: Device, recompute: bool) -> Part:
+def _activations(model: GPTModel, positions: int, bf16: bool, device: Device, recompute: bool) -> MemoryPart:
     layer = layer_activations(model, positions, bf16, device)
     # Autocast's copies live until the backward pass; on CPUs of attention's output layer alone (models/projections.py).
     weights_bf16 = (1 if device == "cpu" else 12) * model.width**2 * 2 if bf16 else 0
     around = (12 if model.dropout else 8) * model.width * positions
     if recompute:
         kept = model.num_layers * 4 * model.width * positions + layer + weights_bf16 + around
-        return Part("activations", kept, "each layer's input, one layer whole")
-    return Part("activations", model.num_layers * (layer + weights_bf16) + around, f"{model.num_layers} layers, whole")
+        return MemoryPart("activations", kept, "each layer's input, one layer whole")
+    return MemoryPart(
+        "activations", model.num_layers * (layer + weights_bf16) + around, f"{model.num_layers} layers, whole"
+    )

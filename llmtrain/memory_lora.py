@@ -16,7 +16,7 @@ from llmtrain.config.schema import RunConfig
 from llmtrain.memory import (
     FRAGMENTATION,
     Device,
-    Part,
+    MemoryPart,
     attention_keys,
     keeps_probabilities,
     loss_part,
@@ -119,7 +119,7 @@ class LoraSizes:
 
     def estimate(
         self, config: RunConfig, plan: BatchPlan, ranks: int, kind: str, bf16: bool, device: Device
-    ) -> list[Part]:
+    ) -> list[MemoryPart]:
         """The parts of a rank's peak, which is reached in the backward pass of a step after the first."""
         model, facts = self.model, self.facts
         size = 2 if (bf16 if model.compute_dtype == "auto" else model.compute_dtype == "bf16") else 4
@@ -132,36 +132,38 @@ class LoraSizes:
         trained = self.trainable
         others = facts.other_parameters - facts.expert_parameters
         parts = [
-            Part("base", quantised * per_weight, f"{how} ({model.quantisation})"),
-            Part("embeddings", others * size, "and output layer, norms; not quantised"),
-            Part("LoRA", trained * weights, f"{trained / 1e6:.1f} M weights, whole on each rank"),
+            MemoryPart("base", quantised * per_weight, f"{how} ({model.quantisation})"),
+            MemoryPart("embeddings", others * size, "and output layer, norms; not quantised"),
+            MemoryPart("LoRA", trained * weights, f"{trained / 1e6:.1f} M weights, whole on each rank"),
         ]
         if facts.expert_parameters:
             experts = f"{facts.expert_parameters / 1e9:.2f} G weights; not quantised, and without LoRA"
-            parts.insert(1, Part("experts", facts.expert_parameters * size, experts))
+            parts.insert(1, MemoryPart("experts", facts.expert_parameters * size, experts))
         if unquantised:
             left = f"{unquantised / 1e9:.2f} G weights of {size} bytes; bitsandbytes does not quantise these layers"
-            parts.insert(1, Part("unquantised", unquantised * size, left))
+            parts.insert(1, MemoryPart("unquantised", unquantised * size, left))
         if kind == "zero2":
             buckets = min(config.strategy.bucket_mb * 1e6, 4 * trained) * (2 if config.strategy.overlap else 1)
-            parts.append(Part("gradients", 4 * trained / ranks + buckets, f"1/{ranks}, and buckets"))
-            parts.append(Part("optimizer", 12 * trained / ranks, f"1/{ranks} of fp32 weights and two moments"))
+            parts.append(MemoryPart("gradients", 4 * trained / ranks + buckets, f"1/{ranks}, and buckets"))
+            parts.append(MemoryPart("optimizer", 12 * trained / ranks, f"1/{ranks} of fp32 weights and two moments"))
         else:
-            parts.append(Part("gradients", trained * weights, "of LoRA alone"))
-            parts.append(Part("optimizer", trained * moments, config.optim.kind))
+            parts.append(MemoryPart("gradients", trained * weights, "of LoRA alone"))
+            parts.append(MemoryPart("optimizer", trained * moments, config.optim.kind))
         layer = layer_activations(config, model, facts, bf16, device) * positions
         if config.train.activation_checkpointing:
             kept = facts.layers * (size + 1) * facts.hidden * positions + layer
             beside = facts.layers * int8_inputs(model, facts, size) * positions
             note = "each layer's input, one layer whole" + (", and what int8 layers keep" if beside else "")
-            parts.append(Part("activations", kept + beside, note))
+            parts.append(MemoryPart("activations", kept + beside, note))
         else:
-            parts.append(Part("activations", facts.layers * layer, f"{facts.layers} layers, whole"))
+            parts.append(MemoryPart("activations", facts.layers * layer, f"{facts.layers} layers, whole"))
         parts.append(loss_part(positions, facts.vocab_size, 0, bf16, device))
         largest = max(linear.inputs * linear.outputs for linear in facts.linears)
         backward = (4 + size) * facts.inner * positions + 2 * size * largest
-        parts.append(Part("temporaries", backward, "of one layer's backward pass, its largest weight dequantised"))
+        parts.append(
+            MemoryPart("temporaries", backward, "of one layer's backward pass, its largest weight dequantised")
+        )
         runtime = runtime_part(kind, device, compiler=True)
-        parts.append(Part("runtime", runtime.size_bytes + _LIBRARIES_MB * 1e6 * (device == "cpu"), runtime.note))
+        parts.append(MemoryPart("runtime", runtime.size_bytes + _LIBRARIES_MB * 1e6 * (device == "cpu"), runtime.note))
         lost = FRAGMENTATION * sum(part.size_bytes for part in parts)
-        return [*parts, Part("fragmentation", lost, f"{FRAGMENTATION:.0%} of the above")]
+        return [*parts, MemoryPart("fragmentation", lost, f"{FRAGMENTATION:.0%} of the above")]

@@ -1,5 +1,6 @@
 """How training was started: what the run's own configuration does not say."""
 
+import math
 import os
 import uuid
 from pathlib import Path
@@ -36,8 +37,12 @@ class Origin(pydantic.BaseModel):
     """Training has come to its end: it will not take its GPUs again by itself."""
 
 
-def note(run: RunDir, device: str, local_ranks: int, num_machines: int = 1, ranks: int | None = None) -> None:
+def note(run: RunDir, device: str, local_ranks: int, ranks: int) -> None:
     """Write origin.json, at each start of training; an id that is there stays, but not in a copy of a run.
+
+    Args:
+        local_ranks: on this machine.
+        ranks: on all machines.
 
     Raises:
         ConfigError: the folder's name is not UTF-8, and cannot be written down.
@@ -52,7 +57,7 @@ def note(run: RunDir, device: str, local_ranks: int, num_machines: int = 1, rank
         device=device,
         gpus_used=local_ranks if device == "cuda" else 0,
         machine=machine(),
-        num_machines=num_machines,
+        num_machines=math.ceil(ranks / local_ranks),
         ranks=ranks,
     )
     files.write_atomic(run.origin, started.model_dump_json() + "\n")

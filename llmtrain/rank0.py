@@ -3,7 +3,6 @@
 import contextlib
 import fnmatch
 import json
-import math
 import signal
 import subprocess
 import sys
@@ -35,7 +34,7 @@ from llmtrain.world import World
 
 
 @dataclass(frozen=True)
-class Prepared:
+class StartFacts:
     """What every rank has to know: plain data, that goes through the store as JSON."""
 
     resume_step: int | None
@@ -50,7 +49,7 @@ class Prepared:
 
 def prepare(
     config: RunConfig, origins: Origins, world: World, run_dir: RunDir, locks: list[IO[str]], companion: Companion
-) -> Prepared:
+) -> StartFacts:
     """On rank 0, before any process group: shards, lock, run folder, checkpoint.
 
     Raises:
@@ -78,14 +77,13 @@ def prepare(
                 check_same_base(run_dir, base_folder, resuming=step is not None)
             if (source := origin.copied_from(run_dir)) is not None:
                 note_branch(run_dir, config, source)
-            machines = math.ceil(world.size / world.local_size)
-            origin.note(run_dir, world.device.type, world.local_size, machines, world.size)
+            origin.note(run_dir, world.device.type, world.local_size, world.size)
         ended = early_stop.asked_to_end(run_dir, config.service.patience)
         if ended is None:  # it was said of a smaller patience
             run_dir.early_stop.unlink(missing_ok=True)
     if config.service.start == "auto":
         companion.start()
-    return Prepared(step, data.fingerprint, ended, config.train.precision)
+    return StartFacts(step, data.fingerprint, ended, config.train.precision)
 
 
 def settle_precision(config: RunConfig, before: RunConfig | None, device: torch.device) -> RunConfig:

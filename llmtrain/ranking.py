@@ -15,8 +15,7 @@ from llmtrain import intervals, ledger, manifest
 from llmtrain.intervals import Interval, Losses
 from llmtrain.ledger import Score
 from llmtrain.rundir import RunDir
-
-_MOST_NAMED = 6
+from llmtrain.wording import listed, name_steps
 
 
 @dataclass(frozen=True)
@@ -85,7 +84,7 @@ class Ranking:
     @property
     def lower_at_save(self) -> str:
         """The one without a score that may turn out to be the best, for people; empty where none was lower."""
-        loss, step = min(((loss, step) for step, loss in self.unscored.items()), default=(math.nan, 0), key=_by_loss)
+        loss, step = min(((loss, step) for step, loss in self.unscored.items()), default=(math.nan, 0), key=by_loss)
         return f"step {step}'s loss was lower at its save: {loss:.4f}" if loss < self.best.score.loss else ""
 
     @property
@@ -109,7 +108,7 @@ class Ranking:
         before = [e.step for e in self.entries if e.is_as_good and e.uploaded and e.step < chosen.step]
         first = f"; {chosen.step} was first" if len(ties) > 1 or not gone else ""
         if before:
-            elsewhere = f"{_numbers(before)} {'is' if len(before) == 1 else 'are'} on the Hub alone"
+            elsewhere = f"{listed(before)} {'is' if len(before) == 1 else 'are'} on the Hub alone"
             first = f"; {chosen.step} is the first of those on this disk ({elsewhere})"
         if chosen.is_tie:
             return f"{gone}{name_steps(ties)} cannot be told from the best (step {best.step}){first}"
@@ -125,18 +124,6 @@ class Ranking:
         if others and all(e.difference is not None for e in others):
             return "the lowest held-out loss; every other one's is higher by more than chance explains"
         return "the lowest held-out loss"
-
-
-def name_steps(steps: Sequence[int]) -> str:
-    """step 3; steps 3 and 5; of many the first ones and how many more: of thousands hundreds may be alike."""
-    return f"{'step' if len(steps) == 1 else 'steps'} {_numbers(steps)}"
-
-
-def _numbers(steps: Sequence[int]) -> str:
-    shown = [str(step) for step in steps]
-    if len(shown) > _MOST_NAMED:
-        shown[_MOST_NAMED - 1 :] = [f"{len(shown) - _MOST_NAMED + 1} more"]
-    return " and ".join([", ".join(shown[:-1]), shown[-1]] if len(shown) > 1 else shown)
 
 
 def rank(run: RunDir) -> Ranking | None:
@@ -176,10 +163,10 @@ def rank(run: RunDir) -> Ranking | None:
 
 def order(score: Score) -> tuple[float, int]:
     """To sort by: the best first."""
-    return _by_loss((score.loss, score.step))
+    return by_loss((score.loss, score.step))
 
 
-def _by_loss(measured: tuple[float, int]) -> tuple[float, int]:
+def by_loss(measured: tuple[float, int]) -> tuple[float, int]:
     """Lowest loss first, then the earliest; a loss that is not a number comes last."""
     loss, step = measured
     return (math.inf if math.isnan(loss) else loss, step)
@@ -188,7 +175,7 @@ def _by_loss(measured: tuple[float, int]) -> tuple[float, int]:
 def lowest_measured(run: RunDir, best: int) -> str:
     """Training's lowest held-out loss where that is of another step than `best`, for people; else empty."""
     found = ((record["loss"], step) for step, record in ledger.heldout_at_saves(run).items())
-    loss, step = min(found, default=(math.nan, best), key=_by_loss)
+    loss, step = min(found, default=(math.nan, best), key=by_loss)
     if step == best or math.isnan(loss):
         return ""
     return f"lowest measured {loss:.4f} (step {step:,}{'' if step in ledger.saved_steps(run) else ', not saved'})"

@@ -3,12 +3,13 @@
 import contextlib
 
 from llmtrain import checkpoint, files, jsonl, ledger, log, manifest, resume, retention, summary, unsaved
-from llmtrain.config import RunConfig, load_config, resolved_yaml
+from llmtrain.config import RunConfig, resolved_yaml
 from llmtrain.config.load import Origins
 from llmtrain.errors import CheckpointError, DataMismatch, RunFolderError
 from llmtrain.ledger import Event
 from llmtrain.rundir import RunDir
 from llmtrain.shards import ShardFolder
+from llmtrain.wording import name_range
 
 
 def prepare_run(run: RunDir, config: RunConfig, origins: Origins, data: ShardFolder, total_steps: int) -> int | None:
@@ -27,7 +28,8 @@ def prepare_run(run: RunDir, config: RunConfig, origins: Origins, data: ShardFol
     files.remove_asides(run.path)
     checkpoint.remove_leftovers(run)
     retention.remove_leftovers(run)
-    step = _resume_step(run, config, origins, data)
+    before = resume.check(run, config, origins)  # again: since the first time shards may have been built for hours
+    step = None if before is None else _newest_of(run, data)
     last = -1 if step is None else step
     if last < total_steps:
         summary.discard(run)
@@ -44,15 +46,14 @@ def prepare_run(run: RunDir, config: RunConfig, origins: Origins, data: ShardFol
             message = f"did not verify, moved to {run.quarantined(rejected)}"
             ledger.append(run.events, Event(kind="rejected", message=message, step=rejected))
         ledger.append(run.events, Event(kind="resumed", message=f"from step {step:,}{again}", step=step))
-        if step > total_steps:
-            config = _with_length_of(config, load_config(run.config)[0])
+        if before is not None and step > total_steps:
+            config = _with_length_of(config, before)
     files.write_atomic(run.config, resolved_yaml(config))
     return step
 
 
-def _resume_step(run: RunDir, config: RunConfig, origins: Origins, data: ShardFolder) -> int | None:
-    if resume.check(run, config, origins) is None:
-        return None
+def _newest_of(run: RunDir, data: ShardFolder) -> int | None:
+    """The step of the newest checkpoint that verifies, if it can go on with these data."""
     step = checkpoint.newest_whole(run)
     if step is not None:
         described = manifest.read(run.checkpoint(step))
@@ -84,7 +85,7 @@ def _note_unsaved(run: RunDir, last: int) -> str:
     first = max(last, 0) + 1
     if reached is None or reached["step"] < first:
         return ""
-    return f"; {unsaved.name_range(first, int(reached['step']))} again"
+    return f"; {name_range(first, int(reached['step']))} again"
 
 
 def _warn_of_lost_records(run: RunDir, step: int) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from llmtrain import jsonl, ledger, origin
 from llmtrain.ledger import EventKind
 from llmtrain.rundir import RunDir
+from llmtrain.wording import name_range
 
 _ENDS: tuple[EventKind, ...] = ("stopped", "failed", "restarted")
 
@@ -42,8 +43,3 @@ def find(run: RunDir) -> Unsaved | None:
         return None
     last_word = ledger.last_event(run, (*ledger.STARTS, *_ENDS))
     return Unsaved(saved, reached) if last_word is not None and last_word.kind in ledger.STARTS else None
-
-
-def name_range(first: int, last: int) -> str:
-    """step 7; steps 3 to 7."""
-    return f"step {last:,}" if first == last else f"steps {first:,} to {last:,}"

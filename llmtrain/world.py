@@ -122,7 +122,7 @@ class World:
         return self._store
 
 
-def find_world(device_setting: str, place: str | None = None) -> World:
+def find_world(device_setting: str, place: str) -> World:
     """This process's place, from the environment that torchrun (or SLURM's wrapper) sets.
 
     Args:
@@ -140,7 +140,7 @@ def find_world(device_setting: str, place: str | None = None) -> World:
                 "its own in each task set RANK=0 and another run.name there"
             ]
         )
-    device = devices.find(device_setting, f"train.device={device_setting}" + (f" ({place})" if place else ""))
+    device = devices.find(device_setting, f"train.device={device_setting} ({place})")
     local_rank = launched.local_rank()
     if device.type == "cuda":
         device = _own_gpu(local_rank)

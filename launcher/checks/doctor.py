@@ -21,6 +21,7 @@ from launcher.slurm.partitions import partitions
 from llmtrain import cpu
 from llmtrain.errors import ConfigError, SlurmError
 from llmtrain.gpus import GPU, Driver, all_gpus, driver_problem, find_driver, has_bf16
+from llmtrain.wording import listed
 
 _SCARCE_BYTES = 10e9
 _BUILDS = 'docs/dependencies.md, "Another build of torch"'
@@ -56,15 +57,14 @@ def draft(partition: str | None, output: Path | None) -> None:
 
 def examine() -> list[Finding]:
     """Everything, in the order in which a run needs it."""
-    found, gpus = look_into([sys.executable]), all_gpus()
-    driver = find_driver() if any(not gpu.is_hidden for gpu in gpus) else None
+    found, driver, gpus = look_into([sys.executable]), find_driver(), all_gpus()
     return [
-        *_examine_python(found, driver),
-        *_examine_gpus(gpus),
+        *_examine_python(found, driver if any(not gpu.is_hidden for gpu in gpus) else None),
+        *_examine_gpus(driver, gpus),
         *_examine_kernels(found, gpus),
         _examine_cpu(),
         fine("memory", f"{display.size(psutil.virtual_memory().total)}"),
-        _examine_disk(Path("runs")),
+        _examine_disk(),
         _examine_slurm(),
         examine_login(),
     ]
@@ -89,10 +89,10 @@ def _examine_python(found: Environment, driver: Driver | None) -> list[Finding]:
     return [python, fine("torch", build)]
 
 
-def _examine_gpus(gpus: list[GPU]) -> list[Finding]:
+def _examine_gpus(driver: Driver | None, gpus: list[GPU]) -> list[Finding]:
     if (problem := driver_problem()) is not None:
         return [wrong("GPUs", f"{problem}: runs would find none; mend the driver (often a reboot)")]
-    if (driver := find_driver()) is None:
+    if driver is None:
         return [fine("GPUs", "none of NVIDIA's here: runs take the CPU (or Apple's MPS)")]
     failed = [
         (doubtful if gpu.is_hidden else wrong)("GPUs", f"GPU {gpu.number} does not answer ({gpu.problem})")
@@ -102,14 +102,14 @@ def _examine_gpus(gpus: list[GPU]) -> list[Finding]:
     kinds = Counter(_describe(gpu) for gpu in gpus if gpu.problem is None)
     if failed and not kinds:
         return failed
-    listed = "; ".join(f"{count} x {kind}" for kind, count in kinds.items()) or "a driver, and no GPU"
-    message = f"{listed}; driver {driver.version} up to CUDA {_version(driver.cuda)}"
+    models = "; ".join(f"{number} x {kind}" for kind, number in kinds.items()) or "a driver, and no GPU"
+    message = f"{models}; driver {driver.version} up to CUDA {_version(driver.cuda)}"
     hidden = [gpu.number for gpu in gpus if gpu.is_hidden]
     if not hidden:
         return [fine("GPUs", message), *failed]
     if len(hidden) == len(gpus):
         return [doubtful("GPUs", f"{message}; CUDA_VISIBLE_DEVICES hides all of them: runs take the CPU"), *failed]
-    numbers = display.words((f"GPU {number}" for number in hidden), most=len(hidden))
+    numbers = listed((f"GPU {number}" for number in hidden), most=len(hidden))
     return [fine("GPUs", f"{message}; CUDA_VISIBLE_DEVICES hides {numbers} from runs"), *failed]
 
 
@@ -149,8 +149,8 @@ def _examine_cpu() -> Finding:
     return fine("CPU", f"{cpu.usable_cores()} cores, {bf16}")
 
 
-def _examine_disk(runs: Path) -> Finding:
-    place = nearest_existing(runs)
+def _examine_disk() -> Finding:
+    place = nearest_existing(Path("runs"))
     free = shutil.disk_usage(place).free
     kind = kind_of_file_system(place.resolve())
     found = f"{display.size(free)} free in {place}{f' ({kind})' if kind else ''}"
@@ -166,7 +166,7 @@ def _examine_slurm() -> Finding:
         names = [f"{name} (default)" if each.is_default else name for name, each in partitions().items()]
     except SlurmError as error:
         return doubtful("SLURM", str(error))
-    return fine("SLURM", f"partitions {display.words(names)}; 'llmtrain doctor --cluster' drafts a profile")
+    return fine("SLURM", f"partitions {listed(names)}; 'llmtrain doctor --cluster' drafts a profile")
 
 
 def examine_login() -> Finding:

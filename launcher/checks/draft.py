@@ -1,17 +1,18 @@
 """A first profile of a cluster, from what SLURM says of it: a person fills in the rest."""
 
 import json
-import math
 import os
 import re
 import shlex
 from pathlib import Path
 
-from launcher import display
-from launcher.checks.places import find_place
+from launcher import display, walltime
+from launcher.checks.places import find_reach
+from launcher.cluster import Profile
 from launcher.slurm.client import call
 from launcher.slurm.partitions import NodeGroup, Partition, partitions
 from llmtrain.errors import ConfigError, SlurmError
+from llmtrain.wording import count, listed
 
 _DAY_S = 86_400.0
 _QUICK_S = 5.0
@@ -68,7 +69,7 @@ def _choose(named: str | None, known: dict[str, Partition]) -> Partition:
     """As named; else the default, unless it has no GPUs and another has."""
     if named is not None:
         if named not in known:
-            raise ConfigError([f"--partition {named}: no such partition; there are {display.words(known, most=20)}"])
+            raise ConfigError([f"--partition {named}: no such partition; there are {listed(known, most=20)}"])
         return known[named]
     if not known:
         raise ConfigError(["SLURM shows you no partition here"])
@@ -82,17 +83,16 @@ def _describe(partition: Partition) -> str:
     for group in partition.nodes:
         key = (group.gpus, group.cpus, group.memory_mb, group.features)
         alike[key] = alike.get(key, 0) + group.count
-    nodes = "; ".join(_describe_nodes(count, *key) for key, count in alike.items()) or "no nodes"
+    nodes = "; ".join(_describe_nodes(number, *key) for key, number in alike.items()) or "no nodes"
     default = " (default)" if partition.is_default else ""
     state = "" if partition.state == "UP" else f", {partition.state}"
-    accounts = f", for {display.words(partition.accounts)} alone" if partition.accounts else ""
+    accounts = f", for {listed(partition.accounts)} alone" if partition.accounts else ""
     return f"{partition.name}{default}: {nodes}; {limit}{state}{accounts}"
 
 
-def _describe_nodes(count: int, gpus: int, cpus: int, memory_mb: int, features: str) -> str:
+def _describe_nodes(number: int, gpus: int, cpus: int, memory_mb: int, features: str) -> str:
     having = f"{gpus} GPUs, {cpus} CPUs, {memory_mb / 1024:.0f} GB"
-    nodes = "1 node" if count == 1 else f"{count} nodes"
-    return f"{nodes} with {having}{f' [{features}]' if features else ''}"
+    return f"{count(number, 'node')} with {having}{f' [{features}]' if features else ''}"
 
 
 def _account_lines(partition: Partition) -> list[str]:
@@ -117,15 +117,10 @@ def _own_accounts() -> list[str]:
 def _limit_lines(partition: Partition) -> list[str]:
     limit_s = min(_DAY_S, partition.limit_s or _DAY_S)
     most = "" if partition.limit_s is None else f"at most {display.duration(partition.limit_s)}; "
-    lines = [f"time: {_clock(limit_s)}     # {most}longer runs save, queue again and go on"]
-    if limit_s <= 2 * 120:  # the default of signal_s would leave nothing
+    lines = [f"time: {walltime.clock(limit_s)}     # {most}longer runs save, queue again and go on"]
+    if limit_s <= 2 * Profile(gpus_per_node=0).signal_s:  # it would leave little to train in
         lines.append(f"signal_s: {max(30, int(limit_s / 4))}")
     return lines
-
-
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(math.floor(seconds), 60)
-    return f"{minutes // 60:02}:{minutes % 60:02}:{rest:02}"
 
 
 def _node_lines(partition: Partition) -> list[str]:
@@ -133,7 +128,7 @@ def _node_lines(partition: Partition) -> list[str]:
     group = max(partition.nodes, key=lambda each: (each.gpus == gpus, each.count), default=NodeGroup("", 0, 1, 0, 0))
     cpus = f"cpus_per_gpu: {max(1, group.cpus // gpus)}" if gpus else f"cpus_per_node: {group.cpus}"
     others = sorted({each.gpus for each in partition.nodes} - {gpus})
-    lines = [f"gpus_per_node: {gpus}" + (f"     # other nodes have {display.words(others)}" if others else "")]
+    lines = [f"gpus_per_node: {gpus}" + (f"     # other nodes have {listed(others)}" if others else "")]
     if gpus:
         lines.append("# gpu_memory_gb: FILL IN     # of one GPU, for `llmtrain plan`")
     lines.append(cpus)
@@ -150,7 +145,7 @@ def _node_lines(partition: Partition) -> list[str]:
 def _shared_lines() -> list[str]:
     """Large folders that this cluster names and whose file system all nodes see."""
     values = {name: os.environ.get(name, "") for name in _FOLDERS}
-    found = [name for name, value in values.items() if value and find_place(Path(value), []).reach == "shared"]
+    found = [name for name, value in values.items() if value and find_reach(Path(value), [])[0] == "shared"]
     if found:
         head = "shared:     # what all nodes see: run folders and shards must lie there"
         return [head, *(f"  - ${name}" for name in found)]

@@ -3,7 +3,6 @@
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -20,16 +19,8 @@ _MOUNTS = Path("/proc/mounts")
 _SCRATCH = tuple(map(Path, ("/tmp", "/var/tmp", "/dev/shm")))
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where a path lies."""
-
-    reach: Reach
-    why: str
-
-
-def find_place(path: Path, shared: Sequence[Path]) -> Place:
-    """Whether all nodes see a path (which need not exist).
+def find_reach(path: Path, shared: Sequence[Path]) -> tuple[Reach, str]:
+    """Whether all nodes see a path (which need not exist), and why.
 
     Args:
         shared: the profile's folders; if there are any, they alone decide.
@@ -38,17 +29,17 @@ def find_place(path: Path, shared: Sequence[Path]) -> Place:
     if shared:
         for folder in shared:
             if lies.is_relative_to(folder.resolve()):
-                return Place("shared", f"below {folder}, which all nodes see (profile)")
-        return Place("node-local", f"not below what all nodes see by the profile ({', '.join(map(str, shared))})")
+                return "shared", f"below {folder}, which all nodes see (profile)"
+        return "node-local", f"not below what all nodes see by the profile ({', '.join(map(str, shared))})"
     kind = kind_of_file_system(lies)
     if kind in _SHARED or (kind.startswith("fuse.") and kind not in _LOCAL_FUSE):
-        return Place("shared", f"on {kind}")
+        return "shared", f"on {kind}"
     if kind in _LOCAL:
-        return Place("node-local", f"on {kind}, the memory of one machine")
+        return "node-local", f"on {kind}, the memory of one machine"
     for scratch in _SCRATCH:
         if lies.is_relative_to(scratch):
-            return Place("node-local", f"below {scratch}, which every machine has for itself")
-    return Place("unknown", f"on {kind or 'a file system of an unknown kind'}, which is mostly one machine's own")
+            return "node-local", f"below {scratch}, which every machine has for itself"
+    return "unknown", f"on {kind or 'a file system of an unknown kind'}, which is mostly one machine's own"
 
 
 def kind_of_file_system(path: Path) -> str:
@@ -64,18 +55,18 @@ def kind_of_file_system(path: Path) -> str:
 
 def check_reach(what: str, path: Path, shared: Sequence[Path], nodes: int) -> Finding:
     """Whether the nodes of a job will find what is here, and the others what one of them writes."""
-    place = find_place(path, shared)
+    reach, why = find_reach(path, shared)
     shown = path.expanduser().absolute()
-    if place.reach == "shared":
-        return fine(what, f"{shown}: {place.why}")
-    severity: Severity = "error" if place.reach == "node-local" or nodes > 1 else "warning"
-    help_text = "name what all nodes see in the profile (shared: [...])"
-    if place.reach == "node-local":
+    if reach == "shared":
+        return fine(what, f"{shown}: {why}")
+    severity: Severity = "error" if reach == "node-local" or nodes > 1 else "warning"
+    advice = "name what all nodes see in the profile (shared: [...])"
+    if reach == "node-local":
         or_name_it = "" if shared else ", or name it in the profile (shared: [...])"
-        help_text = f"use a folder that all nodes see{or_name_it}"
+        advice = f"use a folder that all nodes see{or_name_it}"
     elif nodes == 1:
-        help_text = f"a job that is queued again may start on another node; {help_text}"
-    return Finding(what, f"{shown} is {place.why}; {help_text}", severity)
+        advice = f"a job that is queued again may start on another node; {advice}"
+    return Finding(what, f"{shown} is {why}; {advice}", severity)
 
 
 def nearest_existing(path: Path) -> Path:

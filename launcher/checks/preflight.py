@@ -98,7 +98,7 @@ def check_run(config: RunConfig, origins: Origins, spec: JobSpec) -> list[Findin
     try:
         folder = [*_check_folder(config, origins, run, spec), *_check_disk(config, run, plan, built)]
     except OSError as error:
-        folder = [wrong("run folder", f"{error.filename or run.path}: cannot be read ({error.strerror})")]
+        folder = [_unreadable("run folder", error, run.path)]
     return [*data, *batch, *folder]
 
 
@@ -117,7 +117,7 @@ def _check_data(config: RunConfig, spec: JobSpec, builds: bool = False) -> tuple
     except UserError as error:
         return [wrong("shards", str(error))], None
     except OSError as error:
-        return [wrong("shards", f"{error.filename or folder}: cannot be read ({error.strerror})")], None
+        return [_unreadable("shards", error, folder)], None
     return _check_build(config, spec, builds), None
 
 
@@ -127,14 +127,17 @@ def _check_build(config: RunConfig, spec: JobSpec, builds: bool) -> list[Finding
     shared = spec.profile.shared_folders()
     refused: list[Finding] = []
     try:
-        refused += [wrong("shards", problem) for problem in _foreign_files(config)]
+        try:
+            check_folder(config)
+        except ConfigError as error:
+            refused += [wrong("shards", problem) for problem in error.problems]
         # To list a data set of the Hub is to download it.
         read: list[Source] = [source for source in config.data.sources if source.kind != "huggingface"]
         size = sum(unit.size_bytes for unit in list_units(read, config.data.format))
     except UserError as error:
         return [*refused, wrong("shards", str(error))]
     except OSError as error:
-        return [*refused, wrong("shards", f"{error.filename or folder}: cannot be read ({error.strerror})")]
+        return [*refused, _unreadable("shards", error, folder)]
     if not can_write(folder):
         refused.append(wrong("shards", f"{folder} is not there, and may not be made by you"))
     if refused:
@@ -154,13 +157,8 @@ def _check_build(config: RunConfig, spec: JobSpec, builds: bool) -> list[Finding
     ]
 
 
-def _foreign_files(config: RunConfig) -> list[str]:
-    """Problems of a folder in which a build would replace what is not a build's."""
-    try:
-        check_folder(config)
-    except ConfigError as error:
-        return error.problems
-    return []
+def _unreadable(what: str, error: OSError, folder: Path) -> Finding:
+    return wrong(what, f"{error.filename or folder}: cannot be read ({error.strerror})")
 
 
 def _check_sources(config: RunConfig, shared: list[Path], nodes: int) -> list[Finding]:

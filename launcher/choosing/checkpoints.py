@@ -11,14 +11,17 @@ import pydantic
 from rich.console import Console
 
 from launcher.choosing import final_score, listing, one_checkpoint
-from launcher.choosing.listing import Listing, Row, config_of
-from launcher.display import Column, figure, fitted, one_line, say, say_command, size, steps, words
+from launcher.choosing.listing import Listing, Row
+from launcher.display import Column, figure, fitted, one_line, say, say_command, size
+from launcher.runs import open_run
 from llmtrain import manifest, retention
 from llmtrain.config import RunConfig
+from llmtrain.config.load import load_written
 from llmtrain.config.service_sections import HubSection
 from llmtrain.errors import CheckpointError, ConfigError, RunFolderError, UserError
 from llmtrain.ranking import Entry
 from llmtrain.rundir import RunDir
+from llmtrain.wording import listed, name_steps
 
 Action = Literal["verify", "best", "show", "push", "prune"]
 _MARK = ">"
@@ -45,7 +48,7 @@ def act(path: Path, action: Action | None, step: int | None, options: Options) -
     Raises:
         UserError: one of those that the actions below name.
     """
-    run = listing.open_run(path)
+    run = open_run(path)
     if unused := _unused(action, options):
         raise ConfigError(unused)
     if step is not None and action not in ("show", "verify"):
@@ -61,7 +64,7 @@ def act(path: Path, action: Action | None, step: int | None, options: Options) -
             print(best(run))
         case "show":
             if step is None:
-                raise UserError(f"show needs a step; there are: {words(run.checkpoint_steps())}")
+                raise UserError(f"show needs a step; there are: {listed(run.checkpoint_steps())}")
             one_checkpoint.show(listing.gather(run), step)
         case "push":
             return push(run, options.repo)
@@ -100,8 +103,8 @@ def show_table(run: RunDir, by_loss: bool, as_json: bool) -> None:
     table, left_out = fitted(columns(found, rows), [_style(found, row) for row in rows], console.width)
     console.print(table)
     console.print()
-    command = listing.use(found)
-    for name, text in findings(found):
+    command = listing.command_to_try(found)
+    for name, text in conclusions(found):
         say(console, name, text)
         if name == "why" and command is not None:
             say_command(console, "try it", command)
@@ -163,7 +166,7 @@ def _style(found: Listing, row: Row) -> str:
     return "red" if row.quarantined or row.damaged else "dim" if row.place == "gone" else ""
 
 
-def findings(found: Listing) -> list[tuple[str, str]]:
+def conclusions(found: Listing) -> list[tuple[str, str]]:
     """What the table comes to."""
     if found.proposed is None:
         lines = [("use", f"none: {found.why}")]
@@ -197,7 +200,7 @@ def best(run: RunDir) -> Path:
         where = f"hf://{one_line(row.upload.repo)}@{one_line(row.upload.tag)}"
         raise CheckpointError(
             f"{run.path}: step {row.step} is proposed, but it is not on this disk any more. It is on the Hub: {where}. "
-            f"Bring it here with: {listing.download(row)}"
+            f"Bring it here with: {listing.download_command(row)}"
         )
     if found.caveat:
         print(found.caveat, file=sys.stderr)
@@ -212,7 +215,7 @@ def verify(run: RunDir, only: int | None) -> None:
     """
     known = run.checkpoint_steps()
     if only is not None and only not in known:
-        raise CheckpointError(f"{run.path}: step {only} is not on disk; there are {steps(known)}")
+        raise CheckpointError(f"{run.path}: step {only} is not on disk; there are {name_steps(known)}")
     asked, bad = known if only is None else [only], list[int]()
     for step, error in verified(run, asked):
         if error is None:
@@ -226,7 +229,7 @@ def verify(run: RunDir, only: int | None) -> None:
     sys.stdout.flush()
     if bad:
         raise CheckpointError(
-            f"{len(bad)} of {len(asked)} checkpoints do not verify: {steps(bad)}. Nothing "
+            f"{len(bad)} of {len(asked)} checkpoints do not verify: {name_steps(bad)}. Nothing "
             "was moved; the service, or training when it starts again, puts them into quarantine"
         )
 
@@ -236,10 +239,11 @@ def verified(run: RunDir, known: list[int]) -> list[tuple[int, CheckpointError |
     from rich.progress import Progress
 
     results: list[tuple[int, CheckpointError | None]] = []
-    sizes = {row.step: row.size_bytes or 1 for row in listing.gather(run).rows}
+    described = {step: listing.read_manifest(run.checkpoint(step)) for step in known}
+    sizes = {step: 1 if found is None else found.size_bytes for step, found in described.items()}
     console = Console(stderr=True)
     with Progress(console=console, disable=not console.is_terminal, transient=True) as progress:
-        task = progress.add_task("hashing", total=sum(sizes.get(step, 1) for step in known))
+        task = progress.add_task("hashing", total=sum(sizes.values()))
         for step in known:
             progress.update(task, description=f"hashing step {step}")
             try:
@@ -249,7 +253,7 @@ def verified(run: RunDir, known: list[int]) -> list[tuple[int, CheckpointError |
                 results.append((step, error))
             except OSError as error:  # deleted between two looks at the same file, or not to be read now
                 results.append((step, CheckpointError(str(error))))
-            progress.advance(task, sizes.get(step, 1))
+            progress.advance(task, sizes[step])
     return results
 
 
@@ -265,7 +269,7 @@ def push(run: RunDir, repo: str | None) -> list[str]:
             HubSection(repo=repo)
         except pydantic.ValidationError:
             raise ConfigError([f"--repo {repo}: must be of the form user/name"]) from None
-    elif config_of(run).hub.repo is None:
+    elif load_written(run.config).hub.repo is None:
         raise ConfigError(
             [
                 f"hub.repo=null ({run.config}): nobody said where to upload to. Give --repo user/name, or start "
@@ -286,19 +290,19 @@ def _refuse_beside_a_service(run: RunDir) -> None:
 
 def prune(run: RunDir, really: bool) -> list[str] | None:
     """Show what the rule keeps and what would be deleted; with `really` the service's arguments that delete it."""
-    config, known = config_of(run), run.checkpoint_steps()
+    config, known = load_written(run.config), run.checkpoint_steps()
     rule = config.checkpoint
     every = "" if rule.keep_every is None else f", every {rule.keep_every}th"
     print(f"rule           the last {rule.keep_last}, the best {rule.keep_best}{every} (checkpoint.keep_...)")
     newest = _newest_whole(run)
     deleted, held = retention.deletable(run, config, newest)
-    print(f"kept by it     {steps(s for s in known if s not in deleted and s not in held)}")
+    print(f"kept by it     {name_steps(s for s in known if s not in deleted and s not in held)}")
     for step, reason in held.items():
         print(f"held back      step {step}: {reason}")
     found = listing.gather(run)
     sizes = {row.step: row.size_bytes or 0 for row in found.rows if row.on_disk}
     freed = f", {size(sum(sizes.get(step, 0) for step in deleted))}" if deleted else ""
-    print(f"to be deleted  {steps(sorted(deleted)) if deleted else 'none'}{freed}")
+    print(f"to be deleted  {name_steps(sorted(deleted)) if deleted else 'none'}{freed}")
     if not deleted:
         return None
     if found.proposed is not None and found.proposed.step in deleted:

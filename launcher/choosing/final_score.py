@@ -7,13 +7,15 @@ from collections.abc import Mapping
 from rich.console import Console
 
 from launcher.choosing import listing
-from launcher.choosing.listing import Row, config_of
-from launcher.display import Column, duration, figure, fitted, say, when, words
+from launcher.choosing.listing import Row
+from launcher.display import Column, duration, figure, fitted, say, when
 from llmtrain import ledger, scoring_place
 from llmtrain.config import RunConfig
+from llmtrain.config.load import load_written
 from llmtrain.errors import CheckpointError, ConfigError, UserError
 from llmtrain.ledger import Score
 from llmtrain.rundir import RunDir
+from llmtrain.wording import listed
 
 
 def score_test(run: RunDir, again: bool, device: str | None) -> None:
@@ -24,7 +26,7 @@ def score_test(run: RunDir, again: bool, device: str | None) -> None:
         CheckpointError: there is no checkpoint to score, or it is not on this disk.
         UserError: the split was used for another checkpoint.
     """
-    config = config_of(run)
+    config = load_written(run.config)
     if not config.data.has_test:
         if config.data.split.test:  # of no source: each has a `use`
             problem, instead = "data.sources", "give a source use: test"
@@ -106,5 +108,5 @@ def _show(heldout: Score, test: Score, others: list[int]) -> None:
     took = f", in {duration(test.seconds)}" if test.seconds >= 1 else ""
     say(console, "step", f"{test.step}, scored on the test split on {when(test.time)}{took}")
     if others:
-        text = f"the test split was used for {words(sorted(others))} too: this loss may have been chosen by it"
+        text = f"the test split was used for {listed(sorted(others))} too: this loss may have been chosen by it"
         say(console, "note", text, style="yellow")

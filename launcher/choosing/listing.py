@@ -7,35 +7,33 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launcher.display import steps as name_steps
-from launcher.display import words
 from llmtrain import choose, intervals, ledger, manifest, overfitting, ranking
-from llmtrain.config import RunConfig
 from llmtrain.config.load import load_written
-from llmtrain.errors import CheckpointError, RunFolderError, UserError
+from llmtrain.errors import CheckpointError, UserError
 from llmtrain.ledger import Upload
 from llmtrain.manifest import Manifest
 from llmtrain.ranking import Entry, Ranking
 from llmtrain.rundir import RunDir
+from llmtrain.wording import name_steps
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Row:
     """One checkpoint: on disk, on the Hub, in quarantine, or gone with only its score left."""
 
     step: int
     epoch: float | None
-    entry: Entry | None
-    """Its score; None while it has none."""
-    loss_at_save: float | None
-    """As the training ranks computed it."""
-    on_disk: bool
-    damaged: bool
-    """Its folder is there, but its manifest cannot be read."""
-    quarantined: bool
-    upload: Upload | None
-    """Where its tag stands."""
     size_bytes: int | None
+    entry: Entry | None = None
+    """Its score; None while it has none."""
+    loss_at_save: float | None = None
+    """As the training ranks computed it."""
+    on_disk: bool = False
+    damaged: bool = False
+    """Its folder is there, but its manifest cannot be read."""
+    quarantined: bool = False
+    upload: Upload | None = None
+    """Where its tag stands."""
 
     @property
     def place(self) -> str:
@@ -84,34 +82,6 @@ class Listing:
         return self.run.quarantined(row.step) if row.quarantined else self.run.checkpoint(row.step)
 
 
-def is_run(path: Path) -> bool:
-    return RunDir(path).config.is_file() and RunDir(path).checkpoints.is_dir()
-
-
-def runs_below(folder: Path) -> list[RunDir]:
-    """The runs in a folder of runs, by name."""
-    if not folder.is_dir():
-        return []
-    paths = (path for path in sorted(folder.iterdir()) if not path.name.startswith("."))  # such as .restoring-NAME
-    return [RunDir(path) for path in paths if is_run(path)]
-
-
-def open_run(path: Path) -> RunDir:
-    """Raises RunFolderError where no run lies there; says which ones are near."""
-    if is_run(path):
-        return RunDir(path)
-    near = [str(run.path) for run in runs_below(path) or runs_below(path.parent) or runs_below(Path("runs"))]
-    above = [str(parent) for parent in (*path.parents, *path.resolve().parents) if is_run(parent)]
-    hint = f"; did you mean {(above or near)[0]}?" if above else f"; there are: {words(near)}" if near else ""
-    what = "not a run folder (config.yaml and checkpoints/ are not in it)" if path.is_dir() else "no such folder"
-    raise RunFolderError(f"{path}: {what}{hint}")
-
-
-def config_of(run: RunDir) -> RunConfig:
-    """Raises ConfigError for a configuration that this version cannot read."""
-    return load_written(run.config)
-
-
 def gather(run: RunDir) -> Listing:
     """Reads ledgers and manifests; hashes nothing."""
     ranked = ranking.rank(run)
@@ -122,7 +92,7 @@ def gather(run: RunDir) -> Listing:
     rows += [_row(run, step, scored.get(step), uploads.get(step)) for step in known]
     rows.sort(key=lambda row: (row.step, row.quarantined))
     proposed, why, caveat = propose(rows, ranked)
-    return Listing(run, rows, ranked, proposed, why, caveat, [*_notes(run, rows), *missing_intervals(run, ranked)])
+    return Listing(run, rows, ranked, proposed, why, caveat, [*_notes(run, rows), *_missing_intervals(run, ranked)])
 
 
 def read_manifest(folder: Path) -> Manifest | None:
@@ -145,7 +115,6 @@ def _row(run: RunDir, step: int, entry: Entry | None, upload: Upload | None) -> 
         loss_at_save=None if found is None else found.heldout_loss,
         on_disk=found is not None,
         damaged=there and found is None,
-        quarantined=False,
         upload=upload,
         size_bytes=found.size_bytes if found is not None else None if upload is None else upload.size_bytes,
     )
@@ -156,13 +125,8 @@ def _quarantined_row(run: RunDir, step: int) -> Row:
     return Row(
         step=step,
         epoch=None if found is None else found.epoch,
-        entry=None,
-        loss_at_save=None,
-        on_disk=False,
-        damaged=False,
-        quarantined=True,
-        upload=None,
         size_bytes=None if found is None else found.size_bytes,
+        quarantined=True,
     )
 
 
@@ -178,7 +142,7 @@ def propose(rows: list[Row], ranked: Ranking | None) -> tuple[Row | None, str, s
     return None, "of those that were scored none is left, neither on disk nor on the Hub", ""
 
 
-def missing_intervals(run: RunDir, ranked: Ranking | None) -> list[str]:
+def _missing_intervals(run: RunDir, ranked: Ranking | None) -> list[str]:
     """Why some checkpoints have no interval of their difference to the best."""
     missing = [] if ranked is None else [e for e in ranked.entries if e.difference is None and not e.is_best]
     if ranked is None or not missing:
@@ -208,10 +172,10 @@ def missing_intervals(run: RunDir, ranked: Ranking | None) -> list[str]:
     return notes
 
 
-def is_never_scored(run: RunDir) -> bool:
+def _is_never_scored(run: RunDir) -> bool:
     """Nobody scores what is not scored, unless it is asked for."""
     with contextlib.suppress(UserError):
-        return config_of(run).service.start == "never" and not run.is_served()
+        return load_written(run.config).service.start == "never" and not run.is_served()
     return False
 
 
@@ -221,7 +185,7 @@ def _notes(run: RunDir, rows: list[Row]) -> list[str]:
     if unscored:
         at_save = ", in brackets the loss at the save" if any(row.loss_at_save is not None for row in unscored) else ""
         which = f"{name_steps(row.step for row in unscored)}{at_save}"
-        if is_never_scored(run):
+        if _is_never_scored(run):
             notes.append(f"never scored from disk (service.start=never): {which}")
             notes.append(f"to score: {ledger.drain_command(run.path)}")
         else:
@@ -235,25 +199,25 @@ def _notes(run: RunDir, rows: list[Row]) -> list[str]:
     return notes
 
 
-def use(listing: Listing) -> str | None:
+def command_to_try(listing: Listing) -> str | None:
     """The command that tries the proposed one."""
     row = listing.proposed
     if row is None:
         return None
     if row.on_disk:
         return f"llmtrain generate {shlex.quote(str(listing.path(row)))}"
-    return f"{download(row)} && llmtrain generate {local_name(row)}"
+    return f"{download_command(row)} && llmtrain generate {_local_name(row)}"
 
 
-def local_name(row: Row) -> str:
+def _local_name(row: Row) -> str:
     return RunDir(Path()).checkpoint(row.step).name
 
 
-def download(row: Row) -> str:
+def download_command(row: Row) -> str:
     """The command that brings an uploaded one here."""
     assert row.upload is not None
     repo, tag = shlex.quote(row.upload.repo), shlex.quote(row.upload.tag)
-    return f"hf download {repo} --revision {tag} --local-dir {local_name(row)}"
+    return f"hf download {repo} --revision {tag} --local-dir {_local_name(row)}"
 
 
 def as_json(listing: Listing) -> dict[str, Any]:
@@ -264,7 +228,7 @@ def as_json(listing: Listing) -> dict[str, Any]:
         "checkpoints": [_row_as_json(listing, row) for row in listing.rows],
         "proposed": None if listing.proposed is None else listing.proposed.step,
         "why": listing.why,
-        "use": use(listing),
+        "use": command_to_try(listing),
         "overfitting": None if verdict is None else {"began": verdict.began, "text": verdict.describe()},
         "notes": listing.notes,
     }

@@ -6,11 +6,12 @@ from typing import Any
 from rich.console import Console
 
 from launcher.choosing.listing import Listing, Row
-from launcher.display import STRATEGIES, Column, duration, figure, fitted, one_line, say, size, steps, when
+from launcher.display import STRATEGIES, Column, duration, figure, fitted, one_line, say, size, when
 from llmtrain import jsonl, ledger, log, manifest
 from llmtrain.errors import CheckpointError
 from llmtrain.ledger import Score
 from llmtrain.manifest import Manifest
+from llmtrain.wording import count, name_steps
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ def show(found: Listing, step: int) -> None:
     """Raises CheckpointError for a step that nothing is known of."""
     rows = [row for row in found.rows if row.step == step]
     if not rows:
-        known = steps(row.step for row in found.rows) if found.rows else "no checkpoint"
+        known = name_steps(row.step for row in found.rows) if found.rows else "no checkpoint"
         raise CheckpointError(f"{found.run.path}: nothing is known of a step {step}; there are: {known}")
     console = Console(highlight=False)
     for row in rows:  # a step that was saved again after its first checkpoint went into quarantine has two
@@ -69,7 +70,7 @@ def _show_checkpoint(console: Console, found: Listing, row: Row) -> None:
 def _show_position(console: Console, described: Manifest) -> None:
     state = described.train_state
     say(console, "position", f"epoch {described.epoch:.2f}: {state.samples:,} rows, {state.targets:,} learned tokens")
-    ranks = "1 rank" if described.world_size == 1 else f"{described.world_size} ranks"
+    ranks = count(described.world_size, "rank")
     say(console, "saved by", f"{ranks}, {STRATEGIES.get(described.strategy, one_line(described.strategy))}")
     batch = f"{described.global_batch_size} rows a step, seed {described.seed}"
     say(console, "data", f"{described.num_rows:,} rows, {batch}, fingerprint {described.fingerprint[:12]}")
@@ -128,8 +129,7 @@ def _show_upload(console: Console, found: Listing, step: int) -> None:
     where = f"{one_line(upload.repo)}, tag {one_line(upload.tag)}, commit {one_line(upload.commit)[:12]}"
     removed = "; the tag was removed again by the rule" if upload.removed else ""
     say(console, "on the Hub", f"{where}{removed}")
-    attempts = "1 attempt" if upload.attempts == 1 else f"{upload.attempts} attempts"
-    took = f"{size(upload.size_bytes)} in {duration(upload.seconds)}, {attempts}"
+    took = f"{size(upload.size_bytes)} in {duration(upload.seconds)}, {count(upload.attempts, 'attempt')}"
     say(console, "", f"confirmed on {when(upload.time)} ({took})")
 
 

@@ -22,8 +22,6 @@ _SETTLES_S = 3.0
 """Over a network one file may be seen later than another that was written after it."""
 _TRIES = 5
 _TRY_EVERY_S = 1.0
-
-
 _BEAT_S = 10.0
 _SILENT_S = 300.0
 """The first node's supervisor gives a sign of life every `_BEAT_S`; after so long without one it was killed. SLURM may

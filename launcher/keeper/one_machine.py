@@ -4,7 +4,8 @@ from typing import IO
 
 from launcher.jobs import JobDir
 from launcher.keeper.meeting import Meeting
-from launcher.keeper.supervisor import Rules, Supervisor
+from launcher.keeper.rules import Rules
+from launcher.keeper.supervisor import Supervisor
 from launcher.keeper.torchrun import Start
 from llmtrain import locks
 from llmtrain.config import load_to_start
@@ -23,12 +24,12 @@ def train_here(start: Start, rules: Rules) -> int:
     config, _ = load_to_start(*split_settings(start.words))
     run = RunDir(config.run.folder)
     jobs = JobDir.of(run)
-    with _kept_going(run, jobs):
+    with _take_lock(run, jobs):
         supervisor = Supervisor(start, run, rules, Meeting(None), jobs.local / "ranks", jobs.stop)
         return supervisor.supervise()
 
 
-def _kept_going(run: RunDir, jobs: JobDir) -> IO[str]:
+def _take_lock(run: RunDir, jobs: JobDir) -> IO[str]:
     """A lock that `llmtrain stop` and `status` look at. Rank 0 takes the run's own, but hours later where it builds
     shards first, and not in the pauses between its attempts.
     """

@@ -2,14 +2,18 @@
 
 import contextlib
 import re
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
 
-from launcher.keeper.processes import Left, is_alive, ranks_of, read_codes
+from launcher.keeper.exit_codes import Left, read_codes
+from launcher.keeper.processes import is_alive, ranks_of
 from llmtrain.errors import is_for_a_person
 
+_LINGER_S = 1.0
+"""Where the first has met an error that a person has to mend, the others say so too."""
 _LAST_LINES = 15
 _FATAL = "Fatal Python error"
 """How faulthandler begins, before it shows the stacks at a segmentation fault."""
@@ -34,9 +38,11 @@ class Ranks:
     """The folder in which they leave their exit codes."""
     logs: Path
     """The folder with their output; the first rank of all writes to the terminal."""
-    first: int | None = None
+    _first: int | None = None
     """Which fell first."""
-    may_linger: bool = False
+    _fallen_at: float = 0.0
+    """When that was seen."""
+    _for_a_person: bool = False
     """It met an error that a person has to mend."""
     _why: str = ""
     _processes: dict[int, psutil.Process] = field(default_factory=dict[int, psutil.Process])
@@ -57,16 +63,23 @@ class Ranks:
     def has_fallen(self) -> bool:
         """Whether one has ended, and not well: then the others cannot go on."""
         gone = [rank for rank, process in self._processes.items() if not is_alive(process)]
-        if self.first is None and gone:
+        if self._first is None and gone:
             left = read_codes(self.codes)
             # One that was killed leaves no code; those that have lost their connection to it do.
             fallen = {rank: left.get(self._processes[rank].pid, Left(code=-1)) for rank in gone}
             bad = [rank for rank in gone if not fallen[rank].is_good]
-            self.first = min(bad, key=lambda rank: fallen[rank].time, default=None)
-            if self.first is not None:
-                self._why = fallen[self.first].why
-                self.may_linger = is_for_a_person(fallen[self.first].code)
-        return self.first is not None
+            self._first = min(bad, key=lambda rank: fallen[rank].time, default=None)
+            if self._first is not None:
+                self._fallen_at = time.monotonic()
+                self._why = fallen[self._first].why
+                self._for_a_person = is_for_a_person(fallen[self._first].code)
+        return self._first is not None
+
+    def kill_after_a_fall(self) -> None:
+        """Once one has fallen, the others: they can neither continue nor save, and torchrun would wait for them for
+        30 s."""
+        if self.has_fallen() and time.monotonic() - self._fallen_at >= (_LINGER_S if self._for_a_person else 0.0):
+            self.kill()
 
     def kill(self) -> None:
         """All that are left; torchrun then reports, and ends."""
@@ -76,19 +89,19 @@ class Ranks:
 
     def describe(self) -> str | None:
         """What became of the one that fell first, as far as it is known."""
-        if self.first is None:
+        if self._first is None:
             return None
         if self._why:
-            return f"rank {self.first} failed: {self._why}"
-        words = self._last_words(self.logs / f"rank-{self.first}.log")
-        return f"rank {self.first} " + (
+            return f"rank {self._first} failed: {self._why}"
+        words = self._last_words(self.logs / f"rank-{self._first}.log")
+        return f"rank {self._first} " + (
             f"crashed: {words[0]}" if words and _FATAL in words[0] else "was killed, or crashed"
         )
 
     @property
     def is_unheard(self) -> bool:
         """What a person has to mend stands in a rank's log alone: rank 0 would have said it on the terminal first."""
-        return self.may_linger and bool(self.first)
+        return self._for_a_person and bool(self._first)
 
     def gpu_is_lost(self) -> bool:
         """Whether a rank of this node has met an error of its GPU's hardware: it may be gone until somebody resets it.
@@ -101,7 +114,7 @@ class Ranks:
 
     def last_words(self) -> dict[Path, list[str]]:
         """By file: of the one that fell first, or of all where that is not known; where they end in an error."""
-        logs = self._all_logs() if self.first is None else [self.logs / f"rank-{self.first}.log"]
+        logs = self._all_logs() if self._first is None else [self.logs / f"rank-{self._first}.log"]
         words = {log: self._last_words(log) for log in logs}
         return {log: lines for log, lines in words.items() if any(_TELLS.search(line) for line in lines)}
 
@@ -116,8 +129,12 @@ class Ranks:
         return [lines[fatal[-1]], *stacks[own : own + _LAST_LINES - 1]]
 
     def _output(self, log: Path) -> bytes:
-        """Of this attempt."""
-        return log.read_bytes()[self._sizes.get(log, 0) :] if log.exists() else b""
+        """Of this attempt; empty while the disk does not answer."""
+        with contextlib.suppress(OSError):
+            return log.read_bytes()[self._sizes.get(log, 0) :]
+        return b""
 
     def _all_logs(self) -> list[Path]:
-        return sorted(self.logs.glob("rank-*.log"))
+        with contextlib.suppress(OSError):
+            return sorted(self.logs.glob("rank-*.log"))
+        return []

@@ -25,8 +25,8 @@ _PLACE = {
     "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_NAME", "ROLE_RANK",
     "ROLE_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT",
 }  # fmt: skip
-_PLACES = ("TORCHELASTIC_", "PET_")
-STOPS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+_PREFIXES = ("TORCHELASTIC_", "PET_")
+_STOPS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 _SHUTDOWN_S = 5
 """For ranks, when torchrun itself is told to end. A stop goes to the ranks themselves, and after one has failed
 torchrun waits for 30 s whatever it is told; supervisor.py does not."""
@@ -44,6 +44,11 @@ class Start:
     node: int = 0
     num_nodes: int = 1
 
+    @property
+    def is_alone(self) -> bool:
+        """One rank: there is no torchrun."""
+        return self.ranks * self.num_nodes == 1
+
 
 @dataclass(frozen=True)
 class Place:
@@ -54,17 +59,18 @@ class Place:
     own: str
 
 
-def command(start: Start, place: Place | None = None, again: bool = False, scratch: Path | None = None) -> list[str]:
+def command(start: Start, place: Place | None, again: bool, scratch: Path) -> list[str]:
     """The process that trains on this node.
 
     Args:
+        place: of several nodes.
         again: never from the beginning, whatever run.resume says.
-        scratch: for torchrun's folders; else it leaves one in /tmp at each start.
+        scratch: for torchrun's folders; without it torchrun leaves one in /tmp at each start.
     """
     words = [*([f"train.device={start.device}"] if start.device else []), *start.words]
     if again:
         words.append("run.resume=auto")
-    if start.ranks * start.num_nodes == 1:
+    if start.is_alone:
         return [sys.executable, "-m", "llmtrain", *words]
     meeting = ["--standalone"]
     if start.num_nodes > 1:
@@ -76,7 +82,7 @@ def command(start: Start, place: Place | None = None, again: bool = False, scrat
     return [
         sys.executable, "-m", "torch.distributed.run", *meeting, "--nproc_per_node", str(start.ranks),
         "--signals_to_handle", "SIGQUIT", "--max_restarts", "0", "--shutdown_timeout", str(_SHUTDOWN_S),
-        *([] if scratch is None else ["--log-dir", str(scratch)]), "-m", "llmtrain", "--", *words,
+        "--log-dir", str(scratch), "-m", "llmtrain", "--", *words,
     ]  # fmt: skip
 
 
@@ -85,8 +91,8 @@ def environment(start: Start, restarted: bool, further: dict[str, str]) -> dict[
     would write its own over that. Several share the cores evenly, unless OMP_NUM_THREADS says otherwise.
     """
     kept = {name: value for name, value in os.environ.items() if name != RESTARTED}
-    if start.ranks * start.num_nodes == 1:
-        kept = {name: value for name, value in kept.items() if name not in _PLACE and not name.startswith(_PLACES)}
+    if start.is_alone:
+        kept = {name: value for name, value in kept.items() if name not in _PLACE and not name.startswith(_PREFIXES)}
     if start.ranks > 1:
         # torchrun would say 1, and AdamW on offloaded state, say, would use one core of many.
         kept.setdefault("OMP_NUM_THREADS", str(max(1, cpu.usable_cores() // start.ranks)))
@@ -97,11 +103,11 @@ def ignore_stops() -> None:
     """In the new process, before it becomes torchrun: SLURM signals every process of a job, and torchrun would end the
     ranks while they save. They listen themselves.
     """
-    for number in STOPS:
+    for number in _STOPS:
         signal.signal(number, signal.SIG_IGN)
 
 
-def check(gpus: int | None, ranks: int | None) -> tuple[int, str | None]:
+def ranks_here(gpus: int | None, ranks: int | None) -> tuple[int, str | None]:
     """(ranks, device) from the command line; raises ConfigError where they do not fit this machine."""
     problem = driver_problem() if gpus or (gpus is None and ranks is None) else None
     if problem is not None:  # else a machine full of GPUs would train on its CPU in silence

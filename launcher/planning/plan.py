@@ -18,7 +18,7 @@ from llmtrain.config.load import Origins, with_precision
 from llmtrain.config.schema import RunConfig
 from llmtrain.errors import ConfigError
 from llmtrain.gpus import first_gpu
-from llmtrain.memory import Device, Part, Sizes
+from llmtrain.memory import Device, MemoryPart, Sizes
 from llmtrain.resume import settled_precision
 from llmtrain.shards import ShardManifest
 
@@ -67,7 +67,7 @@ class Outlook:
     """What `plan` says about one way to run."""
 
     kind: str
-    parts: list[Part]
+    parts: list[MemoryPart]
 
     @property
     def total(self) -> float:
@@ -79,7 +79,7 @@ def outlook(config: RunConfig, sizes: Sizes, plan: BatchPlan, machine: Machine, 
     parts = sizes.estimate(config, plan, machine.ranks, kind, bf16, machine.device)
     if machine.device == "cpu":  # GPUs' copies for saving are in host memory
         copy = sizes.host_copy(config, machine.ranks)
-        parts.append(Part("save buffers", copy, "checkpoint.background: host copy of what is written"))
+        parts.append(MemoryPart("save buffers", copy, "checkpoint.background: host copy of what is written"))
     return Outlook(kind, parts)
 
 
@@ -128,16 +128,16 @@ def _changed(config: RunConfig, kind: str, micro: int, recompute: bool, offload:
 
 @dataclass(frozen=True)
 class Given:
-    """What the user says that cannot be known yet."""
+    """What the user says that cannot be known yet; None: not given."""
 
-    vocab_size: int | None = None
-    samples: int | None = None
+    vocab_size: int | None
+    samples: int | None
     """Training samples."""
-    base_config: str | None = None
+    base_config: str | None
     """A folder with the base's config.json."""
-    tokens_per_s: float | None = None
+    tokens_per_s: float | None
     """Of all ranks together."""
-    job_s: float | None = None
+    job_s: float | None
     """How long one job may train before it saves and queues again; None: as long as it takes."""
 
 
@@ -282,7 +282,7 @@ def _table(outlooks: list[Outlook], machine: Machine) -> Table:
         table.add_column(display.STRATEGIES[o.kind], footer=footer, justify="right")
     table.add_column("", style="dim", overflow="fold")
     for name in names:
-        parts = [next((p for p in o.parts if p.name == name), Part(name, 0)) for o in outlooks]
+        parts = [next((p for p in o.parts if p.name == name), MemoryPart(name, 0)) for o in outlooks]
         notes = [parts[0].note] if parts[0].note == parts[1].note else [parts[0].note, f"ZeRO-2: {parts[1].note}"]
         table.add_row(name, *(f"{part.size_bytes / GB:.2f}" for part in parts), "; ".join(notes))
     return table

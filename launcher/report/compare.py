@@ -1,9 +1,8 @@
-"""`llmtrain compare RUN RUN ...`: which run did best, by how much more than chance, and what was set differently."""
+"""Runs compared: which did best, by how much more than chance, what was set differently; and that for a terminal."""
 
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -11,10 +10,10 @@ from rich.console import Console
 from rich.text import Text
 
 from launcher.choosing import listing
-from launcher.display import Column, fitted, one_line, say
+from launcher.display import Column, fitted, one_line
 from launcher.report import words
 from launcher.report.facts import Facts, read_facts
-from launcher.watching.status import find_runs
+from launcher.watching.queue_view import read_queue
 from llmtrain import intervals, ranking, recipe
 from llmtrain.config import yaml_lines
 from llmtrain.errors import RunFolderError
@@ -67,28 +66,12 @@ class Comparison:
         return bounds is not None and bounds[0] <= 0
 
 
-def compare(paths: Sequence[Path], output: Path | None, console: Console) -> Path:
-    """Print a comparison and write it as a page, by default next to the first run; returns the page's path.
-
-    Raises:
-        RunFolderError: a folder is no run, or there are fewer than two.
-    """
-    from launcher.report.compare_page import write_comparison
-
-    runs = find_runs(paths)
-    comparison = compare_runs(runs)
-    show(comparison, console)
-    page = write_comparison(comparison, output or runs[0].path.parent / "compare.html")
-    console.print()
-    say(console, "page", str(page))
-    return page
-
-
 def compare_runs(runs: Sequence[RunDir]) -> Comparison:
     """Raises RunFolderError where there is nothing to compare."""
     if len(runs) < 2:
         raise RunFolderError("a comparison takes two runs or more: name them, or a folder that holds them")
-    every = [read_facts(run) for run in runs]
+    queue = read_queue(runs)
+    every = [read_facts(run, queue) for run in runs]
     contenders = [_contender(label, facts) for label, facts in zip(labels(runs), every, strict=True)]
     doubts = find_doubts(contenders)
     measure: Measure = "bits_per_byte" if doubts else "loss"
@@ -104,11 +87,9 @@ def compare_runs(runs: Sequence[RunDir]) -> Comparison:
 def labels(runs: Sequence[RunDir]) -> list[str]:
     """The shortest ends of their paths that tell them apart."""
     paths = [run.path.resolve() for run in runs]
-    for length in range(1, max(len(path.parts) for path in paths) + 1):
-        found = ["/".join(path.parts[-length:]) for path in paths]
-        if len(set(found)) == len(set(paths)):
-            return found
-    return [str(path) for path in paths]
+    lengths = range(1, max(len(path.parts) for path in paths) + 1)
+    ends = (["/".join(path.parts[-length:]) for path in paths] for length in lengths)
+    return next(found for found in ends if len(set(found)) == len(set(paths)))
 
 
 def _contender(label: str, facts: Facts) -> Contender:
@@ -162,13 +143,13 @@ def _caveats(first: Contender, others: Sequence[Contender]) -> list[str]:
 
 def differing_settings(contenders: Sequence[Contender]) -> dict[str, list[str]]:
     """Every setting that is not the same in all runs."""
-    flat = [flat_settings(c.facts) for c in contenders]
+    flat = [_flat_settings(c.facts) for c in contenders]
     keys = list(dict.fromkeys(key for settings in flat for key in settings if key not in _NAMES))
     rows = {key: [settings.get(key, "\u2013") for settings in flat] for key in keys}
     return {key: values for key, values in rows.items() if len(set(values)) > 1}
 
 
-def flat_settings(facts: Facts) -> dict[str, str]:
+def _flat_settings(facts: Facts) -> dict[str, str]:
     """`section.key` and value, as written in config.yaml; nothing where that is no YAML."""
     try:
         values, _ = yaml_lines.read(facts.config_text, str(facts.run.config))
@@ -228,8 +209,7 @@ def _cut(text: str) -> str:
 def _columns(comparison: Comparison) -> list[Column]:
     every = comparison.contenders
     scores = [None if c.best is None else c.best.score for c in every]
-    tokens = [None if s is None else c.facts.clock.at("tokens", np.array([float(s.step)]))[0] for c, s in zip(
-        every, scores, strict=True)]  # fmt: skip
+    tokens = [None if c.best is None else c.facts.clock.at_step("tokens", c.best.step) for c in every]
     return [
         Column("", [str(place) for place in range(1, len(every) + 1)], 90),
         Column("run", [one_line(c.label) for c in every], 100, left=True),
@@ -240,7 +220,7 @@ def _columns(comparison: Comparison) -> list[Column]:
         Column("", ["tie" if comparison.is_tie(place) else "" for place in range(len(every))], 69, left=True),
         Column("step", ["" if s is None else f"{s.step:,}" for s in scores], 60),
         Column("epoch", ["" if s is None else f"{s.epoch:.2f}" for s in scores], 50),
-        Column("learned tokens", ["" if t is None else words.quantity(float(t)) for t in tokens], 40),
+        Column("learned tokens", ["" if t is None else words.quantity(t) for t in tokens], 40),
         Column("state", [c.facts.now.training.state for c in every], 65, left=True),
     ]  # fmt: skip
 

@@ -1,25 +1,44 @@
-"""The page of `llmtrain compare`: who did best, the curves over each other, the settings that differ."""
+"""`llmtrain compare RUN RUN ...`: on the terminal, and as a page with the curves over each other."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
+from rich.console import Console
 
+from launcher.display import say
 from launcher.report import figures, words
-from launcher.report.compare import MEASURES, Comparison, Contender, short_names
+from launcher.report.compare import MEASURES, Comparison, Contender, compare_runs, short_names, show
 from launcher.report.facts import Axis, Series
 from launcher.report.figures import Estimate
-from launcher.report.headline import STATE_TONES
-from launcher.report.markup import Child, Html, element, table, visible
+from launcher.report.headline import state_badge
+from launcher.report.markup import Child, Html, badge, element, table, visible
 from launcher.report.page import bar, footer, write_page
 from launcher.report.plots import label_axis, legend_above, picture, thin
-from launcher.report.sections import lead, notice, section
+from launcher.report.sections import forest, lead, notice, section
 from launcher.report.theme import LIGHT, RUN_COLOURS
+from launcher.runs import find_runs
 
 _FEW = 4
 """So many settings that differ stand in the ranking itself, as for a sweep."""
 _LONGEST_NAME = 18
 _CONTENTS = {"ranking": "Ranking", "curves": "Curves", "settings": "Settings"}
+
+
+def compare(paths: Sequence[Path], output: Path | None, console: Console) -> Path:
+    """Print a comparison and write it as a page, by default next to the first run; returns the page's path.
+
+    Raises:
+        RunFolderError: a folder is no run, or there are fewer than two.
+    """
+    runs = find_runs(paths)
+    comparison = compare_runs(runs)
+    show(comparison, console)
+    page = write_comparison(comparison, output or runs[0].path.parent / "compare.html")
+    console.print()
+    say(console, "page", str(page))
+    return page
 
 
 def write_comparison(comparison: Comparison, path: Path) -> Path:
@@ -73,35 +92,31 @@ def _ranking(comparison: Comparison) -> Html:
             "might turn them round. The intervals allow for the first being the best of all of them by luck too."
         )
     shown = table(heads, rows, numeric, classes)
-    notes = [notice(f"{visible(caveat[:1].upper() + caveat[1:])}.") for caveat in comparison.caveats]
+    notes = [notice(f"{words.capital(caveat)}.") for caveat in comparison.caveats]
     return section("ranking", "Ranking", lead(text), _forest(comparison), shown, notes)
 
 
 def _row(comparison: Comparison, place: int, settings: list[str]) -> list[Child]:
     contender = comparison.contenders[place]
-    training = contender.facts.now.training
-    tone = STATE_TONES.get(training.state, "")
-    state = element("span", training.state, class_=f"badge {tone}".strip())
+    state = state_badge(contender.facts)
     name = [element("span", class_=f"dot b-{colour(place)}"), element("bdi", contender.label)]
     if contender.best is None:
         return [str(place + 1), name, None, *settings, *["\u2013"] * 7, state]
     score = contender.best.score
-    tokens = contender.facts.clock.at("tokens", np.array([float(score.step)]))[0]
     mark = "best" if place == 0 else "tie" if comparison.is_tie(place) else None
+    by_loss, loss, bits = comparison.measure == "loss", words.loss(score.loss), words.figure(score.bits_per_byte, 4)
     return [
         str(place + 1),
         name,
-        None if mark is None else element("span", mark, class_=f"badge {'best' if place == 0 else ''}".strip()),
+        None if mark is None else badge(mark, "best" if place == 0 else ""),
         *settings,
-        element("b", words.loss(score.loss)) if comparison.measure == "loss" else words.loss(score.loss),
+        element("b", loss) if by_loss else loss,
         words.interval(comparison.differences[place]),
-        words.figure(score.bits_per_byte, 4)
-        if comparison.measure == "loss"
-        else element("b", words.figure(score.bits_per_byte, 4)),
+        bits if by_loss else element("b", bits),
         words.figure(score.perplexity),
         f"{score.step:,}",
         f"{score.epoch:.2f}",
-        words.quantity(float(tokens)),
+        words.quantity(contender.facts.clock.at_step("tokens", score.step)),
         state,
     ]
 
@@ -123,15 +138,8 @@ def _forest(comparison: Comparison) -> Html | None:
     lines = lines[: figures.MOST_INTERVALS]
     if len(lines) < 2:
         return None
-    high = 60 + 27 * len(lines)
-    drawn = picture(
-        "intervals",
-        "Differences of the runs' best held-out losses, with 95% intervals",
-        lambda figure, _, narrow: figures.forest(lines, "held-out loss above the first, 95% interval", figure, narrow),
-        (high, high),
-        switchable=False,
-    )
-    return drawn.html
+    alt = "Differences of the runs' best held-out losses, with 95% intervals"
+    return forest(lines, alt, "held-out loss above the first, 95% interval").html
 
 
 def _short(label: str) -> str:
@@ -169,9 +177,9 @@ def draw_curves(comparison: Comparison, figure: Figure, axis: Axis, narrow: bool
             train = thin(seen[-1])
             axes.plot(facts.clock.at(axis, train.steps), train.mean, color=shade, lw=1.2, linestyle=(0, (3, 2)))
         if contender.best is not None and np.isfinite(contender.value(comparison.measure)):
-            at = facts.clock.at(axis, np.array([float(contender.best.step)]))
+            at = facts.clock.at_step(axis, contender.best.step)
             axes.plot(
-                at, [contender.value(comparison.measure)], color=shade, marker="*", markersize=16,
+                at, contender.value(comparison.measure), color=shade, marker="*", markersize=16,
                 markeredgecolor=LIGHT["card"], markeredgewidth=1.0, linestyle="none", zorder=4,
             )  # fmt: skip
     limits = figures.crop(seen)

@@ -10,8 +10,11 @@ from numpy.typing import NDArray
 from launcher.choosing import listing
 from launcher.choosing.listing import Listing
 from launcher.report.speed import Speed, read_speed
+from launcher.runs import open_run
+from launcher.watching.queue_view import Queue
 from launcher.watching.status import RunStatus, read_status
 from llmtrain import jsonl, ledger
+from llmtrain.config.load import load_written
 from llmtrain.config.schema import RunConfig
 from llmtrain.errors import ConfigError
 from llmtrain.ledger import Event, Score, Upload
@@ -54,6 +57,9 @@ class Clock:
         """Where these steps lie on an axis."""
         column: dict[Axis, Numbers] = {"steps": self.steps, "epochs": self.epochs, "tokens": self.tokens}
         return steps if axis == "steps" else np.interp(steps, self.steps, column[axis])
+
+    def at_step(self, axis: Axis, step: int) -> float:
+        return float(self.at(axis, np.array([step], np.float64))[0])
 
 
 @dataclass(frozen=True)
@@ -102,19 +108,19 @@ class Facts:
         return Series.of({e.step: e.score.loss for e in entries if e.score.origin == "disk"})
 
 
-def read_facts(run: RunDir) -> Facts:
-    """Everything about a run, from its ledgers.
+def read_facts(run: RunDir, queue: Queue) -> Facts:
+    """Everything about a run, from its ledgers, and what SLURM said of its jobs.
 
     Raises:
         RunFolderError: there is no run in that folder.
     """
-    listing.open_run(run.path)
+    open_run(run.path)
     steps, not_finite = _read_steps(run.metrics)
     evaluations = ledger.heldout_at_saves(run)
     listed = listing.gather(run)
     return Facts(
         run=run,
-        now=read_status(run),
+        now=read_status(run, queue),
         listed=listed,
         config=_config(run),
         config_text=run.config.read_text(encoding="utf-8", errors="replace") if run.config.exists() else "",
@@ -134,7 +140,7 @@ def read_facts(run: RunDir) -> Facts:
 
 def _config(run: RunDir) -> RunConfig | None:
     try:
-        return listing.config_of(run)
+        return load_written(run.config)
     except ConfigError:  # of another version
         return None
 

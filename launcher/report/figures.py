@@ -53,10 +53,10 @@ def losses(facts: Facts, figure: Figure, axis: Axis, narrow: bool) -> None:
         )  # fmt: skip
     if facts.ranking is not None:
         best = facts.ranking.best
-        at = clock.at(axis, np.array([best.step], np.float64))
         axes.plot(
-            at, [best.score.loss], marker="*", markersize=19, linestyle="none", color=LIGHT["best"],
-            markeredgecolor=LIGHT["card"], markeredgewidth=1.0, label=f"best: step {best.step:,}", zorder=5,
+            clock.at_step(axis, best.step), best.score.loss, marker="*", markersize=19, linestyle="none",
+            color=LIGHT["best"], markeredgecolor=LIGHT["card"], markeredgewidth=1.0,
+            label=f"best: step {best.step:,}", zorder=5,
         )  # fmt: skip
     limits = crop(loss_series(facts))
     if limits is not None:
@@ -93,8 +93,8 @@ def gap(facts: Facts, figure: Figure, axis: Axis, narrow: bool) -> None:
     axes.fill_between(facts.clock.at(axis, series.steps), 0, series.values, color=LIGHT["heldout"], alpha=0.1, lw=0)
     axes.axhline(0, color=LIGHT["muted"], linewidth=1)
     if facts.ranking is not None:
-        best = facts.clock.at(axis, np.array([facts.ranking.best.step], np.float64))
-        axes.axvline(float(best[0]), color=LIGHT["best"], linewidth=1.4, linestyle=(0, (4, 3)), label="best checkpoint")
+        best = facts.clock.at_step(axis, facts.ranking.best.step)
+        axes.axvline(best, color=LIGHT["best"], linewidth=1.4, linestyle=(0, (4, 3)), label="best checkpoint")
     axes.set_ylabel("gap, nats per token")
     label_axis(axes, axis, narrow)
     legend_above(figure, narrow)

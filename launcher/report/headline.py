@@ -2,17 +2,20 @@
 
 import os
 import re
-import shlex
 from urllib.parse import urlsplit
 
 from launcher import display
 from launcher.report import words
 from launcher.report.facts import Facts
-from launcher.report.markup import Html, element
+from launcher.report.markup import Html, badge, element
+from launcher.watching import queue_view
 from llmtrain import overfitting, ranking
 from llmtrain.config.schema import RunConfig
+from llmtrain.ledger import drain_command
+from llmtrain.overfitting import Overfitting
+from llmtrain.wording import count, listed, name_steps
 
-STATE_TONES = {"running": "go", "starting": "go", "finished": "best", "stopped": "warn", "not started": "warn"}
+_TONES = {"running": "go", "starting": "go", "finished": "best", "stopped": "warn", "not started": "warn"}
 _REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 
 
@@ -22,24 +25,27 @@ def header(facts: Facts) -> Html:
     return element(
         "header",
         element("h1", element("bdi", facts.name)),
-        element(
-            "span", facts.now.training.state, class_=f"badge {STATE_TONES.get(facts.now.training.state, '')}".strip()
-        ),
+        state_badge(facts),
         element("p", about) if about else None,
         _progress(facts),
         class_="head",
     )
 
 
+def state_badge(facts: Facts) -> Html:
+    state = facts.now.training.state
+    return badge(state, _TONES.get(state, ""))
+
+
 def describe_model(config: RunConfig) -> str:
     model = config.model
     if model.kind == "gpt":
-        what = f"GPT, {words.count(model.num_layers, 'layer')}, width {model.width}"
+        what = f"GPT, {count(model.num_layers, 'layer')}, width {model.width}"
     else:
         plain = "" if model.quantisation == "none" else f" in {model.quantisation}"
         what = f"LoRA, r {model.lora.r}, on {model.base}{plain}"
     strategy = display.STRATEGIES[config.strategy.kind]
-    batch = words.count(config.train.global_batch_size, "row")
+    batch = count(config.train.global_batch_size, "row")
     return f"{what}, context {model.context:,} \u00b7 {batch} a step \u00b7 {strategy}, {config.train.precision}"
 
 
@@ -61,16 +67,17 @@ def _progress(facts: Facts) -> Html | None:
 def cards(facts: Facts) -> Html:
     """The answers."""
     found = problems(facts)
-    listed = element("ul", [element("li", problem) for problem in found]) if found else None
-    said = words.count(len(found), "problem") if found else "None"
+    items = element("ul", [element("li", problem) for problem in found]) if found else None
+    said = count(len(found), "problem") if found else "None"
+    verdict = None if facts.ranking is None else overfitting.judge(facts.ranking)
     return element(
         "div",
         _card("Is it done?", _training(facts)),
         _card("Held-out loss", _heldout(facts)),
         _card("Use this checkpoint", _proposal(facts), tone="best" if facts.listed.proposed is not None else ""),
-        _card("Overfitting", _overfitting(facts), tone="warn" if _overfits(facts) else ""),
+        _card("Overfitting", _overfitting(verdict), tone="warn" if verdict is not None and verdict.began else ""),
         _card("On the Hugging Face Hub", _hub(facts)),
-        _card("Problems", [said, listed or _all_well(facts)], tone="bad" if found else ""),
+        _card("Problems", [said, items or _all_well(facts)], tone="bad" if found else ""),
         class_="cards",
     )
 
@@ -88,27 +95,35 @@ def _training(facts: Facts) -> list[str | None]:
         return ["Not a step yet", "Training has written no metrics so far."]
     step = f"{facts.last_step:,}"
     total = "" if training.total_steps is None else f" of {training.total_steps:,}"
+    then: list[str | None] = []
     match training.state:
         case "finished":
-            big, then = f"Yes, {words.count(facts.last_step, 'step')}", None
+            big = f"Yes, {count(facts.last_step, 'step')}"
         case "running":
-            left = None if training.left_s is None else display.duration(training.left_s)
-            big, then = f"Running, step {step}{total}", None if left is None else f"About {left} left"
+            big = f"Running, step {step}{total}"
+            then += [] if training.left_s is None else [f"About {display.duration(training.left_s)} left"]
         case "starting":
-            big, then = f"Starting, at step {step}{total}", "Its ranks do not train yet"
+            big = f"Starting, at step {step}{total}"
+            then.append("Its ranks do not train yet")
         case "ended early":
-            big, then = f"Ended early, step {step}{total}", training.early_stop
+            big = f"Ended early, step {step}{total}"
+            then.append(training.early_stop)
         case _:
-            big, then = f"Stopped at step {step}{total}", _goes_on(facts)
+            big = f"Stopped at step {step}{total}"
+            then += _goes_on(facts)
     done = f"{float(clock.epochs[-1]):.2f} epochs, {words.quantity(float(clock.tokens[-1]))} learned tokens"
-    return [big, then, done, _when(facts)]
+    return [big, *then, done, _when(facts)]
 
 
-def _goes_on(facts: Facts) -> str:
-    last = facts.now.checkpoints.last
-    if last is None:
-        return "Nothing is training here now, and there is no checkpoint to go on from"
-    return f"Nothing is training here now; the same command goes on from step {last:,}"
+def _goes_on(facts: Facts) -> list[str]:
+    """How a run that stands still goes on."""
+    now = facts.now
+    if now.again is None:
+        waiting = [queue_view.describe(job, now.slurm)[0] for job in now.jobs if job.kind == "train"]
+        return ["Nothing is training here now; it may go on by itself", *waiting]
+    last = now.checkpoints.last
+    how = "starts from the beginning" if last is None else f"goes on from step {last:,}"
+    return [f"Nothing is training here now; it {how} with", element("pre", now.again)]
 
 
 def _when(facts: Facts) -> str | None:
@@ -121,7 +136,7 @@ def _when(facts: Facts) -> str | None:
         _pace(facts, None if began is None or written is None else written - began),
     ]
     text = "; ".join(part for part in parts if part is not None)
-    return text[:1].upper() + text[1:] or None
+    return words.capital(text) or None
 
 
 def _pace(facts: Facts, seconds: float | None) -> str | None:
@@ -148,7 +163,7 @@ def _heldout(facts: Facts) -> list[str | None]:
     best = None if ranked is None else ranked.best.score
     first, last = losses[measured[0]]["loss"], losses[measured[-1]]["loss"]
     lower = ranking.lowest_measured(facts.run, 0 if best is None else best.step)
-    low = lower[:1].upper() + lower[1:] or None
+    low = words.capital(lower) or None
     if ranked is not None and best is not None:
         low = (
             f"Lowest {f'of the {ranked.scope} ones ' if lower else ''}{words.loss(best.loss)} at step {best.step:,} "
@@ -166,19 +181,14 @@ def _heldout(facts: Facts) -> list[str | None]:
 
 def _proposal(facts: Facts) -> list[str | None]:
     chosen = facts.listed.proposed
-    why = facts.listed.why[:1].upper() + facts.listed.why[1:]
+    why = words.capital(facts.listed.why)
     if chosen is None:
         return ["None yet" if facts.ranking is None else "None is left", why]
     how = "" if chosen.epoch is None else f", epoch {chosen.epoch:.2f}"
     return [f"Step {chosen.step:,}", f"Held-out loss {words.loss(chosen.loss)}{how}", why]
 
 
-def _overfits(facts: Facts) -> bool:
-    return facts.ranking is not None and overfitting.judge(facts.ranking).began
-
-
-def _overfitting(facts: Facts) -> list[str | None]:
-    verdict = None if facts.ranking is None else overfitting.judge(facts.ranking)
+def _overfitting(verdict: Overfitting | None) -> list[str | None]:
     if verdict is None or not verdict.is_known:
         return ["Not known yet", "It takes two checkpoints with a held-out loss."]
     said = verdict.describe()
@@ -186,7 +196,7 @@ def _overfitting(facts: Facts) -> list[str | None]:
     if verdict.perhaps:
         big = f"Perhaps since step {verdict.best.step:,}"
     why = said.partition(": ")[2] or said
-    return [big, why[:1].upper() + why[1:]]
+    return [big, words.capital(why)]
 
 
 def _hub(facts: Facts) -> list[str | None]:
@@ -199,12 +209,12 @@ def _hub(facts: Facts) -> list[str | None]:
     known = {None: "", True: "private; ", False: "public; "}[hub.state.private if hub.state is not None else None]
     doing = "; ".join(service.status.doing) if service.status is not None and service.at_work else ""
     return [
-        f"{words.count(len(hub.confirmed), 'checkpoint')} confirmed",
+        f"{count(len(hub.confirmed), 'checkpoint')} confirmed",
         element("p", hub_link(hub.repo), class_="small"),
         f"{known}{display.size(total)} read back from there and compared" if hub.confirmed else None,
-        f"Not there yet: {display.steps(hub.waiting)}" if hub.waiting else None,
+        f"Not there yet: {name_steps(hub.waiting)}" if hub.waiting else None,
         f"Now {doing}" if doing else None,
-        f"{words.count(removed, 'tag')} taken away again; the history keeps the files" if removed else None,
+        f"{count(removed, 'tag')} taken away again; the history keeps the files" if removed else None,
     ]
 
 
@@ -225,24 +235,11 @@ def problems(facts: Facts) -> list[str]:
     is_explained = status is not None and status.problem is not None  # in more words than the Hub's
     if hub is not None and hub.state is not None and hub.state.state != "ok" and not is_explained:
         found.append(f"Hub {hub.state.state}: {hub.state.message}")
-    waiting = _left_behind(facts)
-    if waiting:
-        service = shlex.join(["python", "-m", "llmtrain.service", "--run", str(facts.run.path)])
-        found.append(f"The checkpoint service is not running, but {waiting}: {service}")
-    return [problem[:1].upper() + problem[1:] for problem in found]
-
-
-def _left_behind(facts: Facts) -> str:
-    """What a service would still do, where there should be one and is none."""
-    now = facts.now
-    if now.service.at_work or not now.service.wanted:
-        return ""
-    left: list[str] = []
-    if now.checkpoints.not_scored:
-        left.append(f"{display.steps(now.checkpoints.not_scored)} not scored")
-    if now.hub is not None and now.hub.waiting:
-        left.append(f"{display.steps(now.hub.waiting)} not on the Hub")
-    return " and ".join(left)
+    service, waits = facts.now.service, facts.now.waits
+    if service.wanted and not service.at_work and waits:
+        command = drain_command(facts.run.path)
+        found.append(f"The checkpoint service is not running, but {listed(waits)}: {command}")
+    return [words.capital(problem) for problem in found]
 
 
 def _all_well(facts: Facts) -> str:
@@ -255,5 +252,5 @@ def _all_well(facts: Facts) -> str:
         "failed attempt": sum(kinds.count(kind) for kind in ("score-failed", "upload-failed", "stalled")),
         "rejected checkpoint": kinds.count("rejected"),
     }
-    dealt_with = [words.count(number, noun) for noun, number in counts.items() if number]
-    return f"On the way: {display.words(dealt_with)}." if dealt_with else "Nothing failed on the way."
+    dealt_with = [count(number, noun) for noun, number in counts.items() if number]
+    return f"On the way: {listed(dealt_with)}." if dealt_with else "Nothing failed on the way."

@@ -62,6 +62,10 @@ def join(children: Child) -> Html:
     return Html("".join(join(child) for child in children))
 
 
+def badge(text: str, tone: str = "") -> Html:
+    return element("span", text, class_=f"badge {tone}".strip())
+
+
 def table(heads: list[str], rows: list[list[Child]], numeric: set[int], classes: list[str] | None = None) -> Html:
     """A table that scrolls sideways by itself where the page is narrower.
 

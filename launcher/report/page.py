@@ -8,7 +8,7 @@ from pathlib import Path
 from launcher.report import headline, sections, theme, words
 from launcher.report.facts import AXES, read_facts
 from launcher.report.markup import Html, element
-from launcher.report.plots import Picture
+from launcher.watching.queue_view import read_queue
 from llmtrain import __version__, files, summary
 from llmtrain.errors import disk_errors
 from llmtrain.rundir import RunDir
@@ -31,14 +31,16 @@ def write_report(run: RunDir) -> Path:
     Raises:
         RunFolderError: there is no run in that folder.
     """
-    facts = read_facts(run)
+    facts = read_facts(run, read_queue([run]))
     if facts.now.training.state in ("finished", "ended early"):
         with disk_errors("summary", run.path, then=_ANEW):
             summary.renew(run, with_curve=facts.config is None or facts.config.log.report)
     below, pictures = sections.everything(facts)
     body = element("main", headline.header(facts), headline.cards(facts), below)
     write_page(run.report, f"{facts.name}: {facts.now.training.state}", [bar(_CONTENTS), body, footer()])
-    write_pictures(run.report.parent, pictures)
+    with disk_errors("report", run.report.parent, then=_ANEW):
+        for picture in pictures:
+            files.write_atomic(run.report.parent / f"{picture.name}.png", picture.png)
     return run.report
 
 
@@ -46,12 +48,6 @@ def write_page(path: Path, title: str, body: list[Html]) -> None:
     with disk_errors("report", path.parent, then=_ANEW):
         path.parent.mkdir(parents=True, exist_ok=True)
         files.write_atomic(path, theme.document(title, Html("".join(body))))
-
-
-def write_pictures(folder: Path, pictures: list[Picture]) -> None:
-    with disk_errors("report", folder, then=_ANEW):
-        for picture in pictures:
-            files.write_atomic(folder / f"{picture.name}.png", picture.png)
 
 
 def bar(contents: dict[str, str]) -> Html:

@@ -10,10 +10,11 @@ from launcher import display
 from launcher.report import figures, words
 from launcher.report.facts import Facts
 from launcher.report.figures import Estimate, crop, estimates, gap_series
-from launcher.report.markup import Child, Html, element, join, table
+from launcher.report.markup import Child, Html, badge, element, join, table
 from launcher.report.plots import Picture, picture
 from llmtrain.ledger import Event, drain_command
 from llmtrain.ranking import Entry
+from llmtrain.wording import count, name_steps
 
 _ROWS = 12
 """Of a ranking that are shown at once."""
@@ -134,10 +135,11 @@ def ranking(facts: Facts) -> tuple[Html, list[Picture]]:
         number = f"{len(others):,} more" if len(others) <= _MORE_ROWS else f"{_MORE_ROWS} of {len(others):,} more"
         rest = element("details", element("summary", number), more)
     lines = estimates(ranked, chosen)
-    pictures = [_forest(lines)] if len(lines) > 1 else []
+    alt = "Differences of held-out losses to the best checkpoint, with 95% intervals"
+    pictures = [forest(lines, alt, "held-out loss above the best, 95% interval")] if len(lines) > 1 else []
     beyond = len(ranked.entries) - len(lines)
-    off = lead(f"{words.count(beyond, 'checkpoint')} further off: in the table alone.") if pictures and beyond else None
-    notes = [notice(f"{note[:1].upper()}{note[1:]}.") for note in facts.listed.notes] if facts.is_scored else []
+    off = lead(f"{count(beyond, 'checkpoint')} further off: in the table alone.") if pictures and beyond else None
+    notes = [notice(f"{words.capital(note)}.") for note in facts.listed.notes] if facts.is_scored else []
     inside = [lead(_how_scored(facts)), [p.html for p in pictures], off, shown, rest, notes]
     return section("ranking", "Which checkpoint", *inside), pictures
 
@@ -145,7 +147,7 @@ def ranking(facts: Facts) -> tuple[Html, list[Picture]]:
 def _row(facts: Facts, chosen: int | None, place: int, entry: Entry, tasks: list[str]) -> list[Child]:
     score, train = entry.score, entry.train_loss
     marks = [
-        element("span", text, class_=f"badge {tone}".strip())
+        badge(text, tone)
         for given, text, tone in (
             (entry.step == chosen, "proposed", "best"),
             (entry.is_best, "best", "best"),
@@ -191,12 +193,13 @@ def _how_scored(facts: Facts) -> str:
     )
 
 
-def _forest(lines: list[Estimate]) -> Picture:
+def forest(lines: list[Estimate], alt: str, label: str) -> Picture:
+    """Differences with their intervals; `label`: of the axis."""
     high = 60 + 27 * len(lines)
     return picture(
         "intervals",
-        "Differences of held-out losses to the best checkpoint, with 95% intervals",
-        lambda figure, _, narrow: figures.forest(lines, "held-out loss above the best, 95% interval", figure, narrow),
+        alt,
+        lambda figure, _, narrow: figures.forest(lines, label, figure, narrow),
         (high, high),
         switchable=False,
     )
@@ -251,7 +254,7 @@ def _waits(facts: Facts) -> str:
     middle = f"{words.quantity(rates[len(rates) // 2])} tokens a second (median), evaluations and saves left out."
     if not waits:
         return middle
-    saves = words.count(len(waits), "save")
+    saves = count(len(waits), "save")
     return f"{middle} Training waited {_seconds(sum(waits))} in all for {saves}, {_seconds(max(waits))} at most."
 
 
@@ -307,7 +310,7 @@ def _event(same: list[Event]) -> Html:
     name, tone = _KINDS.get(last.kind, (last.kind, ""))
     times = f"{len(same):,} times until {words.moment(last.time, seconds_too=True)}, last: " if len(same) > 1 else ""
     numbers = sorted({e.step for e in same if e.step is not None and e.kind not in ("started", "resumed")})
-    about = f"{display.steps(numbers)}: " if numbers else ""
+    about = f"{name_steps(numbers)}: " if numbers else ""
     what = [element("span", f"{about}{times}", class_="muted"), element("bdi", last.message)]
     when = element("time", words.moment(same[0].time, seconds_too=True))
     return element("li", when, element("b", name), element("span", what, class_="what"), class_=tone or None)
@@ -322,7 +325,6 @@ def configuration(facts: Facts) -> Html:
 
 def everything(facts: Facts) -> tuple[Html, list[Picture]]:
     """All sections, and the figures in them."""
-    parts = [losses(facts), ranking(facts), gap(facts), optimisation(facts)]
-    (loss, rank, between, optim), pictures = [part for part, _ in parts], [p for _, drawn in parts for p in drawn]
-    whole = [use(facts), loss, rank, between, samples(facts), optim, timeline(facts), configuration(facts)]
-    return join(whole), pictures
+    (curves, a), (ranks, b), (between, c), (speed, d) = losses(facts), ranking(facts), gap(facts), optimisation(facts)
+    whole = [use(facts), curves, ranks, between, samples(facts), speed, timeline(facts), configuration(facts)]
+    return join(whole), [*a, *b, *c, *d]

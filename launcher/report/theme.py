@@ -73,7 +73,7 @@ bdi{unicode-bidi:isolate}
 .card{padding:16px 18px 18px;min-width:0}
 .card h3{color:var(--muted);font-weight:500;font-size:13.5px;margin-bottom:6px}
 .card .big{font-size:25px;font-weight:650;letter-spacing:-.02em;line-height:1.2;overflow-wrap:anywhere}
-.card p+p{margin-top:6px}.card .small{color:var(--muted)}
+.card p+p{margin-top:6px}.card pre{margin:4px 0 8px}.card .small{color:var(--muted)}
 .card.bad{border-color:var(--bad)}.card.bad .big{color:var(--bad)}.card.best .big{color:var(--best)}
 .card.warn .big{color:var(--warn)}
 .card ul{margin:6px 0 0;padding-left:18px;font-size:14px}.card li+li{margin-top:4px}.card li{overflow-wrap:anywhere}

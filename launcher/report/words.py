@@ -35,5 +35,6 @@ def moment(seconds: float, seconds_too: bool = False) -> str:
     return time.strftime("%d %b %H:%M:%S" if seconds_too else "%d %b %Y, %H:%M", time.localtime(seconds)).lstrip("0")
 
 
-def count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+def capital(text: str) -> str:
+    """What begins a sentence of its own."""
+    return text[:1].upper() + text[1:]

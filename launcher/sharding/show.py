@@ -26,7 +26,7 @@ _LONGEST = 4000
 
 
 @dataclass(frozen=True)
-class Shown:
+class RowDocument:
     """One document of a row."""
 
     row: int
@@ -76,7 +76,7 @@ def _describe_built(built: Built) -> Iterator[str]:
     yield f"shards     {folder.path}, {now}, fingerprint {folder.fingerprint[:12]}"
 
 
-def documents(folder: ShardFolder, split: SplitName, count: int) -> Iterator[Shown]:
+def documents(folder: ShardFolder, split: SplitName, count: int) -> Iterator[RowDocument]:
     """The first `count` documents of a split, from the shards themselves."""
     shards = folder.split(split)
     found = 0
@@ -86,7 +86,7 @@ def documents(folder: ShardFolder, split: SplitName, count: int) -> Iterator[Sho
         for length in rows.doc_lens[0].tolist():
             learned = np.ones(length, bool) if rows.loss_mask is None else rows.loss_mask[0, at : at + length] == 1
             learned[0] = False  # nothing predicts the first token
-            yield Shown(row, rows.tokens[0, at : at + length].astype(np.int64), learned)
+            yield RowDocument(row, rows.tokens[0, at : at + length].astype(np.int64), learned)
             at, found = at + length, found + 1
             if found == count:
                 return

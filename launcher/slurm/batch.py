@@ -27,6 +27,7 @@ class JobSpec:
     profile: Profile
     nodes: int = 1
     gpus_per_node: int = 0
+    """For training."""
     ranks_per_node: int = 1
     time: str = ""
     """Limit; by default the profile's."""
@@ -38,10 +39,24 @@ class JobSpec:
     """It does not train: one node, with what the profile says for such jobs."""
 
     @property
+    def partition(self) -> str | None:
+        """None for the cluster's default."""
+        return (self.side.partition if self.side is not None else None) or self.profile.partition
+
+    @property
+    def gpus(self) -> int:
+        """On each node, whatever the job does."""
+        return self.gpus_per_node if self.side is None else self.side.gpus
+
+    @property
+    def limit(self) -> str:
+        """Of its time, as it was written."""
+        return self.time or (self.side.time if self.side is not None else None) or self.profile.time
+
+    @property
     def minutes(self) -> int:
-        own = self.side.time if self.side is not None else None
-        limit = seconds(self.time or own or self.profile.time)
-        return 525_600 if limit is None else math.ceil(limit / 60)
+        limit_s = seconds(self.limit)
+        return 525_600 if limit_s is None else math.ceil(limit_s / 60)
 
 
 def parameters(spec: JobSpec) -> dict[str, Any]:
@@ -53,7 +68,7 @@ def parameters(spec: JobSpec) -> dict[str, Any]:
     profile, side = spec.profile, spec.side
     extra = {name: value or True for name, value in profile.extra.items()}  # "" is an option without a value
     further: dict[str, Any] = {"requeue" if profile.requeue else "no-requeue": True, **extra}
-    cpus, gpus = _cpus(spec), side.gpus if side is not None else spec.gpus_per_node
+    cpus = _cpus(spec)
     least = profile.nodes_at_least if side is None else None
     elastic = least is not None and least < spec.nodes
     if elastic:
@@ -64,7 +79,7 @@ def parameters(spec: JobSpec) -> dict[str, Any]:
         further |= {"mail-user": profile.mail_user, "mail-type": profile.mail_type}
     return {
         "job_name": spec.name,
-        "partition": (side.partition if side is not None else None) or profile.partition,
+        "partition": spec.partition,
         "account": profile.account,
         "qos": profile.qos,
         "constraint": profile.constraint,
@@ -73,7 +88,7 @@ def parameters(spec: JobSpec) -> dict[str, Any]:
         # With a range of nodes SLURM would take the fewest, for the one task that it counts then: srun says it.
         "ntasks_per_node": None if elastic else 1,
         "cpus_per_task": cpus,
-        "gpus_per_node": gpus or None,
+        "gpus_per_node": spec.gpus or None,
         "mem": (side.mem if side is not None else None) or profile.mem,
         "exclusive": True if profile.exclusive and side is None else None,
         "dependency": spec.after or None,

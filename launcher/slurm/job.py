@@ -4,12 +4,13 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from launcher.keeper.supervisor import Rules, say
-from launcher.slurm import client, node
+from launcher.keeper.rules import Rules
+from launcher.keeper.terminal import say
+from launcher.slurm import client, node, requeueing
 from llmtrain.errors import EXIT_REQUEUE, SlurmError, exit_with_code
 from llmtrain.rundir import RunDir
 
@@ -26,8 +27,12 @@ class TrainJob:
     ranks: int
     device: str | None
     rules: Rules
-    again: bool
-    """Whether to requeue after a stop that SLURM asked for."""
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Also of a job that an earlier version has queued: whether it may requeue stood beside the rules."""
+        if "again" in state:
+            state["rules"] = replace(state["rules"], may_requeue=state.pop("again"))
+        vars(self).update(state)
 
     def __call__(self) -> None:
         submitits: Any = signal.getsignal(signal.SIGUSR2)  # before the supervisor takes the signals
@@ -35,7 +40,7 @@ class TrainJob:
         def requeue(job_id: str) -> None:
             """submitit's own way: pickles `checkpoint()`, calls scontrol, leaves with SystemExit."""
             if not callable(submitits):  # SUBMITIT_PREEMPT_SIGNAL names another signal; the pickle is as it was
-                node.requeue_with_scontrol(job_id)
+                requeueing.requeue_with_scontrol(job_id)
                 return
             try:
                 submitits(signal.SIGUSR2, None)
@@ -45,7 +50,7 @@ class TrainJob:
                 raise SlurmError(str(error)) from error
 
         with exit_with_code():
-            _leave(node.keep_going(self.words, self.ranks, self.device, self.rules, requeue, self.again))
+            _leave(node.keep_going(self.words, self.ranks, self.device, self.rules, requeue))
 
     def checkpoint(self) -> Any:
         """The same again: what the run has reached lies in its folder."""

@@ -10,11 +10,12 @@ from launcher import display
 from launcher.findings import Finding, doubtful, fine, wrong
 from launcher.slurm.batch import JobSpec
 from launcher.slurm.partitions import Partition
+from llmtrain.wording import listed
 
 
 def check_limits(spec: JobSpec, known: dict[str, Partition]) -> list[Finding]:
     """Of several partitions that are named one that fits is enough: SLURM takes the first that is free."""
-    named = (spec.side.partition if spec.side is not None else None) or spec.profile.partition
+    named = spec.partition
     default = next((name for name, partition in known.items() if partition.is_default), None)
     too_many: list[Finding] = []
     if spec.side is None and spec.gpus_per_node > spec.profile.gpus_per_node:
@@ -36,7 +37,7 @@ def _unknown(name: str, known: dict[str, Partition], profile: str) -> Finding:
 
 
 def _listed(known: dict[str, Partition]) -> str:
-    return display.words((f"{name} (default)" if each.is_default else name for name, each in known.items()), most=20)
+    return listed((f"{name} (default)" if each.is_default else name for name, each in known.items()), most=20)
 
 
 def _check(spec: JobSpec, partition: Partition) -> list[Finding]:
@@ -60,17 +61,13 @@ def _check_state(partition: Partition) -> Finding:
             return wrong("partition", f"{partition.name} takes no jobs: its state is {state}")
 
 
-def _gpus(spec: JobSpec) -> int:
-    return spec.gpus_per_node if spec.side is None else spec.side.gpus
-
-
 def _check_nodes(spec: JobSpec, partition: Partition) -> Finding:
     most = min(partition.num_nodes, partition.max_nodes or partition.num_nodes)
     least = min(spec.nodes, spec.profile.nodes_at_least or spec.nodes)  # with fewer it can start as well
     if least > most:
         limit = "" if most == partition.num_nodes else f", of which a job may have {most}"
         return wrong("nodes", f"{spec.nodes} are asked for; {partition.name} has {partition.num_nodes}{limit}")
-    ready = partition.num_nodes_with(min(_gpus(spec), partition.gpus_per_node), up=True)
+    ready = partition.num_nodes_with(min(spec.gpus, partition.gpus_per_node), up=True)
     if least > ready:
         up = f"{ready} of {partition.num_nodes} in {partition.name} are up"
         return doubtful("nodes", f"{spec.nodes} are asked for, and {up}: the job waits for the others")
@@ -78,7 +75,7 @@ def _check_nodes(spec: JobSpec, partition: Partition) -> Finding:
 
 
 def _check_gpus(spec: JobSpec, partition: Partition) -> list[Finding]:
-    asked, most = _gpus(spec), partition.gpus_per_node
+    asked, most = spec.gpus, partition.gpus_per_node
     if asked > most:
         have = f"a node in {partition.name} has {most}" if most else f"nodes in {partition.name} have none"
         return [wrong("GPUs", f"{asked} per node are asked for; {have}")]
@@ -91,8 +88,7 @@ def _check_gpus(spec: JobSpec, partition: Partition) -> list[Finding]:
 
 
 def _check_time(spec: JobSpec, partition: Partition) -> Finding:
-    asked = spec.time or (spec.side.time if spec.side is not None else None) or spec.profile.time
-    limit_s, most_s = spec.minutes * 60, partition.limit_s
+    asked, limit_s, most_s = spec.limit, spec.minutes * 60, partition.limit_s
     most = "no limit" if most_s is None else f"{partition.name} allows {display.duration(most_s)}"
     if most_s is not None and limit_s > most_s:
         return wrong(
@@ -109,9 +105,9 @@ def _check_account(spec: JobSpec, partition: Partition) -> list[Finding]:
     if profile.account is None and not allowed:
         return []
     if profile.account is None:
-        unnamed = f"none is named, and {partition.name} is for {display.words(allowed)} alone"
+        unnamed = f"none is named, and {partition.name} is for {listed(allowed)} alone"
         return [doubtful("account", f"{unnamed}: your default account must be one of them")]
     if (allowed and profile.account not in allowed) or profile.account in denied:
-        who = f"it is for {display.words(allowed)} alone" if allowed else "it is refused there"
+        who = f"it is for {listed(allowed)} alone" if allowed else "it is refused there"
         return [wrong("account", f"{profile.account} (profile {profile.name}) may not use {partition.name}: {who}")]
     return [fine("account", profile.account)]

@@ -1,36 +1,31 @@
-"""What runs on each node of a job: a supervisor for its ranks, and the way back into the queue.
+"""What runs on each node of a job: a supervisor for its ranks.
 
-SLURM's signals (preemption, time limit, scancel) reach every node. The run saves and stops; then the first node asks
-SLURM to queue the job again, unless SLURM has done so itself, or has been told to end it.
+SLURM's signals (preemption, time limit, scancel) reach every node. The run saves and stops; then the first node sees to
+it that the job is queued again. It also counts starts that came to nothing.
 """
 
 import contextlib
 import json
 import os
-import shutil
-import signal
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 from launcher.jobs import JobDir
 from launcher.keeper.meeting import FirstNodeGone, Meeting
-from launcher.keeper.supervisor import Rules, Supervisor, say
+from launcher.keeper.rules import Rules
+from launcher.keeper.stopping import asks_to_stop
+from launcher.keeper.supervisor import Supervisor
+from launcher.keeper.terminal import say
 from launcher.keeper.torchrun import Start
 from launcher.slurm import client
+from launcher.slurm.requeueing import Requeue, avoid, come_back, ignore_signals
 from llmtrain import files
 from llmtrain.batches import nodes_that_train
 from llmtrain.config import load_config
 from llmtrain.config.load import split_settings
 from llmtrain.errors import EXIT_REQUEUE, ConfigError, SlurmError, is_for_a_person
 from llmtrain.rundir import RunDir
-
-Requeue = Callable[[str], None]
-_ASK_EVERY_S = 15.0
-_ASK_FOR_S = 900.0
-"""A controller that is being restarted, or that another one takes over from."""
-_DEATH = (signal.SIGTERM, signal.SIGINT)
 
 
 @dataclass(frozen=True)
@@ -61,8 +56,8 @@ def this_node() -> Node:
         raise ConfigError([f"{missing} is not set: this belongs into a SLURM job, behind srun"]) from None
 
 
-def keep_going(words: list[str], ranks: int, device: str | None, rules: Rules, requeue: Requeue, again: bool) -> int:
-    """Train on this node until the job's part is over; returns the exit code. `again`: requeue after a stop."""
+def keep_going(words: list[str], ranks: int, device: str | None, rules: Rules, requeue: Requeue) -> int:
+    """Train on this node until the job's part is over; returns the exit code."""
     node = this_node()
     config, _ = load_config(*split_settings(words))
     run = RunDir(config.run.folder)
@@ -75,7 +70,7 @@ def keep_going(words: list[str], ranks: int, device: str | None, rules: Rules, r
         if node.number >= used:
             return _sit_out(meeting, node)
         start = Start(words, ranks, device, node.number, used)
-        return _train(start, rules, requeue, again, node, run, jobs, meeting)
+        return _train(start, rules, requeue, node, run, jobs, meeting)
     except FirstNodeGone as error:  # what went wrong stands in that node's output
         say(str(error))
         return 1
@@ -91,99 +86,37 @@ def _sit_out(meeting: Meeting, node: Node) -> int:
         f"the ranks of {node.num_nodes} nodes do not divide train.global_batch_size: {meeting.num_nodes} train, this "
         f"one (node {node.number}) waits"
     )
-    _ignore_signals()
+    ignore_signals()
     meeting.wait_for_first("over", 0)
     return 0
 
 
 def _train(
-    start: Start, rules: Rules, requeue: Requeue, again: bool, node: Node, run: RunDir, jobs: JobDir, meeting: Meeting
+    start: Start, rules: Rules, requeue: Requeue, node: Node, run: RunDir, jobs: JobDir, meeting: Meeting
 ) -> int:
-    rules = replace(rules, ends_at=_ends_at(node), may_requeue=again)
+    rules = replace(rules, ends_at=_ends_at(node))
     since = _begin(jobs, run, node, meeting, rules.max_restarts)
     if since is None:
         return 1
     supervisor = Supervisor(start, run, rules, meeting, jobs.start(node.job_id, node.restart) / "ranks", jobs.stop)
     code = supervisor.supervise(since if node.restart else None)
-    stopped = supervisor.stopped_by is not None or code == EXIT_REQUEUE  # the time limit is the first node's to know
-    asked = supervisor.stopped_by == "llmtrain stop" or jobs.stop.exists()
+    reason = supervisor.stopper.reason
+    stopped = reason is not None or code == EXIT_REQUEUE  # the time limit is the first node's to know
+    asked = reason == "llmtrain stop" or asks_to_stop(jobs.stop)
     # At its limit a job has had all its time, and a GPU that fails may fail again: what `_begin` wrote stands, and
     # counts without a new checkpoint.
-    counts = supervisor.met_limit or supervisor.lost_gpus_on
+    counts = supervisor.stopper.met_limit or supervisor.lost_gpus_on
     if node.number == 0 and (code == 0 or asked or not counts):
         _note(jobs, run, node, since, clean=stopped or code == 0, asked=asked)
-    if asked or not again or not stopped or code == 0 or is_for_a_person(code):
+    if asked or not rules.may_requeue or not stopped or code == 0 or is_for_a_person(code):
         return code
     if node.number > 0:
         return 0  # some clusters end a job when one of its tasks ends badly: the first node has work to do
     meeting.beat(last=True)  # SLURM may be silent for long
     come_back(node.job_id, requeue)
     if supervisor.lost_gpus_on:
-        _avoid(supervisor.lost_gpus_on, node.job_id)
+        avoid(supervisor.lost_gpus_on, node.job_id)
     return EXIT_REQUEUE
-
-
-def _avoid(nodes: list[str], job_id: str) -> None:
-    """Keep a job that was just queued again off these nodes: it would find them first, idle as they are now."""
-    try:
-        excluded = client.describe(job_id).get("ExcNodeList", "(null)")
-        listed = ",".join(nodes if excluded == "(null)" else [excluded, *nodes])
-        client.call(["scontrol", "update", f"JobId={job_id}", f"ExcNodeList={listed}"])
-        say(f"it keeps off {', '.join(nodes)}; once the GPU works again: scontrol update JobId={job_id} ExcNodeList=")
-    except SlurmError as error:
-        say(f"it may start on {', '.join(nodes)} again: {error}")
-
-
-def _ignore_signals() -> None:
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
-
-
-def come_back(job_id: str, requeue: Requeue) -> None:
-    """Have SLURM queue this job again, unless it has done so, or has been told to end it.
-
-    A controller that does not answer is asked again for a while: the run is saved, and would wait for a person.
-
-    Raises:
-        SlurmError: it refuses, or stays silent.
-    """
-    _ignore_signals()  # the wave of them that ends the job must not end the command that queues it again
-    signal.pthread_sigmask(signal.SIG_BLOCK, _DEATH)  # what is blocked is kept for `_pause`, though it is ignored
-    deadline, pause_s = time.monotonic() + _ASK_FOR_S, 0.0
-    while True:
-        try:
-            if not _is_ours_to_requeue(job_id):
-                return
-            requeue(job_id)
-            break
-        except (SlurmError, OSError, RuntimeError) as error:
-            if time.monotonic() > deadline or shutil.which("scontrol") is None:
-                raise
-            if not pause_s:
-                say(f"not queued again: {error}; asking for it for {_ASK_FOR_S / 60:.0f} minutes")
-            # It may have been accepted all the same, or SLURM was faster: the queue tells, at once.
-            requeue = requeue_with_scontrol
-            if not _pause(pause_s):
-                deadline = 0.0  # once more, and no longer
-            pause_s = _ASK_EVERY_S
-    say(f"job {job_id} is queued again, and goes on from the newest checkpoint")
-
-
-def _is_ours_to_requeue(job_id: str) -> bool:
-    """Whether SLURM still takes the job for a running one: else it is queued again already, or was cancelled."""
-    state = client.describe(job_id).get("JobState", "")
-    if state != "RUNNING":
-        say(f"job {job_id} is {state}: nothing to ask for")
-    return state == "RUNNING"
-
-
-def _pause(seconds: float) -> bool:
-    """False where a signal has come that ends this process soon."""
-    return signal.sigtimedwait(_DEATH, seconds) is None
-
-
-def requeue_with_scontrol(job_id: str) -> None:
-    client.call(["scontrol", "requeue", job_id])
 
 
 def _ends_at(node: Node) -> float | None:

@@ -2,10 +2,10 @@
 
 import re
 
-from launcher.display import words
 from launcher.findings import Finding, doubtful
 from launcher.slurm import client
 from llmtrain.errors import ConfigError, SlurmError
+from llmtrain.wording import listed
 
 _JOB = r"\d+(?:_(?:\d+|\*))?"
 _NUMBERS = re.compile(rf"{_JOB}(?:[,:]{_JOB})*")
@@ -44,5 +44,5 @@ def check_known(dependency: str) -> list[Finding]:
     unknown = [number for number in numbers if number not in known]
     if not unknown:
         return []
-    jobs = f"job {unknown[0]}" if len(unknown) == 1 else f"jobs {words(unknown)}"
+    jobs = f"job {unknown[0]}" if len(unknown) == 1 else f"jobs {listed(unknown)}"
     return [doubtful("--after", f"SLURM does not know {jobs}, and does not wait for it: is the number right?")]

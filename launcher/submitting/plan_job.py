@@ -1,33 +1,26 @@
 """What the command line of `llmtrain plan` means: this machine, nodes of some kind, or a job on a cluster."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from launcher import display
+from launcher.keeper.rules import Rules
 from launcher.planning.plan import GB, Machine, find_machine, num_ranks
+from launcher.submitting.order import Order, order_of
 from launcher.walltime import seconds
 from llmtrain.errors import ConfigError
-
-if TYPE_CHECKING:
-    from launcher.submitting.submit import Order
-
-_SIGNAL_S = 120.0
-"""Where no profile tells how long before its limit a job saves."""
 
 
 @dataclass(frozen=True)
 class Wishes:
     """As given on the command line; None: not given."""
 
-    gpus: int | None = None
-    nodes: int | None = None
-    gpus_per_node: int | None = None
-    ranks_per_node: int | None = None
-    cluster: Path | None = None
-    time: str | None = None
+    gpus: int | None
+    nodes: int | None
+    gpus_per_node: int | None
+    ranks_per_node: int | None
+    cluster: Path | None
+    time: str | None
 
 
 def find_job(wishes: Wishes) -> Order | None:
@@ -49,11 +42,7 @@ def find_job(wishes: Wishes) -> Order | None:
         raise ConfigError(problems)
     if wishes.cluster is None:
         return None
-    from launcher.submitting import command
-
-    return command.order_of(
-        wishes.cluster, wishes.nodes or 1, wishes.gpus_per_node, wishes.ranks_per_node, wishes.time or ""
-    )
+    return order_of(wishes.cluster, wishes.nodes or 1, wishes.gpus_per_node, wishes.ranks_per_node, wishes.time or "")
 
 
 def machine_for(wishes: Wishes, job: Order | None, gpu_memory_gb: float | None, device: str) -> Machine:
@@ -88,12 +77,5 @@ def train_seconds(wishes: Wishes, job: Order | None) -> float | None:
     """How long one job trains until it has to save; None without a limit."""
     time = wishes.time or (job.profile.time if job is not None else None)
     limit_s = None if time is None else seconds(time)
-    lead_s = _SIGNAL_S if job is None else job.profile.signal_s
+    lead_s = Rules.lead_s if job is None else job.profile.signal_s
     return None if limit_s is None else max(1.0, limit_s - lead_s)
-
-
-def script_for(words: list[str], job: Order) -> str:
-    """The batch script that `llmtrain submit` would queue."""
-    from launcher.submitting import submit
-
-    return submit.preview(words, job, sweep=[])

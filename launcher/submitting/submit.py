@@ -15,11 +15,11 @@ from rich.console import Console
 from launcher.cluster import Profile
 from launcher.findings import settle
 from launcher.jobs import JobDir, JobRecord, Kind
-from launcher.keeper.supervisor import Rules
 from launcher.slurm import batch, client
 from launcher.slurm.batch import JobSpec
 from launcher.slurm.job import CommandJob, ServiceJob, TrainJob
 from launcher.submitting import dependencies
+from launcher.submitting.order import Order
 from launcher.submitting.variables import forget_overrides
 from llmtrain import files
 from llmtrain.config import RunConfig, load_to_start, resolved_yaml
@@ -33,75 +33,16 @@ _LONGEST_NAME = 100
 
 
 @dataclass(frozen=True)
-class Order:
-    """What a training job is to have, and how it is kept going; the same for all runs of a sweep."""
-
-    profile: Profile
-    nodes: int = 1
-    gpus_per_node: int = 0
-    ranks_per_node: int = 1
-    time: str = ""
-    """Limit; empty: the profile's."""
-    after: str = ""
-    """Dependency, as sbatch takes it."""
-    at_once: int | None = None
-    """How many runs of a sweep may train at the same time; None: all that SLURM has room for."""
-    max_restarts: int = Rules.max_restarts
-    hang_s: float = Rules.hang_s
-    profile_file: Path | None = None
-    """Where the profile stands; None where it is from no file."""
-
-    @property
-    def rules(self) -> Rules:
-        return Rules(self.max_restarts, self.hang_s, lead_s=self.profile.signal_s)
-
-    def device(self, config: RunConfig) -> str | None:
-        """For the ranks: where GPUs are asked for, training must not go on in silence on a CPU."""
-        return "cuda" if self.gpus_per_node and config.train.device == "auto" else None
-
-    def spec(self, name: str, folder: Path) -> JobSpec:
-        """The training job, as sbatch is told of it."""
-        return JobSpec(
-            name=name,
-            folder=folder,
-            profile=self.profile,
-            nodes=self.nodes,
-            gpus_per_node=self.gpus_per_node,
-            ranks_per_node=self.ranks_per_node,
-            time=self.time,
-            after=self.after,
-            at_once=self.at_once,
-        )
-
-    def options(self) -> list[str]:
-        """Of `llmtrain submit`, with which one run is asked for in the same way; `after` is over by then."""
-        each = ["--gpus-per-node", str(self.gpus_per_node)]
-        if not self.gpus_per_node:
-            each = ["--ranks-per-node", str(self.ranks_per_node)]
-        words = [] if self.profile_file is None else ["--cluster", str(self.profile_file.absolute())]
-        words += ["--nodes", str(self.nodes), *each, *(["--time", self.time] if self.time else [])]
-        if self.max_restarts != Rules.max_restarts:
-            words += ["--max-restarts", str(self.max_restarts)]
-        return [*words, *(["--hang-after", f"{self.hang_s:g}"] if self.hang_s != Rules.hang_s else [])]
-
-    def on_node(self, words: Sequence[str], config: RunConfig) -> list[str]:
-        """What trains on each node where there is no submitit: the words behind `python -m launcher`."""
-        device = self.device(config)
-        return [
-            "node", "--ranks", str(self.ranks_per_node), *(["--device", device] if device else []),
-            "--max-restarts", str(self.max_restarts), "--hang-after", f"{self.hang_s:g}",
-            "--lead", str(self.profile.signal_s), *([] if self.profile.requeue else ["--no-requeue"]), *words,
-        ]  # fmt: skip
-
-
-@dataclass(frozen=True)
 class PlannedRun:
-    """One run to be submitted: its folder, and what `python -m llmtrain` is given."""
+    """One run to be submitted."""
 
-    run: RunDir
     config: RunConfig
     settings: tuple[str, ...] = ()
     """Over the configuration that all runs of a sweep share."""
+
+    @property
+    def run(self) -> RunDir:
+        return RunDir(self.config.run.folder)
 
 
 def plan_runs(words: Sequence[str], sweep: Sequence[str]) -> list[PlannedRun]:
@@ -113,7 +54,7 @@ def plan_runs(words: Sequence[str], sweep: Sequence[str]) -> list[PlannedRun]:
     file, overrides = split_settings(list(words))
     config, _ = load_to_start(file, overrides)
     if not sweep:
-        return [PlannedRun(RunDir(config.run.folder), config)]
+        return [PlannedRun(config)]
     if config.hub.repo is not None:
         raise ConfigError(
             [
@@ -122,12 +63,11 @@ def plan_runs(words: Sequence[str], sweep: Sequence[str]) -> list[PlannedRun]:
             ]
         )
     runs: list[PlannedRun] = []
-    folder = config.run.folder
     for number, chosen in enumerate(itertools.product(*(_values(setting) for setting in sweep))):
         name = "-".join([f"{number:02d}", *(_short(setting) for setting in chosen)])[:_LONGEST_NAME]
-        settings = (*chosen, f"run.dir={folder}", f"run.name={name}")
+        settings = (*chosen, f"run.dir={config.run.folder}", f"run.name={name}")
         each, _ = load_to_start(file, [*overrides, *settings])
-        runs.append(PlannedRun(RunDir(folder / name), each, settings))
+        runs.append(PlannedRun(each, settings))
     return runs
 
 
@@ -146,18 +86,19 @@ def _values(setting: str) -> list[str]:
     return [f"{name}={value}" for value in found]
 
 
-def preview(words: Sequence[str], order: Order, sweep: Sequence[str], plain: bool = False) -> str:
+def preview(words: Sequence[str], order: Order, sweep: Sequence[str], plain: bool) -> str:
     """The script that would be submitted. Needs neither SLURM nor the cluster's file systems, and writes nothing.
 
     `plain`: one for sbatch itself, which names the configuration as it was given.
     """
     runs = plan_runs(words, sweep)
-    spec = order.spec(_name(runs), _folder(runs))
+    shared, _ = load_to_start(*split_settings(list(words)))
+    spec = _spec(order, shared)
     if not plain:
         return batch.render(spec, count=len(runs))
     if sweep:
         raise ConfigError(["--plain is for one run: a sweep needs 'llmtrain submit'"])
-    return batch.render_plain(spec, order.on_node(words, runs[0].config))
+    return batch.render_plain(spec, order.on_node(words, shared))
 
 
 def submit(
@@ -174,26 +115,23 @@ def submit(
     if with_service:
         words = [*words, "service.start=manual"]
     runs = plan_runs(words, sweep)
-    folder = _folder(runs)
+    shared, origins = load_to_start(*split_settings(list(words)))
+    spec = _spec(order, shared)
     for planned in runs:
         refuse_if_queued(planned.run)
-    shared, origins = load_to_start(*split_settings(list(words)))
-    frozen = folder / "config.yaml"
-    spec = order.spec(_name(runs), folder)
     script = batch.render(spec, count=len(runs))
     forget_overrides(batch.parameters(spec))  # the checks ask sbatch too
     found = preflight.check([planned.config for planned in runs], origins, spec, script)
     found += dependencies.check_known(spec.after)
     if with_service:
-        service = _service_spec(order, runs[0].run, folder)
+        service = _service_spec(order, runs[0].run, spec.folder)
         found += preflight.check_side("service", service, batch.render(service))
     settle(found, console)
-    folder.mkdir(parents=True)
+    spec.folder.mkdir(parents=True)
+    frozen = spec.folder / "config.yaml"
     files.write_atomic(frozen, resolved_yaml(shared))  # what is queued does not change when the file is edited
-    device, again = order.device(shared), order.profile.requeue
-    jobs = [
-        TrainJob([str(frozen), *planned.settings], order.ranks_per_node, device, order.rules, again) for planned in runs
-    ]
+    device = order.device(shared)
+    jobs = [TrainJob([str(frozen), *planned.settings], order.ranks_per_node, device, order.rules) for planned in runs]
     records: list[JobRecord] = []
     options = [*order.options(), *(["--service-job"] if with_service else [])]
     # All of them before anything else can fail: a job that is queued and not written down, nobody shows or stops.
@@ -297,17 +235,10 @@ def refuse_if_queued(run: RunDir) -> None:
         )
 
 
-def _name(runs: Sequence[PlannedRun]) -> str:
-    run = runs[0].run.path
-    return run.name if len(runs) == 1 and not runs[0].settings else run.parent.name
-
-
-def _folder(runs: Sequence[PlannedRun]) -> Path:
-    """For the script and the output; a sweep's runs share one."""
-    run = runs[0].run
-    if not runs[0].settings:
-        return _fresh(JobDir.of(run))
-    return _fresh(JobDir.of(RunDir(run.path.parent)))
+def _spec(order: Order, shared: RunConfig) -> JobSpec:
+    """The training job; the runs of a sweep share one, an array, and a folder for its script and its output."""
+    run = RunDir(shared.run.folder)
+    return order.spec(run.path.name, _fresh(JobDir.of(run)))
 
 
 def _fresh(jobs: JobDir) -> Path:

@@ -5,19 +5,18 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from launcher.choosing import listing
-from launcher.display import words
 from launcher.jobs import JobDir
+from launcher.runs import open_run
 from launcher.watching import queue_view
 from launcher.watching.status import read_status
 from llmtrain import log
 from llmtrain.errors import RunFolderError
 from llmtrain.rundir import RunDir
+from llmtrain.wording import listed
 
 _POLL_S = 0.5
 _LOOK_S = 2.0
@@ -59,7 +58,7 @@ def show_logs(path: Path, wanted: Wanted, follow: bool, lines: int | None) -> No
             file.seek(0 if lines is None else start_of_last(file, lines))
             _pass_on(file)
             if follow:
-                _follow(file, source, old_ends, lambda: find(run, wanted), lambda: _is_over(run), lambda: _is_gone(run))
+                _follow(run, wanted, file, source, old_ends)
     except KeyboardInterrupt:
         return
     except BrokenPipeError:  # `llmtrain logs RUN | head` has seen enough
@@ -69,7 +68,7 @@ def show_logs(path: Path, wanted: Wanted, follow: bool, lines: int | None) -> No
 def open_submitted(path: Path) -> RunDir:
     """A run that is there, is on its way, or had a job submitted. Raises RunFolderError where there is none."""
     run = RunDir(path)
-    return run if run.log.exists() or queue_view.is_known(run) else listing.open_run(path)
+    return run if run.log.exists() or queue_view.is_known(run) else open_run(path)
 
 
 def find(run: RunDir, wanted: Wanted) -> Path:
@@ -112,7 +111,7 @@ def _of_node(run: RunDir, node: int) -> Path:
     if not outputs:
         why = _waiting(run) or ": only jobs that were submitted have output by node; leave out --node"
         raise RunFolderError(f"{run.path}: no node of it has said anything yet{why}")
-    there = words(sorted({number for path in outputs if (number := _node(path)) is not None}))
+    there = listed(sorted({number for path in outputs if (number := _node(path)) is not None}))
     raise RunFolderError(f"{run.path}: no output of node {node}; there is that of node {there} in {outputs[-1].parent}")
 
 
@@ -157,7 +156,8 @@ def _of_rank(run: RunDir, rank: int) -> Path:
             f"{run.path}: no rank has a file of its own; runs of several ranks that `llmtrain run` or "
             "`llmtrain submit` started have: leave out --rank"
         )
-    raise RunFolderError(f"{run.path}: no output of rank {rank}; {starts[-1]} has that of rank {words(sorted(newest))}")
+    there = listed(sorted(newest))
+    raise RunFolderError(f"{run.path}: no output of rank {rank}; {starts[-1]} has that of rank {there}")
 
 
 def _rank_folders(run: RunDir) -> list[Path]:
@@ -224,14 +224,7 @@ def _shown(line: str) -> str:
     return log.printable(line.rstrip("\r").rpartition("\r")[2].replace("\t", "    "))
 
 
-def _follow(
-    file: BinaryIO,
-    source: Path,
-    old_ends: dict[Path, int],
-    newest: Callable[[], Path],
-    is_over: Callable[[], bool],
-    is_gone: Callable[[], bool],
-) -> None:
+def _follow(run: RunDir, wanted: Wanted, file: BinaryIO, source: Path, old_ends: dict[Path, int]) -> None:
     """As `tail -F`: goes on in the file of a newer start, and from the beginning in one that was cut off.
 
     Args:
@@ -246,14 +239,14 @@ def _follow(
                 file.seek(0)
                 continue
             if time.monotonic() >= next_look:
-                over = is_over()
+                over = _is_over(run)
                 next_look = time.monotonic() + _LOOK_S
                 there = source
                 with contextlib.suppress(RunFolderError):  # it was moved away
-                    there = newest()
+                    there = find(run, wanted)
                 if not there.exists():
                     gone_since = gone_since or time.monotonic()
-                    if over or (time.monotonic() - gone_since >= _GONE_S and is_gone()):
+                    if over or (time.monotonic() - gone_since >= _GONE_S and _is_gone(run)):
                         print(f"{source} is gone", file=sys.stderr, flush=True)
                         return
                     continue

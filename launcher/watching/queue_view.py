@@ -12,6 +12,7 @@ from pathlib import Path
 from launcher.display import duration, one_line, when
 from launcher.jobs import JobDir, JobRecord, Kind, job_dirs, kept_going
 from launcher.keeper.meeting import Meeting
+from launcher.runs import find_runs, runs_below
 from launcher.slurm import client
 from launcher.slurm.client import NEVER_STARTS, NO_OUTPUT, Queued
 from llmtrain.errors import EXIT_REQUEUE, RunFolderError, SlurmError
@@ -88,18 +89,31 @@ class Queue:
         return self.jobs.get(run.path.absolute(), [])
 
 
-def known_below(folder: Path) -> list[RunDir]:
+def find_submitted(paths: Sequence[Path]) -> list[RunDir]:
+    """As `find_runs`, with those that have jobs in the queue, or are being started here, and no folder yet.
+
+    Raises:
+        RunFolderError: there is no run in one of these places, and none is on its way there.
+    """
+    found: dict[Path, RunDir] = {}
+    for path in paths or [Path("runs")]:
+        runs = [RunDir(path)] if is_known(RunDir(path)) else _known_below(path)
+        if not runs or runs_below(path):
+            runs += find_runs([path] if paths else [])
+        for run in sorted(runs, key=lambda run: run.path):
+            found.setdefault(run.path.resolve(), run)
+    return list(found.values())
+
+
+def _known_below(folder: Path) -> list[RunDir]:
     """Runs in a folder of runs that `is_known` is true of."""
     return [RunDir(jobs.path.parent.parent / jobs.name) for jobs in (*job_dirs(folder), *kept_going(folder))]
 
 
 def is_known(run: RunDir) -> bool:
     """Whether a job was submitted for it, or `llmtrain run` keeps it going; it may have no folder of its own yet."""
-    return was_submitted(run) or JobDir.of(run).is_kept_going()
-
-
-def was_submitted(run: RunDir) -> bool:
-    return JobDir.of(run).ledger.is_file()
+    jobs = JobDir.of(run)
+    return jobs.ledger.is_file() or jobs.is_kept_going()
 
 
 def read_queue(runs: Iterable[RunDir]) -> Queue:
@@ -115,10 +129,10 @@ def read_queue(runs: Iterable[RunDir]) -> Queue:
     answers, problem = _ask_about(record.job_id for found in records.values() for record in found)
     jobs: dict[Path, list[Job]] = {}
     for path, found in records.items():
-        jobs[path] = [_job(record, answers.get(record.job_id)) for record in found]
+        run, seen = RunDir(path), [_job(record, answers.get(record.job_id)) for record in found]
         if problem is None:
-            jobs[path] = [_remembered(RunDir(path), job) if job.state is None else job for job in jobs[path]]
-        jobs[path] = [replace(job, was_asked=_was_asked(RunDir(path), job)) for job in jobs[path]]
+            seen = [_remembered(run, job) if job.state is None else job for job in seen]
+        jobs[path] = [replace(job, was_asked=_was_asked(run, job)) for job in seen]
     return Queue(_with_blockers(jobs), problem, damaged)
 
 
@@ -207,9 +221,8 @@ def _ask_about(job_ids: Iterable[str]) -> tuple[Mapping[str, Queued], str | None
 
 
 @functools.lru_cache(maxsize=2)
-def _ask(ids: tuple[str, ...], moment: int) -> tuple[dict[str, Queued], str | None]:
-    """Cached for `_KEPT_S`: `moment` is the time in that unit, and part of the cache's key."""
-    del moment
+def _ask(ids: tuple[str, ...], _moment: int) -> tuple[dict[str, Queued], str | None]:
+    """Cached for `_KEPT_S`: `_moment` is the time in that unit, and part of the cache's key."""
     try:
         return client.queue(ids), None
     except SlurmError as error:

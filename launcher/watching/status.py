@@ -6,12 +6,10 @@
 import math
 import os
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from launcher.choosing import listing
 from launcher.jobs import JobDir
 from launcher.watching import again, queue_view
 from launcher.watching.endings import is_complete, last_failure, lost_steps, missing_save
@@ -19,10 +17,11 @@ from launcher.watching.queue_view import Job, Queue
 from llmtrain import choose, early_stop, jsonl, ledger, locks, manifest, ranking
 from llmtrain.batches import ANY_ROWS, plan_batches
 from llmtrain.config import RunConfig
-from llmtrain.config.load import Origins
-from llmtrain.errors import RunFolderError, UserError
+from llmtrain.config.load import Origins, load_written
+from llmtrain.errors import UserError
 from llmtrain.ranking import Ranking
 from llmtrain.rundir import RunDir
+from llmtrain.wording import name_steps
 
 _RECENT_S = 60.0
 """A process on another machine, whose lock may be invisible here, counts as running so long after its last write."""
@@ -71,7 +70,7 @@ class Checkpoints:
 
 
 @dataclass(frozen=True)
-class Service:
+class ServiceStatus:
     wanted: bool
     """service.start is not never."""
     at_work: bool
@@ -96,7 +95,7 @@ class RunStatus:
     time: float
     training: TrainingStatus
     checkpoints: Checkpoints
-    service: Service
+    service: ServiceStatus
     hub: Hub | None
     """None where nothing is uploaded."""
     jobs: list[Job]
@@ -108,40 +107,16 @@ class RunStatus:
     again: str | None = None
     """What goes on with a run that has stopped, to be pasted; None where it goes on by itself, or has ended."""
 
-
-def find_submitted(paths: Sequence[Path]) -> list[RunDir]:
-    """As `find_runs`, with those that have jobs in the queue, or are being started here, and no folder yet.
-
-    Raises:
-        RunFolderError: there is no run in one of these places, and none is on its way there.
-    """
-    found: dict[Path, RunDir] = {}
-    for path in paths or [Path("runs")]:
-        runs = [RunDir(path)] if queue_view.is_known(RunDir(path)) else queue_view.known_below(path)
-        if not runs or listing.runs_below(path):
-            runs += find_runs([path] if paths else [])
-        for run in sorted(runs, key=lambda run: run.path):
-            found.setdefault(run.path.resolve(), run)
-    return list(found.values())
+    @property
+    def waits(self) -> list[str]:
+        """What the checkpoint service has still to do, for people."""
+        waits = [f"{name_steps(self.checkpoints.not_scored)} not scored"] if self.checkpoints.not_scored else []
+        if self.hub is not None and self.hub.waiting:
+            waits.append(f"{name_steps(self.hub.waiting)} not uploaded")
+        return waits
 
 
-def find_runs(paths: Sequence[Path]) -> list[RunDir]:
-    """The runs that are named, and those in the folders of runs that are named; without any, those in ./runs.
-
-    Raises:
-        RunFolderError: there is no run in one of these places.
-    """
-    found: dict[Path, RunDir] = {}
-    for path in paths or [Path("runs")]:
-        below = [RunDir(path)] if listing.is_run(path) else listing.runs_below(path)
-        if not below and not paths:
-            raise RunFolderError("./runs: no run below it; name the run, or the folder that holds your runs")
-        for run in below or [listing.open_run(path)]:
-            found.setdefault(run.path.resolve(), run)
-    return list(found.values())
-
-
-def read_status_or_why(run: RunDir, queue: Queue | None = None) -> RunStatus:
+def read_status_or_why(run: RunDir, queue: Queue) -> RunStatus:
     """As `read_status`; of a run whose files cannot be read, the reason: it hides no other run."""
     try:
         return read_status(run, queue)
@@ -152,23 +127,22 @@ def read_status_or_why(run: RunDir, queue: Queue | None = None) -> RunStatus:
             time=time.time(),
             training=TrainingStatus(state="unreadable"),
             checkpoints=Checkpoints(last=None, on_disk=[], best=None, proposed=None, quarantined=[], not_scored=[]),
-            service=Service(wanted=False, at_work=False, status=None),
+            service=ServiceStatus(wanted=False, at_work=False, status=None),
             hub=None,
-            jobs=[] if queue is None else queue.of(run),
-            slurm=None if queue is None else queue.problem,
+            jobs=queue.of(run),
+            slurm=queue.problem,
             problems=[why],
         )
 
 
-def read_status(run: RunDir, queue: Queue | None = None) -> RunStatus:
+def read_status(run: RunDir, queue: Queue) -> RunStatus:
     """Reads small files and the ends of the large ones; hashes nothing, starts no process."""
-    problems: list[str] = []
-    if queue is not None and (damaged := queue.damaged.get(run.path.absolute())) is not None:
-        problems.append(damaged)
+    jobs, damaged = queue.of(run), queue.damaged.get(run.path.absolute())
+    problems = [] if damaged is None else [damaged]
     config: RunConfig | None = None
-    jobs = [] if queue is None else queue.of(run)
+    is_to_come = not run.config.exists() and (jobs or JobDir.of(run).is_kept_going())
     try:
-        config = listing.config_of(run) if run.config.exists() or not (jobs or JobDir.of(run).is_kept_going()) else None
+        config = None if is_to_come else load_written(run.config)
     except UserError as error:
         problems.append(str(error))
     checkpoints = read_checkpoints(run)
@@ -178,8 +152,8 @@ def read_status(run: RunDir, queue: Queue | None = None) -> RunStatus:
     if service.status is not None and service.status.problem is not None:
         problems.append(service.status.problem)
     if checkpoints.quarantined:
-        found = ", ".join(map(str, checkpoints.quarantined))
-        problems.append(f"in quarantine, because a file did not match its hash: step {found}")
+        found = name_steps(checkpoints.quarantined)
+        problems.append(f"in quarantine, because a file did not match its hash: {found}")
     training = read_training(run, config, elsewhere)
     has_stopped = training.state == "stopped" and not _may_come_back(training, jobs, elsewhere)
     failure = queue_view.failure(run, jobs) if training.state in ("stopped", "not started") else None
@@ -189,8 +163,8 @@ def read_status(run: RunDir, queue: Queue | None = None) -> RunStatus:
         problems.append(said)
     elif training.state == "stopped" and failure is None and training.step >= (training.total_steps or math.inf):
         problems.append(missing_save(run))
-    elif has_stopped:
-        problems += [lost] if (lost := lost_steps(run)) is not None else []
+    elif has_stopped and (lost := lost_steps(run)) is not None:
+        problems.append(lost)
     return RunStatus(
         path=run.path,
         time=time.time(),
@@ -199,13 +173,13 @@ def read_status(run: RunDir, queue: Queue | None = None) -> RunStatus:
         service=service,
         hub=_read_hub(run, config, checkpoints.on_disk),
         jobs=jobs,
-        slurm=None if queue is None or not jobs else queue.problem,
+        slurm=queue.problem if jobs else None,
         problems=problems,
-        again=again.command(run, config) if has_stopped else None,
+        again=again.command(run, config) if has_stopped and damaged is None else None,
     )
 
 
-def read_training(run: RunDir, config: RunConfig | None, elsewhere: bool = True) -> TrainingStatus:
+def read_training(run: RunDir, config: RunConfig | None, elsewhere: bool) -> TrainingStatus:
     """`elsewhere`: whether it may be running on another machine."""
     last, evaluation = jsonl.last_record(run.metrics), jsonl.last_record(run.heldout)
     step = 0 if last is None else int(last["step"])
@@ -306,8 +280,8 @@ def _ranking(run: RunDir) -> tuple[Ranking | None, choose.Choice | None]:
     """And the proposed one. Kept while nothing that it depends on has changed: --watch asks every two seconds."""
     stamp = _stamp(run)
     if run not in _rankings or _rankings[run][0] != stamp:
-        ranked, losses, here = ranking.rank(run), ledger.heldout_losses(run), manifest.identities(run)
-        _rankings[run] = stamp, ranked, choose.propose(ranked, {step: losses[step] for step in here if step in losses})
+        ranked = ranking.rank(run)
+        _rankings[run] = stamp, ranked, choose.propose(ranked, choose.losses_at_save(run))
     return _rankings[run][1:]
 
 
@@ -316,7 +290,7 @@ def _stamp(run: RunDir) -> tuple[object, ...]:
     return (*((info.st_mtime_ns, info.st_size) for info in ledgers), *sorted(manifest.identities(run).items()))
 
 
-def _read_service(run: RunDir, config: RunConfig | None, may_be_elsewhere: bool) -> Service:
+def _read_service(run: RunDir, config: RunConfig | None, may_be_elsewhere: bool) -> ServiceStatus:
     status = ledger.status(run)
     said_by = None if status is None else locks.name(status.pid, status.host)
     elsewhere = may_be_elsewhere and status is not None and _is_at_work_elsewhere(said_by, status.time)
@@ -324,7 +298,7 @@ def _read_service(run: RunDir, config: RunConfig | None, may_be_elsewhere: bool)
     if served and locks.holder(run.service_lock_file) != said_by:
         status = None  # of the one before
     wanted = config is None or config.service.start != "never"
-    return Service(wanted=wanted, at_work=served or elsewhere, status=status)
+    return ServiceStatus(wanted=wanted, at_work=served or elsewhere, status=status)
 
 
 def _read_hub(run: RunDir, config: RunConfig | None, on_disk: list[int]) -> Hub | None:

@@ -11,11 +11,12 @@ from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.text import Text
 
-from launcher.display import Column, duration, figure, fitted, named, one_line, steps, unfolded, when, words
+from launcher.display import Column, duration, figure, fitted, named, one_line, unfolded, when
 from launcher.watching import queue_view
-from launcher.watching.queue_view import read_queue
-from launcher.watching.status import Hub, RunStatus, Service, TrainingStatus, find_submitted, read_status_or_why
+from launcher.watching.queue_view import find_submitted, read_queue
+from launcher.watching.status import Hub, RunStatus, ServiceStatus, TrainingStatus, read_status_or_why
 from llmtrain import ledger, locks
+from llmtrain.wording import listed, name_steps
 
 REFRESH_S = 2.0
 _STALE_S = 30.0
@@ -149,25 +150,24 @@ def _hub_word(hub: Hub | None) -> str:
 def block(status: RunStatus) -> RenderableType:
     """Everything about one run."""
     lines: list[RenderableType] = [Text(one_line(str(status.path)), style="bold")]
+    mend = [named("mend", one_line(problem), "bold red") for problem in status.problems]
     for number, job in enumerate(status.jobs):
         lines.append(named("" if number else "queue", *queue_view.describe(job, status.slurm)))
     if status.jobs and not status.path.exists() and status.training.state != "starting":
         comes = any(job.kind == "train" and not job.is_over for job in status.jobs)
         text = "not started; its folder comes when the job starts" if comes else "not started"
-        lines.append(named("training", text, "dim"))
-        return Group(*lines, *(named("mend", one_line(problem), "bold red") for problem in status.problems))
+        return Group(*lines, named("training", text, "dim"), *mend)
     if status.training.state == "unreadable":
-        return Group(*lines, *(named("mend", one_line(problem), "bold red") for problem in status.problems))
-    lines += [named("training", *_training_line(status))]
+        return Group(*lines, *mend)
+    lines.append(named("training", *_training_line(status)))
     lines += [named("", text) for text in _training_figures(status)]
-    lines += [named("checkpoints", text) for text in [_checkpoints_line(status)]]
+    lines.append(named("checkpoints", _checkpoints_line(status)))
     lines += _service_lines(status)
     if status.hub is not None:
         lines.append(named("Hub", _hub_line(status.hub)))
     if status.again is not None:
         lines.append(unfolded("go on", status.again))
-    lines += [named("mend", one_line(problem), "bold red") for problem in status.problems]
-    return Group(*lines)
+    return Group(*lines, *mend)
 
 
 def _training_line(status: RunStatus) -> tuple[str, str]:
@@ -223,12 +223,12 @@ def _service_lines(status: RunStatus) -> list[RenderableType]:
         return [named("service", *_idle_line(status)), *_last_error(service)]
     if said is None:
         return [named("service", "starting", "green")]
-    doing = words(one_line(what) for what in said.doing) if said.doing else "nothing to do"
+    doing = listed(one_line(what) for what in said.doing) if said.doing else "nothing to do"
     lines: list[RenderableType] = [
         named("service", f"at work ({one_line(locks.name(said.pid, said.host))}): {doing}", "green")
     ]
     queues = {"score": said.to_score, "upload": said.to_upload}
-    waiting = [f"{len(queue)} to {what} ({steps(queue)})" for what, queue in queues.items() if queue]
+    waiting = [f"{len(queue)} to {what} ({name_steps(queue)})" for what, queue in queues.items() if queue]
     if waiting:
         lines.append(named("", ", ".join(waiting)))
     if said.next_try_s is not None:
@@ -240,17 +240,14 @@ def _service_lines(status: RunStatus) -> list[RenderableType]:
 
 def _idle_line(status: RunStatus) -> tuple[str, str]:
     """What waits for a service that is not there."""
-    waiting = [f"{steps(status.checkpoints.not_scored)} not scored"] if status.checkpoints.not_scored else []
-    if status.hub is not None and status.hub.waiting:
-        waiting.append(f"{steps(status.hub.waiting)} not uploaded")
-    if not waiting:
+    if not status.waits:
         return "not running; nothing waits", ""
-    what = "" if status.service.status is None else f" since {when(status.service.status.time)}"
+    since = "" if status.service.status is None else f" since {when(status.service.status.time)}"
     command = ledger.drain_command(status.path)
-    return f"not running{what}: {', '.join(waiting)}. Training starts it, or: {command}", "yellow"
+    return f"not running{since}: {', '.join(status.waits)}. Training starts it, or: {command}", "yellow"
 
 
-def _last_error(service: Service) -> list[RenderableType]:
+def _last_error(service: ServiceStatus) -> list[RenderableType]:
     said = service.status
     if said is None or said.last_error is None or said.last_error == said.problem:
         return []
@@ -265,5 +262,5 @@ def _hub_line(hub: Hub) -> str:
         how = {True: "private", False: "PUBLIC", None: "not known whether private"}[state.private]
     else:
         how = f"{state.state} ({one_line(state.message)})"
-    waiting = f", {steps(hub.waiting)} waiting" if hub.waiting else ""
+    waiting = f", {name_steps(hub.waiting)} waiting" if hub.waiting else ""
     return f"{one_line(hub.repo)}: {how}; {len(hub.confirmed)} confirmed there{waiting}"

@@ -24,7 +24,12 @@ class Trainable(Protocol):
     """A summed loss, and a file format of its own. Arguments of the loss as in `data.Batch`."""
 
     def __call__(
-        self, input_ids: Tensor, targets: Tensor, documents: Documents | None, positions: Tensor | None
+        self,
+        input_ids: Tensor,
+        targets: Tensor,
+        documents: Documents | None,
+        positions: Tensor | None,
+        learned: Tensor | None,
     ) -> Tensor: ...
     def save(self, folder: Path, weights: dict[str, Tensor], eos_id: int) -> dict[str, FileInfo]: ...
     def load(self, folder: Path) -> None: ...

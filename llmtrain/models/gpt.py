@@ -27,7 +27,7 @@ from llmtrain.manifest import FileInfo
 from llmtrain.models.attention import attention, kept_apart
 from llmtrain.models.cached import CachedGenerator
 from llmtrain.models.dropout import dropout
-from llmtrain.models.loss import linear_cross_entropy, token_losses
+from llmtrain.models.loss import at_learned, linear_cross_entropy, token_losses
 from llmtrain.models.projections import norm_linear, norm_mlp
 
 WEIGHTS = "model.safetensors"
@@ -190,11 +190,17 @@ class GPT(nn.Module):
         return model, eos_id
 
     def forward(
-        self, input_ids: Tensor, targets: Tensor, documents: Documents | None = None, positions: Tensor | None = None
+        self,
+        input_ids: Tensor,
+        targets: Tensor,
+        documents: Documents | None = None,
+        positions: Tensor | None = None,
+        learned: Tensor | None = None,
     ) -> Tensor:
         """Sum of the cross-entropies of all supervised positions, in nats: fp32, without gradients float64."""
         hidden_BTD = self._hidden(input_ids, documents, positions, None)
-        return linear_cross_entropy(hidden_BTD.flatten(0, 1), self.lm_head.weight, targets.flatten(), IGNORE)
+        hidden_LD, targets_L = at_learned(hidden_BTD.flatten(0, 1), targets.flatten(), learned)
+        return linear_cross_entropy(hidden_LD, self.lm_head.weight, targets_L, IGNORE)
 
     @torch.no_grad()
     def token_losses(

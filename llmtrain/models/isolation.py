@@ -4,6 +4,8 @@ A wrong mask hardly moves the loss, so nothing would tell. Packed into one row a
 documents must keep their logits when the rest of the row holds other tokens. And these must be the logits of
 transformers' own forward pass over each document alone: that finds positions that do not restart, and an architecture
 that does something to its logits that our loss does not know (scaling, capping).
+
+Each `.item()` here is a host sync: fewer than twenty, once at the start of a run.
 """
 
 import contextlib
@@ -56,13 +58,15 @@ def check(model: QLoRA, batch: Batch, doc_lens: list[int], autocast: bool) -> fl
         found = difference(model, batch, doc_lens, autocast)
     if found <= _ALONE:
         return found
-    where = "a document" if len(doc_lens) == 1 else f"{len(doc_lens)} documents in a row"
-    other = "take another base" if len(doc_lens) == 1 else "data.packing=none may help, or take another base"
+    if len(doc_lens) == 1:
+        which, also, advice = "a document", "", "take another base"
+    else:
+        which, also = f"{len(doc_lens)} documents in a row", ", or does not restart positions with each document"
+        advice = "data.packing=none may help, or take another base"
     raise ModelError(
-        f"{told}{where} differ from transformers' own over each alone by {found:.3g} of their standard deviation "
+        f"{told}{which} differ from transformers' own over each alone by {found:.3g} of their standard deviation "
         f"({_ALONE} could be rounding). This architecture changes its logits in a way that the loss does not know"
-        f"{'' if len(doc_lens) == 1 else ', or does not restart positions with each document'}. Nothing was trained; "
-        f"{other}"
+        f"{also}. Nothing was trained; {advice}"
     )
 
 
@@ -72,11 +76,11 @@ def difference(model: QLoRA, batch: Batch, doc_lens: list[int], autocast: bool) 
 
     Looks at the beginnings of all documents but the first: that is where the ones before would show most.
     """
-    batch = _on_device(model, batch)
+    batch = _without_dropout(model, batch)
     places = _beginnings(batch, doc_lens)[1 if len(doc_lens) > 1 else 0 :]
     squares = variance = 0.0
     for packed, (begin, end) in zip(_logits(model, batch, places, autocast), places, strict=True):
-        with _computing(model, autocast):  # transformers' own pass: its attention, its output layer
+        with _computing(batch, autocast):  # transformers' own pass: its attention, its output layer
             alone = model.peft(input_ids=batch.input_ids[:, begin:end], use_cache=False).logits[0].float()
         squares += (packed - alone).square().sum().item()
         variance += (alone - alone.mean(1, keepdim=True)).square().sum().item()
@@ -89,7 +93,7 @@ def neighbours(model: QLoRA, batch: Batch, doc_lens: list[int], autocast: bool) 
 
     Of the document that moves most; as a share of the logits' standard deviation.
     """
-    batch = _on_device(model, batch)
+    batch = _without_dropout(model, batch)
     allowed = _ROUNDING[torch.bfloat16 if autocast else model.dtype]
     moved = float("nan")
     for seed in range(_TRIES):
@@ -160,16 +164,17 @@ def _beginnings(batch: Batch, doc_lens: list[int]) -> list[tuple[int, int]]:
 
 def _logits(model: QLoRA, batch: Batch, places: list[tuple[int, int]], autocast: bool) -> list[Tensor]:
     """(N, V) for each of the places in the first row."""
-    with _computing(model, autocast):
+    with _computing(batch, autocast):
         hidden_TD = model.hidden(batch.input_ids, batch.documents, batch.positions)[0]
         return [model.logits(hidden_TD[begin:end]).float() for begin, end in places]
 
 
-def _on_device(model: QLoRA, batch: Batch) -> Batch:
+def _without_dropout(model: QLoRA, batch: Batch) -> Batch:
+    """The model in evaluation mode, and the batch where it is."""
     model.eval()
     return batch.to(next(model.parameters()).device)
 
 
-def _computing(model: QLoRA, autocast: bool) -> Any:
-    device = next(model.parameters()).device
+def _computing(batch: Batch, autocast: bool) -> Any:
+    device = batch.input_ids.device
     return torch.autocast(device.type, torch.bfloat16) if autocast else contextlib.nullcontext()

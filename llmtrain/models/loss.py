@@ -40,6 +40,16 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, ignore
     return token_losses(hidden, weight, targets, ignore).sum(dtype=exact)
 
 
+def at_learned(hidden_ND: Tensor, targets_N: Tensor, learned: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The rows of both that are listed (`data.Batch.learned`): the output layer need not see a prompt, nor padding.
+
+    All of them in what torch compiles: one graph, where their number would change from batch to batch.
+    """
+    if learned is None or torch.compiler.is_compiling():
+        return hidden_ND, targets_N
+    return hidden_ND.index_select(0, learned), targets_N.index_select(0, learned)
+
+
 @torch.no_grad()
 def token_losses(hidden: Tensor, weight: Tensor, targets: Tensor, ignore: int) -> Tensor:
     """(N,) -log softmax(hidden @ weight.T)[target] in fp32, 0 where a position does not count; their sum is

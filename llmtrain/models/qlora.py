@@ -26,7 +26,7 @@ from llmtrain.manifest import FileInfo
 from llmtrain.models import base as bases
 from llmtrain.models import base_attention, base_linears
 from llmtrain.models.cached import CachedGenerator
-from llmtrain.models.loss import linear_cross_entropy, token_losses
+from llmtrain.models.loss import at_learned, linear_cross_entropy, token_losses
 
 ADAPTER = "adapter_model.safetensors"
 _PREFIX = "peft."
@@ -83,15 +83,17 @@ class QLoRA(nn.Module):
         return self._base.get_output_embeddings().weight
 
     def forward(
-        self, input_ids: Tensor, targets: Tensor, documents: Documents | None = None, positions: Tensor | None = None
+        self,
+        input_ids: Tensor,
+        targets: Tensor,
+        documents: Documents | None = None,
+        positions: Tensor | None = None,
+        learned: Tensor | None = None,
     ) -> Tensor:
         """Sum of the cross-entropies of all supervised positions, in nats: fp32, without gradients float64."""
-        hidden_ND = self.hidden(input_ids, documents, positions).flatten(0, 1)
-        targets_N = targets.flatten()
-        if hidden_ND.device.type == "cpu":  # on a GPU, knowing how many there are would be a host sync
-            supervised = targets_N != IGNORE
-            hidden_ND, targets_N = hidden_ND[supervised], targets_N[supervised]
-        return linear_cross_entropy(hidden_ND, self._head, targets_N, IGNORE)
+        hidden_BTD = self.hidden(input_ids, documents, positions)
+        hidden_LD, targets_L = at_learned(hidden_BTD.flatten(0, 1), targets.flatten(), learned)
+        return linear_cross_entropy(hidden_LD, self._head, targets_L, IGNORE)
 
     @torch.no_grad()
     def token_losses(

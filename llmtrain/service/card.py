@@ -13,6 +13,7 @@ from llmtrain.ranking import Entry, Ranking
 from llmtrain.rundir import RunDir
 from llmtrain.service import plan
 from llmtrain.service.plan import Shown
+from llmtrain.wording import name_steps
 
 
 def render(repo: str, config: RunConfig, run: RunDir, best: Shown) -> str:
@@ -163,7 +164,7 @@ def _test_data(run: RunDir, config: RunConfig) -> str:
         case _:
             use = (
                 f"takes no part in the ranking, but {len(steps)} checkpoints were scored on it "
-                f"({ranking.name_steps(steps)}), so a choice may have followed it"
+                f"({name_steps(steps)}), so a choice may have followed it"
             )
     share = config.data.rest_split.test
     return f"; test data ({f'{share:.0%}' if share else 'of sources of their own'}) {use}"

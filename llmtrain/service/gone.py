@@ -9,8 +9,8 @@ from typing import Any
 
 from llmtrain import ledger, log, manifest
 from llmtrain.ledger import Event, Upload
-from llmtrain.ranking import name_steps
 from llmtrain.rundir import RunDir
+from llmtrain.wording import name_steps
 
 
 def record(run: RunDir, repo: str, answer: dict[str, Any]) -> None:

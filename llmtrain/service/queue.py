@@ -17,7 +17,7 @@ _LOOKS = 3
 
 
 @dataclass(frozen=True)
-class Found:
+class WholeCheckpoint:
     """A checkpoint on disk whose every byte was compared with its manifest."""
 
     step: int
@@ -31,7 +31,7 @@ class Found:
 class Work:
     """One look at the run."""
 
-    whole: dict[int, Found] = field(default_factory=dict[int, Found])
+    whole: dict[int, WholeCheckpoint] = field(default_factory=dict[int, WholeCheckpoint])
     scores: dict[int, Score] = field(default_factory=dict[int, Score])
     uploads: dict[int, Upload] = field(default_factory=dict[int, Upload])
     to_score: list[int] = field(default_factory=list[int])
@@ -59,7 +59,7 @@ class Inspector:
 
     def __init__(self, run: RunDir):
         self._run = run
-        self._known: dict[tuple[int, int, int], Found] = {}
+        self._known: dict[tuple[int, int, int], WholeCheckpoint] = {}
         self._pauses: dict[int, Pause] = {}
         """Of the steps that cannot be read."""
         self._said = ""
@@ -92,7 +92,7 @@ class Inspector:
             work.to_upload.append(max(work.whole))
         return work
 
-    def _inspect(self, step: int, nice: int) -> Found | None:
+    def _inspect(self, step: int, nice: int) -> WholeCheckpoint | None:
         folder = self._run.checkpoint(step)
         if step in self._pauses and self._pauses[step].left_s > 0:
             return None
@@ -123,11 +123,11 @@ class Inspector:
         if is_new:
             ledger.append(self._run.service_events, Event(kind="unreadable", message=self._said, step=step))
 
-    def _verify(self, step: int, nice: int) -> Found:
+    def _verify(self, step: int, nice: int) -> WholeCheckpoint:
         # A thread of its own has a niceness of its own, which children of the service would inherit.
         with ThreadPoolExecutor(1, initializer=step_back, initargs=(nice,)) as patient:
             described = patient.submit(manifest.verify, self._run.checkpoint(step)).result()
-        return Found(
+        return WholeCheckpoint(
             step=step,
             identity=manifest.identity(described),
             heldout_loss=described.heldout_loss,

@@ -44,7 +44,7 @@ class DDPStrategy:
             self._buckets.expect(last)
         heartbeat.on_to("forward")
         with autocast(self._world.device, self._bf16):
-            loss = self._forward(batch.input_ids, batch.targets, batch.documents, batch.positions)
+            loss = self._forward(batch.input_ids, batch.targets, batch.documents, batch.positions, batch.learned)
         heartbeat.on_to("backward")
         (loss * scale).backward()
         if self._buckets is not None and last:

@@ -42,5 +42,5 @@ def evaluation_loss(module: nn.Module, batch: Batch, device: torch.device, bf16:
     with autocast(device, bf16):
         # DeepSpeed compiles in place: calling the module would call the compiled one.
         return module._call_impl(  # pyright: ignore[reportPrivateUsage, reportReturnType]
-            batch.input_ids, batch.targets, batch.documents, batch.positions
+            batch.input_ids, batch.targets, batch.documents, batch.positions, batch.learned
         )

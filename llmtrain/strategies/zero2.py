@@ -60,7 +60,7 @@ class ZeRO2Strategy:
         """Collective (default group, inside backward): each micro-batch's gradients are reduced to their owners."""
         training_mode(self._module)
         heartbeat.on_to("forward")
-        loss = self._engine(batch.input_ids, batch.targets, batch.documents, batch.positions)
+        loss = self._engine(batch.input_ids, batch.targets, batch.documents, batch.positions, batch.learned)
         heartbeat.on_to("backward")
         self._engine.backward(loss * scale, scale_wrt_gas=False)
         return loss.detach()

@@ -6,10 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-from launcher.watching.status import read_status
 from llmtrain import errors, ledger
 from llmtrain.config import load_config
 from llmtrain.rundir import RunDir
+from tests.support.jobs import status_of
 from tests.support.runs import TIMEOUT_S, Workplace, environment
 
 DIVERGES = ["optim.lr=1e30", "optim.clip_norm=null", "checkpoint.every_steps=null", "evaluate.also_at=[]"]
@@ -24,7 +24,7 @@ def test_why_a_run_failed_is_in_its_folder(workplace: Workplace):
     assert re.search(r"ERROR error: step \d: loss .* no checkpoint was saved before\n$", run.log.read_text())
     (failed,) = [event for event in ledger.events(run) if event.kind == "failed"]
     assert failed.message.startswith("exit code 20: step ")
-    (told,) = [problem for problem in read_status(run).problems if "training failed" in problem]
+    (told,) = [problem for problem in status_of(run).problems if "training failed" in problem]
     assert told.endswith(f", {failed.message}")
     page = subprocess.run(
         [sys.executable, "-m", "launcher", "report", str(run.path)],
@@ -32,7 +32,7 @@ def test_why_a_run_failed_is_in_its_folder(workplace: Workplace):
     ).stdout.strip()  # fmt: skip
     assert "Training failed" in Path(page).read_text()
     workplace.train("run.name=failed", "train.steps=2", "run.resume=never")
-    assert not any("training failed" in problem for problem in read_status(run).problems)
+    assert not any("training failed" in problem for problem in status_of(run).problems)
 
 
 def test_a_bug_leaves_its_traceback_in_the_log(workplace: Workplace):
@@ -70,5 +70,5 @@ def test_a_run_that_has_come_further_keeps_its_length(workplace: Workplace):
     run = RunDir(workplace.run_folder("long"))
     kept, _ = load_config(run.config)
     assert (kept.train.steps, kept.service.batch_size) == (12, 3)
-    training = read_status(run).training
+    training = status_of(run).training
     assert (training.state, training.step, training.total_steps) == ("finished", 12, 12)

@@ -13,10 +13,10 @@ import psutil
 import pytest
 
 from launcher.keeper import torchrun
+from launcher.keeper.exit_codes import folders_of_ranks, read_codes, verdict
 from launcher.keeper.one_machine import train_here
-from launcher.keeper.processes import folders_of_ranks, read_codes, verdict
-from launcher.keeper.supervisor import Rules
-from launcher.keeper.torchrun import Start, check, command
+from launcher.keeper.rules import Rules
+from launcher.keeper.torchrun import Start, command, ranks_here
 from llmtrain import errors, ledger
 from llmtrain.rundir import RunDir
 from tests.support.runs import TIMEOUT_S, Workplace, environment
@@ -214,20 +214,24 @@ def test_the_ranks_of_a_node_share_its_cores(
 
 def test_where_it_runs(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torchrun, "num_gpus", lambda: 2)
-    assert check(None, None) == (2, "cuda")
-    assert check(0, None) == (1, "cpu")
-    assert check(0, 4) == (4, "cpu")
-    assert check(None, 4) == (4, "cpu")
+    assert ranks_here(None, None) == (2, "cuda")
+    assert ranks_here(0, None) == (1, "cpu")
+    assert ranks_here(0, 4) == (4, "cpu")
+    assert ranks_here(None, 4) == (4, "cpu")
     with pytest.raises(errors.ConfigError, match="this machine shows 2"):
-        check(3, None)
+        ranks_here(3, None)
     with pytest.raises(errors.ConfigError, match="--ranks is for the CPU"):
-        check(2, 2)
+        ranks_here(2, 2)
     monkeypatch.setattr(torchrun, "num_gpus", lambda: 0)
-    assert check(None, None) == (1, None)
+    assert ranks_here(None, None) == (1, None)
     # A Mac's GPU is not counted: where the CPU is asked for, "auto" would take it.
-    assert check(0, None) == (1, "cpu")
-    assert check(None, 2) == (2, "cpu")
-    assert "train.device=cpu" in command(Start(["a.yaml"], *check(0, None)))
-    assert not any("train.device" in word for word in command(Start(["a.yaml"], *check(None, None))))
-    assert "torch.distributed.run" not in command(Start(["a.yaml"], 1, None))
-    assert os.path.basename(sys.executable) in command(Start(["a.yaml"], 2, None))[0]  # noqa: PTH119
+    assert ranks_here(0, None) == (1, "cpu")
+    assert ranks_here(None, 2) == (2, "cpu")
+
+    def words(ranks: int, device: str | None) -> list[str]:
+        return command(Start(["a.yaml"], ranks, device), None, False, Path("scratch"))
+
+    assert "train.device=cpu" in words(*ranks_here(0, None))
+    assert not any("train.device" in word for word in words(*ranks_here(None, None)))
+    assert "torch.distributed.run" not in words(1, None)
+    assert os.path.basename(sys.executable) in words(2, None)[0]  # noqa: PTH119

@@ -170,7 +170,7 @@ def test_a_byte_that_changed_after_the_save_is_quarantined_and_the_others_go_on(
     assert run.checkpoint_steps() == sorted(ledger.scores(run)) == [1, 3]
     status = status_of(run)
     assert status["checkpoints"]["quarantined"] == [2, 4]
-    assert status["problems"] == ["in quarantine, because a file did not match its hash: step 2, 4"]
+    assert status["problems"] == ["in quarantine, because a file did not match its hash: steps 2 and 4"]
     reasons = [event.message for event in ledger.events(run) if event.kind == "quarantined"]
     assert [reason.split(": ")[1] for reason in reasons] == ["altered"] * 2
     output = train(workplace, "run.name=flipped", "train.steps=5", *MANY_SAVES)

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from launcher.report.speed import read_speed
-from launcher.watching.status import read_status
 from llmtrain import errors, ledger, manifest, ranking
 from llmtrain.rundir import RunDir
+from tests.support import jobs
 from tests.support.hub_server import TOKEN, Hub
 from tests.support.runs import Workplace
 from tests.support.service_runs import (
@@ -229,7 +229,7 @@ def test_altered_bytes_are_never_uploaded(copies: Copies, hub: Hub):
     assert run.checkpoint_steps() == [4]
     status = status_of(run)
     assert status["checkpoints"]["quarantined"] == [1, 2, 3]
-    assert status["problems"] == ["in quarantine, because a file did not match its hash: step 1, 2, 3"]
+    assert status["problems"] == ["in quarantine, because a file did not match its hash: steps 1, 2 and 3"]
 
 
 def test_text_with_a_token_in_it_is_refused(copies: Copies, hub: Hub):
@@ -252,7 +252,7 @@ def test_what_the_hub_refuses_is_said_and_sent_when_it_is_mended(copies: Copies,
         assert state.message.startswith(REPO)
         assert why in state.message
         assert said.count(f"HUB: {state.message}") == 1
-        assert state.message in read_status(run).problems
+        assert state.message in jobs.status_of(run).problems
         assert upload_records(run) == []
         assert run.checkpoint_steps() == [2]
 
@@ -267,7 +267,7 @@ def test_what_the_hub_refuses_is_said_and_sent_when_it_is_mended(copies: Copies,
     state = ledger.hub_state(run)
     assert state is not None
     assert (state.state, state.private) == ("ok", True)
-    assert read_status(run).problems == []
+    assert jobs.status_of(run).problems == []
     another = copies.make("another", 2)
     said = serve(another, "--drain", code=errors.HubError.exit_code, env=surroundings(hub))
     assert f"{REPO} holds the checkpoints of another run" in said
@@ -291,13 +291,13 @@ def test_training_goes_on_without_a_hub_that_refuses(workplace: Workplace, hub: 
         assert output.count(f"HUB        {REPO}: the Hub refuses (401") == 1
         assert STRANGER not in output
         assert sorted(ledger.scores(run)) == run.checkpoint_steps() == [4, 8]
-        assert any("the Hub refuses" in problem for problem in read_status(run).problems)
+        assert any("the Hub refuses" in problem for problem in jobs.status_of(run).problems)
         wait_until(lambda: not run.is_served())  # only a person can mend it: nobody waits for that
     finally:
         end_service(run)
     serve(run, "--drain", env=surroundings(hub))
     assert tags(hub) == run.checkpoint_steps()
-    assert read_status(run).problems == []
+    assert jobs.status_of(run).problems == []
 
 
 def test_a_hub_that_hangs_costs_training_nothing(workplace: Workplace, many: str, hub: Hub):

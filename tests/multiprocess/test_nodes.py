@@ -37,7 +37,7 @@ def two_nodes(workplace: Workplace, codes: Path, *settings: str) -> Iterator[lis
     agents: list[subprocess.Popen[str]] = []
     for node in (0, 1):
         start = torchrun.Start([str(workplace.config), *settings], ranks=1, node=node, num_nodes=2)
-        command = torchrun.command(start, place)
+        command = torchrun.command(start, place, False, codes / f"torchrun-{node}")
         assert command[1:3] == ["-m", "torch.distributed.run"]
         if node:
             command[1:3] = ["-c", SLOW_AGENT, "torchrun"]

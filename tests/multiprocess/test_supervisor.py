@@ -11,7 +11,8 @@ import pytest
 
 from launcher.keeper import hangs
 from launcher.keeper.meeting import Meeting
-from launcher.keeper.supervisor import Rules, Supervisor
+from launcher.keeper.rules import Rules
+from launcher.keeper.supervisor import Supervisor
 from launcher.keeper.torchrun import Start
 from llmtrain import heartbeat
 from llmtrain.rundir import RunDir
@@ -177,7 +178,7 @@ def test_the_time_limit(workplace: Workplace, tmp_path: Path, monkeypatch: pytes
     for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    assert (code, supervisor.stopped_by) == (75, "time limit")
+    assert (code, supervisor.stopper.reason) == (75, "time limit")
     assert time.time() < rules.ends_at
     (step,) = run.checkpoint_steps()
     assert workplace.ledger("limited")[-1]["step"] == step

@@ -14,8 +14,8 @@ import pytest
 
 from launcher.jobs import JobDir
 from launcher.keeper.meeting import Meeting
-from launcher.keeper.supervisor import Rules
-from launcher.slurm import client, job, node
+from launcher.keeper.rules import Rules
+from launcher.slurm import client, job, node, requeueing
 from launcher.slurm.client import Queued
 from llmtrain import locks
 from llmtrain.errors import EXIT_REQUEUE, SlurmError
@@ -63,7 +63,7 @@ class Controller:
 
 @pytest.fixture
 def controller(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own_signals: None) -> Controller:
-    monkeypatch.setattr(node, "_ASK_EVERY_S", 0.05)
+    monkeypatch.setattr(requeueing, "_ASK_EVERY_S", 0.05)
     return Controller(tmp_path, monkeypatch)
 
 
@@ -72,7 +72,7 @@ SHOW, REQUEUE = "--oneliner show job 7", "requeue 7"
 
 def test_a_controller_that_is_silent_is_asked_again(controller: Controller, capfd: pytest.CaptureFixture[str]):
     controller.fails(4)
-    node.come_back("7", node.requeue_with_scontrol)
+    requeueing.come_back("7", requeueing.requeue_with_scontrol)
     assert controller.calls == [*[SHOW] * 5, REQUEUE]
     said = capfd.readouterr().err
     assert said.count("Unable to contact slurm controller") == 1
@@ -88,25 +88,25 @@ def test_what_fails_once_may_have_been_accepted(controller: Controller, capfd: p
         controller.fails(0, state="PENDING")
         raise SlurmError("Socket timed out on send/recv operation")
 
-    node.come_back("7", requeue)
+    requeueing.come_back("7", requeue)
     assert (asked, controller.calls) == (["7"], [SHOW, SHOW])
     assert "job 7 is PENDING: nothing to ask for" in capfd.readouterr().err
 
 
 def test_not_for_ever(controller: Controller, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(node, "_ASK_FOR_S", 0.5)
+    monkeypatch.setattr(requeueing, "_ASK_FOR_S", 0.5)
     controller.fails(1000)
     with pytest.raises(SlurmError, match="Unable to contact slurm controller"):
-        node.come_back("7", node.requeue_with_scontrol)
+        requeueing.come_back("7", requeueing.requeue_with_scontrol)
     assert len(controller.calls) > 3
 
 
 def test_told_to_end_it_asks_once_more_and_leaves(controller: Controller, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(node, "_ASK_EVERY_S", 600.0)
+    monkeypatch.setattr(requeueing, "_ASK_EVERY_S", 600.0)
     controller.fails(1000)
     subprocess.Popen(["sh", "-c", f"sleep 1; kill {os.getpid()}"])
     with pytest.raises(SlurmError):
-        node.come_back("7", node.requeue_with_scontrol)
+        requeueing.come_back("7", requeueing.requeue_with_scontrol)
     assert len(controller.calls) == 3
 
 
@@ -120,7 +120,7 @@ def test_a_real_controller_that_stops_for_a_while(cluster: Cluster):
     timer = threading.Timer(40, real.send_signal, [signal.SIGCONT])
     timer.start()
     try:
-        node.come_back(number, node.requeue_with_scontrol)
+        requeueing.come_back(number, requeueing.requeue_with_scontrol)
     finally:
         real.send_signal(signal.SIGCONT)
         timer.cancel()
@@ -132,8 +132,8 @@ def test_a_real_job_keeps_off_a_node_whose_gpu_has_failed(cluster: Cluster):
     number = cluster.submit("sleep 300")
     cluster.wait_for(number, "RUNNING")
     bad = cluster.describe(number)["NodeList"]
-    node.come_back(number, node.requeue_with_scontrol)
-    node._avoid([bad], number)
+    requeueing.come_back(number, requeueing.requeue_with_scontrol)
+    requeueing.avoid([bad], number)
     assert cluster.describe(number)["ExcNodeList"] == bad
     cluster.wait_for_restart(number)
     assert cluster.describe(number)["NodeList"] != bad
@@ -144,7 +144,7 @@ def test_a_real_job_keeps_off_a_node_whose_gpu_has_failed(cluster: Cluster):
 def test_without_submitits_handler_it_comes_back_too(handler: signal.Handlers, monkeypatch: pytest.MonkeyPatch):
     """SUBMITIT_PREEMPT_SIGNAL in a user's shell has submitit listen to another signal."""
     asked: list[str] = []
-    monkeypatch.setattr(node, "requeue_with_scontrol", asked.append)
+    monkeypatch.setattr(requeueing, "requeue_with_scontrol", asked.append)
 
     def keep_going(*arguments: object) -> int:
         requeue = next(each for each in arguments if isinstance(each, types.FunctionType))
@@ -154,7 +154,7 @@ def test_without_submitits_handler_it_comes_back_too(handler: signal.Handlers, m
     monkeypatch.setattr(node, "keep_going", keep_going)
     signal.signal(signal.SIGUSR2, handler)
     with pytest.raises(SystemExit) as left:
-        job.TrainJob([], 1, None, Rules(), True)()
+        job.TrainJob([], 1, None, Rules(may_requeue=True))()
     assert (left.value.code, asked) == (EXIT_REQUEUE, ["7"])
 
 
@@ -165,7 +165,8 @@ class Start:
     """What one start of a job comes to, in place of a supervisor."""
 
     def __init__(self, by: str | None, saves: int = 0, met_limit: bool = False, lost_gpus_on: Sequence[str] = ()):
-        self.stopped_by, self.saves, self.met_limit, self.lost_gpus_on = by, saves, met_limit, lost_gpus_on
+        self.stopper = types.SimpleNamespace(reason=by, met_limit=met_limit)
+        self.saves, self.lost_gpus_on = saves, lost_gpus_on
 
 
 PREEMPTED, LIMITED = Start("SIGTERM"), Start("time limit", met_limit=True)
@@ -201,10 +202,7 @@ def starts(
                     run.checkpoint(now.saves).mkdir(parents=True)
                 return EXIT_REQUEUE
 
-            own = types.SimpleNamespace(
-                stopped_by=each.stopped_by, met_limit=each.met_limit, lost_gpus_on=each.lost_gpus_on,
-                supervise=supervise,
-            )  # fmt: skip
+            own = types.SimpleNamespace(stopper=each.stopper, lost_gpus_on=each.lost_gpus_on, supervise=supervise)
             monkeypatch.setattr(node, "Supervisor", lambda *_, own=own: own)
             variables = {
                 "SLURM_JOB_ID": "7", "SLURM_NODEID": "0", "SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_END_TIME": "1",
@@ -212,7 +210,8 @@ def starts(
             }  # fmt: skip
             for name, value in variables.items():
                 monkeypatch.setenv(name, value)
-            code = node.keep_going(words, 1, "cpu", Rules(max_restarts=2), node.requeue_with_scontrol, again=True)
+            rules = Rules(max_restarts=2, may_requeue=True)
+            code = node.keep_going(words, 1, "cpu", rules, requeueing.requeue_with_scontrol)
         return code
 
     return start_all
@@ -306,16 +305,15 @@ def test_with_no_requeue_nobody_asks_and_of_several_nodes_the_first_alone(
     controller.fails(0)
     workplace = make_workplace(tmp_path)
     JobDir.of(RunDir(tmp_path / "runs/run")).path.mkdir(parents=True)
-    own = types.SimpleNamespace(
-        stopped_by="SIGTERM", met_limit=False, lost_gpus_on=[], supervise=lambda _: EXIT_REQUEUE
-    )
+    stopper = types.SimpleNamespace(reason="SIGTERM", met_limit=False)
+    own = types.SimpleNamespace(stopper=stopper, lost_gpus_on=[], supervise=lambda _: EXIT_REQUEUE)
     monkeypatch.setattr(node, "Supervisor", lambda *_: own)
     monkeypatch.setattr(node, "_begin", lambda *_: 0.0)
     variables = {"JOB_ID": "7", "NODEID": str(number), "JOB_NUM_NODES": "2", "JOB_END_TIME": "1"}
     for name, value in variables.items():
         monkeypatch.setenv(f"SLURM_{name}", value)
     words = [str(workplace.config), f"run.dir={tmp_path}/runs"]
-    assert node.keep_going(words, 1, "cpu", Rules(), node.requeue_with_scontrol, again) == code
+    assert node.keep_going(words, 1, "cpu", Rules(may_requeue=again), requeueing.requeue_with_scontrol) == code
     assert REQUEUE not in controller.calls
 
 

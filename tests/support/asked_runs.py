@@ -83,7 +83,7 @@ def train(work: Path, kind: str, *settings: str) -> Trained:
     run = RunDir(work / "runs/a")
     run.create()
     run.config.write_text(resolved_yaml(config))
-    origin.note(run, "cpu", 1)
+    origin.note(run, "cpu", 1, 1)
     folder = run.checkpoint(1) / "model"
     folder.mkdir(parents=True)
     model: Any = build_model(config, data.manifest.tokenizer.vocab_size, CPU)

@@ -16,7 +16,7 @@ MODEL = GPTModel(num_layers=1, num_heads=2, width=16, context=32)
 
 
 def main() -> None:
-    world = find_world("cpu")
+    world = find_world("cpu", "default")
     world.start_groups(60, even_alone=True)
     for bf16 in (True, False):
         model = GPT(MODEL, 64)

@@ -53,7 +53,7 @@ def expected(size: int, step: int) -> list[Tensor]:
 
 
 def main() -> None:
-    world = find_world("cpu")
+    world = find_world("cpu", "default")
     world.start_groups(60)
     net = Net()
     parameters = list(net.parameters())

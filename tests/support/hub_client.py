@@ -65,7 +65,7 @@ def make_own(tmp_path: Path) -> Callable[[str], RunDir]:
 
     def make(name: str) -> RunDir:
         made = checkpoint_runs.make_run(tmp_path / name, f"hub.repo={REPO}")
-        origin.note(made, "cpu", 1)
+        origin.note(made, "cpu", 1, 1)
         checkpoint_runs.save(made, 100, content=name)
         checkpoint_runs.score(made, 100, checkpoint_runs.stretches(0.0))
         return made

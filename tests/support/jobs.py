@@ -6,6 +6,7 @@ import pytest
 
 from launcher.jobs import JobDir, JobRecord, Kind
 from launcher.watching import queue_view
+from launcher.watching.status import RunStatus, read_status
 from llmtrain.rundir import RunDir
 
 
@@ -14,6 +15,11 @@ def submitted(run: RunDir, job_id: str, kind: Kind = "train", after: str = "") -
     jobs.add(JobRecord(job_id=job_id, kind=kind, cluster="big", after=after))
     jobs.folder(job_id).mkdir(parents=True, exist_ok=True)
     return jobs
+
+
+def status_of(run: RunDir) -> RunStatus:
+    """As `llmtrain status` has it."""
+    return read_status(run, queue_view.read_queue([run]))
 
 
 class Slurm:

@@ -42,7 +42,7 @@ def train(kind: str, world: World, shape: GPTModel, model: GPT | None = None) ->
 def main() -> None:
     torch.set_num_threads(1)
     kind = sys.argv[1]
-    world = find_world("cpu")
+    world = find_world("cpu", "default")
     world.start_groups(300)
     train(kind, world, TINY)  # what libraries take by themselves is not asked for: a tiny model loads them
     model = GPT(MODEL, VOCAB_SIZE, seed=1)

@@ -130,7 +130,7 @@ def test_a_base_in_a_folder_is_not_called_one_of_the_hub(tmp_path: Path, monkeyp
         run = make_run(tmp_path / name, "hub.repo=ada/gpt", "model.kind=qlora", "model.base=bases/llama", *settings)
         save(run, 100)
         upload(run, 100)
-        origin.note(run, "cpu", 1)
+        origin.note(run, "cpu", 1, 1)
         with contextlib.chdir("/"):  # seen from the folder that training was started in
             text = rendered(run)
         return card.metadata(config_of(run), run, shown(run).upload).base_model, "on `bases/llama`," in text

@@ -269,7 +269,7 @@ def test_the_test_split_is_scored_where_the_service_would(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, free: bool, device: str
 ):
     run = make_run(tmp_path / "run", f"service.score={place}")
-    origin.note(run, "cuda", 1)
+    origin.note(run, "cuda", 1, 1)
     monkeypatch.setattr(scoring_place, "num_gpus", lambda: 1)
     monkeypatch.setattr(scoring_place, "memory_used", lambda _: 0.0 if free else 9e9)
     assert final_score._device_of(run, config_of(run))[0] == device

@@ -8,7 +8,7 @@ import pytest
 
 from launcher.choosing import listing
 from launcher.choosing.checkpoints import Options, act
-from launcher.display import Column, duration, fitted, printable, size, steps, words
+from launcher.display import Column, duration, fitted, printable, size
 from llmtrain import jsonl, ledger
 from llmtrain.errors import RunFolderError, UserError
 from llmtrain.rundir import RunDir
@@ -210,8 +210,4 @@ def test_figures_for_people():
         "3 h 02 min",
         "1 d 1 h",
     ]
-    assert words([]) == "none"
-    assert words([1]) == "1"
-    assert words(range(1, 9)) == "1, 2, 3, 4, 5 and 3 more"
-    assert (steps([5]), steps([5, 6])) == ("step 5", "steps 5 and 6")
     assert printable("a\x1b[0m\u202eé\n") == "a\\x1b[0m\\u202eé\\n"

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmtrain import early_stop, intervals, ledger, manifest, overfitting, ranking
+from llmtrain import choose, early_stop, intervals, jsonl, ledger, manifest, overfitting, ranking
 from llmtrain.ledger import Score
 from llmtrain.ranking import Entry, Ranking
 from llmtrain.rundir import RunDir
@@ -288,6 +288,16 @@ def test_a_rise_that_is_sure_and_tiny_is_not_overfitting(run: RunDir, rise: floa
     assert found.began is began
 
 
+def test_a_checkpoint_whose_manifest_is_damaged_is_not_proposed(run: RunDir):
+    for step, loss in ((100, 3.5), (200, 3.25)):
+        save(run, step, loss)
+        jsonl.append(run.heldout, [{"step": step, "epoch": 1.0, "loss": loss}])
+    (run.checkpoint(200) / manifest.NAME).write_text("{")
+    chosen = choose.propose_on_disk(run, None)
+    assert chosen is not None
+    assert chosen.step == 100
+
+
 def test_a_step_that_was_saved_again_is_another_checkpoint_for_who_looked_before_too(run: RunDir):
     """The service looks several times a second, and must not take the new one for the one that it has scored."""
     first = save(run, 100)
@@ -295,10 +305,3 @@ def test_a_step_that_was_saved_again_is_another_checkpoint_for_who_looked_before
     second = save(run, 100, content="other weights")
     assert second != first
     assert manifest.identities(run) == {100: second}
-
-
-def test_of_many_steps_the_first_are_named():
-    assert ranking.name_steps([5]) == "step 5"
-    assert ranking.name_steps([5, 6]) == "steps 5 and 6"
-    assert ranking.name_steps([1, 2, 3, 4, 5, 6]) == "steps 1, 2, 3, 4, 5 and 6"
-    assert ranking.name_steps(range(1, 1001)) == "steps 1, 2, 3, 4, 5 and 995 more"

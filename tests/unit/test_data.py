@@ -81,6 +81,8 @@ def test_targets_stay_within_documents_and_out_of_padding():
     assert batch.input_ids.tolist() == [[0, 1, 2, 3, 4, 5, 6, 7]]
     assert batch.targets.tolist() == [[1, 2, IGNORE, 4, 5, 6, IGNORE, IGNORE]]
     assert batch.num_targets == 5
+    assert batch.learned is not None
+    assert batch.learned.tolist() == [0, 1, 3, 4, 5]
     assert batch.documents is not None
     assert batch.positions is not None
     assert batch.documents.starts.tolist() == [0, 3, 7] + [8] * 29
@@ -94,10 +96,13 @@ def test_columns_that_are_padding_in_every_row_are_left_out():
     batch = make_batch(Rows(tokens, lens, np.ones_like(tokens, np.uint8)), isolate_documents=True)
     assert batch.input_ids.shape == batch.targets.shape == (3, 96)
     assert batch.num_targets == 19 + 14 + 65 + 4
+    assert batch.learned is not None
+    assert torch.equal(batch.learned, (batch.targets.flatten() != IGNORE).nonzero().flatten())
     alone = make_batch(Rows(tokens[2:], lens[2:], None), isolate_documents=False)
     assert alone.input_ids.shape == (1, 32)
     full = make_batch(Rows(tokens, [np.array([201], np.int32)] * 3, None), isolate_documents=False)
     assert full.input_ids.shape == (3, 200)
+    assert full.learned is None
 
 
 def test_the_loss_mask_chooses_targets():

@@ -31,7 +31,7 @@ class Net(nn.Module):
 
 
 def test_a_weight_that_no_gradient_reaches_does_not_spoil_the_checkpoint(tmp_path: Path):
-    config, world = load_config(None)[0], find_world("cpu")
+    config, world = load_config(None)[0], find_world("cpu", "default")
     strategy = DDPStrategy(config, Net(), world, bf16=False)
     batch = make_batch(Rows(np.ones((2, 4), np.uint16), [np.array([4], np.int32)] * 2, None), isolate_documents=False)
     strategy.accumulate(batch, 1.0, last=True)
@@ -52,7 +52,7 @@ def test_a_weight_that_no_gradient_reaches_does_not_spoil_the_checkpoint(tmp_pat
 def test_the_gradients_of_all_micro_batches_are_clipped_together(clip_norm: str):
     """The norm is the one before; nothing is left for the next step."""
     settings = [f"optim.clip_norm={clip_norm}", "optim.betas=[0.0, 0.99]"]
-    strategy = DDPStrategy(load_config(None, settings)[0], Net(), find_world("cpu"), bf16=False)
+    strategy = DDPStrategy(load_config(None, settings)[0], Net(), find_world("cpu", "default"), bf16=False)
     used = strategy._named["used"]
     limit = float("inf") if clip_norm == "null" else float(clip_norm)
     for _ in range(2):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.checks import doctor, draft, places
+from launcher.checks import doctor, draft
 from launcher.cluster import Profile, load_profile
 from launcher.findings import Finding
 from launcher.slurm import client, partitions
@@ -78,9 +78,8 @@ def test_what_the_login_knows_is_filled_in(tmp_path: Path, slurm: dict[str, str]
     slurm["scontrol show"] = "ClusterName = 2024\n"
     monkeypatch.setenv("SCRATCH", "/scratch/ada")
     monkeypatch.setenv("LOADEDMODULES", "gcc/12:cuda/12.8")
-    shared = places.Place("shared", "")
-    unknown = places.Place("unknown", "")
-    monkeypatch.setattr(draft, "find_place", lambda path, _: shared if path == Path("/scratch/ada") else unknown)
+    of = {Path("/scratch/ada"): ("shared", "")}
+    monkeypatch.setattr(draft, "find_reach", lambda path, _: of.get(path, ("unknown", "")))
     text, profile = drafted(tmp_path)
     assert (profile.account, profile.shared, profile.name) == ("physics", ["/scratch/ada"], "2024")
     assert "loaded here: gcc/12 cuda/12.8" in text

@@ -25,6 +25,7 @@ from llmtrain.service.worker import ServiceOptions
 from llmtrain.shards import ShardFolder
 from llmtrain.trainer import Parts
 from tests.support.checkpoint_runs import make_run, save, score, stretches, train
+from tests.support.jobs import status_of
 
 KILLED = "ended without saving at step 130 (killed? out of memory?)"
 LOST = f"{KILLED}: steps 101 to 130 are lost; started again, it goes on from step 100"
@@ -59,28 +60,28 @@ def go_on(run: RunDir, total_steps: int = 300) -> int | None:
 
 
 def test_a_run_that_was_killed_says_what_is_lost(run: RunDir):
-    assert read_status(run).problems == [LOST]
+    assert status_of(run).problems == [LOST]
     note(run, "resumed", 100)
     note(run, "service-started")
-    assert read_status(run).problems == [LOST]
+    assert status_of(run).problems == [LOST]
     with run.lock():
-        assert read_status(run).problems == []
+        assert status_of(run).problems == []
     assert LOST[1:] in write_report(run).read_text(encoding="utf-8").replace("&#x27;", "'")
     shutil.rmtree(run.checkpoint(100))
-    (found,) = read_status(run).problems
+    (found,) = status_of(run).problems
     assert found == f"{KILLED}: steps 1 to 130 are lost; started again, it starts from the beginning"
 
 
 def test_what_ended_otherwise_was_not_killed(run: RunDir):
     note(run, "failed")
-    (failed,) = read_status(run).problems
+    (failed,) = status_of(run).problems
     assert failed.startswith("training failed on ")
     note(run, "resumed", 100)
     note(run, "stopped", 130)
-    assert read_status(run).problems == []
+    assert status_of(run).problems == []
     note(run, "resumed", 100)
     save(run, 130)
-    assert read_status(run).problems == []
+    assert status_of(run).problems == []
 
 
 def test_a_process_on_another_machine_gets_time_before_it_counts_as_killed(run: RunDir):
@@ -89,7 +90,7 @@ def test_a_process_on_another_machine_gets_time_before_it_counts_as_killed(run: 
     written = run.metrics.stat().st_mtime
     for ago_s, problems in ((0, []), (300, []), (3600, [LOST])):
         os.utime(run.metrics, (written - ago_s, written - ago_s))
-        assert read_status(run).problems == problems
+        assert status_of(run).problems == problems
 
 
 @pytest.mark.parametrize(("state", "is_over", "problems"), [("PENDING", False, []), ("OUT_OF_MEMORY", True, [LOST])])
@@ -126,7 +127,7 @@ def test_a_damaged_event_keeps_no_run_from_going_on(run: RunDir):
 
 
 def test_the_end_of_the_plan_is_no_kill_where_the_last_checkpoint_was_deleted(run: RunDir):
-    origin.note(run, "cpu", 1)
+    origin.note(run, "cpu", 1, 1)
     origin.note_finished(run)
     assert go_on(run) == 100
     assert [event.kind for event in ledger.events(run)] == ["started", "resumed"]
@@ -150,7 +151,7 @@ def ended(tmp_path: Path) -> RunDir:
     train(made, 300)
     for step, loss in ((100, 3.5), (200, 3.1), (300, 3.15)):
         save(made, step, loss)
-    origin.note(made, "cpu", 1)
+    origin.note(made, "cpu", 1, 1)
     origin.note_finished(made)
     summary.write(made, with_curve=False)
     made.report.parent.mkdir()
@@ -161,7 +162,7 @@ def ended(tmp_path: Path) -> RunDir:
 
 def test_a_run_at_its_end_leaves_its_gpus_to_its_service(tmp_path: Path):
     run = make_run(tmp_path / "run", "service.start=never")
-    origin.note(run, "cuda", 1)
+    origin.note(run, "cuda", 1, 1)
     assert not origin.read(run).finished
     finish(run)
     assert origin.read(run).finished

@@ -14,14 +14,14 @@ import torch
 
 from launcher.checks import doctor
 from launcher.checks.environment import Environment, Torch
-from launcher.keeper.torchrun import check
+from launcher.keeper.torchrun import ranks_here
 from launcher.planning.plan import Machine, find_machine, uses_bf16
 from llmtrain import metrics
 from llmtrain.batches import BatchPlan
 from llmtrain.config import load_config
 from llmtrain.devices import check_kernels
 from llmtrain.errors import ConfigError
-from llmtrain.gpus import all_gpus, driver_problem, num_gpus
+from llmtrain.gpus import all_gpus, driver_problem, find_driver, num_gpus
 from llmtrain.hardware import peak_flops
 from llmtrain.manifest import TrainState
 from llmtrain.models.base import be_quiet
@@ -69,8 +69,8 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> types.SimpleNamespace:
 @pytest.mark.parametrize("error", [pynvml.NVML_ERROR_LIBRARY_NOT_FOUND, pynvml.NVML_ERROR_DRIVER_NOT_LOADED])
 def test_a_machine_without_a_driver_has_no_gpus(driver: types.SimpleNamespace, error: int):
     driver.error = error
-    assert (num_gpus(), driver_problem(), check(None, None)) == (0, None, (1, None))
-    assert [found.severity for found in doctor._examine_gpus(all_gpus())] == ["ok"]
+    assert (num_gpus(), driver_problem(), ranks_here(None, None)) == (0, None, (1, None))
+    assert [found.severity for found in doctor._examine_gpus(find_driver(), all_gpus())] == ["ok"]
 
 
 def test_a_driver_that_does_not_work_is_an_error(driver: types.SimpleNamespace, monkeypatch: pytest.MonkeyPatch):
@@ -78,13 +78,13 @@ def test_a_driver_that_does_not_work_is_an_error(driver: types.SimpleNamespace, 
     driver.error = pynvml.NVML_ERROR_LIB_RM_VERSION_MISMATCH
     for gpus in (None, 2):
         with pytest.raises(ConfigError, match=r"NVIDIA driver here does not work \(.*mismatch.*--gpus 0"):
-            check(gpus, None)
-    assert check(0, None) == (1, "cpu")
-    assert check(None, 4) == (4, "cpu")
-    (found,) = doctor._examine_gpus(all_gpus())
+            ranks_here(gpus, None)
+    assert ranks_here(0, None) == (1, "cpu")
+    assert ranks_here(None, 4) == (4, "cpu")
+    (found,) = doctor._examine_gpus(find_driver(), all_gpus())
     assert (found.severity, "does not work" in found.message) == ("error", True)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # hidden on purpose
-    assert check(None, None) == (1, None)
+    assert ranks_here(None, None) == (1, None)
 
 
 @pytest.mark.parametrize(
@@ -196,14 +196,14 @@ def test_deepspeed_finds_free_memory_where_gpus_have_names(monkeypatch: pytest.M
 
 
 def test_the_doctor_survives_a_gpu_that_does_not_tell_all(driver: types.SimpleNamespace):
-    assert check(None, None) == (2, "cuda")
-    (found,) = doctor._examine_gpus(all_gpus())
+    assert ranks_here(None, None) == (2, "cuda")
+    (found,) = doctor._examine_gpus(find_driver(), all_gpus())
     assert (found.severity, found.message[:18]) == ("ok", "2 x H100 with 80.0")
     driver.memory_error = pynvml.NVML_ERROR_NOT_SUPPORTED
-    (found,) = doctor._examine_gpus(all_gpus())
+    (found,) = doctor._examine_gpus(find_driver(), all_gpus())
     assert "2 x H100 with memory that it does not tell, fast bf16" in found.message
     driver.lost = 1
-    well, lost = doctor._examine_gpus(all_gpus())
+    well, lost = doctor._examine_gpus(find_driver(), all_gpus())
     assert well.message.startswith("1 x H100")
     assert (lost.severity, lost.message[:21]) == ("error", "GPU 1 does not answer")
 
@@ -226,7 +226,7 @@ def test_the_doctor_names_the_gpus_that_runs_would_not_see(
     monkeypatch.setattr(pynvml, "nvmlDeviceGetIndex", lambda gpu: gpu)
     monkeypatch.setattr(pynvml, "nvmlDeviceGetHandleByUUID", {"MIG-b": "a part"}.__getitem__)
     monkeypatch.setattr(pynvml, "nvmlDeviceGetDeviceHandleFromMigDeviceHandle", {"a part": 1}.__getitem__)
-    (found,) = doctor._examine_gpus(all_gpus())
+    (found,) = doctor._examine_gpus(find_driver(), all_gpus())
     assert found.message.startswith("2 x H100 with 80.0 GB, fast bf16; driver 570.1 up to CUDA 12.8")
     assert (found.severity, found.message.partition("CUDA_VISIBLE_DEVICES ")[2]) == (severity, hidden)
 
@@ -238,7 +238,7 @@ def test_what_hidden_gpus_lack_is_no_error(driver: types.SimpleNamespace, monkey
     here = Environment("3.11", Path("/venv"), Torch("2.13.0", "CUDA 13.0"), has_llmtrain=True)
     assert doctor._examine_kernels(here, all_gpus()) == []
     driver.lost = 1
-    assert [found.severity for found in doctor._examine_gpus(all_gpus())] == ["ok", "warning"]
+    assert [found.severity for found in doctor._examine_gpus(find_driver(), all_gpus())] == ["ok", "warning"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     alone = Environment("3.11", Path("/venv"), Torch("2.13.0", None), has_llmtrain=True)
     monkeypatch.setattr(doctor, "look_into", lambda _: alone)
@@ -286,15 +286,15 @@ def test_tasks_that_srun_started_without_a_launcher_are_refused(monkeypatch: pyt
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
     monkeypatch.delenv("RANK", raising=False)
     with pytest.raises(ConfigError, match="srun started 2 tasks that know nothing of each other"):
-        find_world("cpu")
+        find_world("cpu", "default")
     monkeypatch.setenv("RANK", "0")
-    assert find_world("cpu").size == 1
+    assert find_world("cpu", "default").size == 1
 
 
 def test_a_run_on_the_cpu_keeps_deepspeed_off_the_gpu(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.delenv("DS_ACCELERATOR", raising=False)
-    find_world("cpu")
+    find_world("cpu", "default")
     be_quiet()  # before peft, which imports DeepSpeed
     assert os.environ["DS_ACCELERATOR"] == "cpu"
 

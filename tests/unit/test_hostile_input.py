@@ -103,7 +103,7 @@ def test_a_folder_whose_name_is_not_utf8(tmp_path: Path, monkeypatch: pytest.Mon
     folder.mkdir()
     monkeypatch.chdir(folder)
     with pytest.raises(ConfigError, match="not UTF-8"):
-        origin.note(run, "cpu", 1)
+        origin.note(run, "cpu", 1, 1)
 
 
 def test_errors_do_not_reach_the_terminals_controls(capsys: pytest.CaptureFixture[str]):

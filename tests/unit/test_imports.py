@@ -11,7 +11,7 @@ from tests.support.runs import environment, free_port
 
 ROOT = Path(__file__).parents[2]
 CONTRACTS = [
-    "access_tokens", "launched", "log", "errors", "files", "jsonl", "locks", "heartbeat",
+    "wording", "access_tokens", "launched", "log", "errors", "files", "jsonl", "locks", "heartbeat",
     "config.yaml_lines", "config.section", "config.data_sections", "config.model_sections", "config.service_sections",
     "config.schema", "config.other_names", "config.explain",
     "config.load", "config", "config.reference", "rundir", "shards", "manifest", "source_files", "recipe",
@@ -42,7 +42,7 @@ SCORES = ["models", "data", "evaluate", "hardware", "strategies", "service", "de
 
 # The launcher's parts: each may import those before it.
 LAUNCHER = [
-    "display", "findings", "walltime", "jobs", "cluster", "keeper", "sharding", "planning", "slurm", "checks",
+    "display", "findings", "walltime", "runs", "jobs", "cluster", "keeper", "sharding", "planning", "slurm", "checks",
     "submitting", "choosing", "watching", "report", "stop", "cli_report", "cli_plan", "cli_jobs", "cli", "__main__",
 ]  # fmt: skip
 
@@ -138,7 +138,7 @@ from llmtrain.models import build_model
 from llmtrain.strategies import build_strategy
 from llmtrain.world import find_world
 config = RunConfig(model=GPTModel(num_layers=1, num_heads=2, width=16, context=8))
-world = find_world("cpu")
+world = find_world("cpu", "default")
 world.start_groups(60)
 strategy = build_strategy(config, build_model(config, 64, world.device), world, False)
 ids = torch.zeros(2, 8, dtype=torch.int64)

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 from launcher.choosing import listing
-from launcher.report.compare import compare, compare_runs
+from launcher.report.compare import compare_runs
+from launcher.report.compare_page import compare
 from llmtrain import intervals, ledger
 from llmtrain.rundir import RunDir
 from tests.support.checkpoint_runs import TARGETS, make_run, save, score, stretches

@@ -100,7 +100,7 @@ def test_small_files_that_are_damaged_are_written_anew(tmp_path: Path):
     assert early_stop.read(run) is None
     guessed = origin.read(run).id
     assert origin.start_of(run) == Path.cwd()
-    origin.note(run, "cpu", 1)
+    origin.note(run, "cpu", 1, 1)
     assert json.loads(run.origin.read_text())["id"] == guessed
     run.base.write_text("{")
     with pytest.raises(RunFolderError, match=r"base\.json: damaged"):

@@ -1,5 +1,6 @@
 """What befalls runs that last for weeks: cleaners of /tmp, countless failures, a run folder that is moved away."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -9,10 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from launcher.keeper import torchrun
+from launcher.keeper import hangs, torchrun
+from launcher.keeper.exit_codes import read_codes
 from launcher.keeper.meeting import Meeting
-from launcher.keeper.processes import read_codes
-from launcher.keeper.supervisor import Rules, Supervisor
+from launcher.keeper.rules import Rules
+from launcher.keeper.supervisor import Supervisor
 from launcher.keeper.torchrun import Start
 from llmtrain import checkpoint, errors, ledger
 from llmtrain.errors import EXIT_CODES, ConfigError, RunFolderError, leave_code
@@ -20,6 +22,8 @@ from llmtrain.failures import failures_noted
 from llmtrain.rundir import RunDir
 from tests.support.checkpoint_runs import make_run
 from tests.support.runs import environment
+
+SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 
 
 @pytest.fixture
@@ -38,8 +42,7 @@ def make_supervisor(
         monkeypatch.setattr(torchrun, "command", lambda *_: [sys.executable, "-c", left.pop(0)])
         return Supervisor(Start([], 1), run, Rules(10**6), Meeting(None), tmp_path / "logs", tmp_path / "stop")
 
-    numbers = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
-    before = {number: signal.getsignal(number) for number in numbers}
+    before = {number: signal.getsignal(number) for number in SIGNALS}
     yield make
     for number, handler in before.items():
         signal.signal(number, handler)
@@ -64,7 +67,7 @@ sys.exit(time.monotonic() >= deadline)
 
 def test_what_ranks_leave_never_looks_old(make_supervisor: Callable[..., Supervisor]):
     """systemd-tmpfiles deletes what nobody has touched for ten days: an empty folder, the file for stacks."""
-    assert make_supervisor(BECOMES_OLD, "")._attempt(0, restarted=False)["codes"] == [0]
+    assert make_supervisor(BECOMES_OLD, "")._attempt(0, None).codes == [0]
 
 
 CLEANED = "import os; os.rmdir(os.environ['LLMTRAIN_EXIT_CODES']); "
@@ -108,6 +111,45 @@ def test_the_pause_after_a_thousand_failures_can_be_counted(
     own._failures = 5000
     assert own.supervise() == 0
     assert rested == [30.0]
+
+
+@pytest.mark.parametrize("fails", ["exists", "mkdir", "glob"])
+def test_a_file_server_that_fails_over_ends_no_supervisor(
+    run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: str
+):
+    """It ends the ranks, which are to be started again: a supervisor that ends with them leaves them to nobody."""
+    scripts, logs, stop = ["raise SystemExit(1)", ""], tmp_path / "logs", tmp_path / "stop"
+    monkeypatch.setattr(torchrun, "command", lambda *_: [sys.executable, "-c", scripts.pop(0)])
+    works = getattr(Path, fails)
+
+    def stale(path: Path, *words: object, **named: object) -> object:
+        if path in (logs, stop) and len(scripts) < 2:
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return works(path, *words, **named)
+
+    monkeypatch.setattr(Path, fails, stale)
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    try:
+        assert Supervisor(Start([], 2), run, Rules(), Meeting(None), logs, stop).supervise() == 0
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert scripts == []
+
+
+def test_a_hang_is_named_where_its_stacks_cannot_be_written(
+    make_supervisor: Callable[..., Supervisor], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+):
+    """What the ranks hang on may be that disk."""
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(hangs, "write_stacks", full)
+    seen = hangs.Seen(rank=3, phase="data", step=41, seconds=600.0, stands=True, frozen=False)
+    named = make_supervisor()._write_down([seen], Path("beats"), Path("stacks.txt"))
+    assert named == "rank 3 stands still since 600 s, at step 41, taking data"
+    assert f"{named}: the stacks of all ranks cannot be written: [Errno 28]" in capfd.readouterr().err
 
 
 # ---------------------------------------------------------------------------------------------- a folder that goes

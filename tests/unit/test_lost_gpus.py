@@ -10,9 +10,10 @@ import pytest
 from launcher.keeper import torchrun
 from launcher.keeper.meeting import Meeting, own_name
 from launcher.keeper.ranks import Ranks
-from launcher.keeper.supervisor import Rules, Supervisor
+from launcher.keeper.rules import Rules
+from launcher.keeper.supervisor import Supervisor
 from launcher.keeper.torchrun import Start
-from launcher.slurm import node
+from launcher.slurm import requeueing
 from llmtrain import ledger
 from llmtrain.rundir import RunDir
 
@@ -61,7 +62,7 @@ def test_a_job_is_queued_again_in_place_of_a_start_where_a_gpu_is_missing(
     rules = Rules(max_restarts=1, may_requeue=may_requeue)
     own = Supervisor(Start([], 1), run, rules, Meeting(tmp_path), tmp_path / "logs", tmp_path / "stop")
     assert own.supervise() == (75 if goes_elsewhere else 1)
-    assert (len(starts), own.stopped_by) == (1 if goes_elsewhere else 2, None)
+    assert (len(starts), own.stopper.reason) == (1 if goes_elsewhere else 2, None)
     assert own.lost_gpus_on == ([own_name()] if goes_elsewhere else [])
     noted = ledger.events(run)[0]
     assert (noted.kind, "has failed" in noted.message) == ("restarted", goes_elsewhere)
@@ -101,7 +102,7 @@ def test_nodes_that_are_kept_off_are_added_to_the_users_own(
     )
     (tmp_path / "scontrol").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
-    node._avoid(["n2", "n5"], "7")
+    requeueing.avoid(["n2", "n5"], "7")
     assert calls.read_text().splitlines()[-1] == f"update JobId=7 ExcNodeList={expected}"
 
 
@@ -109,5 +110,5 @@ def test_a_cluster_that_does_not_let_us_is_told_of(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ):
     monkeypatch.setenv("PATH", str(tmp_path))
-    node._avoid(["n2"], "7")
+    requeueing.avoid(["n2"], "7")
     assert "it may start on n2 again: scontrol: not found" in capfd.readouterr().err

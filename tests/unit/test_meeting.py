@@ -15,9 +15,10 @@ import pytest
 from launcher.keeper import meeting
 from launcher.keeper.meeting import FirstNodeGone, Meeting
 from launcher.keeper.processes import is_alive
-from launcher.keeper.supervisor import Rules, Supervisor
+from launcher.keeper.rules import Rules
+from launcher.keeper.supervisor import Supervisor
 from launcher.keeper.torchrun import Start
-from launcher.slurm import node
+from launcher.slurm import node, requeueing
 from llmtrain import files
 from llmtrain.rundir import RunDir
 from tests.support.runs import environment, make_workplace
@@ -68,11 +69,11 @@ def test_ranks_are_not_kept_for_a_first_node_that_has_gone(tmp_path: Path):
 KEEPS_GOING = """
 import sys
 from launcher.keeper import meeting, torchrun
-from launcher.keeper.supervisor import Rules
-from launcher.slurm import node
+from launcher.keeper.rules import Rules
+from launcher.slurm import node, requeueing
 meeting._BEAT_S, meeting._SILENT_S, meeting._LOOK_S, meeting._SETTLES_S = 0.1, {silent_s}, 0.1, 0.2
 torchrun.command = lambda *_: [sys.executable, "-c", "import time; time.sleep(600)"]
-sys.exit(node.keep_going({words!r}, 1, "cpu", Rules(hang_s=0), node.requeue_with_scontrol, again=True))
+sys.exit(node.keep_going({words!r}, 1, "cpu", Rules(hang_s=0, may_requeue=True), requeueing.requeue_with_scontrol))
 """
 
 
@@ -172,7 +173,7 @@ def test_an_error_of_the_first_node_ends_every_nodes_task(
     words = [str(workplace.config), f"run.dir={tmp_path / 'runs'}", "run.name=two", "train.global_batch_size=8"]
 
     def keep_going() -> int:
-        return node.keep_going(words, 1, "cpu", Rules(), node.requeue_with_scontrol, again=True)
+        return node.keep_going(words, 1, "cpu", Rules(may_requeue=True), requeueing.requeue_with_scontrol)
 
     if number == 0:
         with pytest.raises(OSError, match="Stale"):

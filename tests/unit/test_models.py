@@ -164,6 +164,32 @@ def test_packed_loss_is_the_sum_of_the_documents_losses():
     assert loss(make_batch(Rows(tokens, [lens], None), True)) == pytest.approx(alone, rel=1e-6)
 
 
+@pytest.mark.parametrize("listed", [True, False])
+def test_the_output_layer_sees_what_is_learned(listed: bool, monkeypatch: pytest.MonkeyPatch):
+    seen: list[int] = []
+
+    def note(hidden: torch.Tensor, *others: Any) -> torch.Tensor:
+        seen.append(len(hidden))
+        return linear_cross_entropy(hidden, *others)
+
+    tokens = np.arange(2 * 25, dtype=np.uint16).reshape(2, 25)
+    mask = np.zeros_like(tokens, np.uint8)
+    mask[:, 9:14] = 1
+    batch = make_batch(Rows(tokens, [np.array([11, 9], np.int32)] * 2, mask), isolate_documents=True)
+    model = GPT(SMALL, 100)
+    expected = model(batch.input_ids, batch.targets, batch.documents, batch.positions)
+    expected.backward()
+    gradients = {name: p.grad for name, p in model.named_parameters()}
+    model.zero_grad()
+    monkeypatch.setattr("llmtrain.models.gpt.linear_cross_entropy", note)
+    loss = model(batch.input_ids, batch.targets, batch.documents, batch.positions, batch.learned if listed else None)
+    loss.backward()
+    assert seen == [batch.num_targets if listed else batch.targets.numel()]
+    torch.testing.assert_close(loss, expected)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, gradients[name])
+
+
 def test_generation_with_the_cache_equals_generation_without():
     model = GPT(SMALL, 100, seed=1).eval()
     prompt, greedy = [1, 2, 3], SampleSection(temperature=0.0, tokens=18)

@@ -1,5 +1,6 @@
 """Runs of older versions: what this one would not start, read or make so any more, and what can be done with them."""
 
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,9 +11,10 @@ import pytest
 from launcher.checks import preflight
 from launcher.cluster import Profile
 from launcher.keeper import one_machine
-from launcher.keeper.supervisor import Rules
+from launcher.keeper.rules import Rules
 from launcher.keeper.torchrun import Start
 from launcher.slurm.batch import JobSpec
+from launcher.slurm.job import TrainJob
 from launcher.submitting import submit
 from llmtrain import assemble, log, manifest
 from llmtrain.config import load_to_start
@@ -79,6 +81,24 @@ def test_a_run_whose_configuration_cannot_be_read_is_not_queued(run: RunDir):
     (refused,) = [each.message for each in found if each.what == "run folder" and each.severity == "error"]
     assert f"{run.config}: not readable by this version" in refused
     assert "optim.speed" in refused
+
+
+QUEUED = (
+    b"ccopy_reg\n_reconstructor\n(clauncher.slurm.job\nTrainJob\nc__builtin__\nobject\nNtR(dVwords\n(lVa.yaml\nasVranks\nI2\ns"
+    b"Vdevice\nVcuda\nsVrules\nccopy_reg\n_reconstructor\n(clauncher.keeper.supervisor\nRules\nc__builtin__\nobject\nNtR("
+    b"dVmax_restarts\nI5\nsVhang_s\nF7.0\nsVgrace_s\nF600.0\nsVends_at\nNsVlead_s\nI300\nsVmay_requeue\nI00\nsbs"
+    b"Vagain\nI01\nsb."
+)
+"""A job's pickle, as written by the version before `Rules` held all of a job's limits."""
+
+
+def test_a_job_that_waits_in_the_queue_across_an_upgrade_still_runs_and_comes_back():
+    rules = Rules(max_restarts=5, hang_s=7.0, lead_s=300, may_requeue=True)
+    expected = TrainJob(["a.yaml"], 2, "cuda", rules)
+    found = pickle.loads(QUEUED)
+    assert found == expected
+    assert vars(found) == vars(expected)
+    assert pickle.loads(pickle.dumps(found)) == expected
 
 
 STARTS: dict[str, Callable[[list[str]], Any]] = {

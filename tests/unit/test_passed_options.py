@@ -9,8 +9,8 @@ import torch
 from typer.testing import CliRunner
 
 from launcher import cli
-from launcher.keeper.supervisor import Rules
-from launcher.slurm import node
+from launcher.keeper.rules import Rules
+from launcher.slurm import node, requeueing
 from llmtrain import export, generate
 
 
@@ -20,8 +20,10 @@ def test_what_a_script_sets_reaches_its_nodes(monkeypatch: pytest.MonkeyPatch):
     words = ["node", "a.yaml", "--ranks", "4", "--device", "cuda", "--no-requeue"]
     words += ["--max-restarts", "5", "--hang-after", "7", "--lead", "300"]
     assert CliRunner().invoke(cli.app, words).exit_code == 0
-    rules = Rules(max_restarts=5, hang_s=7, lead_s=300)
-    assert given == [(["a.yaml"], 4, "cuda", rules, node.requeue_with_scontrol, False)]
+    rules = Rules(max_restarts=5, hang_s=7, lead_s=300, may_requeue=False)
+    assert given == [(["a.yaml"], 4, "cuda", rules, requeueing.requeue_with_scontrol)]
+    assert CliRunner().invoke(cli.app, ["node", "a.yaml"]).exit_code == 0
+    assert given[1] == (["a.yaml"], 1, None, Rules(may_requeue=True), requeueing.requeue_with_scontrol)
 
 
 def test_how_to_merge_reaches_the_export(monkeypatch: pytest.MonkeyPatch):

@@ -21,8 +21,8 @@ from launcher.display import duration
 from launcher.planning import forecast
 from launcher.planning.plan import Given, Machine, show
 from launcher.sharding.build import build
+from launcher.submitting.order import Order
 from launcher.submitting.plan_job import Wishes, find_job, find_nodes, machine_for, train_seconds
-from launcher.submitting.submit import Order
 from llmtrain import origin
 from llmtrain.batches import ANY_ROWS, BatchPlan, plan_batches
 from llmtrain.config import load_config, resolved_yaml
@@ -34,6 +34,9 @@ from llmtrain.rundir import RunDir
 from tests.support.runs import environment
 
 ROOT = Path(__file__).parents[2]
+
+NO_WISHES = Wishes(None, None, None, None, None, None)
+NOTHING_GIVEN = Given(None, None, None, None, None)
 
 
 def configured(*settings: str) -> RunConfig:
@@ -120,7 +123,7 @@ def test_the_pace_is_told_or_measured(tmp_path: Path):
     run = tmp_path / "stdlib-gpt"
     run.mkdir()
     (run / "config.yaml").write_text(resolved_yaml(with_precision(config, "fp32")))
-    origin.note(RunDir(run), "cpu", 2, ranks=2)
+    origin.note(RunDir(run), "cpu", 2, 2)
     began = time.time() - 100
     events = [{"kind": "started", "message": "", "step": 0, "time": 0}, {"kind": "resumed", "message": "", "step": 40, "time": began}]  # fmt: skip  # noqa: E501
     (run / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
@@ -142,7 +145,7 @@ def test_the_pace_of_other_settings_says_nothing(tmp_path: Path):
     run.metrics.write_text('{"step": 40}\n')
     run.config.write_text(resolved_yaml(with_precision(configured(*given), "fp32")))
     assert "how many ranks" in str(pace_of(configured(*given)))
-    origin.note(run, "cpu", 2, ranks=2)
+    origin.note(run, "cpu", 2, 2)
     same = ["optim.lr=0.5", "train.steps=7", "train.micro_batch_size=4", "checkpoint.every_steps=3", "data.dir=x"]
     assert isinstance(pace_of(configured(*given, *same)), forecast.Pace)
     for setting, expected in [
@@ -179,7 +182,7 @@ def short_texts(folder: Path, *settings: str) -> RunConfig:
 def test_padding_takes_no_time_where_shards_tell_how_much_there_is(tmp_path: Path):
     """--tokens-per-s is what training shows, which leaves padding out."""
     config = short_texts(tmp_path)
-    known = Given(tokens_per_s=100.0, vocab_size=300)
+    known = replace(NOTHING_GIVEN, tokens_per_s=100.0, vocab_size=300)
     full = time_line(config, known)
     assert f" {duration(100 * 10 * 64 / 100)} at 100 tokens/s" in full
     assert "rows are counted as full" in full
@@ -196,20 +199,21 @@ def test_a_plan_says_that_the_warmup_is_too_long():
     for total, said in ((30, True), (50, False)):
         out = io.StringIO()
         config = configured(f"train.steps={total}")
-        show(config, Origins(), Machine("cpu", 1, None, ""), Given(vocab_size=300), Console(file=out, width=300))
+        known = replace(NOTHING_GIVEN, vocab_size=300)
+        show(config, Origins(), Machine("cpu", 1, None, ""), known, Console(file=out, width=300))
         assert ("\nwarm-up      50 of 30 steps: the learning rate ends at 0.0012 and" in out.getvalue()) == said
 
 
 def test_a_run_is_spread_over_jobs(tmp_path: Path):
     assert [forecast.num_jobs(seconds, 3480) for seconds in (10, 3480, 3481)] == [1, 1, 2]
     (tmp_path / "p.yaml").write_text("gpus_per_node: 4\ntime: 60\n")
-    wishes = Wishes(nodes=2, cluster=tmp_path / "p.yaml")
+    wishes = replace(NO_WISHES, nodes=2, cluster=tmp_path / "p.yaml")
     job = find_job(wishes)
     assert job is not None
     assert (job.nodes, job.gpus_per_node, job.ranks_per_node, train_seconds(wishes, job)) == (2, 4, 4, 3480)
-    longer = Wishes(gpus_per_node=1, cluster=tmp_path / "p.yaml", time="2:00:00")
+    longer = replace(NO_WISHES, gpus_per_node=1, cluster=tmp_path / "p.yaml", time="2:00:00")
     assert train_seconds(longer, find_job(longer)) == 7080
-    alone = Wishes(gpus=8, time="10:00")
+    alone = replace(NO_WISHES, gpus=8, time="10:00")
     assert (find_job(alone), train_seconds(alone, None)) == (None, 480)
 
 
@@ -217,30 +221,32 @@ def test_a_run_is_spread_over_jobs(tmp_path: Path):
 
 
 def test_what_nodes_have_comes_from_the_profile_and_the_command_line():
-    job = Order(Profile(gpus_per_node=4, gpu_memory_gb=80), 2, 4, 4)
+    job = Order(Profile(gpus_per_node=4, gpu_memory_gb=80), Path("p.yaml"), 2, 4, 4, "")
     machine = find_nodes(job, None, "auto")
     assert (machine.device, machine.ranks, machine.memory_bytes) == ("cuda", 8, 80e9)
     unknown = replace(job, profile=Profile(gpus_per_node=4))
     sizes = [find_nodes(unknown, described, "auto").memory_bytes for described in (40.0, None)]
     assert sizes == [40e9, None]
     assert find_nodes(job, None, "cpu").device == "cpu"  # train.device=cpu on nodes that have GPUs
-    cpu = find_nodes(Order(Profile(gpus_per_node=0, mem="64G"), 2, ranks_per_node=4), None, "auto")
+    on_cpus = replace(job, profile=Profile(gpus_per_node=0, mem="64G"), gpus_per_node=0)
+    cpu = find_nodes(on_cpus, None, "auto")
     assert (cpu.device, cpu.ranks, cpu.memory_bytes) == ("cpu", 8, 16 * 1024**3)
-    assert find_nodes(Order(Profile(gpus_per_node=0, mem="0")), None, "auto").memory_bytes is None
+    whole_nodes = replace(on_cpus, profile=Profile(gpus_per_node=0, mem="0"))
+    assert find_nodes(whole_nodes, None, "auto").memory_bytes is None
     assert Profile(gpus_per_node=0, mem="1000").mem_bytes == 1000 * 1024**2
 
 
 def test_nodes_without_a_profile():
-    machine = machine_for(Wishes(nodes=2, gpus_per_node=4), None, 80.0, "auto")
+    machine = machine_for(replace(NO_WISHES, nodes=2, gpus_per_node=4), None, 80.0, "auto")
     assert (machine.device, machine.ranks, machine.memory_bytes) == ("cuda", 8, 80e9)
-    assert machine_for(Wishes(nodes=2, gpus_per_node=0), None, None, "auto").ranks == 2
-    assert machine_for(Wishes(nodes=2, ranks_per_node=3), None, None, "auto").ranks == 6
+    assert machine_for(replace(NO_WISHES, nodes=2, gpus_per_node=0), None, None, "auto").ranks == 2
+    assert machine_for(replace(NO_WISHES, nodes=2, ranks_per_node=3), None, None, "auto").ranks == 6
 
 
 def test_the_tokens_of_a_run_are_those_of_all_its_micro_batches():
     config = configured("train.steps=100", "train.global_batch_size=8", "train.micro_batch_size=2", "model.context=64")
     out = io.StringIO()
-    show(config, Origins(), Machine("cpu", 2, None, ""), Given(), Console(file=out, width=200))
+    show(config, Origins(), Machine("cpu", 2, None, ""), NOTHING_GIVEN, Console(file=out, width=200))
     assert "\nbatch        8 rows = 2 ranks x 2 x 2\n" in out.getvalue()
     assert "\nsteps        100, 51,200 tokens\n" in out.getvalue()
 
@@ -262,14 +268,14 @@ def test_bf16_that_nobody_has_promised_is_told(
     out = io.StringIO()
     machine = Machine("cuda", 1, memory_gb and memory_gb * 1e9, "", bf16)
     config = configured("model.width=1024", "model.num_layers=12", "train.micro_batch_size=8", *settings)
-    fits = show(config, Origins(), machine, Given(vocab_size=50_000), Console(file=out, width=300))
+    fits = show(config, Origins(), machine, replace(NOTHING_GIVEN, vocab_size=50_000), Console(file=out, width=300))
     assert ("\nprecision    counted in bf16; GPUs before Ampere take fp32" in out.getvalue()) == said
     assert fits == (memory_gb != 7.1 or bf16 is not False), out.getvalue()
 
 
 def test_wishes_that_contradict_each_other_are_told_together(tmp_path: Path):
     with pytest.raises(ConfigError) as caught:
-        find_job(Wishes(gpus=8, nodes=2, cluster=tmp_path, time="soon"))
+        find_job(replace(NO_WISHES, gpus=8, nodes=2, cluster=tmp_path, time="soon"))
     assert len(caught.value.problems) == 2
 
 

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from launcher.checks import places, preflight
 from launcher.checks.environment import look_into, read_torch
-from launcher.checks.places import find_place, kind_of_file_system
+from launcher.checks.places import find_reach, kind_of_file_system
 from launcher.cluster import Profile, SideJob
 from launcher.findings import Finding, NotQueued, fine, settle, wrong
 from launcher.slurm import partitions as told_by_slurm
@@ -66,15 +66,15 @@ def test_the_kind_of_file_system_tells_what_all_nodes_see(
 ):
     monkeypatch.setattr(places, "_MOUNTS", tmp_path / "mounts")
     (tmp_path / "mounts").write_text(MOUNTS)
-    assert find_place(Path(path), []).reach == reach
+    assert find_reach(Path(path), [])[0] == reach
     assert kind_of_file_system(Path(path)) == kind
 
 
 def test_the_profiles_word_counts_for_more(tmp_path: Path):
-    assert find_place(tmp_path / "runs", [tmp_path]).reach == "shared"
-    assert find_place(Path("/home/ada"), [tmp_path]).reach == "node-local"
+    assert find_reach(tmp_path / "runs", [tmp_path])[0] == "shared"
+    assert find_reach(Path("/home/ada"), [tmp_path])[0] == "node-local"
     (tmp_path / "link").symlink_to("/srv")
-    assert find_place(tmp_path / "link/x", [tmp_path]).reach == "node-local"  # it leads out of there
+    assert find_reach(tmp_path / "link/x", [tmp_path])[0] == "node-local"  # it leads out of there
 
 
 # ---------------------------------------------------------------------------------------------- partitions

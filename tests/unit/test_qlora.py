@@ -69,7 +69,7 @@ LENGTHS = [23, 7, 41, 12]
 def loss_and_gradients(model: QLoRA, rows: Rows, isolate: bool) -> tuple[float, dict[str, Tensor]]:
     model.zero_grad()
     batch = make_batch(rows, isolate)
-    loss = model(batch.input_ids, batch.targets, batch.documents, batch.positions) / batch.num_targets
+    loss = model(batch.input_ids, batch.targets, batch.documents, batch.positions, batch.learned) / batch.num_targets
     loss.backward()
     return loss.item(), {name: p.grad.clone() for name, p in model.trainable().items() if p.grad is not None}
 

@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 
 from launcher.jobs import JobDir, JobRecord
+from launcher.runs import find_runs
 from launcher.slurm import client
 from launcher.watching.logs import Wanted, find
-from launcher.watching.queue_view import outputs, read_queue
-from launcher.watching.status import find_runs, find_submitted, read_status
+from launcher.watching.queue_view import Queue, find_submitted, outputs, read_queue
+from launcher.watching.status import read_status
 from launcher.watching.status_display import show_status
 from llmtrain.errors import RunFolderError
 from llmtrain.rundir import RunDir
@@ -175,9 +176,20 @@ def test_a_service_job_is_shown_below_training(run: RunDir, slurm: Slurm, capsys
     assert "job 12" not in output
 
 
+def test_a_damaged_record_of_a_job_hides_nothing_of_a_run_that_has_stopped(
+    run: RunDir, slurm: Slurm, capsys: pytest.CaptureFixture[str]
+):
+    ledger = submitted(run, "12").ledger
+    ledger.write_text('{"job\n' + ledger.read_text())
+    output = told(capsys, run.path)
+    assert "training stopped, step 500 of 1,000" in output
+    assert "line 1 is damaged" in output
+    assert "go on" not in output  # how it was submitted is not known
+
+
 def test_reading_starts_no_process(run: RunDir, slurm: Slurm):
     submitted(run, "12")
-    assert read_status(run).jobs == []
+    assert read_status(run, Queue({}, None)).jobs == []
     assert slurm.calls == []
 
 

@@ -17,11 +17,13 @@ from rich.console import Console
 
 from launcher.jobs import JobDir
 from launcher.report import compare_page, figures, markup, plots, sections
-from launcher.report.compare import compare, compare_runs, labels
+from launcher.report.compare import compare_runs, labels
+from launcher.report.compare_page import compare
 from launcher.report.facts import Series, read_facts
 from launcher.report.markup import Html, element, visible
 from launcher.report.page import write_report
 from launcher.report.speed import read_speed
+from launcher.watching.queue_view import read_queue
 from llmtrain import jsonl, ledger
 from llmtrain.errors import RunFolderError
 from llmtrain.ledger import Event, HubState, Status
@@ -205,7 +207,7 @@ def test_a_run_that_is_being_started_is_not_called_stopped(tmp_path: Path, with_
 def test_ties_and_where_each_lies_stand_in_the_ranking(tmp_path: Path):
     run = make_run(tmp_path / "run", "hub.repo=ada/gpt", shifts=(0.0, 0.0, 0.2, 0.3))
     checkpoint_runs.upload(run, 300, removed=True)
-    ranked = read_facts(run).ranking
+    ranked = read_facts(run, read_queue([run])).ranking
     assert ranked is not None
     rows = [row.split("<td") for row in page_of(run).source.split("<tr")[2:6]]
     cells = [[Page("<td" + cell).text for cell in row[1:]] for row in rows]

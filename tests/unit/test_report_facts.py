@@ -10,6 +10,7 @@ from tensorboard.backend.event_processing.event_file_loader import RawEventFileL
 
 from launcher.report import speed
 from launcher.report.facts import read_facts
+from launcher.watching.queue_view import read_queue
 from llmtrain import jsonl
 from llmtrain.errors import RunFolderError
 from llmtrain.rundir import RunDir
@@ -49,7 +50,7 @@ def test_steps_are_read_as_they_were_written(run: RunDir, not_finite: float | No
     jsonl.append(run.metrics, written)
     with run.metrics.open("a") as file:
         file.write('{"step": 9999, "lo')  # cut short by a crash
-    found = read_facts(run)
+    found = read_facts(run, read_queue([run]))
     last = {record["step"]: record for record in written}
     for key in ("loss", "lr", "grad_norm"):
         wanted = {s: r[key] for s, r in sorted(last.items()) if r[key] is not None and math.isfinite(r[key])}
@@ -75,7 +76,7 @@ def test_pythons_json_is_not_asked_where_nothing_is_damaged(run: RunDir, monkeyp
 
     monkeypatch.setattr(jsonl, "read", read)
     monkeypatch.setattr(RawEventFileLoader, "__init__", None)
-    found = read_facts(run)
+    found = read_facts(run, read_queue([run]))
     assert len(found.clock.steps) > 1
     assert found.speed.tokens_per_s == {1: 5.0}
 
@@ -85,7 +86,7 @@ def test_a_damaged_line_is_named(run: RunDir):
     lines = run.metrics.read_text().splitlines()
     run.metrics.write_text("\n".join([lines[0], lines[1][:-20], lines[2], ""]))
     with pytest.raises(RunFolderError, match=r"metrics\.jsonl: line 2 is damaged"):
-        read_facts(run)
+        read_facts(run, read_queue([run]))
 
 
 @pytest.mark.parametrize("at", [0, 5, 9, 20, -30, -3])

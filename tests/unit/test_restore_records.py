@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from huggingface_hub import HfApi
 
-from launcher.choosing import listing
+from launcher.runs import runs_below
 from llmtrain import ledger, log, manifest, origin
 from llmtrain.config import resolved_yaml
 from llmtrain.errors import EXIT_INTERRUPTED, CheckpointError, RunFolderError
@@ -34,7 +34,7 @@ BASE = '{"model.safetensors": {"size_bytes": 1, "modified_ns": 2, "sha256": "abc
 def make_lost(folder: Path, with_state: bool = True) -> RunDir:
     """Not yet lost: a run with three scored checkpoints, of which the first is the best."""
     run = make_run(folder, f"hub.optimizer_state={with_state}".lower())
-    origin.note(run, "cpu", 1)
+    origin.note(run, "cpu", 1, 1)
     for step, loss in LOSSES.items():
         save(run, step, loss)
         score(run, step, loss)
@@ -157,7 +157,7 @@ def test_a_repository_may_not_let_a_base_run_code(api: HfApi, tmp_path: Path, ca
     run = make_run(tmp_path / "run", "hub.optimizer_state=true", "model.kind=qlora", "model.base=some/base")
     run.config.write_text(run.config.read_text().replace("trust_remote_code: false", "trust_remote_code: true"))
     assert config_of(run).model.trust_remote_code  # pyright: ignore[reportAttributeAccessIssue]
-    origin.note(run, "cpu", 1)
+    origin.note(run, "cpu", 1, 1)
     save(run, 100)
     score(run, 100, 3.0)
     send(api, run)
@@ -174,7 +174,7 @@ def test_what_an_attempt_at_another_repository_left_does_not_come_with_it(api: H
     (left / "checkpoints").mkdir(parents=True)
     (left / "config.yaml").write_text("")
     (left / "deepspeed.json").write_text("of another run")
-    assert listing.runs_below(tmp_path) == []
+    assert runs_below(tmp_path) == []
     assert not brought_back(api, tmp_path / "back").deepspeed.exists()
 
 
@@ -281,7 +281,7 @@ def test_of_another_run_in_the_repository_nothing_comes_back(
 ):
     """From before anybody looked whose it is: its scores and checkpoints would be taken for one's own."""
     other = make_run(tmp_path / "other", "hub.optimizer_state=true")
-    origin.note(other, "cpu", 1)
+    origin.note(other, "cpu", 1, 1)
     save(other, 400, 2.0, content="of another run")
     score(other, 400, 2.0)
     with monkeypatch.context() as before:

@@ -36,7 +36,7 @@ def test_a_job_is_refused_in_the_words_of_training(tmp_path: Path, settings: lis
     elif damage:
         run.checkpoint(5).rename(tmp_path / "away")
     config, origins = load_to_start(None, [*names, *settings])
-    job = JobSpec("mine", run.path, Profile(gpus_per_node=0, shared=[str(tmp_path)]), ("node",))
+    job = JobSpec("mine", run.path, Profile(gpus_per_node=0, shared=[str(tmp_path)]))
     found = preflight._check_folder(config, origins, run, job)
     refused = [each.message for each in found if each.severity == "error"]
     if said is None:

@@ -14,7 +14,7 @@ import pytest
 from launcher.checks import preflight
 from launcher.cluster import Profile
 from launcher.jobs import JobDir
-from launcher.keeper.one_machine import _kept_going
+from launcher.keeper.one_machine import _take_lock
 from launcher.slurm.batch import JobSpec
 from llmtrain import locks, log, rundir
 from llmtrain.config import load_config
@@ -113,7 +113,7 @@ def test_a_disk_that_fails_is_no_disk_without_locks(
 def test_each_lock_says_what_nobody_else_should_do(run: RunDir, said: list[str], monkeypatch: pytest.MonkeyPatch):
     without_locks(monkeypatch, errno.ENOSYS)
     jobs = JobDir.of(run)
-    for handle in (run.lock(), run.lock_service(), run.lock_service(), _kept_going(run, jobs)):
+    for handle in (run.lock(), run.lock_service(), run.lock_service(), _take_lock(run, jobs)):
         assert handle is not None
         handle.close()
     why = f"no locks here ({os.strerror(errno.ENOSYS)}): be sure that no other"
@@ -160,11 +160,11 @@ def test_a_stop_of_an_earlier_start_does_not_end_the_next_one(run: RunDir):
     jobs = JobDir.of(run)
     jobs.path.mkdir(parents=True)
     jobs.stop.touch()
-    with _kept_going(run, jobs):
+    with _take_lock(run, jobs):
         assert not jobs.stop.exists()
         jobs.stop.touch()
         with pytest.raises(RunFolderError, match="keeps this run going already"):
-            _kept_going(run, jobs)
+            _take_lock(run, jobs)
         assert jobs.stop.exists()
 
 

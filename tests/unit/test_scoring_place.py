@@ -63,6 +63,12 @@ def advance(lane: Scoring, run: RunDir, presence: Presence, *steps: int) -> None
     lane.advance(config, Work(to_score=list(steps or [7])), where)
 
 
+def note_gpus(run: RunDir, used: int) -> None:
+    """That training started with so many GPUs."""
+    origin.note(run, "cuda", max(1, used), max(1, used))
+    run.origin.write_text(json.dumps(json.loads(run.origin.read_text()) | {"gpus_used": used}))
+
+
 @pytest.fixture
 def later(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
     """Sets the service's clock forward."""
@@ -84,7 +90,7 @@ def test_scoring_takes_a_gpu_that_training_does_not_use(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gpus: int, used: int, trains: bool, expected: str
 ):
     run = make_run(tmp_path / "run")
-    origin.note(run, "cuda", used)
+    note_gpus(run, used)
     monkeypatch.setattr(scoring_place, "num_gpus", lambda: gpus)
     assert scoring_place.find(run, config_of(run), trains) == expected
 
@@ -102,7 +108,7 @@ def test_gpus_of_another_machine_are_not_taken_for_this_ones(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, noted: dict[str, Any], expected: str
 ):
     run = make_run(tmp_path / "run")
-    origin.note(run, "cuda", 2)
+    origin.note(run, "cuda", 2, 2)
     run.origin.write_text(json.dumps(json.loads(run.origin.read_text()) | noted))
     monkeypatch.setattr(scoring_place, "num_gpus", lambda: 1)
     assert scoring_place.find(run, config_of(run), trains=True) == expected
@@ -121,7 +127,7 @@ def test_a_gpu_that_somebody_else_uses_is_not_taken(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_use: list[float | None], own: str, expected: str
 ):
     run = make_run(tmp_path / "run")
-    origin.note(run, "cuda", 1)
+    origin.note(run, "cuda", 1, 1)
     monkeypatch.setattr(scoring_place, "num_gpus", lambda: 3)
     monkeypatch.setattr(scoring_place, "memory_used", in_use.__getitem__)
     assert scoring_place.find(run, config_of(run), trains=True, own=own) == expected
@@ -131,7 +137,7 @@ def test_a_child_stays_on_its_gpu_and_leaves_the_cpu_for_one_that_becomes_free(
     tmp_path: Path, started: list[list[str]], monkeypatch: pytest.MonkeyPatch
 ):
     run = make_run(tmp_path / "run")
-    origin.note(run, "cuda", 0)
+    note_gpus(run, 0)
     lane, presence = Scoring(run, lock=0), Presence(run)
     with run.lock():
         for in_use in ([9e9, 9e9], [9e9, 0.0], [9e9, 9e9], [0.0, 9e9]):
@@ -170,7 +176,7 @@ def test_a_container_with_a_name_of_its_own_is_still_the_same_machine(tmp_path: 
     boot_id.write_text("1f0c\n")
     monkeypatch.setattr(origin, "_BOOT_ID", boot_id)
     run = make_run(tmp_path / "run")
-    origin.note(run, "cuda", 2)
+    origin.note(run, "cuda", 2, 2)
     monkeypatch.setattr(os, "uname", lambda: SimpleNamespace(nodename="container"))
     assert origin.gpus_used_here(run) == 2
     boot_id.unlink()  # not Linux
@@ -191,7 +197,7 @@ def test_a_gpu_is_given_back_when_training_starts_again(
     tmp_path: Path, started: list[list[str]], gpus: int, score: str, devices: list[str]
 ):
     run = make_run(tmp_path / "run", f"service.score={score}")
-    origin.note(run, "cuda", gpus)
+    origin.note(run, "cuda", gpus, gpus)
     lane, presence = Scoring(run, lock=0), Presence(run)
     advance(lane, run, presence)
     with run.lock():
@@ -208,7 +214,7 @@ def test_a_gpu_that_training_does_not_use_is_kept(
     tmp_path: Path, started: list[list[str]], later: Callable[[float], None]
 ):
     run = make_run(tmp_path / "run")
-    origin.note(run, "cuda", 1)
+    origin.note(run, "cuda", 1, 1)
     lane, presence = Scoring(run, lock=0), Presence(run)
     with run.lock():
         advance(lane, run, presence)
@@ -216,7 +222,7 @@ def test_a_gpu_that_training_does_not_use_is_kept(
     advance(lane, run, presence)  # without training it would be the first one's turn
     with run.lock():
         advance(lane, run, presence)
-        origin.note(run, "cuda", 0)  # fewer than before: the first would be free as well
+        note_gpus(run, 0)  # fewer than before: the first would be free as well
         advance(lane, run, presence)
     assert [device_of(arguments) for arguments in started] == ["cuda:1"]
 
@@ -227,7 +233,7 @@ def test_training_that_has_gone_may_come_back_for_a_minute(
 ):
     """Between a crash and the restart all GPUs look free. A child on the CPU makes way for one on a GPU."""
     run = make_run(tmp_path / "run")
-    origin.note(run, "cuda", 2)
+    origin.note(run, "cuda", 2, 2)
     lane, presence = Scoring(run, lock=0), Presence(run)
     with run.lock():
         advance(lane, run, presence)
@@ -246,7 +252,7 @@ def test_a_service_that_starts_after_a_crash_waits_too(
     tmp_path: Path, started: list[list[str]], later: Callable[[float], None]
 ):
     run = make_run(tmp_path / "run")
-    origin.note(run, "cuda", 2)
+    origin.note(run, "cuda", 2, 2)
     train(run, 10)  # it has just written
     advance(Scoring(run, lock=0), run, Presence(run))
     later(100)
@@ -263,7 +269,7 @@ def test_a_child_that_may_have_to_move_is_given_one_step(
 ):
     """What it has not finished is lost then; elsewhere one process scores all that waits."""
     run = make_run(tmp_path / "run")
-    origin.note(run, trained_on, 1)
+    origin.note(run, trained_on, 1, 1)
     Scoring(run, lock=0).advance(config_of(run), Work(to_score=[7, 8]), where)
     words = started[0][started[0].index("--steps") + 1 :]
     assert (words[: words.index("--threads")] if "--threads" in words else words) == asked
@@ -278,7 +284,7 @@ def test_a_child_on_the_cpu_leaves_half_of_the_cores_to_training_there(
 ):  # fmt: skip
     monkeypatch.setattr(cpu, "usable_cores", lambda: 8)
     run = make_run(tmp_path / "run")
-    origin.note(run, trained_on, 1)
+    origin.note(run, trained_on, 1, 1)
     with run.lock() if trains else contextlib.nullcontext():
         Scoring(run, lock=0).advance(config_of(run), Work(to_score=[7]), "cpu")
     assert started[0][started[0].index("--threads") + 1] == threads
@@ -296,7 +302,7 @@ def test_a_step_that_cannot_be_scored_keeps_no_other_waiting(tmp_path: Path, mon
     monkeypatch.setattr(scoring, "Child", Failing)
     monkeypatch.setattr(log, "warning", lambda _: None)
     run = make_run(tmp_path / "run")
-    origin.note(run, "cpu", 0)
+    origin.note(run, "cpu", 1, 1)
     lane = Scoring(run, lock=0)
     lane.pause = Pause(first_s=0.0)
     for _ in range(5):  # each child is started, and then has failed at its first step
@@ -317,7 +323,7 @@ def test_a_scoring_process_that_hangs_is_ended_and_told(
 ):
     monkeypatch.setattr(scoring, "Child", Hanging)
     run = make_run(tmp_path / "run")
-    origin.note(run, "cpu", 0)
+    origin.note(run, "cpu", 1, 1)
     lane = Scoring(run, lock=0)
     lane.pause = Pause(first_s=0.0)
 

@@ -16,14 +16,16 @@ from rich.console import Console
 
 from launcher.display import when
 from launcher.jobs import JobDir
+from launcher.runs import find_runs
 from launcher.watching import status_display
-from launcher.watching.status import find_runs, read_checkpoints, read_status
+from launcher.watching.status import read_checkpoints
 from launcher.watching.status_display import show_status
 from llmtrain import jsonl, ledger, ranking
 from llmtrain.errors import RunFolderError
 from llmtrain.ledger import Event, HubState, Status
 from llmtrain.rundir import RunDir
 from tests.support.checkpoint_runs import BATCH, TARGETS, make_run, save, score, stretches, train, upload
+from tests.support.jobs import status_of
 from tests.support.runs import environment
 
 HERE = os.uname().nodename
@@ -75,7 +77,7 @@ def test_a_damaged_record_names_itself_and_hides_no_other_run(run: RunDir, capsy
     assert "500/1,000" in shown
     for small in (run.service_status, run.hub_state, run.early_stop, run.origin):
         small.write_text("{")
-    assert read_status(run).training.state == "stopped"
+    assert status_of(run).training.state == "stopped"
     assert "delete that line" in told(damaged, capsys)
 
 
@@ -83,7 +85,7 @@ def test_a_damaged_record_names_itself_and_hides_no_other_run(run: RunDir, capsy
 
 
 def test_a_stopped_run(run: RunDir, capsys: pytest.CaptureFixture[str]):
-    found = read_status(run)
+    found = status_of(run)
     training = found.training
     assert (training.state, training.step, training.total_steps, training.epoch) == ("stopped", 500, 1000, 16.0)
     assert (training.loss, training.heldout) == (3.5, (400, 3.1))
@@ -110,7 +112,7 @@ def test_a_run_that_nobody_scores_has_a_checkpoint_to_use(tmp_path: Path, capsys
     for step, loss in ((100, 3.5), (200, 3.0), (300, 3.2)):
         save(run, step, loss)
     train(run, 300)
-    assert read_status(run).checkpoints.proposed == (200, 3.0)
+    assert status_of(run).checkpoints.proposed == (200, 3.0)
     end = "use step 200 (3.0000, measured at the save); never scored from disk (service.start=never)"
     assert f"last step 300, 3 on disk; {end}" in told(run, capsys)
 
@@ -120,15 +122,15 @@ def test_a_running_run_and_its_pace(run: RunDir, capsys: pytest.CaptureFixture[s
     ledger.append(run.events, Event(kind="started", message="", step=0, time=now - 9000))
     ledger.append(run.events, Event(kind="resumed", message="", step=400, time=now - 200))
     os.utime(run.metrics, (now, now))
-    assert read_status(run).training.tokens_per_s is None  # it does not run
+    assert status_of(run).training.tokens_per_s is None  # it does not run
     with run.lock():
-        training = read_status(run).training
+        training = status_of(run).training
         assert training.state == "running"
         assert training.who == f"process {os.getpid()} on {HERE}"
         assert training.tokens_per_s == pytest.approx(0.5 * BATCH * TARGETS, rel=0.01)  # 100 steps in 200 s
         assert training.left_s == pytest.approx(1000, rel=0.01)
         assert "1,024 learned tokens/s on average since it was last started, about 16 min left" in told(run, capsys)
-    assert read_status(run).training.state == "stopped"
+    assert status_of(run).training.state == "stopped"
     assert f"it was process {os.getpid()}" in told(run, capsys)
 
 
@@ -146,37 +148,37 @@ def test_what_the_last_start_failed_with_is_there_to_mend(run: RunDir, capsys: p
 
 def test_a_run_on_another_machine_counts_as_running_while_it_writes(run: RunDir):
     (run.path / "lock").write_text("process 12 on another-node")
-    assert read_status(run).training.state == "running"
+    assert status_of(run).training.state == "running"
     os.utime(run.metrics, (time.time() - 3600, time.time() - 3600))
-    assert read_status(run).training.state == "stopped"
+    assert status_of(run).training.state == "stopped"
 
 
 def test_finished_ended_early_and_not_started(run: RunDir, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     run.service.mkdir(exist_ok=True)
     run.early_stop.write_text('{"message": "no improvement for 3 saves", "saves": 3}')
-    assert read_status(run).training.state == "ended early"
+    assert status_of(run).training.state == "ended early"
     assert "asked to end early: no improvement for 3 saves" in told(run, capsys)
     run.early_stop.unlink()
     train(run, 1000)
-    assert read_status(run).training.state == "stopped"
+    assert status_of(run).training.state == "stopped"
     assert "mend its last step was not saved: start it again, and it goes on from step 400" in told(run, capsys)
     save(run, 1000)
-    assert read_status(run).training.state == "finished"
+    assert status_of(run).training.state == "finished"
     shutil.rmtree(run.checkpoint(1000))  # by the rule, once it was scored
-    assert read_status(run).training.state == "stopped"
+    assert status_of(run).training.state == "stopped"
     run.summary.write_text('{"steps": 1000}')
-    assert read_status(run).training.state == "finished"
+    assert status_of(run).training.state == "finished"
     assert "not saved" not in told(run, capsys)
     fresh = make_run(tmp_path / "runs" / "fresh", "service.start=never")
-    assert read_status(fresh).training.state == "not started"
+    assert status_of(fresh).training.state == "not started"
     assert "checkpoints none yet service none (service.start=never)" in told(fresh, capsys)
 
 
 def test_the_length_of_a_run_in_epochs_is_known_after_its_first_line(tmp_path: Path):
     run = make_run(tmp_path / "run", "train.epochs=2")
-    assert read_status(run).training.total_steps is None
+    assert status_of(run).training.total_steps is None
     train(run, 20)
-    assert read_status(run).training.total_steps == 63  # 2 x 1000 rows / 32
+    assert status_of(run).training.total_steps == 63  # 2 x 1000 rows / 32
 
 
 def test_a_cut_line_and_a_large_ledger(tmp_path: Path):
@@ -200,7 +202,7 @@ def test_a_service_at_work(run: RunDir, capsys: pytest.CaptureFixture[str]):
     assert lock is not None
     with lock:
         say(run, pid=1)
-        assert read_status(run).service.status is None  # said by the one before
+        assert status_of(run).service.status is None  # said by the one before
         assert "service starting" in told(run, capsys)
         say(
             run,
@@ -210,7 +212,7 @@ def test_a_service_at_work(run: RunDir, capsys: pytest.CaptureFixture[str]):
             next_try_s=40,
             last_error="upload of step 300: 503\nService \x1b[31mUnavailable",
         )
-        assert read_status(run).service.at_work
+        assert status_of(run).service.at_work
         text = told(run, capsys)
         assert f"at work (process {os.getpid()} on {HERE}): scoring step 400 and uploading step 300 (attempt 3)" in text
         assert "1 to score (step 400), 2 to upload (steps 300 and 400)" in text
@@ -224,11 +226,11 @@ def test_a_service_at_work(run: RunDir, capsys: pytest.CaptureFixture[str]):
 
 def test_a_service_on_another_machine_counts_while_it_speaks(run: RunDir):
     say(run, pid=1, host="another-node")
-    assert read_status(run).service.at_work
+    assert status_of(run).service.at_work
     say(run, pid=1, host="another-node", time=time.time() - 600)
-    assert not read_status(run).service.at_work
+    assert not status_of(run).service.at_work
     say(run, pid=1, host=HERE)  # here the lock tells
-    assert not read_status(run).service.at_work
+    assert not status_of(run).service.at_work
 
 
 @pytest.mark.parametrize(
@@ -248,14 +250,14 @@ def test_the_hub_as_read_back(run: RunDir, capsys: pytest.CaptureFixture[str], s
 
 def test_an_upload_of_what_was_saved_here_before_does_not_count(run: RunDir):
     save(run, 200, content="saved again")
-    hub = read_status(run).hub
+    hub = status_of(run).hub
     assert hub is not None
     assert hub.waiting == [200, 300, 400]
 
 
 def test_an_upload_whose_tag_was_removed_is_neither_on_the_hub_nor_waiting(run: RunDir):
     upload(run, 200, removed=True)
-    hub = read_status(run).hub
+    hub = status_of(run).hub
     assert hub is not None
     assert (hub.confirmed, hub.waiting) == ([], [300, 400])
 
@@ -264,7 +266,7 @@ def test_what_a_person_has_to_mend_is_said(run: RunDir, capsys: pytest.CaptureFi
     say(run, problem="the token was refused; run 'hf auth login'")
     assert "mend the token was refused; run 'hf auth login'" in told(run, capsys)
     run.config.write_text("modle: {}\n")  # of another version: the rest is still shown
-    found = read_status(run)
+    found = status_of(run)
     assert any("modle" in problem for problem in found.problems)
     assert found.training.step == 500
 
@@ -305,7 +307,7 @@ def test_json_holds_every_field(run: RunDir, capsys: pytest.CaptureFixture[str])
     say(run, doing=["scoring step 400"])
     show_status([run.path], True, False)
     [found] = json.loads(capsys.readouterr().out)
-    assert set(found) == {field.name for field in dataclasses.fields(read_status(run))}
+    assert set(found) == {field.name for field in dataclasses.fields(status_of(run))}
     assert found["path"] == str(run.path)
     assert found["training"]["state"] == "stopped"
     assert found["checkpoints"]["not_scored"] == [400]

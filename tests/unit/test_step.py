@@ -9,6 +9,7 @@ from llmtrain.models import GPT
 from llmtrain.models.attention import has_flash
 from llmtrain.models.dropout import keep_mask
 from llmtrain.strategies import build_strategy, deepspeed_config
+from llmtrain.strategies.zero2 import ZeRO2Strategy
 from llmtrain.trainer import seed_step
 from llmtrain.world import World
 
@@ -54,6 +55,35 @@ def test_a_step_goes_back_to_training_after_evaluating_and_generating():
         assert not any(module.training for module in model.modules())
         strategy.accumulate(batch, 1.0, last=True)
         assert all(module.training for module in model.modules())
+
+
+@pytest.mark.parametrize("kind", ["ddp", "zero2"])
+def test_the_model_is_told_what_is_learned(kind: str):
+    told: list[torch.Tensor | None] = []
+
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.ones(()))
+
+        def forward(self, *given: torch.Tensor | None) -> torch.Tensor:
+            told.append(given[4])
+            return 1 * self.weight
+
+    class Engine(Model):
+        def backward(self, loss: torch.Tensor, scale_wrt_gas: bool) -> None:
+            assert not scale_wrt_gas
+
+    if kind == "zero2":
+        strategy = ZeRO2Strategy.__new__(ZeRO2Strategy)  # DeepSpeed's engine in there calls the model
+        strategy._world, strategy._bf16, strategy._engine = World(0, 1, 0, torch.device("cpu")), False, Engine()
+        strategy._module = strategy._engine
+    else:
+        strategy = build_strategy(RunConfig(), Model(), World(0, 1, 0, torch.device("cpu")), bf16=False)
+    ids, learned = torch.zeros(2, 3, dtype=torch.int64), torch.tensor([1, 4])
+    strategy.accumulate(Batch(ids, ids, None, None, 2, learned), 1.0, last=True)
+    strategy.loss(Batch(ids, ids, None, None, 2, learned))
+    assert told == [learned, learned]
 
 
 def test_what_deepspeed_is_told_for_a_gpu():

@@ -16,17 +16,18 @@ import pytest
 from launcher import stop
 from launcher.jobs import JobDir
 from launcher.keeper.one_machine import train_here
-from launcher.keeper.supervisor import Rules, Supervisor
+from launcher.keeper.rules import Rules
+from launcher.keeper.supervisor import Supervisor
 from launcher.keeper.torchrun import Start
 from launcher.slurm import client
-from launcher.stop import alive_jobs, ask, keeper, stop_runs
-from launcher.watching.status import find_submitted, read_status
+from launcher.stop import alive_jobs, ask, stop_runs
+from launcher.watching.queue_view import find_submitted
 from launcher.watching.status_display import show_status
 from llmtrain import locks
 from llmtrain.errors import RunFolderError, SlurmError
 from llmtrain.rundir import RunDir
 from tests.support.checkpoint_runs import make_run, save, train
-from tests.support.jobs import Slurm, submitted
+from tests.support.jobs import Slurm, status_of, submitted
 
 HOLD = """
 import signal, sys, time
@@ -44,7 +45,8 @@ KEEP = """
 import sys, time
 from launcher.keeper import torchrun
 from launcher.keeper.one_machine import train_here
-from launcher.keeper.supervisor import Rules, Supervisor
+from launcher.keeper.rules import Rules
+from launcher.keeper.supervisor import Supervisor
 from launcher.keeper.torchrun import Start
 torchrun.command = lambda *_: [sys.executable, "-c", "import os; os.abort()"]
 paused = Supervisor._rest
@@ -130,14 +132,14 @@ def test_one_that_pauses_between_attempts_is_stopped(
     run: RunDir, pausing: subprocess.Popen[str], capsys: pytest.CaptureFixture[str]
 ):
     assert not run.is_training()
-    assert read_status(run).training.state == "starting"
+    assert status_of(run).training.state == "starting"
     stop_runs([run.path], False)
     assert pausing.wait(20) == 75
     output = capsys.readouterr().out
     assert f"process {pausing.pid} on {os.uname().nodename} is asked to save and to end. It is starting" in output
     assert output.endswith(f"has ended; last checkpoint: step 5 ({run.checkpoint(5)})\n")
     assert not JobDir.of(run).stop.exists()
-    assert read_status(run).training.state == "not started"
+    assert status_of(run).training.state == "not started"
 
 
 def test_before_there_is_a_folder_it_is_found(
@@ -357,42 +359,3 @@ def test_what_is_not_yours_is_said_in_words(run: RunDir, hold: Holder, monkeypat
     with pytest.raises(RunFolderError, match="it is not yours to stop"):
         stop_runs([run.path], False)
     assert process.poll() is None
-
-
-@pytest.mark.parametrize(
-    ("command", "torchrun", "launcher"),
-    [
-        (["python", "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "llmtrain"], True, False),
-        (["/v/bin/python3.11", "-u", "/v/bin/torchrun", "-m", "llmtrain"], True, False),
-        (["python", "/v/bin/llmtrain", "run", "c.yaml"], False, True),
-        (["python", "-m", "launcher", "run", "c.yaml"], False, True),
-        (["python", "-u", "-m", "llmtrain", "c.yaml"], False, False),
-        (["tmux", "new-session", "llmtrain", "run"], False, False),
-        (["bash", "-c", "llmtrain run c.yaml"], False, False),
-        (["python", "-m", "pytest"], False, False),
-        (["python", "train.py", "torchrun"], False, False),
-        ([], False, False),
-    ],
-)
-def test_who_keeps_a_run_going(command: list[str], torchrun: bool, launcher: bool):
-    assert (stop.is_torchrun(command), stop.is_launcher(command)) == (torchrun, launcher)
-
-
-def test_the_keeper_is_the_topmost(tmp_path: Path):
-    (tmp_path / "launcher").mkdir()
-    start = "import subprocess, sys; subprocess.run([sys.executable, *{}])"
-    inner = ["-c", "import time; time.sleep(60)"]
-    (tmp_path / "torchrun").write_text(start.format(inner))
-    (tmp_path / "launcher" / "__main__.py").write_text(start.format([str(tmp_path / "torchrun")]))
-    (tmp_path / "launcher" / "__init__.py").write_text("")
-    process = subprocess.Popen([sys.executable, "-m", "launcher", "run"], cwd=tmp_path)
-    try:
-        top = psutil.Process(process.pid)
-        deadline = time.monotonic() + 20
-        while len(found := top.children(recursive=True)) < 2 or "-c" not in found[-1].cmdline():
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-        assert keeper(found[-1]) == top
-    finally:
-        stop.kill_tree(process.pid)
-        process.wait()

@@ -102,7 +102,7 @@ def python(begins: str, then: str) -> list[str]:
     ("begins", "then"),
     [
         ("", "log.info('a line'); log.info('another')"),
-        ("from launcher.keeper.supervisor import say", "say('a line'); print('to stdout', flush=True)"),
+        ("from launcher.keeper.terminal import say", "say('a line'); print('to stdout', flush=True)"),
         (SHOWS, GOES_ON),
     ],
     ids=["log", "supervisor", "progress"],
@@ -143,7 +143,8 @@ import signal, sys
 from pathlib import Path
 from launcher.keeper import torchrun
 from launcher.keeper.meeting import Meeting
-from launcher.keeper.supervisor import Rules, Supervisor
+from launcher.keeper.rules import Rules
+from launcher.keeper.supervisor import Supervisor
 from llmtrain.rundir import RunDir
 torchrun.command = lambda *_: [sys.executable, "-c", {script!r}]
 folder = Path({folder!r})
@@ -152,7 +153,7 @@ own = Supervisor(
 )
 print("ready", flush=True)
 code = own.supervise()
-print(own.stopped_by, flush=True)
+print(own.stopper.reason, flush=True)
 sys.exit(code)
 """
 

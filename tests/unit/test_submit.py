@@ -14,8 +14,8 @@ from launcher.jobs import JobDir, JobRecord
 from launcher.slurm import batch
 from launcher.slurm.batch import JobSpec
 from launcher.submitting import dependencies, submit
-from launcher.submitting.command import act, order_of
-from launcher.submitting.submit import Order
+from launcher.submitting.command import act
+from launcher.submitting.order import Order, order_of
 from launcher.submitting.variables import forget_overrides
 from llmtrain.errors import ConfigError, SlurmError
 from llmtrain.rundir import RunDir
@@ -70,9 +70,11 @@ def test_a_run_that_is_submitted_again_is_not_stopped_by_an_older_stop(tmp_path:
     words, asked = [f"run.dir={tmp_path}/runs", "run.name=gpt"], order(tmp_path, more="signal_s: 77\n")
     [record] = submit.submit(words, asked, [], False, Console())
     assert (record.job_id, stop_file.exists()) == ("8", False)
-    [job] = queued
-    assert job.rules.lead_s == 77
+    job = queued[0]
+    assert (job.rules.lead_s, job.rules.may_requeue) == (77, True)
     assert "--lead 77" in submit.preview(words, asked, [], plain=True)
+    submit.submit([*words, "run.name=once"], order(tmp_path, more="requeue: false\n"), [], False, Console())
+    assert not queued[-1].rules.may_requeue
 
 
 def test_a_signal_of_the_users_own_does_not_reach_the_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -198,7 +200,7 @@ def test_after_a_job_that_slurm_does_not_know(tmp_path: Path, monkeypatch: pytes
 def test_a_folder_that_slurm_would_look_for_elsewhere(tmp_path: Path):
     words = [f"run.dir={tmp_path}/100%j", "run.name=gpt"]
     with pytest.raises(ConfigError, match=r"100%j/.jobs/gpt: SLURM takes % in a path for the start of a pattern"):
-        submit.preview(words, order(tmp_path), [])
+        submit.preview(words, order(tmp_path), [], plain=False)
 
 
 def test_names_of_a_sweep_are_names_of_runs(tmp_path: Path):

@@ -29,7 +29,7 @@ def make_run(tmp_path: Path, heldout: list[float]) -> RunDir:
     for i, loss in enumerate(heldout):
         jsonl.append(run.heldout, [{"step": 10 * i, "epoch": i / 2, "loss": loss, "train_loss": 5.0 - i}])
         if i:
-            run.checkpoint(10 * i).mkdir()
+            save(run, 10 * i, loss=None)
             record = {"step": 10 * i, "epoch": i / 2, "loss": 5.0 - i, "targets": 100 * i}
             jsonl.append(run.metrics, [record])
     return run
@@ -86,7 +86,7 @@ def test_a_lowest_loss_that_was_not_saved_is_called_so(tmp_path: Path, monkeypat
     found, marks = summary.write(run, with_curve=True), list[str]()
     assert found is not None
     assert "not saved" not in summary.describe(run, found)
-    run.checkpoint(20).rmdir()
+    shutil.rmtree(run.checkpoint(20))
     assert "lowest 6.0000 at step 20 (epoch 1.00, not saved)" in summary.describe(run, found)
     monkeypatch.setattr(Axes, "annotate", lambda axes, text, *_, **__: marks.append(text))
     summary.draw(run, run.curve)
@@ -133,7 +133,7 @@ def test_overfitting_is_what_the_ranking_says(tmp_path: Path, rise: float, noise
 
 def test_the_best_checkpoint_is_one_that_still_exists(tmp_path: Path):
     run = make_run(tmp_path, [9.0, 6.0, 7.0, 8.0])
-    run.checkpoint(10).rmdir()
+    shutil.rmtree(run.checkpoint(10))
     found = summary.summarise(run)
     assert found is not None
     assert found.lowest_step == 10

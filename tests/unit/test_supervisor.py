@@ -13,11 +13,13 @@ from pathlib import Path
 import pytest
 
 from launcher.keeper import torchrun
+from launcher.keeper.exit_codes import read_codes, verdict
 from launcher.keeper.meeting import Meeting
-from launcher.keeper.processes import read_codes, verdict
 from launcher.keeper.ranks import Ranks
 from launcher.keeper.reached import slowest_save
-from launcher.keeper.supervisor import Rules, Supervisor
+from launcher.keeper.rules import Rules
+from launcher.keeper.stopping import Stopper
+from launcher.keeper.supervisor import Supervisor
 from launcher.keeper.torchrun import Start
 from llmtrain import errors, jsonl, ledger, rundir
 from llmtrain.rundir import RunDir
@@ -194,7 +196,7 @@ def test_a_stop_during_the_pause_between_attempts_leaves_at_once(
 
     monkeypatch.setattr(Supervisor, "_rest", rest)
     code, own = attempts.supervise(Rules(), CRASH)
-    assert (code, own.stopped_by, len(attempts.started)) == (75, signal.Signals(number).name, 2)
+    assert (code, own.stopper.reason, len(attempts.started)) == (75, signal.Signals(number).name, 2)
 
 
 def test_llmtrain_stop_reaches_a_supervisor_that_pauses(attempts: Attempts, monkeypatch: pytest.MonkeyPatch):
@@ -202,17 +204,16 @@ def test_llmtrain_stop_reaches_a_supervisor_that_pauses(attempts: Attempts, monk
     monkeypatch.setattr(Supervisor, "_rest", lambda own, _: paused(own, 600.0))
     later(1.0, (attempts.folder / "stop").touch)
     code, own = attempts.supervise(Rules(), CRASH)
-    assert (code, own.stopped_by, len(attempts.started)) == (75, "llmtrain stop", 1)
+    assert (code, own.stopper.reason, len(attempts.started)) == (75, "llmtrain stop", 1)
 
 
 def test_it_stops_before_its_time_is_over(attempts: Attempts):
     code, own = attempts.supervise(Rules(ends_at=time.time() + 6, lead_s=4), SAVES_AND_STOPS)
-    assert (code, own.stopped_by, own.met_limit) == (75, "time limit", True)
+    assert (code, own.stopper.reason, own.stopper.met_limit) == (75, "time limit", True)
 
 
 def lead_s(attempts: Attempts, rules: Rules) -> float:
-    folder = attempts.folder
-    return Supervisor(Start([], 1), attempts.run, rules, Meeting(folder), folder, folder / "stop")._lead_s()
+    return Stopper(Start([], 1), attempts.run, rules, attempts.folder / "stop").lead_s()
 
 
 def test_slow_saves_need_more_time_before_the_end(attempts: Attempts):
@@ -232,7 +233,7 @@ def test_ranks_that_do_not_stop_are_killed_before_the_time_limit(attempts: Attem
     """At the limit SLURM would kill the supervisor too, and nobody would queue the job again."""
     ends_at = time.time() + 8
     code, own = attempts.supervise(Rules(ends_at=ends_at, lead_s=6), "import time; time.sleep(20)")
-    assert (code, own.stopped_by, len(attempts.started)) == (75, "time limit", 1)
+    assert (code, own.stopper.reason, len(attempts.started)) == (75, "time limit", 1)
     assert ends_at - 2.5 < time.time() < ends_at
     said = capfd.readouterr().err
     assert said.count("s before the time limit: killed") == 1
@@ -245,7 +246,7 @@ def test_slurm_announces_the_time_limit_with_a_signal(attempts: Attempts, left_s
     later(0.5, lambda: interrupt(signal.SIGUSR2))
     code, own = attempts.supervise(Rules(ends_at=time.time() + left_s, lead_s=120), SAVES_AND_STOPS)
     assert code == 75
-    assert (own.stopped_by, own.met_limit) == ("SIGUSR2", met)
+    assert (own.stopper.reason, own.stopper.met_limit) == ("SIGUSR2", met)
 
 
 def test_ranks_that_do_not_stop_are_killed_in_the_end(attempts: Attempts, capfd: pytest.CaptureFixture[str]):

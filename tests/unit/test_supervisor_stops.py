@@ -1,21 +1,19 @@
-"""How a supervisor ends: with which code where ranks that were asked to stop have not saved, and whom it kills."""
+"""How a supervisor ends where its run was asked to stop: with which code, and after how many Ctrl-C."""
 
-import contextlib
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import psutil
 import pytest
 
-from launcher.keeper import supervisor, torchrun
+from launcher.keeper import stopping, torchrun
 from launcher.keeper.meeting import Meeting
-from launcher.keeper.processes import is_alive, kill_tree
-from launcher.keeper.supervisor import Rules, Supervisor
+from launcher.keeper.rules import Rules
+from launcher.keeper.stopping import Stopper
+from launcher.keeper.supervisor import Supervisor
 from launcher.keeper.torchrun import Start
 from llmtrain.errors import DiskFull
 from llmtrain.rundir import RunDir
@@ -40,7 +38,7 @@ def test_what_a_person_has_to_mend_is_told_after_a_stop_too(
     before = {number: signal.getsignal(number) for number in numbers}
     try:
         own = Supervisor(Start([], 1), run, Rules(), Meeting(None), tmp_path / "logs", tmp_path / "stop")
-        assert (own.supervise(), own.stopped_by) == (code, "SIGTERM")
+        assert (own.supervise(), own.stopper.reason) == (code, "SIGTERM")
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -53,41 +51,12 @@ def test_one_ctrl_c_that_arrives_twice_is_one(
     """A terminal tells all that run in it, and some of them pass it on; a second one leaves without saving."""
     now, killed = [1000.0], list[int]()
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(supervisor, "kill_tree", killed.append)
-    own = Supervisor(Start([], 1), RunDir(tmp_path), Rules(), Meeting(None), tmp_path, tmp_path / "stop")
+    monkeypatch.setattr(stopping, "kill_tree", killed.append)
+    own = Stopper(Start([], 1), RunDir(tmp_path), Rules(), tmp_path / "stop")
     process: Any = SimpleNamespace(pid=7, poll=lambda: None)
-    own._process = process
-    monkeypatch.setattr(own, "_ask_to_stop", lambda _: None)
+    own.follow(process)
+    monkeypatch.setattr(own, "_ask", lambda _: None)
     own._on_signal(signal.SIGINT, None)
     now[0] += later_s
     own._on_signal(signal.SIGINT, None)
-    assert (own.stopped_by, killed) == ("SIGINT", [7] if leaves else [])
-
-
-STARTS_TWO = """
-import subprocess, sys, time
-for name in ("llmtrain", "llmtrain.service"):
-    words = [sys.executable, "-c", "import time; print(flush=True); time.sleep(60)", name]
-    child = subprocess.Popen(words, stdout=subprocess.PIPE)
-    child.stdout.readline()  # /proc tells its name by now
-    print(child.pid, flush=True)
-time.sleep(60)
-"""
-
-
-def test_of_all_that_a_start_has_started_the_service_alone_is_not_killed():
-    process = subprocess.Popen([sys.executable, "-c", STARTS_TWO], stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    rank, service = [psutil.Process(int(process.stdout.readline())) for _ in range(2)]
-    try:
-        kill_tree(process.pid)
-        assert process.wait(20) == -signal.SIGKILL
-        deadline = time.monotonic() + 20
-        while is_alive(rank):
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
-        assert is_alive(service)
-    finally:
-        for each in (process, rank, service):
-            with contextlib.suppress(psutil.NoSuchProcess):
-                each.kill()
+    assert (own.reason, killed) == ("SIGINT", [7] if leaves else [])

@@ -52,6 +52,9 @@ class OnGPU(torch.Tensor):
 
     __array__ = numpy
 
+    def record_stream(self, _):
+        pass  # nothing is freed while a stream uses it
+
     def tolist(self):
         waits("tolist")
         return self._inner.tolist()
