@@ -10,7 +10,7 @@ setup: .venv/ready  ## .venv with everything that training needs
 train: .venv/ready  ## set up, then train the default model (5 to 9 minutes on 2 cores)
 	$(PY) -m llmtrain
 
-test: .venv/ready-dev  ## unit, multi-process and integration tests (16 to 21 minutes on 2 cores)
+test: .venv/ready-dev  ## unit, multi-process and integration tests (16 to 20 minutes on 2 cores)
 	$(PY) -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 	@if $(PY) -c "from llmtrain.gpus import num_gpus; raise SystemExit(not num_gpus())"; then $(PY) -m pytest --gpu; fi
 
