@@ -50,7 +50,9 @@ class Ranks:
     """Of the logs before this attempt; what follows is this attempt's output."""
 
     def __post_init__(self) -> None:
-        self._sizes = {log: log.stat().st_size for log in self._all_logs()}
+        for log in self._all_logs():
+            with contextlib.suppress(OSError):  # the disk does not answer: what was said before is searched too
+                self._sizes[log] = log.stat().st_size
 
     def meet(self) -> None:
         """Note the ranks that torchrun has started since the last call."""

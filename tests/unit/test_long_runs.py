@@ -113,17 +113,20 @@ def test_the_pause_after_a_thousand_failures_can_be_counted(
     assert rested == [30.0]
 
 
-@pytest.mark.parametrize("fails", ["exists", "mkdir", "glob"])
+@pytest.mark.parametrize("fails", ["exists", "mkdir", "glob", "stat"])
 def test_a_file_server_that_fails_over_ends_no_supervisor(
     run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: str
 ):
     """It ends the ranks, which are to be started again: a supervisor that ends with them leaves them to nobody."""
     scripts, logs, stop = ["raise SystemExit(1)", ""], tmp_path / "logs", tmp_path / "stop"
     monkeypatch.setattr(torchrun, "command", lambda *_: [sys.executable, "-c", scripts.pop(0)])
-    works = getattr(Path, fails)
+    logs.mkdir()
+    log = logs / "rank-1.log"
+    log.touch()
+    works, stale_ones = getattr(Path, fails), (log,) if fails == "stat" else (logs, stop)
 
     def stale(path: Path, *words: object, **named: object) -> object:
-        if path in (logs, stop) and len(scripts) < 2:
+        if path in stale_ones and len(scripts) < 2:
             raise OSError(errno.ESTALE, "Stale file handle")
         return works(path, *words, **named)
 
