@@ -101,24 +101,29 @@ class EightBitAdamW:
         self._inner: Any = kind(groups, lr=lr, betas=betas, eps=eps)
         self.param_groups: list[dict[str, Any]] = self._inner.param_groups
         self.state: Any = self._inner.state
+        self._places: dict[nn.Parameter, tuple[dict[str, Any], int, int]] = {
+            parameter: (group, number, position)
+            for number, group in enumerate(self.param_groups)
+            for position, parameter in enumerate(group["params"])
+        }
 
     @torch.no_grad()
     def step(self) -> None:
         """Update what has a gradient."""
-        for number, group in enumerate(self.param_groups):
-            for position, parameter in enumerate(group["params"]):
-                if parameter.grad is not None:
-                    self.state_of(parameter, number, position)
-                    self._inner.prefetch_state(parameter)
-                    self._inner.update_step(group, parameter, number, position)
+        for parameter, (group, number, position) in self._places.items():
+            if parameter.grad is not None:
+                self.state_of(parameter)
+                self._inner.prefetch_state(parameter)
+                self._inner.update_step(group, parameter, number, position)
 
     def zero_grad(self) -> None:
         self._inner.zero_grad()
 
-    def state_of(self, parameter: nn.Parameter, group: int, position: int) -> dict[str, Any]:
+    def state_of(self, parameter: nn.Parameter) -> dict[str, Any]:
         """A parameter's moments, their scales and its step count; zero moments at the first call."""
         if not self.state[parameter]:
-            self._inner.init_state(self.param_groups[group], parameter, group, position)
+            group, number, position = self._places[parameter]
+            self._inner.init_state(group, parameter, number, position)
         return self.state[parameter]
 
 
@@ -165,14 +170,10 @@ def restore_state(
 ) -> None:
     """Fill a parameter's state. `read(kind, count)` gives the saved elements of a kind, flat, on the CPU."""
     if isinstance(optimizer, FusedAdamW):
-        state: Any = optimizer.state_of(parameter)
-        state["step"].copy_(steps)
+        optimizer.state_of(parameter)["step"].copy_(steps)
     else:
         assert isinstance(optimizer, EightBitAdamW)
-        for number, group in enumerate(optimizer.param_groups):
-            for position, other in enumerate(group["params"]):
-                if other is parameter:
-                    optimizer.state_of(parameter, number, position)["step"] = int(steps)
+        optimizer.state_of(parameter)["step"] = int(steps)
     for kind, tensor in saved_state(optimizer, parameter).items():
         tensor.copy_(read(kind, tensor.numel()).reshape(tensor.shape))
 

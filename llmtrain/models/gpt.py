@@ -27,7 +27,7 @@ from llmtrain.manifest import FileInfo
 from llmtrain.models.attention import attention, kept_apart
 from llmtrain.models.cached import CachedGenerator
 from llmtrain.models.dropout import dropout
-from llmtrain.models.loss import at_learned, linear_cross_entropy, token_losses
+from llmtrain.models.loss import batch_loss, token_losses
 from llmtrain.models.projections import norm_linear, norm_mlp
 
 WEIGHTS = "model.safetensors"
@@ -199,8 +199,7 @@ class GPT(nn.Module):
     ) -> Tensor:
         """Sum of the cross-entropies of all supervised positions, in nats: fp32, without gradients float64."""
         hidden_BTD = self._hidden(input_ids, documents, positions, None)
-        hidden_LD, targets_L = at_learned(hidden_BTD.flatten(0, 1), targets.flatten(), learned)
-        return linear_cross_entropy(hidden_LD, self.lm_head.weight, targets_L, IGNORE)
+        return batch_loss(hidden_BTD, self.lm_head.weight, targets, learned, IGNORE)
 
     @torch.no_grad()
     def token_losses(

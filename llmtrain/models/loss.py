@@ -40,14 +40,16 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, ignore
     return token_losses(hidden, weight, targets, ignore).sum(dtype=exact)
 
 
-def at_learned(hidden_ND: Tensor, targets_N: Tensor, learned: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The rows of both that are listed (`data.Batch.learned`): the output layer need not see a prompt, nor padding.
+def batch_loss(hidden_BTD: Tensor, weight: Tensor, targets_BT: Tensor, learned: Tensor | None, ignore: int) -> Tensor:
+    """`linear_cross_entropy` of the positions that are listed (`data.Batch.learned`): the output layer need not see a
+    prompt, nor padding.
 
-    All of them in what torch compiles: one graph, where their number would change from batch to batch.
+    Of all in what torch compiles: one graph, where their number would change from batch to batch.
     """
-    if learned is None or torch.compiler.is_compiling():
-        return hidden_ND, targets_N
-    return hidden_ND.index_select(0, learned), targets_N.index_select(0, learned)
+    hidden, targets = hidden_BTD.flatten(0, 1), targets_BT.flatten()
+    if learned is not None and not torch.compiler.is_compiling():
+        hidden, targets = hidden.index_select(0, learned), targets.index_select(0, learned)
+    return linear_cross_entropy(hidden, weight, targets, ignore)
 
 
 @torch.no_grad()

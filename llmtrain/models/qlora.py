@@ -26,7 +26,7 @@ from llmtrain.manifest import FileInfo
 from llmtrain.models import base as bases
 from llmtrain.models import base_attention, base_linears
 from llmtrain.models.cached import CachedGenerator
-from llmtrain.models.loss import at_learned, linear_cross_entropy, token_losses
+from llmtrain.models.loss import batch_loss, token_losses
 
 ADAPTER = "adapter_model.safetensors"
 _PREFIX = "peft."
@@ -92,8 +92,7 @@ class QLoRA(nn.Module):
     ) -> Tensor:
         """Sum of the cross-entropies of all supervised positions, in nats: fp32, without gradients float64."""
         hidden_BTD = self.hidden(input_ids, documents, positions)
-        hidden_LD, targets_L = at_learned(hidden_BTD.flatten(0, 1), targets.flatten(), learned)
-        return linear_cross_entropy(hidden_LD, self._head, targets_L, IGNORE)
+        return batch_loss(hidden_BTD, self._head, targets, learned, IGNORE)
 
     @torch.no_grad()
     def token_losses(

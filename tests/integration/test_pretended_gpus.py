@@ -14,7 +14,7 @@ from llmtrain.rundir import RunDir
 from tests.support.bases import write_llama
 from tests.support.data import shared
 from tests.support.runs import Workplace, environment, make_workplace
-from tests.support.service_runs import run_python
+from tests.support.service_runs import run_module, run_python, train
 
 PRETENDED = Path(__file__).parents[1] / "support" / "pretended_gpu"
 STEP = {"data", "counts", "forward", "backward"}
@@ -139,8 +139,8 @@ def test_a_run_on_two_gpus_waits_for_them_in_no_step_and_is_scored_there(machine
     work = make_workplace(tmp_path, packing="bestfit")
     common = ["model.dropout=0", "train.precision=bf16", "train.compile=false", "train.steps=12", "log.every_steps=4"]
     settings = [str(work.config), *common, "evaluate.train_rows=0"]
-    said = run_python(
-        "-m", "launcher", "run", *settings, "run.name=gpus", "service.start=auto",
+    said = run_module(
+        "launcher", "run", *settings, "run.name=gpus", "service.start=auto",
         cwd=work.folder, env=machine.environment(2),
     )  # fmt: skip
     assert "2 ranks on cuda, bf16" in said
@@ -152,7 +152,7 @@ def test_a_run_on_two_gpus_waits_for_them_in_no_step_and_is_scored_there(machine
     assert scores.keys() == {4, 8, 12}
     assert {score.how for score in scores.values()} == {"cuda:0 bf16"}
 
-    run_python("-m", "launcher", "run", *settings, "run.name=cpu", "--gpus", "0", cwd=work.folder, env=environment())
+    run_module("launcher", "run", *settings, "run.name=cpu", "--gpus", "0", cwd=work.folder, env=environment())
     ours, theirs = (work.ledger(name, "heldout")[-1]["loss"] for name in ("gpus", "cpu"))
     assert ours == pytest.approx(theirs, abs=1e-3)
 
@@ -165,19 +165,14 @@ def tuning(tmp_path: Path) -> Workplace:
     return work
 
 
-def train(work: Workplace, machine: Machine, *settings: str) -> str:
-    words = work.command("train.device=cuda", *settings)[1:]
-    return run_python(*words, cwd=work.folder, env=machine.environment(1))
-
-
 @pytest.mark.parametrize("quantisation", ["nf4", pytest.param("int8", marks=pytest.mark.soak)])
 def test_tuning_a_quantised_base_waits_in_no_step_and_goes_on(quantisation: str, machine: Machine, tuning: Workplace):
-    settings = [f"model.quantisation={quantisation}", "train.activation_checkpointing=true"]
-    said = train(tuning, machine, *settings)
+    settings = ["train.device=cuda", f"model.quantisation={quantisation}", "train.activation_checkpointing=true"]
+    said = train(tuning, *settings, env=machine.environment(1))
     assert "2 samples in a row keep apart" in said
     assert "Warning" not in said
     assert in_steps(machine.waits()) == []
-    assert "resuming   from step 4" in train(tuning, machine, *settings, "train.steps=6")
+    assert "resuming   from step 4" in train(tuning, *settings, "train.steps=6", env=machine.environment(1))
     assert in_steps(machine.waits()) == []
     losses = [record["loss"] for record in tuning.ledger("tuned", "heldout")]
     assert losses[-1] < losses[0]
@@ -190,7 +185,7 @@ def test_under_zero2_deepspeed_alone_waits(machine: Machine, tmp_path: Path):
     settings = ["model.dropout=0", "train.precision=bf16", "train.compile=false", "strategy.kind=zero2"]
     for steps in (12, 16):
         words = ["launcher", "run", str(work.config), *settings, f"train.steps={steps}"]
-        said = run_python("-m", *words, cwd=work.folder, env=machine.environment(2))
+        said = run_module(*words, cwd=work.folder, env=machine.environment(2))
         assert "2 ranks on cuda, bf16, ZeRO-2" in said
         assert "Warning" not in said
     waits = in_steps(machine.waits())

@@ -181,7 +181,7 @@ def test_the_output_layer_sees_what_is_learned(listed: bool, monkeypatch: pytest
     expected.backward()
     gradients = {name: p.grad for name, p in model.named_parameters()}
     model.zero_grad()
-    monkeypatch.setattr("llmtrain.models.gpt.linear_cross_entropy", note)
+    monkeypatch.setattr("llmtrain.models.loss.linear_cross_entropy", note)
     loss = model(batch.input_ids, batch.targets, batch.documents, batch.positions, batch.learned if listed else None)
     loss.backward()
     assert seen == [batch.num_targets if listed else batch.targets.numel()]

@@ -95,7 +95,7 @@ def dispatch(func, args, kwargs):
     def wrap(x):
         if not isinstance(x, torch.Tensor) or is_on_gpu(x):
             return x
-        return wrapped.get(id(x)) if id(x) in wrapped else OnGPU(x, where) if where.type == "cuda" else x
+        return wrapped[id(x)] if id(x) in wrapped else OnGPU(x, where) if where.type == "cuda" else x
 
     return tree_map(wrap, result)
 
@@ -113,15 +113,11 @@ def _indexed(device):
 def _look_at_copy(name, args, kwargs, where):
     """Between devices the host waits, unless told not to; to a GPU also from memory that is not pinned. Returns where
     the copy will be."""
-    source = args[1] if name == "aten::copy_" else args[0]
+    source, goes_on = args[0], kwargs.get("non_blocking")
     if name == "aten::copy_":
-        where = args[0].device
-        waits_not = kwargs.get("non_blocking") or (len(args) > 2 and args[2])
-    else:
-        waits_not = kwargs.get("non_blocking")
-    if source.device.type != where.type and not (
-        waits_not and (is_on_gpu(source) or getattr(source, "_is_pinned_here", False))
-    ):
+        where, source, goes_on = args[0].device, args[1], goes_on or any(args[2:])
+    may_go_on = is_on_gpu(source) or getattr(source, "_is_pinned_here", False)
+    if source.device.type != where.type and not (goes_on and may_go_on):
         waits("copy to the host" if is_on_gpu(source) else "copy to the GPU")
     return where
 
