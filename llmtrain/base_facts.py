@@ -86,6 +86,10 @@ class BaseFacts:
     """Of these, a mixture's experts: bitsandbytes quantises linear layers alone, and LoRA is added to these alone."""
     head_has_bias: bool = False
     """Whether the output layer has a bias."""
+    caps_logits: bool = False
+    """Whether a soft cap follows the output layer (Gemma 2)."""
+    keeps_scores: bool = False
+    """Whether its attention keeps a number for each pair of tokens: no fused kernel computes it (Gemma 2, GPT-OSS)."""
 
     @property
     def linear_parameters(self) -> int:

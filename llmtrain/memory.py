@@ -79,11 +79,15 @@ def loss_chunk(device: str, vocab_size: int) -> int:
     return min(_LOSS_CHUNK.get(device, _LOSS_CHUNK["cuda"]), max(128, _LOSS_LOGITS // vocab_size))
 
 
-def loss_part(positions: int, vocab_size: int, trained_head: int, bf16: bool, device: Device) -> MemoryPart:
+def loss_part(
+    positions: int, vocab_size: int, trained_head: int, bf16: bool, device: Device, capped: bool = False
+) -> MemoryPart:
     """Logits of one chunk; of a trained output layer (`trained_head` weights) its gradient and bf16 copy."""
     chunk = min(positions, loss_chunk(device, vocab_size))
-    # In bf16 there is an fp32 copy, on CPUs of a few rows alone. The gradient takes the logits' place.
-    logits = chunk * vocab_size * ((2 if device == "cpu" else 2 + 4) if bf16 else 4)
+    # In bf16 there is an fp32 copy, with a cap its slopes, on CPUs of a few rows alone. The gradient takes the logits'
+    # place.
+    beside = 0 if device == "cpu" else 4 * bf16 + 4 * capped
+    logits = chunk * vocab_size * ((2 if bf16 else 4) + beside)
     casts = 2 * trained_head if bf16 else 0
     note = f"logits of {chunk:,} positions" + (", the output layer's gradient" if trained_head else "")
     return MemoryPart("loss", logits + casts + 4 * trained_head, note)

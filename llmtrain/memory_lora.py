@@ -28,6 +28,9 @@ _LIBRARIES_MB = 330
 """What transformers, peft and bitsandbytes add to a process, on the host."""
 _BLOCK, _SCALES = 64, 256
 """nf4: weights that share a scale, and scales that share one of their own."""
+_PAIR = 8
+"""Bytes for each pair of tokens and head where no fused kernel computes attention: capped scores, their softmax in
+fp32, and that in bf16. GPT-OSS, without a cap, keeps 2 in bf16 and 4 in fp32."""
 
 
 def lora_parameters(model: QLoRAModel, facts: BaseFacts) -> int:
@@ -67,7 +70,9 @@ def layer_activations(config: RunConfig, model: QLoRAModel, facts: BaseFacts, bf
     else:  # adapters and int8 layers of the same input share it
         kept += size * 2 * facts.hidden * (int8 or facts.hidden in inputs)
         kept += size * facts.inner * (int8 or facts.inner in inputs)
-    if packed and device == "cpu":
+    if facts.keeps_scores:
+        kept += _PAIR * facts.heads * model.context
+    elif packed and device == "cpu":
         if keeps_probabilities(model.context, bf16, 0.0):  # as if a document filled each row
             kept += attention_keys(model.context) * facts.heads * size
         else:
@@ -157,9 +162,10 @@ class LoraSizes:
             parts.append(MemoryPart("activations", kept + beside, note))
         else:
             parts.append(MemoryPart("activations", facts.layers * layer, f"{facts.layers} layers, whole"))
-        parts.append(loss_part(positions, facts.vocab_size, 0, bf16, device))
+        parts.append(loss_part(positions, facts.vocab_size, 0, bf16, device, facts.caps_logits))
         largest = max(linear.inputs * linear.outputs for linear in facts.linears)
         backward = (4 + size) * facts.inner * positions + 2 * size * largest
+        backward += _PAIR * facts.heads * model.context * positions * facts.keeps_scores
         parts.append(
             MemoryPart("temporaries", backward, "of one layer's backward pass, its largest weight dequantised")
         )

@@ -23,7 +23,7 @@ from llmtrain import log
 from llmtrain.base_facts import OTHER_FORMATS, BaseFacts, Linear
 from llmtrain.config.model_sections import QLoRAModel
 from llmtrain.errors import ModelError
-from llmtrain.models import base_layers, base_linears
+from llmtrain.models import base_layers, base_linears, base_logits
 from llmtrain.models.base_attention import head_width
 from llmtrain.models.base_errors import conversion_errors_raised, pass_on_the_disks, pass_on_the_gpus
 
@@ -131,6 +131,8 @@ def describe(config: QLoRAModel) -> BaseFacts:
         other_parameters=sum(p.numel() for p in model.parameters()) - sum(each.weights for each in (*linears, *unread)),
         expert_parameters=base_linears.count_experts(model),
         head_has_bias=getattr(model.get_output_embeddings(), "bias", None) is not None,
+        caps_logits=base_logits.read(text).cap is not None,
+        keeps_scores=model.get_decoder().config._attn_implementation == "eager",
     )
 
 

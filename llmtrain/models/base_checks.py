@@ -8,9 +8,6 @@ from llmtrain.config.model_sections import QLoRAModel
 from llmtrain.errors import ModelError
 from llmtrain.models.base import read_config, stored_quantisation
 
-_LOGIT_CHANGES = ("final_logit_softcapping", "logits_scaling", "logit_scale")
-"""Configuration keys of architectures that do something to their logits after the output layer."""
-
 
 def check(config: QLoRAModel, facts: BaseFacts, tokenizer_size: int | None) -> None:
     """Everything about the base that can be known to fail.
@@ -21,9 +18,6 @@ def check(config: QLoRAModel, facts: BaseFacts, tokenizer_size: int | None) -> N
     problems = [*_quantised_another_way(config), *_experts(config, facts), *_unknown_targets(config, facts)]
     problems += facts.tokenizer_problems(tokenizer_size)
     text: Any = read_config(config.base, config.revision, config.trust_remote_code).get_text_config()
-    changed = [name for name in _LOGIT_CHANGES if getattr(text, name, None) not in (None, 1, 1.0)]
-    if changed:
-        problems.append(f"it changes its logits ({', '.join(changed)}), which the loss here does not know yet")
     if facts.head_has_bias:
         problems.append("its output layer has a bias, which the loss here does not know")
     problems += _two_scales(config, text)

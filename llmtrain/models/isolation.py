@@ -9,6 +9,7 @@ Each `.item()` here is a host sync: fewer than twenty, once at the start of a ru
 """
 
 import contextlib
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -82,6 +83,8 @@ def difference(model: QLoRA, batch: Batch, doc_lens: list[int], autocast: bool) 
     for packed, (begin, end) in zip(_logits(model, batch, places, autocast), places, strict=True):
         with _computing(batch, autocast):  # transformers' own pass: its attention, its output layer
             alone = model.peft(input_ids=batch.input_ids[:, begin:end], use_cache=False).logits[0].float()
+        if alone.shape != packed.shape:  # an output layer with rows that are no tokens
+            return math.inf
         squares += (packed - alone).square().sum().item()
         variance += (alone - alone.mean(1, keepdim=True)).square().sum().item()
     return (squares / max(variance, 1e-30)) ** 0.5

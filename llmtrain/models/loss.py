@@ -25,22 +25,32 @@ _WEIGHT_ROWS = 4096
 """Rows of the output layer's gradient that a CPU makes and adds at a time."""
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, ignore: int) -> Tensor:
-    """Sum (not mean) over positions of -log softmax(hidden @ weight.T)[target].
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, targets: Tensor, ignore: int, cap: float | None = None
+) -> Tensor:
+    """Sum (not mean) over positions of -log softmax(logits)[target], logits = hidden @ weight.T.
 
     In fp32; in float64 where no gradient is wanted.
 
     Args:
         hidden: (N, D); weight: (V, D); targets: (N,) int64, `ignore` where a position does not count.
+        cap: logits are cap tanh(logits / cap) instead (Gemma Team 2024, "Gemma 2", section 2).
     """
     if torch.is_grad_enabled():
-        return _LinearCrossEntropy.apply(hidden, weight, targets, ignore)
+        return _LinearCrossEntropy.apply(hidden, weight, targets, ignore, cap)
     # Summed in float64, evaluation does not depend on how rows are batched (MPS has none).
     exact = torch.float32 if hidden.device.type == "mps" else torch.float64
-    return token_losses(hidden, weight, targets, ignore).sum(dtype=exact)
+    return token_losses(hidden, weight, targets, ignore, cap).sum(dtype=exact)
 
 
-def batch_loss(hidden_BTD: Tensor, weight: Tensor, targets_BT: Tensor, learned: Tensor | None, ignore: int) -> Tensor:
+def batch_loss(
+    hidden_BTD: Tensor,
+    weight: Tensor,
+    targets_BT: Tensor,
+    learned: Tensor | None,
+    ignore: int,
+    cap: float | None = None,
+) -> Tensor:
     """`linear_cross_entropy` of the positions that are listed (`data.Batch.learned`): the output layer need not see a
     prompt, nor padding.
 
@@ -49,39 +59,47 @@ def batch_loss(hidden_BTD: Tensor, weight: Tensor, targets_BT: Tensor, learned: 
     hidden, targets = hidden_BTD.flatten(0, 1), targets_BT.flatten()
     if learned is not None and not torch.compiler.is_compiling():
         hidden, targets = hidden.index_select(0, learned), targets.index_select(0, learned)
-    return linear_cross_entropy(hidden, weight, targets, ignore)
+    return linear_cross_entropy(hidden, weight, targets, ignore, cap)
 
 
 @torch.no_grad()
-def token_losses(hidden: Tensor, weight: Tensor, targets: Tensor, ignore: int) -> Tensor:
-    """(N,) -log softmax(hidden @ weight.T)[target] in fp32, 0 where a position does not count; their sum is
-    `linear_cross_entropy`'s. Shapes as there."""
+def token_losses(hidden: Tensor, weight: Tensor, targets: Tensor, ignore: int, cap: float | None = None) -> Tensor:
+    """(N,) -log softmax(logits)[target] in fp32, 0 where a position does not count; their sum is
+    `linear_cross_entropy`'s. Arguments as there."""
     found: list[Tensor] = []
     hidden_c, weight_c = _operands(hidden, weight)
     with torch.autocast(hidden.device.type, enabled=False):
         for rows, chosen in _chunks(hidden_c, weight, targets):
             for logits, index, counts in _blocks(rows @ weight_c.t(), len(weight), chosen, ignore):
-                exact = logits.float()
+                exact = soft_capped(logits.float(), cap)
                 found.append((exact.logsumexp(1) - exact.gather(1, index).squeeze(1)) * counts)
     return torch.cat(found)
 
 
+def soft_capped(logits: Tensor, cap: float | None) -> Tensor:
+    """`linear_cross_entropy`'s logits with a cap, which are these without."""
+    return logits if cap is None else (logits / cap).tanh_().mul_(cap)
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, ignore: int) -> Tensor:
-        loss, grad_hidden, grad_weight = _loss_and_gradients(hidden, weight, targets, ignore, ctx.needs_input_grad[1])
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, ignore: int, cap: float | None) -> Tensor:
+        weight_too = ctx.needs_input_grad[1]
+        loss, grad_hidden, grad_weight = _loss_and_gradients(hidden, weight, targets, ignore, cap, weight_too)
         ctx.save_for_backward(grad_hidden, grad_weight)
         return loss
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, Tensor | None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         grad_hidden, grad_weight = ctx.saved_tensors
-        return grad_hidden.mul_(grad_loss), None if grad_weight is None else grad_weight.mul_(grad_loss), None, None
+        if grad_weight is not None:
+            grad_weight.mul_(grad_loss)
+        return grad_hidden.mul_(grad_loss), grad_weight, None, None, None
 
 
 def _loss_and_gradients(
-    hidden: Tensor, weight: Tensor, targets: Tensor, ignore: int, weight_too: bool
+    hidden: Tensor, weight: Tensor, targets: Tensor, ignore: int, cap: float | None, weight_too: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The loss, the gradient of `hidden`, and that of the output layer unless it is frozen."""
     hidden_c, weight_c = _operands(hidden, weight)
@@ -92,7 +110,7 @@ def _loss_and_gradients(
     with torch.autocast(hidden.device.type, enabled=False):
         for rows, chosen in _chunks(hidden_c, weight, targets):
             gradient = rows @ weight_c.t()  # the logits, for now
-            loss = loss + _turn_into_gradient(gradient, len(weight), chosen, ignore)
+            loss = loss + _turn_into_gradient(gradient, len(weight), chosen, ignore, cap)
             grad_hidden[done : done + len(rows)] = gradient @ weight_c
             done += len(rows)
             if weight_too:
@@ -120,18 +138,20 @@ def _add_to_weight(grad_weight: Tensor | None, gradient: Tensor, rows: Tensor, w
     return total
 
 
-def _turn_into_gradient(logits: Tensor, vocab_size: int, targets: Tensor, ignore: int) -> Tensor:
+def _turn_into_gradient(logits: Tensor, vocab_size: int, targets: Tensor, ignore: int, cap: float | None) -> Tensor:
     """The fp32 sum of the losses of (n, V padded) logits, which become its gradient."""
     losses: list[Tensor] = []
     for rows, index, counts in _blocks(logits, vocab_size, targets, ignore):
-        highest = rows.amax(1, keepdim=True).float()
-        shifted = rows.float().sub_(highest)  # fp32 logits are changed in place
+        exact = soft_capped(rows.float(), cap)
+        slopes = None if cap is None else (exact / cap).square_().neg_().add_(1)
+        shifted = exact.sub_(exact.amax(1, keepdim=True))  # fp32 logits are changed in place
         chosen_logits = shifted.gather(1, index)
         exponentials = shifted.exp_()
         total = exponentials.sum(1, keepdim=True)
         losses.append((total.log() - chosen_logits).squeeze(1) * counts)
         exponentials.scatter_add_(1, index, -total)
-        rows.copy_(exponentials.mul_(counts.unsqueeze(1) / total))
+        gradient = exponentials.mul_(counts.unsqueeze(1) / total)
+        rows.copy_(gradient if slopes is None else gradient.mul_(slopes))
     logits[:, vocab_size:] = 0
     return torch.cat(losses).sum()
 

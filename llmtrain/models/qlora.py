@@ -24,9 +24,9 @@ from llmtrain.data import IGNORE, Documents
 from llmtrain.errors import CheckpointError, ModelError
 from llmtrain.manifest import FileInfo
 from llmtrain.models import base as bases
-from llmtrain.models import base_attention, base_linears
+from llmtrain.models import base_attention, base_linears, base_logits
 from llmtrain.models.cached import CachedGenerator
-from llmtrain.models.loss import batch_loss, token_losses
+from llmtrain.models.loss import batch_loss, soft_capped, token_losses
 
 ADAPTER = "adapter_model.safetensors"
 _PREFIX = "peft."
@@ -54,6 +54,7 @@ class QLoRA(nn.Module):
         self.config = config
         self.dtype = bases.compute_dtype(config, precision)
         model = bases.load(config, self.dtype, device)
+        self._logit_changes = base_logits.read(model.config.get_text_config())
         self._by_document = base_attention.use(model, config.context, self.dtype, device)
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # peft and we ask transformers for what it renamed
@@ -92,7 +93,7 @@ class QLoRA(nn.Module):
     ) -> Tensor:
         """Sum of the cross-entropies of all supervised positions, in nats: fp32, without gradients float64."""
         hidden_BTD = self.hidden(input_ids, documents, positions)
-        return batch_loss(hidden_BTD, self._head, targets, learned, IGNORE)
+        return batch_loss(hidden_BTD, self._head, targets, learned, IGNORE, self._logit_changes.cap)
 
     @torch.no_grad()
     def token_losses(
@@ -102,18 +103,21 @@ class QLoRA(nn.Module):
         hidden_ND, targets_N = self.hidden(input_ids, documents, positions).flatten(0, 1), targets.flatten()
         supervised = targets_N != IGNORE  # indexing by it is a host sync; who scores reads the result next anyway
         losses_N = torch.zeros(targets_N.shape, device=targets_N.device)
-        losses_N[supervised] = token_losses(hidden_ND[supervised], self._head, targets_N[supervised], IGNORE)
+        losses_N[supervised] = token_losses(
+            hidden_ND[supervised], self._head, targets_N[supervised], IGNORE, self._logit_changes.cap
+        )
         return losses_N.view_as(targets)
 
     def hidden(self, input_ids: Tensor, documents: Documents | None, positions: Tensor | None) -> Tensor:
-        """(B, T, D), after the last norm."""
+        """(B, T, D), after the last norm, and scaled as the logits will be."""
         told = {} if documents is None or not self._by_document else base_attention.told(documents)
         output = self._base.get_decoder()(input_ids=input_ids, position_ids=positions, use_cache=False, **told)
-        return output.last_hidden_state
+        scale = self._logit_changes.scale
+        return output.last_hidden_state if scale == 1 else output.last_hidden_state * scale
 
     def logits(self, hidden_ND: Tensor) -> Tensor:
         """(N, V), as the loss sees them."""
-        return hidden_ND.to(self._head.dtype) @ self._head.t()
+        return soft_capped(hidden_ND.to(self._head.dtype) @ self._head.t(), self._logit_changes.cap)
 
     def text_generator(self) -> CachedGenerator:
         self.eval()  # the whole: its mode is what tells a strategy to switch back

@@ -8,6 +8,7 @@ from llmtrain.config.model_sections import GPTModel
 from llmtrain.config.schema import RunConfig, TrainSection
 from llmtrain.memory import GPTSizes, layer_activations, loss_chunk, num_parameters
 from llmtrain.models import GPT
+from tests.support.kept import kept
 
 PLAN = BatchPlan(global_batch_size=8, micro_batch_size=8, accumulation=1, total_steps=10)
 
@@ -22,23 +23,11 @@ def test_the_number_of_parameters_is_the_models(tied: bool, bias: bool):
 def kept_bytes(config: GPTModel, bf16: bool) -> int:
     """What autograd keeps of one forward pass over 4 rows, without the parameters."""
     model = GPT(config, 512)
-    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    seen: dict[int, int] = {}
-    alive: list[torch.Tensor] = []
-
-    def note(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            seen[storage.data_ptr()] = storage.nbytes()
-            alive.append(tensor)
-        return tensor
-
     ids = torch.zeros(4, config.context, dtype=torch.int64)
-    hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
-    with hooks, torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+    with kept(model, bf16) as found:
         loss = model(ids, ids)
     assert loss.requires_grad
-    return sum(seen.values())
+    return found.bytes
 
 
 @pytest.mark.parametrize("bf16", [False, True])

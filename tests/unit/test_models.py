@@ -20,6 +20,7 @@ from llmtrain.models.gpt import GPT
 from llmtrain.models.loss import linear_cross_entropy
 from llmtrain.shards import Rows
 from llmtrain.strategies.forward import allow_graphs, evaluation_loss
+from tests.support.kept import kept
 
 SMALL = GPTModel(num_layers=2, num_heads=2, width=32, context=24, init="pytorch")
 
@@ -241,24 +242,17 @@ def test_activation_checkpointing_changes_memory_not_numbers(bf16: bool):
     config = SMALL.model_copy(update={"dropout": 0.2})
     ids = torch.randint(0, 100, (2, 24), generator=torch.Generator().manual_seed(0))
     found: list[list[torch.Tensor]] = []
-    kept: list[int] = []
+    sizes: list[int] = []
     for recompute in (False, True):
         model = GPT(config, 100, seed=3, activation_checkpointing=recompute)
-        seen: dict[int, int] = {}
-
-        def note(tensor: torch.Tensor, seen: dict[int, int] = seen) -> torch.Tensor:
-            seen[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-            return tensor
-
         torch.manual_seed(7)
-        hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
-        with hooks, torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        with kept(model, bf16) as seen:
             loss = model(ids, ids)
-        kept.append(sum(seen.values()))
+        sizes.append(seen.bytes)
         loss.backward()
         found.append([loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
-    assert kept[1] < kept[0] / 2
+    assert sizes[1] < sizes[0] / 2
 
 
 @pytest.mark.parametrize("documents", [False, True])

@@ -19,6 +19,7 @@ from llmtrain.models import base_checks, base_linears, build_model, isolation
 from llmtrain.models.qlora import QLoRA
 from llmtrain.shards import Rows
 from tests.support.bases import configure, copy, write_gpt2, write_llama, write_tokenizer
+from tests.support.kept import kept
 
 CPU = torch.device("cpu")
 QUANTISATIONS = ["nf4", "int8", "none"]
@@ -259,26 +260,14 @@ def test_what_a_layer_keeps_is_what_autograd_keeps(
             f"model.lora.target_modules={targets}", f"data.packing={packing}", f"model.context={length}",
         )  # fmt: skip
         model = build(config, stir=False)
-        own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-        seen: dict[int, int] = {}
-        alive: list[Tensor] = []
-
-        def note(tensor: Tensor, own: set[int] = own, seen: dict[int, int] = seen, alive: list[Tensor] = alive):
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in own:
-                seen[storage.data_ptr()] = storage.nbytes()
-                alive.append(tensor)
-            return tensor
-
         ids = torch.zeros(rows, length, dtype=torch.int64)
         positions = documents = None
         if packing == "bestfit":
             positions = torch.arange(length).expand(rows, -1)
             documents = Documents(torch.arange(0, (rows + 1) * length, length, dtype=torch.int32), length)
-        hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
-        with hooks, torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+        with kept(model, precision == "bf16") as found:
             assert model.hidden(ids, documents, positions).requires_grad
-        measured[layers] = sum(seen.values())
+        measured[layers] = found.bytes
     assert config is not None
     assert config.model.kind == "qlora"
     facts = bases.describe(config.model)
