@@ -64,10 +64,10 @@ def layer_activations(config: RunConfig, model: QLoRAModel, facts: BaseFacts, bf
     int8 = model.quantisation == "int8"
     targets = facts.targets(model.lora.target_modules)
     inputs = [linear.inputs for linear in targets for _ in range(max(1, linear.count // facts.layers))]
-    if model.lora.dropout:  # each adapter has an input of its own, and a mask
+    if model.lora.dropout and model.lora.dora:  # each adapter has an input of its own, and a mask
         kept += sum(inputs) * (size + (size if device == "cpu" else 1))
         kept += size * (2 * facts.hidden + facts.inner) * int8
-    else:  # adapters and int8 layers of the same input share it
+    else:  # adapters and int8 layers of the same input share it; masks are drawn again
         kept += size * 2 * facts.hidden * (int8 or facts.hidden in inputs)
         kept += size * facts.inner * (int8 or facts.inner in inputs)
     if facts.keeps_scores:

@@ -1,9 +1,8 @@
 """Dropout (Srivastava et al. 2014) that costs little on a CPU.
 
-torch draws its masks there one number at a time, on one core: as long as a matrix product takes. Here a hash of a
-counter (`data.mix`, which together with the counter is splitmix64) gives four decisions a 64-bit word, and a mask is
-all ones or all zeros, so that applying it is one `and` of the bits. The hash starts from one number of torch's own
-generator: whoever seeds that, as the loop does at each step, decides everything.
+torch draws its masks there one number at a time: as long as a matrix product takes. Here each 64-bit word of a quick
+generator (numpy's SFC64) gives four decisions, and a mask is all ones or all zeros, so that applying it is one `and`
+of the bits. It starts from one number of torch's own generator.
 """
 
 import math
@@ -15,9 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from llmtrain.data import mix
-
-_GAMMA = np.uint64(0x9E3779B97F4A7C15)  # the odd number nearest to 2^64 over the golden ratio
 _OF_SIZE = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -43,15 +39,23 @@ class _Dropout(torch.autograd.Function):
         return keep_(grad * ctx.scale, mask), None
 
 
-def keep_mask(shape: tuple[int, ...], probability: float) -> Tensor:
-    """int16 on the CPU: -1, all bits set, with a chance of 1 - probability (to within 2^-16), else 0."""
+def keep_mask(shape: tuple[int, ...], probability: float, seed: Tensor | None = None) -> Tensor:
+    """int16 on the CPU: -1, all bits set, with a chance of 1 - probability (to within 2^-16), else 0.
+
+    Args:
+        seed: from `draw_seed`, the same for the same mask; one is drawn where there is none.
+    """
     count = math.prod(shape)
-    seed = np.uint64(int(torch.randint(-(2**63), 2**63 - 1, ())) % 2**64)
-    words = mix(np.arange(1, -(-count // 4) + 1, dtype=np.uint64) * _GAMMA + seed)
-    draws = torch.from_numpy(words.view(np.int16))[:count]
+    number = int(draw_seed() if seed is None else seed) % 2**64
+    draws = torch.from_numpy(np.random.SFC64(number).random_raw(-(-count // 4)).view(np.int16))[:count]
     draws.bitwise_and_(0x7FFF)  # 15 bits, of which the lowest round(p 2^15) values mean: drop
-    draws.neg_().add_(round(probability * 2**15) - 1).bitwise_right_shift_(15)  # the sign, in every bit
-    return draws.view(shape)
+    torch.sub(torch.tensor(round(probability * 2**15) - 1, dtype=torch.int16), draws, out=draws)
+    return draws.bitwise_right_shift_(15).view(shape)  # the sign, in every bit
+
+
+def draw_seed() -> Tensor:
+    """From torch's own generator: whoever seeds that, as the loop does at each step, decides everything."""
+    return torch.randint(-(2**63), 2**63 - 1, (), device="cpu")
 
 
 def keep_(x: Tensor, mask: Tensor) -> Tensor:
@@ -59,3 +63,22 @@ def keep_(x: Tensor, mask: Tensor) -> Tensor:
     of_size = _OF_SIZE[x.element_size()]
     x.view(of_size).bitwise_and_(mask.to(of_size))
     return x
+
+
+def mask_of(seed: Tensor, x: Tensor, probability: float) -> Tensor:
+    """Of the shape of `x`, for `zeroed`: from a seed (`draw_seed`), which is all that a backward pass has to keep.
+
+    On a GPU ones and zeros, by a generator of its own, which is seeded on the host: nothing waits.
+    """
+    if x.device.type == "cpu":
+        return keep_mask(x.shape, probability, seed)
+    own = torch.Generator(x.device).manual_seed(int(seed))
+    return torch.empty_like(x).bernoulli_(1 - probability, generator=own)
+
+
+def zeroed(x: Tensor, mask: Tensor) -> Tensor:
+    """A copy with zeros where elements are dropped. The others are not scaled."""
+    if x.device.type != "cpu":
+        return x * mask
+    of_size = _OF_SIZE[x.element_size()]
+    return x.view(of_size).bitwise_and(mask.to(of_size)).view(x.dtype)

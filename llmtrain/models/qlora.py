@@ -24,7 +24,7 @@ from llmtrain.data import IGNORE, Documents
 from llmtrain.errors import CheckpointError, ModelError
 from llmtrain.manifest import FileInfo
 from llmtrain.models import base as bases
-from llmtrain.models import base_attention, base_linears, base_logits
+from llmtrain.models import base_attention, base_linears, base_logits, lora_layers
 from llmtrain.models.cached import CachedGenerator
 from llmtrain.models.loss import batch_loss, soft_capped, token_losses
 
@@ -62,6 +62,7 @@ class QLoRA(nn.Module):
                 model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             torch.manual_seed(seed)
             self.peft: Any = _with_adapter(config, model)
+        lora_layers.use(self.peft)
         self._autocast = precision == "bf16"
         if self._autocast:  # peft would copy each layer's input to fp32, for autocast to bring it back to bf16
             for module in self.peft.modules():

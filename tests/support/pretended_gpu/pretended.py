@@ -147,6 +147,14 @@ def _pretend_cuda(torch, engine):
     cuda.current_device, cuda.set_device = current_device, set_device
     cuda.synchronize = lambda *_: waits("torch.cuda.synchronize")
     cuda.Stream, cuda.Event = _Stream, _Event
+
+    class Generator(torch.Generator):
+        """Of a GPU: one for CPUs."""
+
+        def __new__(cls, device="cpu"):
+            return super().__new__(cls, "cpu")
+
+    torch.Generator = Generator
     cuda.current_stream, cuda.default_stream = lambda *_: _Stream(), lambda *_: _Stream()
     cuda.stream = lambda _: contextlib.nullcontext()
     cuda.get_rng_state = lambda *_: torch.default_generator.get_state()
