@@ -36,6 +36,7 @@ from llmtrain.stop import StopFlag
 from llmtrain.strategies import build_strategy, deepspeed_config
 from llmtrain.tensorboard import TensorBoard
 from llmtrain.trainer import Parts, train
+from llmtrain.wording import count
 from llmtrain.world import World, find_world
 
 
@@ -196,7 +197,7 @@ def announce(
     config: RunConfig, world: World, data: ShardFolder, plan: BatchPlan, model: Trainable, state: TrainState
 ) -> None:
     """Say what is about to happen."""
-    split, ranks = data.manifest.splits["train"], "1 rank" if world.size == 1 else f"{world.size} ranks"
+    split, ranks = data.manifest.splits["train"], count(world.size, "rank")
     log.info(
         f"run        {config.run.name} in {config.run.dir}/, {ranks} on {world.device.type}, {config.train.precision}"
         + (", ZeRO-2" if config.strategy.kind == "zero2" else "")

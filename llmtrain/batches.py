@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from llmtrain.config.load import Origins
 from llmtrain.config.schema import OptimSection, RunConfig
 from llmtrain.errors import ConfigError, TooLittleData
+from llmtrain.wording import count
 
 _AUTO_MICRO_BATCH_TOKENS = 16_384
 _DEFAULT_STEPS = 300
@@ -46,7 +47,7 @@ def plan_batches(config: RunConfig, origins: Origins, world_size: int, num_rows:
         most = max(1, _AUTO_MICRO_BATCH_TOKENS // config.model.context)
         micro = max(m for m in fitting if m <= most)
     if micro not in fitting:
-        ranks = "1 rank" if world_size == 1 else f"{world_size} ranks"
+        ranks = count(world_size, "rank")
         raise ConfigError(
             [
                 f"{origins.describe(config, 'train.micro_batch_size')}: {ranks} x {micro} does not divide "

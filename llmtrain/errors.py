@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from llmtrain import log
+from llmtrain.wording import count
 
 EXIT_REQUEUE = 75
 """Stopped on request after saving: start the same command again to go on (sysexits' EX_TEMPFAIL)."""
@@ -37,8 +38,8 @@ class ConfigError(UserError):
 
     def __init__(self, problems: list[str]):
         self.problems = problems
-        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-        super().__init__("\n".join([f"configuration: {count}", *(f"  - {p}" for p in problems)]))
+        found = count(len(problems), "problem")
+        super().__init__("\n".join([f"configuration: {found}", *(f"  - {p}" for p in problems)]))
 
 
 class SourceError(UserError):

@@ -74,6 +74,27 @@ def driver_problem() -> str | None:
     return None
 
 
+def missing(promised: int) -> str | None:
+    """How the driver shows that this machine lacks some of the GPUs that this process was promised; None where it shows
+    them all, and where it does not tell (no library of it here, parts of GPUs)."""
+    if (problem := driver_problem()) is not None:
+        return problem
+    if any(name.startswith("MIG-") for name in _named() or []) or not _has_library():
+        return None
+    answer = sum(not gpu.is_hidden and gpu.problem is None for gpu in all_gpus())
+    return f"the driver shows {answer} of {promised}" if answer < promised else None
+
+
+def _has_library() -> bool:
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError as error:
+        return getattr(error, "value", None) != pynvml.NVML_ERROR_LIBRARY_NOT_FOUND
+    return True
+
+
 def all_gpus() -> list[GPU]:
     """Those that are hidden from this process too; none where the driver does not work (`driver_problem`)."""
     import pynvml

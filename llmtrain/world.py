@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore
 from torch.distributed.rendezvous import rendezvous
 
-from llmtrain import devices, launched
+from llmtrain import devices, gpus, launched
 from llmtrain.errors import ConfigError, UserError
 
 _POLL_S = 0.02
@@ -130,6 +130,7 @@ def find_world(device_setting: str, place: str) -> World:
 
     Raises:
         ConfigError: the device that was asked for is not there; or srun started several tasks without a launcher.
+        RuntimeError: a GPU that SLURM has promised is not there: nothing for a person to write otherwise.
     """
     tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
     if tasks not in ("0", "1") and not launched.has_rank():
@@ -140,12 +141,26 @@ def find_world(device_setting: str, place: str) -> World:
                 "its own in each task set RANK=0 and another run.name there"
             ]
         )
-    device = devices.find(device_setting, f"train.device={device_setting} ({place})")
     local_rank = launched.local_rank()
-    if device.type == "cuda":
-        device = _own_gpu(local_rank)
+    try:
+        device = devices.find(device_setting, f"train.device={device_setting} ({place})")
+        if device.type == "cuda":
+            device = _own_gpu(local_rank)
+    except ConfigError:
+        if (why := _lost_by_this_node()) is None:
+            raise
+        raise RuntimeError(why) from None
     devices.keep_deepspeed_on(device)
     return World(launched.rank(), launched.num_ranks(), local_rank, device)
+
+
+def _lost_by_this_node() -> str | None:
+    """A node of a cluster with a GPU that has failed: its supervisor knows these words (`launcher/keeper/ranks.py`)."""
+    promised = os.environ.get("SLURM_GPUS_ON_NODE", "")
+    if not promised.isdigit() or torch.version.cuda is None:
+        return None
+    why = gpus.missing(int(promised))
+    return None if why is None else f"a GPU is lost: SLURM promised {promised} on this node, and {why}"
 
 
 def _own_gpu(local_rank: int) -> torch.device:

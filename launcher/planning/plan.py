@@ -21,6 +21,7 @@ from llmtrain.gpus import first_gpu
 from llmtrain.memory import Device, MemoryPart, Sizes
 from llmtrain.resume import settled_precision
 from llmtrain.shards import ShardManifest
+from llmtrain.wording import count
 
 GB = 1e9
 _SPARE = 0.95
@@ -43,17 +44,13 @@ def find_machine(gpus: int, gpu_memory_gb: float | None, device: str) -> Machine
     here = None if device == "cpu" or gpu_memory_gb is not None else first_gpu()
     if device == "cpu" or (device == "auto" and gpu_memory_gb is None and here is None):
         total = float(psutil.virtual_memory().total)
-        return Machine("cpu", gpus, total / gpus, f"{total / GB:.0f} GB of host memory, {num_ranks(gpus)}")
+        return Machine("cpu", gpus, total / gpus, f"{total / GB:.0f} GB of host memory, {count(gpus, 'rank')}")
     if gpu_memory_gb is not None:
         here = gpu_memory_gb * GB, None
     if here is None:
         raise ConfigError(["there is no GPU on this machine to ask: give --gpu-memory in GB, or --device cpu"])
     size, bf16 = here
-    return Machine("cuda", gpus, size, f"{gpus} GPU{'s' * (gpus > 1)} with {size / GB:.0f} GB", bf16)
-
-
-def num_ranks(count: int) -> str:
-    return "1 rank" if count == 1 else f"{count} ranks"
+    return Machine("cuda", gpus, size, f"{count(gpus, 'GPU')} with {size / GB:.0f} GB", bf16)
 
 
 def uses_bf16(config: RunConfig, machine: Machine) -> bool:
@@ -175,10 +172,8 @@ def show(config: RunConfig, origins: Origins, machine: Machine, given: Given, co
 
     say("model", sizes.title)
     say("data", data)
-    say(
-        "batch",
-        f"{plan.global_batch_size} rows = {num_ranks(machine.ranks)} x {plan.micro_batch_size} x {plan.accumulation}",
-    )
+    ranks = count(machine.ranks, "rank")
+    say("batch", f"{plan.global_batch_size} rows = {ranks} x {plan.micro_batch_size} x {plan.accumulation}")
     if rows is None and config.train.epochs is not None:
         say("steps", f"{config.train.epochs:g} epochs; the number is known once 'llmtrain shard' has run")
         say("disk", f"{display.size(sizes.checkpoint_bytes(config))} a checkpoint")

@@ -2,7 +2,7 @@
 
 import shlex
 from functools import partial
-from itertools import groupby
+from itertools import chain, groupby
 
 import numpy as np
 
@@ -325,6 +325,7 @@ def configuration(facts: Facts) -> Html:
 
 def everything(facts: Facts) -> tuple[Html, list[Picture]]:
     """All sections, and the figures in them."""
-    (curves, a), (ranks, b), (between, c), (speed, d) = losses(facts), ranking(facts), gap(facts), optimisation(facts)
+    drawn = [losses(facts), ranking(facts), gap(facts), optimisation(facts)]
+    (curves, ranks, between, speed), pictures = zip(*drawn, strict=True)
     whole = [use(facts), curves, ranks, between, samples(facts), speed, timeline(facts), configuration(facts)]
-    return join(whole), [*a, *b, *c, *d]
+    return join(whole), list(chain.from_iterable(pictures))

@@ -34,6 +34,7 @@ from launcher.sharding.sources import group_units, list_units, stamp_of
 from llmtrain import files, recipe, shards
 from llmtrain.config.schema import RunConfig
 from llmtrain.errors import ConfigError, DataMismatch, SourceError, TooLittleData, UserError
+from llmtrain.wording import count
 
 WORK = ".work"
 _UNPUBLISHED = ".unpublished"
@@ -90,7 +91,7 @@ def make_plan(config: RunConfig) -> Plan:
         if documents < wanted:
             named = len(rest) < len(config.data.sources)
             raise TooLittleData(
-                f"{documents} {'document' if documents == 1 else 'documents'} (a file is one) for {wanted} splits: "
+                f"{count(documents, 'document')} (a file is one) for {wanted} splits: "
                 "data.split.by=hash puts each document into one. Set data.split.by=tail, which cuts the text, or give "
                 "the source a separator" + ("; or use: train for it, to train on all of it" if named else "")
             )

@@ -5,10 +5,11 @@ from pathlib import Path
 
 from launcher import display
 from launcher.keeper.rules import Rules
-from launcher.planning.plan import GB, Machine, find_machine, num_ranks
+from launcher.planning.plan import GB, Machine, find_machine
 from launcher.submitting.order import Order, order_of
 from launcher.walltime import seconds
 from llmtrain.errors import ConfigError
+from llmtrain.wording import count
 
 
 @dataclass(frozen=True)
@@ -61,13 +62,13 @@ def machine_for(wishes: Wishes, job: Order | None, gpu_memory_gb: float | None, 
 def find_nodes(job: Order, gpu_memory_gb: float | None, device: str) -> Machine:
     """What a job gets of a cluster, which is not asked."""
     profile, ranks = job.profile, job.nodes * job.ranks_per_node
-    nodes = "1 node" if job.nodes == 1 else f"{job.nodes} nodes"
+    nodes = count(job.nodes, "node")
     if not job.gpus_per_node or device == "cpu":
         size = None if profile.mem_bytes is None else profile.mem_bytes / job.ranks_per_node
         memory = "unknown memory" if profile.mem_bytes is None else display.size(profile.mem_bytes)
-        return Machine("cpu", ranks, size, f"{nodes} with {memory}, {num_ranks(ranks)}")
+        return Machine("cpu", ranks, size, f"{nodes} with {memory}, {count(ranks, 'rank')}")
     gigabytes = gpu_memory_gb or profile.gpu_memory_gb
-    gpus = "1 GPU" if job.gpus_per_node == 1 else f"{job.gpus_per_node} GPUs"
+    gpus = count(job.gpus_per_node, "GPU")
     if gigabytes is None:
         return Machine("cuda", ranks, None, f"{nodes} with {gpus} of unknown size")
     return Machine("cuda", ranks, gigabytes * GB, f"{nodes} with {gpus} of {gigabytes:g} GB")

@@ -2,11 +2,15 @@
 
 import signal
 import sys
+import types
 from collections.abc import Iterator
 from pathlib import Path
 
+import pynvml
 import pytest
+import torch
 
+from launcher.keeper import ranks as keeper_ranks
 from launcher.keeper import torchrun
 from launcher.keeper.meeting import Meeting, own_name
 from launcher.keeper.ranks import Ranks
@@ -15,7 +19,12 @@ from launcher.keeper.supervisor import Supervisor
 from launcher.keeper.torchrun import Start
 from launcher.slurm import requeueing
 from llmtrain import ledger
+from llmtrain.errors import ConfigError
 from llmtrain.rundir import RunDir
+from llmtrain.world import find_world
+from tests.support import nvml
+
+driver = nvml.driver  # a fixture
 
 FAILS = """
 from llmtrain.errors import exit_with_code, own_code
@@ -112,3 +121,55 @@ def test_a_cluster_that_does_not_let_us_is_told_of(
     monkeypatch.setenv("PATH", str(tmp_path))
     requeueing.avoid(["n2"], "7")
     assert "it may start on n2 again: scontrol: not found" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "lost", "promised", "cuda", "is_lost"),
+    [
+        (None, 1, "2", "12.8", "the driver shows 1 of 2"),
+        (pynvml.NVML_ERROR_DRIVER_NOT_LOADED, None, "2", "12.8", "the driver shows 0 of 2"),
+        (pynvml.NVML_ERROR_LIB_RM_VERSION_MISMATCH, None, "2", "12.8", "driver here does not work"),
+        (pynvml.NVML_ERROR_LIBRARY_NOT_FOUND, None, "2", "12.8", None),
+        (None, None, "2", "12.8", None),
+        (None, 1, "2", None, None),
+        (None, 1, "", "12.8", None),
+    ],
+    ids=[
+        "one has failed", "no driver runs", "the driver does not work", "a container that was given none",
+        "all are there: torch's build is too new", "torch for CPUs", "no job of SLURM's",
+    ],
+)  # fmt: skip
+def test_a_first_start_without_a_gpu_that_slurm_has_promised(
+    driver: types.SimpleNamespace,
+    monkeypatch: pytest.MonkeyPatch,
+    error: int | None,
+    lost: int | None,
+    promised: str,
+    cuda: str | None,
+    is_lost: str | None,
+):
+    driver.error, driver.lost = error, lost
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("SLURM_GPUS_ON_NODE", promised)
+    if is_lost is None:
+        with pytest.raises(ConfigError, match="no such device here"):
+            find_world("cuda", "my.yaml:3")
+    else:
+        with pytest.raises(
+            RuntimeError, match=f"a GPU is lost: SLURM promised 2 on this node, and .*{is_lost}"
+        ) as told:
+            find_world("cuda", "my.yaml:3")
+        assert keeper_ranks._LOST.search(str(told.value))
+
+
+def test_one_gpu_of_several_that_has_failed_is_lost_too(driver: types.SimpleNamespace, monkeypatch: pytest.MonkeyPatch):
+    """torch counts those that answer: the last rank has none."""
+    driver.lost = 1
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("SLURM_GPUS_ON_NODE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(RuntimeError, match="a GPU is lost"):
+        find_world("cuda", "my.yaml:3")
