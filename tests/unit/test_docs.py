@@ -14,7 +14,7 @@ DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda p: p.name)
 def test_links_lead_somewhere(document: Path):
-    for target in re.findall(r"\]\((?!http)([^)#]+)", document.read_text()):
+    for target in re.findall(r"(?:\]\(|src=\")(?!http)([^)#\"]+)", document.read_text()):
         assert (document.parent / target).exists(), target
 
 
