@@ -84,8 +84,6 @@ class BaseFacts:
     """The linear layers that text never goes through (Gemma 3's for pictures): loaded, quantised, and without LoRA."""
     expert_parameters: int = 0
     """Of these, a mixture's experts: bitsandbytes quantises linear layers alone, and LoRA is added to these alone."""
-    head_has_bias: bool = False
-    """Whether the output layer has a bias."""
     caps_logits: bool = False
     """Whether a soft cap follows the output layer (Gemma 2)."""
     keeps_scores: bool = False

@@ -97,11 +97,14 @@ def outline(config: QLoRAModel) -> Any:
     try:
         with init_empty_weights(include_buffers=True):
             model = AutoModelForCausalLM.from_config(hf, trust_remote_code=config.trust_remote_code)
+    except ImportError as error:  # Gemma 3n wants timm, for pictures
+        raise ModelError(f"model.base={config.base}: {' '.join(str(error).split())}") from error
     except ValueError as error:
         raise ModelError(
             f"model.base={config.base}: not a model that continues text: {str(error).splitlines()[0]}"
         ) from error
-    if model.get_decoder() is model:  # Llama 4's part that reads text
+    decoder = model.get_decoder()
+    if decoder is model or not hasattr(decoder, "config"):  # Llama 4's part that reads text; ModernBERT's
         raise ModelError(
             f"model.base={config.base}: {type(model).__name__} does not tell its output layer from the rest, which is "
             "not supported; take another base"
@@ -130,7 +133,6 @@ def describe(config: QLoRAModel) -> BaseFacts:
         unread=unread,
         other_parameters=sum(p.numel() for p in model.parameters()) - sum(each.weights for each in (*linears, *unread)),
         expert_parameters=base_linears.count_experts(model),
-        head_has_bias=getattr(model.get_output_embeddings(), "bias", None) is not None,
         caps_logits=base_logits.read(text).cap is not None,
         keeps_scores=model.get_decoder().config._attn_implementation == "eager",
     )

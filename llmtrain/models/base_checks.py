@@ -18,8 +18,6 @@ def check(config: QLoRAModel, facts: BaseFacts, tokenizer_size: int | None) -> N
     problems = [*_quantised_another_way(config), *_experts(config, facts), *_unknown_targets(config, facts)]
     problems += facts.tokenizer_problems(tokenizer_size)
     text: Any = read_config(config.base, config.revision, config.trust_remote_code).get_text_config()
-    if facts.head_has_bias:
-        problems.append("its output layer has a bias, which the loss here does not know")
     problems += _two_scales(config, text)
     if facts.positions is not None and config.context > facts.positions:
         problems.append(

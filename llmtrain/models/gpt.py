@@ -27,7 +27,7 @@ from llmtrain.manifest import FileInfo
 from llmtrain.models.attention import attention, kept_apart
 from llmtrain.models.cached import CachedGenerator
 from llmtrain.models.dropout import dropout
-from llmtrain.models.loss import batch_loss, token_losses
+from llmtrain.models.loss import Head, batch_loss, token_losses
 from llmtrain.models.projections import norm_linear, norm_mlp
 
 WEIGHTS = "model.safetensors"
@@ -199,7 +199,7 @@ class GPT(nn.Module):
     ) -> Tensor:
         """Sum of the cross-entropies of all supervised positions, in nats: fp32, without gradients float64."""
         hidden_BTD = self._hidden(input_ids, documents, positions, None)
-        return batch_loss(hidden_BTD, self.lm_head.weight, targets, learned, IGNORE)
+        return batch_loss(hidden_BTD, Head(self.lm_head.weight), targets, learned, IGNORE)
 
     @torch.no_grad()
     def token_losses(
@@ -207,7 +207,8 @@ class GPT(nn.Module):
     ) -> Tensor:
         """(B, T) cross-entropies in nats, 0 where a position is not supervised; their sum is `forward`'s result."""
         hidden_BTD = self._hidden(input_ids, documents, positions, None)
-        return token_losses(hidden_BTD.flatten(0, 1), self.lm_head.weight, targets.flatten(), IGNORE).view_as(targets)
+        head = Head(self.lm_head.weight)
+        return token_losses(hidden_BTD.flatten(0, 1), head, targets.flatten(), IGNORE).view_as(targets)
 
     def logits(
         self,

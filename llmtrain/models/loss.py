@@ -9,6 +9,7 @@ GPU kernel). On CPUs this is also the fast path: docs/log.md has the figures for
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,32 +26,46 @@ _WEIGHT_ROWS = 4096
 """Rows of the output layer's gradient that a CPU makes and adds at a time."""
 
 
-def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, targets: Tensor, ignore: int, cap: float | None = None
-) -> Tensor:
-    """Sum (not mean) over positions of -log softmax(logits)[target], logits = hidden @ weight.T.
+@dataclass(frozen=True)
+class Head:
+    """An output layer: logits = hidden @ weight.T + bias, and with a cap cap tanh(logits / cap) (Gemma Team 2024,
+    "Gemma 2", section 2)."""
+
+    weight: Tensor
+    """(V, D)"""
+    bias: Tensor | None = None
+    """(V,), which is not trained."""
+    cap: float | None = None
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(N, V), all of them."""
+        return self.capped(self.product(hidden))
+
+    def product(self, hidden: Tensor) -> Tensor:
+        if self.bias is None:
+            return hidden @ self.weight.t()
+        return torch.addmm(self.bias, hidden, self.weight.t())
+
+    def capped(self, logits: Tensor) -> Tensor:
+        return logits if self.cap is None else (logits / self.cap).tanh_().mul_(self.cap)
+
+
+def linear_cross_entropy(hidden: Tensor, head: Head, targets: Tensor, ignore: int) -> Tensor:
+    """Sum (not mean) over positions of -log softmax(head.logits(hidden))[target].
 
     In fp32; in float64 where no gradient is wanted.
 
     Args:
-        hidden: (N, D); weight: (V, D); targets: (N,) int64, `ignore` where a position does not count.
-        cap: logits are cap tanh(logits / cap) instead (Gemma Team 2024, "Gemma 2", section 2).
+        hidden: (N, D); targets: (N,) int64, `ignore` where a position does not count.
     """
     if torch.is_grad_enabled():
-        return _LinearCrossEntropy.apply(hidden, weight, targets, ignore, cap)
+        return _LinearCrossEntropy.apply(hidden, head.weight, head.bias, head.cap, targets, ignore)
     # Summed in float64, evaluation does not depend on how rows are batched (MPS has none).
     exact = torch.float32 if hidden.device.type == "mps" else torch.float64
-    return token_losses(hidden, weight, targets, ignore, cap).sum(dtype=exact)
+    return token_losses(hidden, head, targets, ignore).sum(dtype=exact)
 
 
-def batch_loss(
-    hidden_BTD: Tensor,
-    weight: Tensor,
-    targets_BT: Tensor,
-    learned: Tensor | None,
-    ignore: int,
-    cap: float | None = None,
-) -> Tensor:
+def batch_loss(hidden_BTD: Tensor, head: Head, targets_BT: Tensor, learned: Tensor | None, ignore: int) -> Tensor:
     """`linear_cross_entropy` of the positions that are listed (`data.Batch.learned`): the output layer need not see a
     prompt, nor padding.
 
@@ -59,33 +74,36 @@ def batch_loss(
     hidden, targets = hidden_BTD.flatten(0, 1), targets_BT.flatten()
     if learned is not None and not torch.compiler.is_compiling():
         hidden, targets = hidden.index_select(0, learned), targets.index_select(0, learned)
-    return linear_cross_entropy(hidden, weight, targets, ignore, cap)
+    return linear_cross_entropy(hidden, head, targets, ignore)
 
 
 @torch.no_grad()
-def token_losses(hidden: Tensor, weight: Tensor, targets: Tensor, ignore: int, cap: float | None = None) -> Tensor:
-    """(N,) -log softmax(logits)[target] in fp32, 0 where a position does not count; their sum is
+def token_losses(hidden: Tensor, head: Head, targets: Tensor, ignore: int) -> Tensor:
+    """(N,) -log softmax(head.logits(hidden))[target] in fp32, 0 where a position does not count; their sum is
     `linear_cross_entropy`'s. Arguments as there."""
     found: list[Tensor] = []
-    hidden_c, weight_c = _operands(hidden, weight)
+    hidden_c, head_c = _operands(hidden, head)
     with torch.autocast(hidden.device.type, enabled=False):
-        for rows, chosen in _chunks(hidden_c, weight, targets):
-            for logits, index, counts in _blocks(rows @ weight_c.t(), len(weight), chosen, ignore):
-                exact = soft_capped(logits.float(), cap)
+        for rows, chosen in _chunks(hidden_c, head.weight, targets):
+            for logits, index, counts in _blocks(head_c.product(rows), len(head.weight), chosen, ignore):
+                exact = head.capped(logits.float())
                 found.append((exact.logsumexp(1) - exact.gather(1, index).squeeze(1)) * counts)
     return torch.cat(found)
 
 
-def soft_capped(logits: Tensor, cap: float | None) -> Tensor:
-    """`linear_cross_entropy`'s logits with a cap, which are these without."""
-    return logits if cap is None else (logits / cap).tanh_().mul_(cap)
-
-
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, ignore: int, cap: float | None) -> Tensor:
-        weight_too = ctx.needs_input_grad[1]
-        loss, grad_hidden, grad_weight = _loss_and_gradients(hidden, weight, targets, ignore, cap, weight_too)
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        cap: float | None,
+        targets: Tensor,
+        ignore: int,
+    ) -> Tensor:
+        head, weight_too = Head(weight, bias, cap), ctx.needs_input_grad[1]
+        loss, grad_hidden, grad_weight = _loss_and_gradients(hidden, head, targets, ignore, weight_too)
         ctx.save_for_backward(grad_hidden, grad_weight)
         return loss
 
@@ -95,26 +113,26 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_hidden, grad_weight = ctx.saved_tensors
         if grad_weight is not None:
             grad_weight.mul_(grad_loss)
-        return grad_hidden.mul_(grad_loss), grad_weight, None, None, None
+        return grad_hidden.mul_(grad_loss), grad_weight, None, None, None, None
 
 
 def _loss_and_gradients(
-    hidden: Tensor, weight: Tensor, targets: Tensor, ignore: int, cap: float | None, weight_too: bool
+    hidden: Tensor, head: Head, targets: Tensor, ignore: int, weight_too: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The loss, the gradient of `hidden`, and that of the output layer unless it is frozen."""
-    hidden_c, weight_c = _operands(hidden, weight)
+    hidden_c, head_c = _operands(hidden, head)
     loss = torch.zeros((), device=hidden.device)
     grad_hidden = torch.empty_like(hidden)
     grad_weight = None
     done = 0
     with torch.autocast(hidden.device.type, enabled=False):
-        for rows, chosen in _chunks(hidden_c, weight, targets):
-            gradient = rows @ weight_c.t()  # the logits, for now
-            loss = loss + _turn_into_gradient(gradient, len(weight), chosen, ignore, cap)
-            grad_hidden[done : done + len(rows)] = gradient @ weight_c
+        for rows, chosen in _chunks(hidden_c, head.weight, targets):
+            gradient = head_c.product(rows)  # the logits, for now
+            loss = loss + _turn_into_gradient(gradient, head, chosen, ignore)
+            grad_hidden[done : done + len(rows)] = gradient @ head_c.weight
             done += len(rows)
             if weight_too:
-                grad_weight = _add_to_weight(grad_weight, gradient, rows, weight)
+                grad_weight = _add_to_weight(grad_weight, gradient, rows, head.weight)
             del gradient  # before the next chunk's is made
     return loss, grad_hidden, grad_weight
 
@@ -138,11 +156,12 @@ def _add_to_weight(grad_weight: Tensor | None, gradient: Tensor, rows: Tensor, w
     return total
 
 
-def _turn_into_gradient(logits: Tensor, vocab_size: int, targets: Tensor, ignore: int, cap: float | None) -> Tensor:
-    """The fp32 sum of the losses of (n, V padded) logits, which become its gradient."""
+def _turn_into_gradient(logits: Tensor, head: Head, targets: Tensor, ignore: int) -> Tensor:
+    """The fp32 sum of the losses of (n, V padded) products, which become its gradient."""
     losses: list[Tensor] = []
+    vocab_size, cap = len(head.weight), head.cap
     for rows, index, counts in _blocks(logits, vocab_size, targets, ignore):
-        exact = soft_capped(rows.float(), cap)
+        exact = head.capped(rows.float())
         slopes = None if cap is None else (exact / cap).square_().neg_().add_(1)
         shifted = exact.sub_(exact.amax(1, keepdim=True))  # fp32 logits are changed in place
         chosen_logits = shifted.gather(1, index)
@@ -156,18 +175,19 @@ def _turn_into_gradient(logits: Tensor, vocab_size: int, targets: Tensor, ignore
     return torch.cat(losses).sum()
 
 
-def _operands(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+def _operands(hidden: Tensor, head: Head) -> tuple[Tensor, Head]:
     """Both as autocast would have them."""
     dtype = computed_in(hidden)
-    return hidden.to(dtype), _padded(weight, dtype)
+    if head.weight.dtype == dtype:
+        return hidden.to(dtype), head
+    bias = None if head.bias is None else _padded(head.bias, dtype)
+    return hidden.to(dtype), Head(_padded(head.weight, dtype), bias, head.cap)
 
 
 def _padded(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """(V, D) in `dtype`; where that makes a copy, with rows of zeros up to a multiple of 64, which products like."""
-    if weight.dtype == dtype:
-        return weight
-    vocab_size, width = weight.shape
-    padded = weight.new_empty((-(-vocab_size // _MULTIPLE) * _MULTIPLE, width), dtype=dtype)
+    """(V, ...) in `dtype`, with zeros up to a multiple of 64 rows, which products like."""
+    vocab_size = len(weight)
+    padded = weight.new_empty((-(-vocab_size // _MULTIPLE) * _MULTIPLE, *weight.shape[1:]), dtype=dtype)
     padded[:vocab_size] = weight
     padded[vocab_size:] = 0
     return padded

@@ -26,7 +26,7 @@ from llmtrain.manifest import FileInfo
 from llmtrain.models import base as bases
 from llmtrain.models import base_attention, base_linears, base_logits, lora_layers
 from llmtrain.models.cached import CachedGenerator
-from llmtrain.models.loss import batch_loss, soft_capped, token_losses
+from llmtrain.models.loss import Head, batch_loss, token_losses
 
 ADAPTER = "adapter_model.safetensors"
 _PREFIX = "peft."
@@ -81,8 +81,9 @@ class QLoRA(nn.Module):
         return self.peft.get_base_model()
 
     @property
-    def _head(self) -> Tensor:
-        return self._base.get_output_embeddings().weight
+    def _head(self) -> Head:
+        layer = self._base.get_output_embeddings()
+        return Head(layer.weight, getattr(layer, "bias", None), self._logit_changes.cap)
 
     def forward(
         self,
@@ -94,7 +95,7 @@ class QLoRA(nn.Module):
     ) -> Tensor:
         """Sum of the cross-entropies of all supervised positions, in nats: fp32, without gradients float64."""
         hidden_BTD = self.hidden(input_ids, documents, positions)
-        return batch_loss(hidden_BTD, self._head, targets, learned, IGNORE, self._logit_changes.cap)
+        return batch_loss(hidden_BTD, self._head, targets, learned, IGNORE)
 
     @torch.no_grad()
     def token_losses(
@@ -104,9 +105,7 @@ class QLoRA(nn.Module):
         hidden_ND, targets_N = self.hidden(input_ids, documents, positions).flatten(0, 1), targets.flatten()
         supervised = targets_N != IGNORE  # indexing by it is a host sync; who scores reads the result next anyway
         losses_N = torch.zeros(targets_N.shape, device=targets_N.device)
-        losses_N[supervised] = token_losses(
-            hidden_ND[supervised], self._head, targets_N[supervised], IGNORE, self._logit_changes.cap
-        )
+        losses_N[supervised] = token_losses(hidden_ND[supervised], self._head, targets_N[supervised], IGNORE)
         return losses_N.view_as(targets)
 
     def hidden(self, input_ids: Tensor, documents: Documents | None, positions: Tensor | None) -> Tensor:
@@ -118,7 +117,7 @@ class QLoRA(nn.Module):
 
     def logits(self, hidden_ND: Tensor) -> Tensor:
         """(N, V), as the loss sees them."""
-        return soft_capped(hidden_ND.to(self._head.dtype) @ self._head.t(), self._logit_changes.cap)
+        return self._head.logits(hidden_ND.to(self._head.weight.dtype))
 
     def text_generator(self) -> CachedGenerator:
         self.eval()  # the whole: its mode is what tells a strategy to switch back
@@ -145,7 +144,9 @@ class QLoRA(nn.Module):
     def flops_per_token(self) -> float:
         """Forward, and backward without the gradients of frozen weights: 4 N for the base, 6 N for the adapter."""
         text = self._base.config.get_text_config()
-        frozen = _num_frozen([module for _, module in base_linears.text_linears(self._base)]) + self._head.numel()
+        frozen = (
+            _num_frozen([module for _, module in base_linears.text_linears(self._base)]) + self._head.weight.numel()
+        )
         attention = 12 * text.num_hidden_layers * text.hidden_size * self.config.context
         return 4.0 * frozen + 6.0 * self.num_parameters() + attention
 

@@ -12,7 +12,7 @@ from llmtrain.memory import loss_part
 from llmtrain.memory_lora import layer_activations
 from llmtrain.models import base as bases
 from llmtrain.models import base_logits, build_model, isolation
-from llmtrain.models.loss import linear_cross_entropy, soft_capped, token_losses
+from llmtrain.models.loss import Head, linear_cross_entropy, token_losses
 from llmtrain.models.qlora import QLoRA
 from tests.support.bases import configure
 from tests.support.kept import kept
@@ -34,7 +34,11 @@ SCALED: dict[str, dict[str, Any]] = {
     "granitemoe": {"logits_scaling": 6.0, "num_local_experts": 4, "num_experts_per_tok": 2},
     "hyperclovax": {"logits_scaling": 0.125},
 }
-OTHER = CAPPED | SCALED
+BIASED: dict[str, dict[str, Any]] = {
+    "gptj": {"n_embd": 64, "n_layer": 4, "n_head": 4, "n_positions": 256, "rotary_dim": 8},
+    "phi": {"partial_rotary_factor": 0.5},
+}
+OTHER = CAPPED | SCALED | BIASED
 
 
 def build(base: Path, *settings: str) -> QLoRA:
@@ -70,10 +74,14 @@ def test_loss_and_gradients_are_transformers(kind: str, tmp_path: Path):
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("kind", OTHER)
-def test_they_pass_the_check_at_the_start_which_misses_neither_scale_nor_cap(kind: str, precision: str, tmp_path: Path):
+def test_they_pass_the_check_at_the_start_which_misses_nothing_of_it(
+    kind: str, precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     model = build(write(tmp_path, kind, **OTHER[kind]), f"train.precision={precision}")
     assert isolation.difference(model, packed(), LENGTHS, precision == "bf16") < isolation._ALONE
+    plain = Head(model._head.weight)
     model._logit_changes = base_logits.LogitChanges()
+    monkeypatch.setattr(QLoRA, "_head", plain)
     assert isolation.difference(model, packed(), LENGTHS, precision == "bf16") > isolation._ALONE
 
 
@@ -92,8 +100,9 @@ def test_what_is_read_of_a_configuration():
 
 
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
-def test_a_capped_loss_and_its_gradients_are_autograds(precision: torch.dtype):
+def test_a_capped_loss_with_a_bias_and_its_gradients_are_autograds(precision: torch.dtype):
     torch.manual_seed(0)
+    bias = torch.randn(101)
     hidden = torch.randn(70, 24, requires_grad=True)
     weight = torch.randn(101, 24, requires_grad=True)
     targets = torch.randint(0, 101, (70,))
@@ -103,9 +112,9 @@ def test_a_capped_loss_and_its_gradients_are_autograds(precision: torch.dtype):
         hidden.grad = weight.grad = None
         if ours:
             with torch.autocast("cpu", precision, enabled=precision != torch.float32):
-                loss = linear_cross_entropy(hidden, weight, targets, -100, cap=4.0)
+                loss = linear_cross_entropy(hidden, Head(weight, bias, 4.0), targets, -100)
         else:
-            logits = 4.0 * torch.tanh(hidden @ weight.t() / 4.0)
+            logits = 4.0 * torch.tanh((hidden @ weight.t() + bias) / 4.0)
             loss = torch.nn.functional.cross_entropy(logits, targets, ignore_index=-100, reduction="sum")
         loss.backward()
         assert hidden.grad is not None
@@ -115,9 +124,10 @@ def test_a_capped_loss_and_its_gradients_are_autograds(precision: torch.dtype):
     for mine, theirs in zip(*found, strict=True):
         assert (mine - theirs).norm() <= bound * theirs.norm()
     with torch.no_grad():
-        each = token_losses(hidden, weight, targets, -100, cap=4.0)
+        each = token_losses(hidden, Head(weight, bias, 4.0), targets, -100)
         assert each.sum().item() == pytest.approx(found[1][0].item(), rel=1e-5)
-        assert torch.equal(soft_capped(hidden, None), hidden)
+        whole = 4.0 * ((hidden @ weight.t() + bias) / 4.0).tanh()
+        torch.testing.assert_close(Head(weight, bias, 4.0).logits(hidden), whole)
 
 
 def test_a_base_whose_logits_are_cut_is_refused(tmp_path: Path):

@@ -173,10 +173,24 @@ def test_planning_asks_transformers_about_longrope(tmp_path: Path):
     assert read_facts(config.model, None) is None
 
 
-@pytest.mark.parametrize("kind", ["phi", "gptj"])
-def test_an_output_layer_with_a_bias_is_refused_before_anything_is_loaded(tmp_path: Path, kind: str):
-    shape = {"n_embd": 64, "n_head": 4, "n_layer": 1, "rotary_dim": 8} if kind == "gptj" else {}
-    assert "its output layer has a bias" in refused(configure(write(tmp_path, kind, **{**SHAPE, **shape})))
+def test_a_base_that_wants_a_package_says_which(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def lacks(*_: object, **__: object) -> None:
+        raise ImportError("\nTimmWrapperModel requires the timm library but it was not found in your environment.\n")
+
+    from transformers import AutoModelForCausalLM
+
+    config = configure(write(tmp_path, "llama", **SHAPE))
+    monkeypatch.setattr(AutoModelForCausalLM, "from_config", lacks)
+    assert config.model.kind == "qlora"
+    with pytest.raises(ModelError, match=f"model.base={tmp_path}: TimmWrapperModel requires the timm library"):
+        bases.describe(config.model)
+
+
+def test_a_base_that_takes_its_output_layer_for_its_decoder_is_refused(tmp_path: Path):
+    config = configure(write(tmp_path, "modernbert-decoder", **{**SHAPE, "pad_token_id": 1, "bos_token_id": 1}))
+    assert config.model.kind == "qlora"
+    with pytest.raises(ModelError, match="does not tell its output layer from the rest"):
+        bases.describe(config.model)
 
 
 def test_a_base_of_experts_is_not_quantised_by_halves(tmp_path: Path):

@@ -44,9 +44,11 @@ def write(folder: Path, kind: str, **values: Any) -> Path:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **SHAPE | values))
     with torch.no_grad():
-        for parameter in model.parameters():
+        for name, parameter in model.named_parameters():
             if parameter.ndim > 1 and parameter.std() < 0.3:
                 parameter.mul_(3.0)
+            elif name == "lm_head.bias":
+                parameter.normal_()
     model.save_pretrained(str(folder))
     return folder
 

@@ -17,7 +17,7 @@ from llmtrain.evaluate import continue_text, sample_token
 from llmtrain.models import loss as loss_module
 from llmtrain.models.attention import _flash
 from llmtrain.models.gpt import GPT
-from llmtrain.models.loss import linear_cross_entropy
+from llmtrain.models.loss import Head, linear_cross_entropy
 from llmtrain.shards import Rows
 from llmtrain.strategies.forward import allow_graphs, evaluation_loss
 from tests.support.kept import kept
@@ -58,7 +58,7 @@ def test_chunked_loss_equals_the_textbook(positions: int, autocast: bool):
     targets = torch.randint(0, 97, (positions,), generator=generator)
     targets[::3] = IGNORE
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        loss = linear_cross_entropy(hidden, weight, targets, IGNORE)
+        loss = linear_cross_entropy(hidden, Head(weight), targets, IGNORE)
     (loss * 0.25).backward()
     ours = [loss.detach(), hidden.grad, weight.grad]
     hidden.grad = weight.grad = None
@@ -73,7 +73,7 @@ def test_the_loss_without_gradients_is_exact():
     hidden, weight = torch.randn(600, 8), torch.randn(50, 8)
     targets = torch.randint(0, 50, (600,))
     with torch.no_grad():
-        ours = linear_cross_entropy(hidden, weight, targets, IGNORE)
+        ours = linear_cross_entropy(hidden, Head(weight), targets, IGNORE)
     exact = cross_entropy((hidden.double() @ weight.double().t()), targets, reduction="sum")
     assert ours.dtype == torch.float64
     assert ours.item() == pytest.approx(exact.item(), rel=1e-6)
@@ -83,7 +83,7 @@ def test_the_loss_without_gradients_is_exact():
 def test_the_loss_makes_a_gradient_of_the_output_layer_only_where_that_is_trained(trained: bool):
     """Of a frozen base with 128,000 tokens it would be a gigabyte, for nothing."""
     hidden, weight = torch.randn(30, 8, requires_grad=True), torch.randn(50, 8, requires_grad=trained)
-    node = linear_cross_entropy(hidden, weight, torch.randint(0, 50, (30,)), IGNORE).grad_fn
+    node = linear_cross_entropy(hidden, Head(weight), torch.randint(0, 50, (30,)), IGNORE).grad_fn
     assert node is not None
     kept = node.saved_tensors[1]
     assert kept.shape == weight.shape if trained else kept is None
