@@ -79,11 +79,13 @@ class BaseFacts:
     linears: tuple[Linear, ...]
     """The linear layers that text goes through, but the output layer: LoRA can be added to these."""
     other_parameters: int
-    """Embedding, output layer (once if tied), norms, biases, experts: never quantised."""
+    """Embedding, output layer (once if tied), norms, biases: never quantised; and experts."""
     unread: tuple[Linear, ...] = ()
     """The linear layers that text never goes through (Gemma 3's for pictures): loaded, quantised, and without LoRA."""
     expert_parameters: int = 0
-    """Of these, a mixture's experts: bitsandbytes quantises linear layers alone, and LoRA is added to these alone."""
+    """Of these, a mixture's experts: quantised in nf4 alone; LoRA is added to linear layers alone."""
+    expert_stack: int = 0
+    """Of these, the ones of the largest layer."""
     caps_logits: bool = False
     """Whether a soft cap follows the output layer (Gemma 2)."""
     keeps_scores: bool = False

@@ -174,7 +174,7 @@ def write_merged(adapter: Adapter, to: Path, base: str, dtype: torch.dtype, devi
     from transformers import AutoModelForCausalLM
 
     from llmtrain.models import base as bases
-    from llmtrain.models import base_linears
+    from llmtrain.models import base_experts, base_linears
 
     bases.be_quiet()
     quantised = adapter.base.quantisation != "none"
@@ -198,6 +198,7 @@ def write_merged(adapter: Adapter, to: Path, base: str, dtype: torch.dtype, devi
         original = bases.load(adapter.base, dtype, device, quantisation="none")
         if quantised and base == "dequantised":
             base_linears.dequantise(model, into=original)
+            base_experts.dequantise(model, into=original)
         model, original = original, None
     peft = adapters.attach(adapter, model)
     before = logits(peft, ids)

@@ -142,8 +142,10 @@ class LoraSizes:
             MemoryPart("LoRA", trained * weights, f"{trained / 1e6:.1f} M weights, whole on each rank"),
         ]
         if facts.expert_parameters:
-            experts = f"{facts.expert_parameters / 1e9:.2f} G weights; not quantised, and without LoRA"
-            parts.insert(1, MemoryPart("experts", facts.expert_parameters * size, experts))
+            in_nf4 = model.quantisation == "nf4"
+            told = f"of {per_weight:.2f} bytes (nf4), and without LoRA" if in_nf4 else "not quantised, and without LoRA"
+            experts = facts.expert_parameters * (per_weight if in_nf4 else size)
+            parts.insert(1, MemoryPart("experts", experts, f"{facts.expert_parameters / 1e9:.2f} G weights, {told}"))
         if unquantised:
             left = f"{unquantised / 1e9:.2f} G weights of {size} bytes; bitsandbytes does not quantise these layers"
             parts.insert(1, MemoryPart("unquantised", unquantised * size, left))
@@ -165,6 +167,7 @@ class LoraSizes:
         parts.append(loss_part(positions, facts.vocab_size, 0, bf16, device, facts.caps_logits))
         largest = max(linear.inputs * linear.outputs for linear in facts.linears)
         backward = (4 + size) * facts.inner * positions + 2 * size * largest
+        backward += size * facts.expert_stack * (model.quantisation == "nf4")
         backward += _PAIR * facts.heads * model.context * positions * facts.keeps_scores
         parts.append(
             MemoryPart("temporaries", backward, "of one layer's backward pass, its largest weight dequantised")

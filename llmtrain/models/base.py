@@ -23,7 +23,7 @@ from llmtrain import log
 from llmtrain.base_facts import OTHER_FORMATS, BaseFacts, Linear
 from llmtrain.config.model_sections import QLoRAModel
 from llmtrain.errors import ModelError
-from llmtrain.models import base_layers, base_linears, base_logits
+from llmtrain.models import base_experts, base_layers, base_linears, base_logits
 from llmtrain.models.base_attention import head_width
 from llmtrain.models.base_errors import conversion_errors_raised, pass_on_the_disks, pass_on_the_gpus
 
@@ -133,6 +133,7 @@ def describe(config: QLoRAModel) -> BaseFacts:
         unread=unread,
         other_parameters=sum(p.numel() for p in model.parameters()) - sum(each.weights for each in (*linears, *unread)),
         expert_parameters=base_linears.count_experts(model),
+        expert_stack=base_experts.largest(model),
         caps_logits=base_logits.read(text).cap is not None,
         keeps_scores=model.get_decoder().config._attn_implementation == "eager",
     )
@@ -223,7 +224,8 @@ def load(config: QLoRAModel, dtype: torch.dtype, device: torch.device, quantisat
     # Where the weights lie quantised already, their own configuration says how; even None would override it.
     how = {} if how is None or stored_quantisation(config) is not None else {"quantization_config": how}
     try:
-        with warnings.catch_warnings(), conversion_errors_raised():
+        experts_too = base_experts.quantised_on_load(config.double_quantisation)
+        with warnings.catch_warnings(), conversion_errors_raised(), experts_too:
             warnings.simplefilter("ignore")
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 place(config.base),
@@ -248,6 +250,7 @@ def load(config: QLoRAModel, dtype: torch.dtype, device: torch.device, quantisat
         ) from error
     _refuse_drawn(config, told)
     model.requires_grad_(False)
+    base_experts.use_quantised(model)
     base_layers.keep_layout(model, dtype)
     if device.type == "cpu":
         base_layers.keep_scales(model)

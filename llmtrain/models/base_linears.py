@@ -89,7 +89,7 @@ def is_quantised(module: nn.Module) -> bool:
 
 @torch.no_grad()
 def dequantise(quantised: nn.Module, into: nn.Module) -> None:
-    """Give `into`, the same base without quantisation, the values that the quantised weights stand for."""
+    """Give the layers of `into`, the same base without quantisation, the values that the quantised ones stand for."""
     from bitsandbytes import functional
     from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
 

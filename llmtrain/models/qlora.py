@@ -24,7 +24,7 @@ from llmtrain.data import IGNORE, Documents
 from llmtrain.errors import CheckpointError, ModelError
 from llmtrain.manifest import FileInfo
 from llmtrain.models import base as bases
-from llmtrain.models import base_attention, base_linears, base_logits, lora_layers
+from llmtrain.models import base_attention, base_experts, base_linears, base_logits, lora_layers
 from llmtrain.models.cached import CachedGenerator
 from llmtrain.models.loss import Head, batch_loss, token_losses
 
@@ -128,8 +128,10 @@ class QLoRA(nn.Module):
         linears = [module for _, module in base_linears.linear_modules(self._base)]
         plain = str(self.dtype).removeprefix("torch.")
         how = {"nf4": "4 bits (nf4)", "int8": "8 bits", "none": plain}[self.config.quantisation]
+        experts = list(base_experts.shapes(self._base))
         unquantised = _num_frozen([module for module in linears if not base_linears.is_quantised(module)]) / 1e6
-        frozen = _num_frozen(linears) / 1e6
+        unquantised += sum(shape.numel() for shape, packed in experts if not packed) / 1e6
+        frozen = (_num_frozen(linears) + sum(shape.numel() for shape, _ in experts)) / 1e6
         if self.config.quantisation != "none" and unquantised:
             frozen -= unquantised
             how += f" and {unquantised:,.1f} M, which bitsandbytes does not quantise, in {plain}"
@@ -144,9 +146,10 @@ class QLoRA(nn.Module):
     def flops_per_token(self) -> float:
         """Forward, and backward without the gradients of frozen weights: 4 N for the base, 6 N for the adapter."""
         text = self._base.config.get_text_config()
-        frozen = (
-            _num_frozen([module for _, module in base_linears.text_linears(self._base)]) + self._head.weight.numel()
-        )
+        linears = [module for _, module in base_linears.text_linears(self._base)]
+        frozen = float(_num_frozen(linears) + self._head.weight.numel())
+        chosen = getattr(text, "num_experts_per_tok", None) or 0  # of a mixture's experts, for each token
+        frozen += sum(shape.numel() * chosen / shape[0] for shape, _ in base_experts.shapes(self._base))
         attention = 12 * text.num_hidden_layers * text.hidden_size * self.config.context
         return 4.0 * frozen + 6.0 * self.num_parameters() + attention
 

@@ -11,10 +11,11 @@ import torch
 
 from llmtrain import ledger
 from llmtrain.rundir import RunDir
-from tests.support.bases import write_llama
+from tests.support.bases import write_llama, write_tokenizer
 from tests.support.data import shared
 from tests.support.runs import Workplace, environment, make_workplace
 from tests.support.service_runs import run_module, run_python, train
+from tests.unit.test_isolation import write
 
 PRETENDED = Path(__file__).parents[1] / "support" / "pretended_gpu"
 STEP = {"data", "counts", "forward", "backward"}
@@ -177,6 +178,17 @@ def test_tuning_a_quantised_base_waits_in_no_step_and_goes_on(quantisation: str,
     losses = [record["loss"] for record in tuning.ledger("tuned", "heldout")]
     assert losses[-1] < losses[0]
     assert (tuning.run_folder("tuned") / "checkpoints" / "step-00000006").is_dir()
+
+
+@pytest.mark.soak
+def test_a_mixture_in_four_bits_waits_in_no_step(machine: Machine, tuning: Workplace):
+    mixture = {"head_dim": 16, "moe_intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2}
+    write_tokenizer(write(tuning.folder / "mixture", "qwen3_moe", **mixture))
+    settings = ["train.device=cuda", "model.base=mixture", "data.dir=of-mixture", "run.name=mixture"]
+    assert "weights frozen in 4 bits (nf4), LoRA" in train(tuning, *settings, env=machine.environment(1))
+    assert in_steps(machine.waits()) == []
+    losses = [record["loss"] for record in tuning.ledger("mixture", "heldout")]
+    assert losses[-1] < losses[0]
 
 
 @pytest.mark.soak

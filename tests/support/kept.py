@@ -21,6 +21,10 @@ class Kept:
         return tensor
 
     @property
+    def tensors(self) -> list[Tensor]:
+        return list(self._alive.values())
+
+    @property
     def bytes(self) -> int:
         return sum(tensor.untyped_storage().nbytes() for tensor in self._alive.values())
 

@@ -193,13 +193,6 @@ def test_a_base_that_takes_its_output_layer_for_its_decoder_is_refused(tmp_path:
         bases.describe(config.model)
 
 
-def test_a_base_of_experts_is_not_quantised_by_halves(tmp_path: Path):
-    write(tmp_path, "mixtral", **SHAPE, num_local_experts=4)
-    said = refused(configure(tmp_path))
-    assert "are experts, which bitsandbytes cannot quantise" in said
-    assert "Set model.quantisation=none" in said
-
-
 @pytest.mark.parametrize("targets", ["all-linear", "[q_proj, v_proj]"])
 def test_what_is_trained_beside_experts_is_what_is_counted(tmp_path: Path, targets: str):
     config = configure(

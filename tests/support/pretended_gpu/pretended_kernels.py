@@ -1,4 +1,4 @@
-"""What a GPU has kernels for and a CPU has none: FlashAttention for rows of different lengths."""
+"""What a GPU has kernels for and a CPU has none: FlashAttention for rows of different lengths, integers' histograms."""
 
 from itertools import pairwise
 
@@ -67,4 +67,12 @@ def attention_backward(grad, q, k, v, out, lse, starts, starts_k, longest, longe
     return grad_q, grad_k, grad_v
 
 
-KERNELS = {"torch_attn::_varlen_attn": attention, "torch_attn::_varlen_attn_backward": attention_backward}
+def histogram(x, bins=100, min=0, max=0):
+    """`aten::histc`: how many tokens go to each expert."""
+    return torch.histc(x.float(), bins, min, max).to(x.dtype)
+
+
+KERNELS = {
+    "torch_attn::_varlen_attn": attention, "torch_attn::_varlen_attn_backward": attention_backward,
+    "aten::histc": histogram,
+}  # fmt: skip
