@@ -77,13 +77,16 @@ class BaseFacts:
     kv_width: int
     """Width of the keys of all heads together; smaller than `hidden` where heads share them."""
     linears: tuple[Linear, ...]
-    """The linear layers that text goes through, but the output layer: LoRA can be added to these."""
+    """The linear layers that text goes through, but the output layer and `unread`: LoRA can be added to these."""
     other_parameters: int
     """Embedding, output layer (once if tied), norms, biases: never quantised; and experts."""
     unread: tuple[Linear, ...] = ()
-    """The linear layers that text never goes through (Gemma 3's for pictures): loaded, quantised, and without LoRA."""
+    """The linear layers that text never goes through (Gemma 3's for pictures), or that peft takes for experts (a
+    mixture's dense ones): loaded, quantised, and without LoRA."""
     expert_parameters: int = 0
-    """Of these, a mixture's experts: quantised in nf4 alone; LoRA is added to linear layers alone."""
+    """Of these, a mixture's experts: LoRA is added to linear layers alone."""
+    stacked_experts: int = 0
+    """Of these, in tensors of three dimensions: nf4 quantises them."""
     expert_stack: int = 0
     """Of these, the ones of the largest layer."""
     caps_logits: bool = False

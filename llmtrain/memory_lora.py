@@ -144,7 +144,8 @@ class LoraSizes:
         if facts.expert_parameters:
             in_nf4 = model.quantisation == "nf4"
             told = f"of {per_weight:.2f} bytes (nf4), and without LoRA" if in_nf4 else "not quantised, and without LoRA"
-            experts = facts.expert_parameters * (per_weight if in_nf4 else size)
+            packed = facts.stacked_experts * in_nf4
+            experts = packed * per_weight + (facts.expert_parameters - packed) * size
             parts.insert(1, MemoryPart("experts", experts, f"{facts.expert_parameters / 1e9:.2f} G weights, {told}"))
         if unquantised:
             left = f"{unquantised / 1e9:.2f} G weights of {size} bytes; bitsandbytes does not quantise these layers"

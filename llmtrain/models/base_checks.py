@@ -38,18 +38,19 @@ def _quantised_another_way(config: QLoRAModel) -> list[str]:
 
 def _experts(config: QLoRAModel, facts: BaseFacts) -> list[str]:
     """Few of them are a part of the plan; where they are most of a base, it is not what quantised means."""
-    stored = stored_quantisation(config)
-    if config.quantisation == "none" or facts.expert_parameters <= facts.linear_parameters:
+    experts, stored = facts.expert_parameters, stored_quantisation(config)
+    if config.quantisation == "none" or experts <= facts.linear_parameters:
         return []
     whole = facts.linear_parameters + facts.other_parameters
-    told = f"{facts.expert_parameters / 1e9:,.2f} of its {whole / 1e9:,.2f} G parameters are experts"
+    told = f"{experts / 1e9:,.2f} of its {whole / 1e9:,.2f} G parameters are experts"
     if stored is not None:
         return [f"{told}, of which it is not known how they were quantised; take the base before it was quantised"]
-    if config.quantisation == "nf4":
+    can_be_nf4 = experts - facts.stacked_experts <= facts.linear_parameters
+    if can_be_nf4 and config.quantisation == "nf4":
         return []
     return [
-        f"{told}, which stay in 16 bits with model.quantisation=int8 ({2 * facts.expert_parameters / 1e9:,.2f} GB in "
-        f"bf16). Set model.quantisation=nf4, or none ({2 * whole / 1e9:,.2f} GB in bf16)"
+        f"{told}, which stay in 16 bits with model.quantisation={config.quantisation} ({2 * experts / 1e9:,.2f} GB in "
+        f"bf16). Set model.quantisation={'nf4, or ' if can_be_nf4 else ''}none ({2 * whole / 1e9:,.2f} GB in bf16)"
     ]
 
 

@@ -10,13 +10,30 @@ _OTHER_SENSES = ("embed_tokens_extend",)
 
 
 def text_linears(model: Any) -> list[tuple[str, nn.Module]]:
-    """Those of `linear_modules` that text goes through. LoRA is added to them alone: training runs the decoder, and
-    what lies elsewhere, for pictures or sound, would stay as it began."""
+    """Those of `linear_modules` that text goes through, and that peft does not take for experts. LoRA is added to them
+    alone: training runs the decoder, and what lies elsewhere, for pictures or sound, would stay as it began."""
+    of_experts = _names_of_experts(model)
     decoder = model.get_decoder()
     read = set(decoder.modules())
     for name in _OTHER_SENSES:
         read -= set(getattr(decoder, name, nn.Identity()).modules())
-    return [(name, module) for name, module in linear_modules(model) if module in read]
+    return [
+        (name, module)
+        for name, module in linear_modules(model)
+        if module in read and name.rsplit(".", 1)[-1] not in of_experts
+    ]
+
+
+def _names_of_experts(model: nn.Module) -> set[str]:
+    """Names of layers that mean the experts to peft, since experts were layers of these names once: where LoRA is asked
+    for on dense layers of a mixture (DeepSeek, GLM), peft adds it to the experts in their place."""
+    from peft import LoraConfig
+    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+
+    names = {name.rsplit(".", 1)[-1] for name, _ in linear_modules(model)}
+    meant = LoraConfig(target_modules=list(names))
+    convert_peft_config_for_transformers(meant, model, None)
+    return names - set(meant.target_modules or ())
 
 
 def unread_linears(model: Any) -> list[tuple[str, nn.Module]]:

@@ -1,6 +1,7 @@
 """A mixture's experts in 4 bits: what they stand for, what they take, and how they come back."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from llmtrain.batches import BatchPlan
 from llmtrain.errors import ModelError
-from llmtrain.memory_lora import LoraSizes, weight_bytes
+from llmtrain.memory_lora import LoraSizes, lora_parameters, weight_bytes
 from llmtrain.models import base as bases
 from llmtrain.models import base_checks, base_experts, base_linears, build_model, isolation
 from llmtrain.models.qlora import QLoRA
@@ -26,6 +27,16 @@ MIXTURES: dict[str, dict[str, Any]] = {
     "gpt_oss": {"head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2},
     "phimoe": {"num_local_experts": 4, "num_experts_per_tok": 2},
 }
+
+
+WITH_DENSE: dict[str, dict[str, Any]] = {
+    "glm4_moe": {
+        "head_dim": 16, "moe_intermediate_size": 32, "n_routed_experts": 4, "num_experts_per_tok": 2,
+        "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1,
+    },
+    "qwen2_moe": {"moe_intermediate_size": 32, "shared_expert_intermediate_size": 32, "num_experts": 4},
+}  # fmt: skip
+"""With layers that are none of the experts, and called as experts once were."""
 
 
 @pytest.fixture(scope="module", params=MIXTURES)
@@ -84,6 +95,24 @@ def test_loss_and_gradients_are_those_of_the_weights_that_they_stand_for(mixture
         assert (gradient - references[name]).norm() <= 1e-3 * references[name].norm(), name
 
 
+@pytest.mark.parametrize("quantisation", ["nf4", "none"])
+@pytest.mark.parametrize("kind", WITH_DENSE)
+def test_lora_is_not_added_to_experts_in_the_place_of_dense_layers(kind: str, quantisation: str, tmp_path: Path):
+    model = build(write(tmp_path, kind, **WITH_DENSE[kind]), f"model.quantisation={quantisation}")
+    assert not any(".experts." in name for name in model.trainable())
+    assert model.num_parameters() == lora_parameters(model.config, bases.describe(model.config))
+    loss_and_gradients(model)
+    folder = tmp_path / "adapter"
+    model.save(folder, {name: p.detach() for name, p in model.trainable().items()}, eos_id=0)
+    from peft import AutoPeftModelForCausalLM
+
+    again = AutoPeftModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32)
+    mine = {name.removeprefix("peft."): p for name, p in model.trainable().items()}
+    found = {name: p for name, p in again.named_parameters() if "lora_" in name}
+    assert found.keys() == mine.keys()
+    assert all(torch.equal(found[name], mine[name]) for name in found)
+
+
 def test_they_take_four_bits_and_nothing_that_was_dequantised_waits_for_the_backward_pass(mixture: Path):
     model = build(mixture, "model.quantisation=nf4")
     config = model.config
@@ -113,7 +142,9 @@ def test_the_plan_counts_them(mixture: Path):
     plan = BatchPlan(global_batch_size=8, micro_batch_size=8, accumulation=1, total_steps=10)
     parts = LoraSizes(config.model, facts).estimate(config, plan, 1, "ddp", bf16=True, device="cuda")
     sizes = {part.name: part for part in parts}
-    assert sizes["experts"].size_bytes == facts.expert_parameters * weight_bytes(config.model, 2)
+    rest = facts.expert_parameters - facts.stacked_experts  # GPT-OSS's biases
+    assert 0 <= rest < facts.stacked_experts / 10
+    assert sizes["experts"].size_bytes == facts.stacked_experts * weight_bytes(config.model, 2) + 2 * rest
     assert "(nf4)" in sizes["experts"].note
 
 
@@ -138,14 +169,16 @@ def test_training_with_recomputation_goes_on(mixture: Path):
 
 
 def test_int8_and_what_is_stored_quantised_are_refused(mixture: Path, tmp_path: Path):
-    def refused(base: Path, quantisation: str) -> str:
+    def refused(base: Path, quantisation: str, **other: int) -> str:
         config = configure(base, f"model.quantisation={quantisation}", "model.lora.target_modules=all-linear").model
         assert config.kind == "qlora"
         with pytest.raises(ModelError) as caught:
-            base_checks.check(config, bases.describe(config), None)
+            base_checks.check(config, replace(bases.describe(config), **other), None)
         return str(caught.value)
 
     assert "stay in 16 bits with model.quantisation=int8" in refused(mixture, "int8")
+    assert "Set model.quantisation=nf4, or none" in refused(mixture, "int8")
+    assert "Set model.quantisation=none" in refused(mixture, "nf4", stacked_experts=0)  # kept another way (DBRX)
     values = json.loads((mixture / "config.json").read_text())
     how = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
     (tmp_path / "config.json").write_text(json.dumps({**values, "quantization_config": how}))
