@@ -87,7 +87,7 @@ class BaseFacts:
     """Of these, a mixture's experts: LoRA is added to linear layers alone."""
     stacked_experts: int = 0
     """Of these, in tensors of three dimensions: nf4 quantises them."""
-    expert_stack: int = 0
+    largest_stack: int = 0
     """Of these, the ones of the largest layer."""
     caps_logits: bool = False
     """Whether a soft cap follows the output layer (Gemma 2)."""

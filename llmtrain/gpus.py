@@ -58,20 +58,13 @@ def find_driver() -> Driver | None:
 
 def driver_problem() -> str | None:
     """What is wrong with the NVIDIA driver of this machine; None where it works, and where there is none."""
-    if _named() == []:  # they are hidden on purpose
+    if _named() == [] or (error := _failure()) is None:  # they are hidden on purpose, or all is well
         return None
     import pynvml
 
-    try:
-        pynvml.nvmlInit()
-        pynvml.nvmlDeviceGetCount()
-    except pynvml.NVMLError as error:
-        # No library, or no driver that runs: the usual machine without a GPU.
-        none = (pynvml.NVML_ERROR_LIBRARY_NOT_FOUND, pynvml.NVML_ERROR_DRIVER_NOT_LOADED)
-        if getattr(error, "value", None) in none:
-            return None
-        return f"the NVIDIA driver here does not work ({error})"
-    return None
+    # No library, or no driver that runs: the usual machine without a GPU.
+    none = (pynvml.NVML_ERROR_LIBRARY_NOT_FOUND, pynvml.NVML_ERROR_DRIVER_NOT_LOADED)
+    return None if getattr(error, "value", None) in none else f"the NVIDIA driver here does not work ({error})"
 
 
 def missing(promised: int) -> str | None:
@@ -79,20 +72,26 @@ def missing(promised: int) -> str | None:
     them all, and where it does not tell (no library of it here, parts of GPUs)."""
     if (problem := driver_problem()) is not None:
         return problem
-    if any(name.startswith("MIG-") for name in _named() or []) or not _has_library():
+    import pynvml
+
+    if any(name.startswith("MIG-") for name in _named() or []):
+        return None
+    if getattr(_failure(), "value", None) == pynvml.NVML_ERROR_LIBRARY_NOT_FOUND:
         return None
     answer = sum(not gpu.is_hidden and gpu.problem is None for gpu in all_gpus())
     return f"the driver shows {answer} of {promised}" if answer < promised else None
 
 
-def _has_library() -> bool:
+def _failure() -> Exception | None:
+    """What NVML answers in place of how many GPUs there are."""
     import pynvml
 
     try:
         pynvml.nvmlInit()
+        pynvml.nvmlDeviceGetCount()
     except pynvml.NVMLError as error:
-        return getattr(error, "value", None) != pynvml.NVML_ERROR_LIBRARY_NOT_FOUND
-    return True
+        return error
+    return None
 
 
 def all_gpus() -> list[GPU]:

@@ -168,7 +168,7 @@ class LoraSizes:
         parts.append(loss_part(positions, facts.vocab_size, 0, bf16, device, facts.caps_logits))
         largest = max(linear.inputs * linear.outputs for linear in facts.linears)
         backward = (4 + size) * facts.inner * positions + 2 * size * largest
-        backward += size * facts.expert_stack * (model.quantisation == "nf4")
+        backward += size * facts.largest_stack * (model.quantisation == "nf4")
         backward += _PAIR * facts.heads * model.context * positions * facts.keeps_scores
         parts.append(
             MemoryPart("temporaries", backward, "of one layer's backward pass, its largest weight dequantised")

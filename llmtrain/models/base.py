@@ -132,9 +132,9 @@ def describe(config: QLoRAModel) -> BaseFacts:
         linears=linears,
         unread=unread,
         other_parameters=sum(p.numel() for p in model.parameters()) - sum(each.weights for each in (*linears, *unread)),
-        expert_parameters=base_linears.count_experts(model),
+        expert_parameters=base_experts.count(model),
         stacked_experts=sum(shape.numel() for shape, _ in base_experts.shapes(model)),
-        expert_stack=base_experts.largest(model),
+        largest_stack=base_experts.largest(model),
         caps_logits=base_logits.read(text).cap is not None,
         keeps_scores=model.get_decoder().config._attn_implementation == "eager",
     )

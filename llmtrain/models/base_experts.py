@@ -35,6 +35,12 @@ def largest(model: nn.Module) -> int:
     return max((sum(getattr(module, key).numel() for key in keys) for _, module, keys in stacks(model)), default=0)
 
 
+def count(model: nn.Module) -> int:
+    """All weights of experts, not quantised, however they are kept."""
+    holding = [module for module in model.modules() if _holds_experts(module)]
+    return sum(parameter.numel() for module in holding for parameter in module.parameters(recurse=False))
+
+
 def _holds_experts(module: nn.Module) -> bool:
     """By transformers' names."""
     return "Expert" in type(module).__name__ and not isinstance(module, nn.Linear)

@@ -62,16 +62,6 @@ def _is_router(module: nn.Module) -> bool:
     return "Router" in type(module).__name__ and type(module).forward is not nn.Linear.forward
 
 
-def count_experts(model: nn.Module) -> int:
-    """What transformers keeps in one tensor for all experts of a layer, in modules named so."""
-    return sum(
-        parameter.numel()
-        for module in model.modules()
-        if "Expert" in type(module).__name__ and not isinstance(module, nn.Linear)
-        for parameter in module.parameters(recurse=False)
-    )
-
-
 def shape_of(module: Any) -> tuple[int, int]:
     """Inputs and outputs of a linear layer, also where its weights are stored packed."""
     if isinstance(module, nn.Linear):

@@ -11,11 +11,10 @@ import torch
 
 from llmtrain import ledger
 from llmtrain.rundir import RunDir
-from tests.support.bases import write_llama, write_tokenizer
+from tests.support.bases import write_llama, write_stirred, write_tokenizer
 from tests.support.data import shared
 from tests.support.runs import Workplace, environment, make_workplace
 from tests.support.service_runs import run_module, run_python, train
-from tests.unit.test_isolation import write
 
 PRETENDED = Path(__file__).parents[1] / "support" / "pretended_gpu"
 STEP = {"data", "counts", "forward", "backward"}
@@ -183,7 +182,7 @@ def test_tuning_a_quantised_base_waits_in_no_step_and_goes_on(quantisation: str,
 @pytest.mark.soak
 def test_a_mixture_in_four_bits_waits_in_no_step(machine: Machine, tuning: Workplace):
     mixture = {"head_dim": 16, "moe_intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2}
-    write_tokenizer(write(tuning.folder / "mixture", "qwen3_moe", **mixture))
+    write_tokenizer(write_stirred(tuning.folder / "mixture", "qwen3_moe", **mixture))
     settings = ["train.device=cuda", "model.base=mixture", "data.dir=of-mixture", "run.name=mixture"]
     assert "weights frozen in 4 bits (nf4), LoRA" in train(tuning, *settings, env=machine.environment(1))
     assert in_steps(machine.waits()) == []

@@ -10,6 +10,8 @@ import torch
 from launcher.sharding import tokenize
 from llmtrain.config import data_sections, load_config
 from llmtrain.config.schema import RunConfig
+from llmtrain.models import build_model
+from llmtrain.models.qlora import QLoRA
 from tests.support.data import python_sources
 
 VOCAB = 512
@@ -47,6 +49,36 @@ def write_gpt2(folder: Path, vocab: int = VOCAB) -> Path:
         GPT2LMHeadModel(GPT2Config(**shape, **off)).save_pretrained(str(folder))
     write_tokenizer(folder)
     return folder
+
+
+def write_stirred(folder: Path, kind: str, **values: Any) -> Path:
+    """A base of any kind, of four layers; weights larger than those that training begins with, which hardly look at
+    other tokens. No tokenizer."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    shape = {**SHAPE, "num_hidden_layers": 4, "pad_token_id": None}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **shape | values))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim > 1 and parameter.std() < 0.3:
+                parameter.mul_(3.0)
+            elif name == "lm_head.bias":
+                parameter.normal_()
+    model.save_pretrained(str(folder))
+    return folder
+
+
+def build(config: RunConfig, stir: bool = False) -> QLoRA:
+    """On the CPU; `stir`: with an adapter that changes something: LoRA's second matrix begins as zeros."""
+    model = build_model(config, VOCAB, torch.device("cpu"))
+    assert isinstance(model, QLoRA)
+    if stir:
+        torch.manual_seed(5)
+        with torch.no_grad():
+            for parameter in model.trainable().values():
+                parameter.add_(torch.randn_like(parameter) * 0.05)
+    return model
 
 
 def configure(base: Path, *settings: str) -> RunConfig:

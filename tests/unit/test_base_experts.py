@@ -14,13 +14,13 @@ from llmtrain.batches import BatchPlan
 from llmtrain.errors import ModelError
 from llmtrain.memory_lora import LoraSizes, lora_parameters, weight_bytes
 from llmtrain.models import base as bases
-from llmtrain.models import base_checks, base_experts, base_linears, build_model, isolation
+from llmtrain.models import base_checks, base_experts, base_linears, isolation
 from llmtrain.models.qlora import QLoRA
-from tests.support.bases import configure
+from tests.support import bases as bases_made
+from tests.support.bases import configure, write_stirred
 from tests.support.kept import kept
-from tests.unit.test_isolation import LENGTHS, packed, write
+from tests.unit.test_isolation import LENGTHS, packed
 
-CPU = torch.device("cpu")
 MIXTURES: dict[str, dict[str, Any]] = {
     "mixtral": {"num_local_experts": 4},
     "qwen3_moe": {"head_dim": 16, "moe_intermediate_size": 96, "num_experts": 8, "num_experts_per_tok": 2},
@@ -41,18 +41,11 @@ WITH_DENSE: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module", params=MIXTURES)
 def mixture(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write(tmp_path_factory.mktemp(request.param), request.param, **MIXTURES[request.param])
+    return write_stirred(tmp_path_factory.mktemp(request.param), request.param, **MIXTURES[request.param])
 
 
 def build(base: Path, *settings: str) -> QLoRA:
-    """With an adapter that changes something: LoRA's second matrix begins as zeros."""
-    model = build_model(configure(base, "model.lora.target_modules=all-linear", *settings), 512, CPU)
-    assert isinstance(model, QLoRA)
-    torch.manual_seed(5)
-    with torch.no_grad():
-        for parameter in model.trainable().values():
-            parameter.add_(torch.randn_like(parameter) * 0.05)
-    return model
+    return bases_made.build(configure(base, "model.lora.target_modules=all-linear", *settings), stir=True)
 
 
 def loss_and_gradients(model: QLoRA) -> tuple[float, dict[str, Tensor]]:
@@ -98,7 +91,7 @@ def test_loss_and_gradients_are_those_of_the_weights_that_they_stand_for(mixture
 @pytest.mark.parametrize("quantisation", ["nf4", "none"])
 @pytest.mark.parametrize("kind", WITH_DENSE)
 def test_lora_is_not_added_to_experts_in_the_place_of_dense_layers(kind: str, quantisation: str, tmp_path: Path):
-    model = build(write(tmp_path, kind, **WITH_DENSE[kind]), f"model.quantisation={quantisation}")
+    model = build(write_stirred(tmp_path, kind, **WITH_DENSE[kind]), f"model.quantisation={quantisation}")
     assert not any(".experts." in name for name in model.trainable())
     assert model.num_parameters() == lora_parameters(model.config, bases.describe(model.config))
     loss_and_gradients(model)
@@ -123,7 +116,7 @@ def test_they_take_four_bits_and_nothing_that_was_dequantised_waits_for_the_back
     weights = sum(each.shape.numel() for each in experts)
     assert stored == weights / 2
     assert 0 < weights <= facts.expert_parameters
-    assert facts.expert_stack == weights / facts.layers
+    assert facts.largest_stack == weights / facts.layers
     ids = packed().input_ids[:, :49]
     with kept(model, bf16=False) as found:
         assert model(ids[:, :-1], ids[:, 1:]).requires_grad

@@ -14,9 +14,10 @@ from llmtrain.models import base as bases
 from llmtrain.models import base_logits, build_model, isolation
 from llmtrain.models.loss import Head, linear_cross_entropy, token_losses
 from llmtrain.models.qlora import QLoRA
-from tests.support.bases import configure
+from tests.support import bases as bases_made
+from tests.support.bases import configure, write_stirred
 from tests.support.kept import kept
-from tests.unit.test_isolation import LENGTHS, packed, write
+from tests.unit.test_isolation import LENGTHS, packed
 
 CPU = torch.device("cpu")
 CAPPED: dict[str, dict[str, Any]] = {
@@ -42,20 +43,13 @@ OTHER = CAPPED | SCALED | BIASED
 
 
 def build(base: Path, *settings: str) -> QLoRA:
-    """With an adapter that changes something: LoRA's second matrix begins as zeros."""
     everywhere = ["model.quantisation=none", "model.lora.target_modules=all-linear"]
-    model = build_model(configure(base, *everywhere, *settings), 512, CPU)
-    assert isinstance(model, QLoRA)
-    torch.manual_seed(5)
-    with torch.no_grad():
-        for parameter in model.trainable().values():
-            parameter.add_(torch.randn_like(parameter) * 0.05)
-    return model
+    return bases_made.build(configure(base, *everywhere, *settings), stir=True)
 
 
 @pytest.mark.parametrize("kind", OTHER)
 def test_loss_and_gradients_are_transformers(kind: str, tmp_path: Path):
-    model = build(write(tmp_path, kind, **OTHER[kind]))
+    model = build(write_stirred(tmp_path, kind, **OTHER[kind]))
     ids = packed().input_ids[:, :49]
     found: list[tuple[float, list[Tensor]]] = []
     for ours in (False, True):
@@ -77,7 +71,7 @@ def test_loss_and_gradients_are_transformers(kind: str, tmp_path: Path):
 def test_they_pass_the_check_at_the_start_which_misses_nothing_of_it(
     kind: str, precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    model = build(write(tmp_path, kind, **OTHER[kind]), f"train.precision={precision}")
+    model = build(write_stirred(tmp_path, kind, **OTHER[kind]), f"train.precision={precision}")
     assert isolation.difference(model, packed(), LENGTHS, precision == "bf16") < isolation._ALONE
     plain = Head(model._head.weight)
     model._logit_changes = base_logits.LogitChanges()
@@ -133,7 +127,7 @@ def test_a_capped_loss_with_a_bias_and_its_gradients_are_autograds(precision: to
 def test_a_base_whose_logits_are_cut_is_refused(tmp_path: Path):
     """Some architectures give fewer logits than their output layer has rows."""
     bases.be_quiet()
-    model = build(write(tmp_path, "llama"))
+    model = build(write_stirred(tmp_path, "llama"))
     whole = model.peft.forward
 
     def cut(*args: Any, **more: Any) -> Any:
@@ -153,7 +147,7 @@ def test_what_attention_without_a_fused_kernel_keeps_is_counted(precision: str, 
     measured: dict[int, int] = {}
     config = None
     for layers in (1, 3):
-        base = write(tmp_path / str(layers), "gemma2", **wide, num_hidden_layers=layers)
+        base = write_stirred(tmp_path / str(layers), "gemma2", **wide, num_hidden_layers=layers)
         config = configure(
             base, "model.quantisation=none", "model.lora.r=2", f"train.precision={precision}", f"model.context={length}"
         )
@@ -169,7 +163,7 @@ def test_what_attention_without_a_fused_kernel_keeps_is_counted(precision: str, 
     assert facts.caps_logits
     counted = layer_activations(config, config.model, facts, precision == "bf16", "cpu")
     assert counted == pytest.approx((measured[3] - measured[1]) / 2 / (2 * length), rel=0.1)
-    plain = configure(write(tmp_path / "llama", "llama")).model
+    plain = configure(write_stirred(tmp_path / "llama", "llama")).model
     assert plain.kind == "qlora"
     assert not bases.describe(plain).keeps_scores
 

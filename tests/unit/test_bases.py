@@ -25,7 +25,7 @@ from llmtrain.models.qlora import QLoRA, check_adapter
 from llmtrain.rundir import RunDir
 from llmtrain.shards import Rows
 from tests.support import bases as bases_made
-from tests.support.bases import configure, copy, write_llama
+from tests.support.bases import build, configure, copy, write_llama
 
 CPU = torch.device("cpu")
 SHAPE: dict[str, Any] = {**bases_made.SHAPE, "pad_token_id": None}
@@ -59,12 +59,6 @@ def write_weights(folder: Path, kind: str, **values: Any) -> Path:
     config = AutoConfig.for_model(kind, **({} if "text_config" in values else SHAPE) | values)
     AutoModelForCausalLM.from_config(config).save_pretrained(str(folder))
     return folder
-
-
-def build(config: RunConfig) -> QLoRA:
-    model = build_model(config, 512, CPU)
-    assert isinstance(model, QLoRA)
-    return model
 
 
 def refused(config: RunConfig) -> str:

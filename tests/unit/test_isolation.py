@@ -16,10 +16,9 @@ from llmtrain.models import build_model, isolation
 from llmtrain.models.qlora import QLoRA
 from llmtrain.shards import Rows
 from tests.support import bases as bases_made
-from tests.support.bases import configure, write_llama
+from tests.support.bases import configure, write_llama, write_stirred
 
 CPU = torch.device("cpu")
-SHAPE: dict[str, Any] = {**bases_made.SHAPE, "num_hidden_layers": 4, "pad_token_id": None}
 LEAKS: dict[str, dict[str, Any]] = {
     "bloom": {"n_layer": 4, "n_head": 4},  # distances alone tell it where a token stands
     "jamba": {
@@ -37,28 +36,9 @@ KEEPS: dict[str, dict[str, Any]] = {
 LENGTHS = [9, 7, 21, 12]
 
 
-def write(folder: Path, kind: str, **values: Any) -> Path:
-    """Weights larger than those that training begins with, which hardly look at other tokens."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **SHAPE | values))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.ndim > 1 and parameter.std() < 0.3:
-                parameter.mul_(3.0)
-            elif name == "lm_head.bias":
-                parameter.normal_()
-    model.save_pretrained(str(folder))
-    return folder
-
-
 def build(base: Path, *settings: str) -> QLoRA:
-    model = build_model(
-        configure(base, "model.quantisation=none", "model.lora.target_modules=all-linear", *settings), 512, CPU
-    )
-    assert isinstance(model, QLoRA)
-    return model
+    common = ["model.quantisation=none", "model.lora.target_modules=all-linear"]
+    return bases_made.build(configure(base, *common, *settings))
 
 
 def packed() -> Batch:
@@ -69,7 +49,7 @@ def packed() -> Batch:
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("kind", LEAKS)
 def test_architectures_that_leak_are_refused(kind: str, precision: str, tmp_path: Path):
-    model = build(write(tmp_path, kind, **LEAKS[kind]), f"train.precision={precision}")
+    model = build(write_stirred(tmp_path, kind, **LEAKS[kind]), f"train.precision={precision}")
     with pytest.raises(ModelError, match="does not keep packed documents apart"):
         isolation.check(model, packed(), LENGTHS, autocast=precision == "bf16")
 
@@ -77,7 +57,7 @@ def test_architectures_that_leak_are_refused(kind: str, precision: str, tmp_path
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("kind", KEEPS)
 def test_others_do_not_move_at_all(kind: str, precision: str, tmp_path: Path):
-    model = build(write(tmp_path, kind, **KEEPS[kind]), f"train.precision={precision}")
+    model = build(write_stirred(tmp_path, kind, **KEEPS[kind]), f"train.precision={precision}")
     autocast = precision == "bf16"
     assert isolation.check(model, packed(), LENGTHS, autocast) < 0.01
     assert isolation.neighbours(model, packed(), LENGTHS, autocast)[0] < 1e-6
@@ -85,7 +65,7 @@ def test_others_do_not_move_at_all(kind: str, precision: str, tmp_path: Path):
 
 def test_positions_that_do_not_restart_are_found(tmp_path: Path):
     """Nothing leaks then, but it is not what the base would make of the document."""
-    model = build(write(tmp_path, "opt", **KEEPS["opt"]))
+    model = build(write_stirred(tmp_path, "opt", **KEEPS["opt"]))
     plain = model.hidden
     model.hidden = lambda ids, documents, positions: plain(ids, documents, None)  # pyright: ignore[reportAttributeAccessIssue]
     with pytest.raises(ModelError, match="does not restart positions"):
@@ -94,7 +74,7 @@ def test_positions_that_do_not_restart_are_found(tmp_path: Path):
 
 def test_what_another_row_does_too_is_no_leak(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """int8 with large columns, not switched off: what is computed together shares them."""
-    model = build(write(tmp_path, "llama"), "model.quantisation=int8")
+    model = build(write_stirred(tmp_path, "llama"), "model.quantisation=int8")
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name:
@@ -137,7 +117,7 @@ def test_a_leak_is_found_where_the_first_rows_hold_one_document_each(tmp_path: P
     monkeypatch.setattr(assemble.log, "info", said.append)
     rows = shard_set(tmp_path, [[60]] * 199 + [LENGTHS])
     settings = ["model.quantisation=none", "model.lora.target_modules=all-linear"]
-    leaking = configure(write(tmp_path / "bloom", "bloom", **LEAKS["bloom"]), *settings)
+    leaking = configure(write_stirred(tmp_path / "bloom", "bloom", **LEAKS["bloom"]), *settings)
     with pytest.raises(ModelError, match="does not keep packed documents apart"):
         assemble.prove_isolation(leaking, build_model(leaking, 512, CPU), rows)
     kept = configure(write_llama(tmp_path / "llama"), *settings)

@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from llmtrain.models import build_model, lora_layers
+from llmtrain.models import lora_layers
 from llmtrain.models.dropout import draw_seed, mask_of, zeroed
 from llmtrain.models.qlora import QLoRA
+from tests.support import bases as bases_made
 from tests.support.bases import configure, write_gpt2, write_llama
 
-CPU = torch.device("cpu")
 WRITE = {"llama": write_llama, "gpt2": write_gpt2}
 
 
@@ -22,14 +22,7 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def build(base: Path, *settings: str) -> QLoRA:
-    """With an adapter that changes something: LoRA's second matrix begins as zeros."""
-    model = build_model(configure(base, "model.lora.target_modules=all-linear", *settings), 512, CPU)
-    assert isinstance(model, QLoRA)
-    torch.manual_seed(5)
-    with torch.no_grad():
-        for parameter in model.trainable().values():
-            parameter.add_(torch.randn_like(parameter) * 0.05)
-    return model.train()
+    return bases_made.build(configure(base, "model.lora.target_modules=all-linear", *settings), stir=True).train()
 
 
 def as_peft_has_it(model: QLoRA) -> int:

@@ -6,11 +6,9 @@ import pytest
 import torch
 
 from llmtrain.models import base as bases
-from llmtrain.models import build_model
 from llmtrain.models.qlora import QLoRA, lora_config
+from tests.support import bases as bases_made
 from tests.support.bases import SHAPE, VOCAB, configure, write_llama
-
-CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
@@ -19,9 +17,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def build(llama: Path, *settings: str) -> QLoRA:
-    model = build_model(configure(llama, "model.quantisation=none", *settings), VOCAB, CPU)
-    assert isinstance(model, QLoRA)
-    return model
+    return bases_made.build(configure(llama, "model.quantisation=none", *settings))
 
 
 def test_initial_weights_depend_on_the_seed_alone(llama: Path):

@@ -15,9 +15,10 @@ from llmtrain.data import IGNORE, Documents, make_batch
 from llmtrain.errors import ModelError
 from llmtrain.memory_lora import layer_activations, lora_parameters, weight_bytes
 from llmtrain.models import base as bases
-from llmtrain.models import base_checks, base_linears, build_model, isolation
+from llmtrain.models import base_checks, base_linears, isolation
 from llmtrain.models.qlora import QLoRA
 from llmtrain.shards import Rows
+from tests.support import bases as bases_made
 from tests.support.bases import configure, copy, write_gpt2, write_llama, write_tokenizer
 from tests.support.kept import kept
 
@@ -36,15 +37,7 @@ def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def build(config: RunConfig, stir: bool = True) -> QLoRA:
-    """With an adapter that changes something: LoRA's second matrix begins as zeros."""
-    model = build_model(config, 512, CPU)
-    assert isinstance(model, QLoRA)
-    if stir:
-        torch.manual_seed(5)
-        with torch.no_grad():
-            for parameter in model.trainable().values():
-                parameter.add_(torch.randn_like(parameter) * 0.05)
-    return model
+    return bases_made.build(config, stir)
 
 
 def samples(lengths: list[int], context: int, together: bool) -> Rows:

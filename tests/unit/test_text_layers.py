@@ -13,8 +13,9 @@ from llmtrain.config.model_sections import QLoRAModel
 from llmtrain.errors import CheckpointError, DiskFull, RunFolderError
 from llmtrain.memory_lora import LoraSizes, lora_parameters
 from llmtrain.models import base as bases
-from llmtrain.models import base_linears, build_model
+from llmtrain.models import base_linears
 from llmtrain.models.qlora import ADAPTER, QLoRA, check_adapter
+from tests.support import bases as bases_made
 from tests.support.bases import SHAPE, configure, write_llama
 
 CPU = torch.device("cpu")
@@ -45,10 +46,8 @@ def write_falcon(folder: Path) -> Path:
 
 def build(folder: Path, *settings: str) -> tuple[QLoRAModel, QLoRA]:
     config = configure(folder, *settings)
-    model = build_model(config, 512, CPU)
-    assert isinstance(model, QLoRA)
     assert config.model.kind == "qlora"
-    return config.model, model
+    return config.model, bases_made.build(config)
 
 
 @pytest.mark.parametrize("targets", ["all-linear", "[q_proj, v_proj]"])
