@@ -69,12 +69,12 @@ def driver_problem() -> str | None:
 
 def missing(promised: int) -> str | None:
     """How the driver shows that this machine lacks some of the GPUs that this process was promised; None where it shows
-    them all, and where it does not tell (no library of it here, parts of GPUs)."""
+    them all, and where it does not tell (no library of it here, parts of GPUs, GPUs that are hidden on purpose)."""
     if (problem := driver_problem()) is not None:
         return problem
     import pynvml
 
-    if any(name.startswith("MIG-") for name in _named() or []):
+    if (names := _named()) is not None and (not names or any(name.startswith("MIG-") for name in names)):
         return None
     if getattr(_failure(), "value", None) == pynvml.NVML_ERROR_LIBRARY_NOT_FOUND:
         return None

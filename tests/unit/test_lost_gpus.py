@@ -173,3 +173,13 @@ def test_one_gpu_of_several_that_has_failed_is_lost_too(driver: types.SimpleName
     monkeypatch.setenv("LOCAL_RANK", "1")
     with pytest.raises(RuntimeError, match="a GPU is lost"):
         find_world("cuda", "my.yaml:3")
+
+
+def test_gpus_that_are_hidden_on_purpose_are_not_lost(driver: types.SimpleNamespace, monkeypatch: pytest.MonkeyPatch):
+    """On every node: another one would not have them either."""
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("SLURM_GPUS_ON_NODE", "2")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    with pytest.raises(ConfigError, match="no such device here"):
+        find_world("cuda", "my.yaml:3")
