@@ -254,7 +254,7 @@ def _fresh(jobs: JobDir) -> Path:
                 "another name"
             ]
         )
-    return jobs.path / f"submitted-{time.strftime('%Y%m%d-%H%M%S')}-{os.urandom(2).hex()}"
+    return jobs.path / f"submitted-{time.strftime('%Y%m%d-%H%M%S')}-{os.urandom(4).hex()}"
 
 
 def _write_down(jobs: JobDir, spec: JobSpec, job_id: str, kind: Kind, options: Sequence[str] = ()) -> JobRecord:
