@@ -71,7 +71,7 @@ class Sizes(Protocol):
 
 def moment_bytes(config: RunConfig, size: int = 4) -> float:
     """Of AdamW's two moments of a weight of `size` bytes; in 8 bits with a scale for each block of 256."""
-    return 2.0 * size if config.optim.kind == "adamw" else 2 + 8 / 256
+    return 2 + 8 / 256 if "8bit" in config.optim.kind else 2.0 * size
 
 
 def loss_chunk(device: str, vocab_size: int) -> int:
@@ -122,13 +122,20 @@ class GPTSizes:
         return num_parameters(self.model, self.vocab_size)
 
     def checkpoint_bytes(self, config: RunConfig) -> float:
-        return self.trainable * (4 + moment_bytes(config))
+        return self.model_bytes(config) + self._optimizer_bytes(config)
+
+    def _optimizer_bytes(self, config: RunConfig, ranks: int = 1) -> float:
+        """Of a rank's optimizer state under DDP: Muon's is one momentum, divided among the ranks."""
+        by_muon = 12 * self.model.num_layers * self.model.width**2 if config.optim.kind == "muon" else 0
+        return moment_bytes(config) * (self.trainable - by_muon) + 4 * by_muon / ranks
 
     def model_bytes(self, config: RunConfig) -> float:
         return self.trainable * 4
 
     def host_copy(self, config: RunConfig, ranks: int) -> float:
-        return self.trainable * (4 + moment_bytes(config) / ranks) if config.checkpoint.background else 0.0
+        if not config.checkpoint.background:
+            return 0.0
+        return self.model_bytes(config) + self._optimizer_bytes(config) / ranks
 
     def estimate(
         self, config: RunConfig, plan: BatchPlan, ranks: int, kind: str, bf16: bool, device: Device
@@ -155,15 +162,17 @@ class GPTSizes:
             parts.append(MemoryPart("optimizer", state, note))
         else:
             parts.append(MemoryPart("gradients", 4 * parameters, "fp32"))
-            size = "fp32" if config.optim.kind == "adamw" else "8 bits"
-            parts.append(MemoryPart("optimizer", moment_bytes(config) * parameters, f"two moments, {size}"))
+            note = "two moments, " + ("8 bits" if "8bit" in config.optim.kind else "fp32")
+            if config.optim.kind == "muon":
+                note += f"; of the blocks' matrices one momentum, 1/{ranks}"
+            parts.append(MemoryPart("optimizer", self._optimizer_bytes(config, ranks), note))
 
         parts.append(_activations(model, positions, bf16, device, config.train.activation_checkpointing))
         parts.append(loss_part(positions, self.vocab_size, head, bf16, device))
         backward = 3 * 4 * 4 * model.width * positions  # three gradients of an MLP's inside, fp32
         parts.append(MemoryPart("temporaries", backward, "of one layer's backward pass"))
         train = config.train
-        compiler = train.compile or train.activation_checkpointing or config.optim.kind != "adamw" or kind == "zero2"
+        compiler = train.compile or train.activation_checkpointing or "8bit" in config.optim.kind or kind == "zero2"
         parts.append(runtime_part(kind, device, compiler))
         lost = FRAGMENTATION * sum(part.size_bytes for part in parts)
         return [*parts, MemoryPart("fragmentation", lost, f"{FRAGMENTATION:.0%} of the above")]

@@ -246,6 +246,15 @@ class GPT(nn.Module):
         cache = KVCache() if cache is None else cache
         return self.logits(input_ids, cache=cache)[0, -1], cache
 
+    def hidden_matrices(self) -> list[tuple[nn.Parameter, int]]:
+        """The weights inside the blocks, and how many matrices each of them is: query, key and value stand as three."""
+        blocks: Any = self.transformer["h"]
+        found: list[tuple[nn.Parameter, int]] = []
+        for block in blocks:
+            found += [(block.attn.c_attn.weight, 3), (block.attn.c_proj.weight, 1)]
+            found += [(block.mlp.c_fc.weight, 1), (block.mlp.c_proj.weight, 1)]
+        return found
+
     def title(self) -> str:
         """What is trained, for people."""
         return f"GPT with {self.num_parameters() / 1e6:.1f} M parameters, {self.vocab_size:,} tokens vocabulary"

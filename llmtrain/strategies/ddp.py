@@ -13,7 +13,7 @@ from llmtrain import heartbeat
 from llmtrain.config.schema import RunConfig
 from llmtrain.data import Batch
 from llmtrain.fragments import Fragment, FragmentReader, equal_share
-from llmtrain.optim import STEPS, build_optimizer, restore_state, saved_state
+from llmtrain.optim import MOMENTUM, STEPS, build_optimizer, restore_state, saved_state
 from llmtrain.strategies.buckets import GradientBuckets
 from llmtrain.strategies.forward import allow_graphs, autocast, evaluation_loss, training_mode
 from llmtrain.world import World
@@ -26,7 +26,11 @@ class DDPStrategy:
         self._clip_norm = config.optim.clip_norm
         self._module = model.to(world.device)
         self._named = {name: p for name, p in self._module.named_parameters() if p.requires_grad}
-        self._optimizer = build_optimizer(self._named.values(), config.optim)
+        gpt: Any = self._module
+        matrices = gpt.hidden_matrices() if config.optim.kind == "muon" else ()
+        self._optimizer = build_optimizer(
+            self._named.values(), config.optim, matrices=matrices, rank=world.rank, size=world.size
+        )
         self._forward: Any = self._module
         if config.train.compile:
             allow_graphs()
@@ -52,6 +56,7 @@ class DDPStrategy:
         return loss.detach()
 
     def update(self, lr: float) -> Tensor:
+        """Collective with Muon (default group, in its step)."""
         if self._buckets is None:
             self._fill_gradients()
         if self._clip_norm is None:  # the norm alone: clipping to infinity would write every gradient once more
@@ -77,12 +82,15 @@ class DDPStrategy:
         return evaluation_loss(self._module, batch, self._world.device, self._bf16)
 
     def save_state(self) -> list[Fragment]:
-        moments = {
-            f"{kind}/{name}": tensor
-            for name, parameter in self._named.items()
-            for kind, tensor in saved_state(self._optimizer, parameter).items()
-        }
-        share = list(equal_share(moments, self._world.rank, self._world.size))
+        moments: dict[str, Tensor] = {}
+        share: list[Fragment] = []
+        for name, parameter in self._named.items():
+            for kind, tensor in saved_state(self._optimizer, parameter).items():
+                if kind == MOMENTUM:  # which this rank alone holds
+                    share.append(Fragment(f"{kind}/{name}", 0, tensor.detach().reshape(-1)))
+                else:
+                    moments[f"{kind}/{name}"] = tensor
+        share += equal_share(moments, self._world.rank, self._world.size)
         if self._world.is_main:  # the same number for every parameter
             steps = torch.as_tensor(next(iter(self._optimizer.state.values()))["step"], dtype=torch.float32)
             share.append(Fragment(STEPS, 0, steps.detach().reshape(1)))

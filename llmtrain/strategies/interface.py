@@ -22,7 +22,7 @@ class Strategy(Protocol):
     def update(self, lr: float) -> Tensor:
         """Clip, take the optimizer step, clear the gradients. Returns the gradient norm on the device.
 
-        Collective under ZeRO-2.
+        Collective under ZeRO-2, and with Muon.
         """
         ...
 
