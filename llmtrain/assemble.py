@@ -25,7 +25,7 @@ from llmtrain.finish import become_finish
 from llmtrain.ledger import Event
 from llmtrain.manifest import FileInfo, TrainState
 from llmtrain.metrics import Meter
-from llmtrain.models import GPT, Trainable, build_model
+from llmtrain.models import FromScratch, Trainable, build_model
 from llmtrain.progress import Progress
 from llmtrain.rank0 import StartFacts, prepare
 from llmtrain.rundir import RunDir
@@ -251,11 +251,13 @@ def make_model_writer(data: ShardFolder, model: Trainable, format: Format | None
     model, on machines that may not have that file, give no format.
     """
     template = prompts.shipped_template(format, data.tokenizer) if format and format.kind == "chat" else None
-    needed = transformers_ids.settings_needed(data.tokenizer, "gpt2") if format and isinstance(model, GPT) else {}
+    needed: dict[str, Any] = {}
+    if format and isinstance(model, FromScratch):
+        needed = transformers_ids.settings_needed(data.tokenizer, model.config.model_type)
     eos_id = data.manifest.tokenizer.eos_id
 
     def write_model(folder: Path, weights: dict[str, Any]) -> dict[str, FileInfo]:
-        if isinstance(model, GPT):
+        if isinstance(model, FromScratch):
             for file in prompts.files_of(data.tokenizer):
                 shutil.copyfile(file, folder / file.name)
             if template is not None or needed:

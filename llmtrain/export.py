@@ -235,15 +235,15 @@ def ends_with(model: Any, eos_id: int) -> None:
 
 
 def check_whole(folder: Path, written: Path) -> None:
-    """A GPT of ours gives transformers the same logits."""
+    """A model that was trained from scratch gives transformers the same logits."""
     from transformers import AutoModelForCausalLM
 
     from llmtrain.models import base as bases
-    from llmtrain.models.gpt import GPT
+    from llmtrain.models import read_model
 
     bases.be_quiet()
 
-    ours, _ = GPT.from_folder(folder)
+    ours, _ = read_model(folder)
     theirs = AutoModelForCausalLM.from_pretrained(str(written), dtype=torch.float32).eval()
     ids = texts(theirs.config)
     with torch.no_grad():

@@ -83,7 +83,7 @@ def advice(config: RunConfig, origins: Origins, num_ranks: int) -> str:
         *([f"train.micro_batch_size={smaller} (now {micro}; the global batch stays)"] if smaller else []),
         *(["train.activation_checkpointing=true"] if not train.activation_checkpointing else []),
     ]
-    if config.model.kind == "gpt" and strategy.kind == "ddp" and num_ranks > 1:
+    if config.model.kind != "qlora" and strategy.kind == "ddp" and num_ranks > 1:
         settings.append("strategy.kind=zero2")
     if strategy.kind == "zero2" and strategy.offload_optimizer == "none":
         settings.append("strategy.offload_optimizer=cpu")

@@ -119,7 +119,7 @@ def generate(options: argparse.Namespace) -> None:
     if adapters.is_adapter(folder):
         loaded = load_adapter(folder, ask, device, options.trust_remote_code)
     else:
-        loaded = load_gpt(folder, ask, device)
+        loaded = load_whole(folder, ask, device)
     model, tokenizer, prompt_ids, eos_id = loaded
     ids = continue_text(model, prompt_ids, sampling, options.seed, eos_id)
     pieces = stream_text(tokenizer, ids)
@@ -141,11 +141,11 @@ Ask = Callable[[Path, int], tuple[Tokenizer, list[int]]]
 """`ask_model` of what a person has asked."""
 
 
-def load_gpt(folder: Path, ask: Ask, device: torch.device) -> tuple[Generator, Tokenizer, list[int], int]:
+def load_whole(folder: Path, ask: Ask, device: torch.device) -> tuple[Generator, Tokenizer, list[int], int]:
     """Model, tokenizer, the prompt's ids, and the id that ends a text."""
-    from llmtrain.models.gpt import GPT
+    from llmtrain.models import read_model
 
-    model, eos_id = GPT.from_folder(folder)
+    model, eos_id = read_model(folder)
     tokenizer, prompt_ids = ask(folder, eos_id)
     return model.to(device).text_generator(), tokenizer, prompt_ids, eos_id
 

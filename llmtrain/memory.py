@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from llmtrain.batches import BatchPlan
-from llmtrain.config.model_sections import GPTModel
+from llmtrain.config.model_sections import FromScratch
 from llmtrain.config.schema import RunConfig
 
 _LOSS_CHUNK = {"cpu": 512, "cuda": 4096, "mps": 4096}
@@ -104,17 +104,18 @@ def runtime_part(kind: str, device: Device, compiler: bool) -> MemoryPart:
 
 
 @dataclass(frozen=True)
-class GPTSizes:
-    """`Sizes` of a GPT that is trained whole."""
+class WholeSizes:
+    """`Sizes` of a model that is trained from scratch, whole."""
 
-    model: GPTModel
+    model: FromScratch
     vocab_size: int
 
     @property
     def title(self) -> str:
         millions = self.trainable / 1e6
         return (
-            f"GPT, {millions:,.1f} M parameters, {self.vocab_size:,} tokens vocabulary, context {self.model.context:,}"
+            f"{self.model.architecture}, {millions:,.1f} M parameters, {self.vocab_size:,} tokens vocabulary, "
+            f"context {self.model.context:,}"
         )
 
     @property
@@ -126,7 +127,7 @@ class GPTSizes:
 
     def _optimizer_bytes(self, config: RunConfig, ranks: int = 1) -> float:
         """Of a rank's optimizer state under DDP: Muon's is one momentum, divided among the ranks."""
-        by_muon = 12 * self.model.num_layers * self.model.width**2 if config.optim.kind == "muon" else 0
+        by_muon = self.model.num_layers * block_matrices(self.model) if config.optim.kind == "muon" else 0
         return moment_bytes(config) * (self.trainable - by_muon) + 4 * by_muon / ranks
 
     def model_bytes(self, config: RunConfig) -> float:
@@ -149,7 +150,7 @@ class GPTSizes:
         if kind == "zero2":
             bucket = config.strategy.bucket_mb * 1e6
             if device == "cuda":  # strategies/zero2.py: the largest gradient fits
-                bucket = max(bucket, 4 * head, 4 * 4 * model.width**2)
+                bucket = max(bucket, 4 * head, 4 * model.inner_width * model.width)
             buckets = bucket * (2 if config.strategy.overlap else 1)
             parts.append(
                 MemoryPart(
@@ -169,7 +170,7 @@ class GPTSizes:
 
         parts.append(_activations(model, positions, bf16, device, config.train.activation_checkpointing))
         parts.append(loss_part(positions, self.vocab_size, head, bf16, device))
-        backward = 3 * 4 * 4 * model.width * positions  # three gradients of an MLP's inside, fp32
+        backward = 3 * 4 * model.inner_width * positions  # three gradients of an MLP's inside, fp32
         parts.append(MemoryPart("temporaries", backward, "of one layer's backward pass"))
         train = config.train
         compiler = train.compile or train.activation_checkpointing or "8bit" in config.optim.kind or kind == "zero2"
@@ -178,12 +179,22 @@ class GPTSizes:
         return [*parts, MemoryPart("fragmentation", lost, f"{FRAGMENTATION:.0%} of the above")]
 
 
-def num_parameters(model: GPTModel, vocab_size: int) -> int:
-    """Trainable parameters; equal to `GPT(model, vocab_size).num_parameters()`."""
+def num_parameters(model: FromScratch, vocab_size: int) -> int:
+    """Trainable parameters; equal to the `num_parameters()` of the model in `llmtrain.models`."""
     width = model.width
-    layer = 12 * width**2 + 10 * width + (3 * width if model.qkv_bias else 0)
-    tables = (vocab_size * (1 if model.tie_weights else 2) + model.context) * width
-    return tables + model.num_layers * layer + 2 * width
+    tables = vocab_size * (1 if model.tie_weights else 2) * width
+    if model.kind == "llama":
+        return tables + model.num_layers * (block_matrices(model) + 2 * width) + width
+    rest = 10 * width + (3 * width if model.qkv_bias else 0)  # biases, layer norms
+    return tables + model.context * width + model.num_layers * (block_matrices(model) + rest) + 2 * width
+
+
+def block_matrices(model: FromScratch) -> int:
+    """Weights of a block's matrices."""
+    if model.kind == "gpt":
+        return 12 * model.width**2
+    narrow = model.width // model.num_heads * model.kv_heads
+    return model.width * (2 * model.width + 2 * narrow + 3 * model.inner_width)
 
 
 def keeps_probabilities(length: int, bf16: bool, dropout: float) -> bool:
@@ -203,24 +214,30 @@ def attention_keys(length: int) -> float:
     return sum((end - start) * end for start, end in attention_blocks(length)) / length
 
 
-def layer_activations(model: GPTModel, positions: int, bf16: bool, device: Device) -> float:
+def layer_activations(model: FromScratch, positions: int, bf16: bool, device: Device) -> float:
     """What one transformer layer keeps for its backward pass."""
-    width, length, dropout = model.width, model.context, model.dropout > 0
-    kept = (36 if bf16 else 64) * width
-    if bf16 and device == "cpu":  # models/projections.py recomputes layer norms and GELU
-        kept -= 12 * width
-    if dropout:
-        kept += 4 * width  # two masks of 2 bytes
-    if device == "cpu" and keeps_probabilities(length, bf16, model.dropout):
+    width, length = model.width, model.context
+    dropout = model.dropout if model.kind == "gpt" else 0.0
+    if model.kind == "llama":
+        kept = (28 if bf16 else 40) * width + (8 if bf16 else 16) * model.inner_width + 8
+    else:
+        kept = (36 if bf16 else 64) * width
+        if bf16 and device == "cpu":  # models/projections.py recomputes layer norms and GELU
+            kept -= 12 * width
+        if dropout:
+            kept += 4 * width  # two masks of 2 bytes
+    if device == "cpu" and keeps_probabilities(length, bf16, dropout):
         kept += attention_keys(length) * model.num_heads * ((2 if bf16 else 4) + (2 if dropout else 0))
     return float(kept * positions)
 
 
-def _activations(model: GPTModel, positions: int, bf16: bool, device: Device, recompute: bool) -> MemoryPart:
+def _activations(model: FromScratch, positions: int, bf16: bool, device: Device, recompute: bool) -> MemoryPart:
     layer = layer_activations(model, positions, bf16, device)
-    # Autocast's copies live until the backward pass; on CPUs of attention's output layer alone (models/projections.py).
-    weights_bf16 = (1 if device == "cpu" else 12) * model.width**2 * 2 if bf16 else 0
-    around = (12 if model.dropout else 8) * model.width * positions
+    # Autocast's copies live until the backward pass; of a GPT on CPUs attention's output layer's alone
+    # (models/projections.py).
+    cast = model.width**2 if device == "cpu" and model.kind == "gpt" else block_matrices(model)
+    weights_bf16 = 2 * cast if bf16 else 0
+    around = (12 if model.has_dropout else 8) * model.width * positions
     if recompute:
         kept = model.num_layers * 4 * model.width * positions + layer + weights_bf16 + around
         return MemoryPart("activations", kept, "each layer's input, one layer whole")

@@ -150,8 +150,7 @@ def check_device(config: RunConfig, origins: Origins, device: torch.device) -> N
     if config.service.start == "auto" and config.service.score not in ("auto", "training"):
         devices.find(config.service.score, origins.describe(config, "service.score"))
     devices.check_kernels(device, origins.describe(config, "train.device"))
-    dropout = config.model.dropout if config.model.kind == "gpt" else config.model.lora.dropout
-    if device.type == "mps" and dropout and config.train.activation_checkpointing:
+    if device.type == "mps" and config.model.has_dropout and config.train.activation_checkpointing:
         raise ConfigError(
             [
                 "train.activation_checkpointing=true with dropout on Apple's MPS: torch does not restore its random "

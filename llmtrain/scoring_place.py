@@ -27,7 +27,7 @@ def find(run: RunDir, config: RunConfig, trains: bool, own: str = "") -> str:
     for gpu in (f"cuda:{number}" for number in range(used, num_gpus())):
         if gpu == own or _is_free(int(gpu.removeprefix("cuda:"))):
             return gpu
-    return "cpu" if config.model.kind == "gpt" else "training"
+    return "training" if config.model.kind == "qlora" else "cpu"
 
 
 def _is_free(gpu: int) -> bool:

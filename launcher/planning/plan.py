@@ -90,10 +90,8 @@ def remedies(
     """The smallest changes with which the run would fit, as settings for the command line."""
     micros = [m for m in range(plan.micro_batch_size, 0, -1) if plan.global_batch_size // machine.ranks % m == 0]
     found: dict[tuple[str, str, bool], str] = {}  # the largest micro-batch of each kind of change
-    choices = itertools.product(("none", "cpu"), micros, (False, True), display.STRATEGIES)
+    choices = itertools.product(("none", "cpu"), micros, (False, True), _strategies(config))
     for offload, micro, recompute, kind in sorted(choices, key=lambda c: (c[0] == "cpu", c[2], -c[1])):
-        if config.optim.kind != "adamw" and kind == "zero2":
-            continue
         if (offload == "cpu" and (kind == "ddp" or machine.device == "cpu")) or (kind, offload, recompute) in found:
             continue
         changed = _changed(config, kind, micro, recompute, offload)
@@ -111,6 +109,11 @@ def remedies(
             changes = " ".join(f"{name}={new}" for name, (new, old) in settings.items() if new != old)
             found[kind, offload, recompute] = changes
     return list(found.values())[:3]
+
+
+def _strategies(config: RunConfig) -> list[str]:
+    """Those that this optimizer works with."""
+    return list(display.STRATEGIES) if config.optim.kind == "adamw" else ["ddp"]
 
 
 def _changed(config: RunConfig, kind: str, micro: int, recompute: bool, offload: str) -> RunConfig:
@@ -186,7 +189,7 @@ def show(config: RunConfig, origins: Origins, machine: Machine, given: Given, co
             say("warm-up", problem)
         _say_course(config, plan, sizes, rows, say)
         _say_time(config, plan, machine, given, built, say)
-    outlooks = [outlook(config, sizes, plan, machine, kind) for kind in display.STRATEGIES]
+    outlooks = [outlook(config, sizes, plan, machine, kind) for kind in _strategies(config)]
     console.print(_table(outlooks, machine))
     chosen = next(o for o in outlooks if o.kind == config.strategy.kind)
     _say_precision(config, sizes, plan, machine, say)
@@ -278,6 +281,11 @@ def _table(outlooks: list[Outlook], machine: Machine) -> Table:
     table.add_column("", style="dim", overflow="fold")
     for name in names:
         parts = [next((p for p in o.parts if p.name == name), MemoryPart(name, 0)) for o in outlooks]
-        notes = [parts[0].note] if parts[0].note == parts[1].note else [parts[0].note, f"ZeRO-2: {parts[1].note}"]
+        others = [
+            f"{display.STRATEGIES[o.kind]}: {p.note}"
+            for o, p in zip(outlooks, parts, strict=True)
+            if p.note != parts[0].note
+        ]
+        notes = [parts[0].note, *others]
         table.add_row(name, *(f"{part.size_bytes / GB:.2f}" for part in parts), "; ".join(notes))
     return table

@@ -34,8 +34,8 @@ def find_sizes(config: RunConfig, vocabulary: int | None, base: str | None, buil
         UnknownBase: the base cannot be asked.
     """
     model = config.model
-    if model.kind == "gpt":
-        return memory.GPTSizes(model, vocab_size(config, vocabulary, built))
+    if model.kind != "qlora":
+        return memory.WholeSizes(model, vocab_size(config, vocabulary, built))
     if (facts := read_facts(model, base)) is not None:
         if problems := facts.tokenizer_problems(recipe.tokenizer_size(config)):
             raise ModelError(f"model.base={model.base} cannot be used so:" + "".join(f"\n  - {p}" for p in problems))

@@ -39,8 +39,8 @@ def state_badge(facts: Facts) -> Html:
 
 def describe_model(config: RunConfig) -> str:
     model = config.model
-    if model.kind == "gpt":
-        what = f"GPT, {count(model.num_layers, 'layer')}, width {model.width}"
+    if model.kind != "qlora":
+        what = f"{model.architecture}, {count(model.num_layers, 'layer')}, width {model.width}"
     else:
         plain = "" if model.quantisation == "none" else f" in {model.quantisation}"
         what = f"LoRA, r {model.lora.r}, on {model.base}{plain}"

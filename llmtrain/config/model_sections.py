@@ -1,4 +1,4 @@
-"""Settings of the model: a GPT from scratch, or a quantised base with LoRA."""
+"""Settings of the model: a GPT or a Llama from scratch, or a quantised base with LoRA."""
 
 from typing import Annotated, Literal, Self
 
@@ -27,13 +27,96 @@ class GPTModel(Section):
     init: Literal["gpt2", "pytorch"] = "gpt2"
     """gpt2: N(0, 0.02), residual projections scaled by 1/sqrt(2 layers). pytorch: the layers' defaults."""
 
+    @property
+    def architecture(self) -> str:
+        """For people."""
+        return "GPT"
+
+    @property
+    def inner_width(self) -> int:
+        """Size inside the MLP."""
+        return 4 * self.width
+
+    @property
+    def model_type(self) -> str:
+        """transformers' name of it."""
+        return "gpt2"
+
+    @property
+    def has_dropout(self) -> bool:
+        """Whether random numbers are drawn in training."""
+        return self.dropout > 0
+
     @model_validator(mode="after")
     def _heads_divide_width(self) -> Self:
-        if self.width % self.num_heads:
-            fitting = [h for h in range(1, min(self.width // 8, 4096) + 1) if self.width % h == 0]
+        _check_heads(self.num_heads, self.width)
+        return self
+
+
+def _check_heads(num_heads: int, width: int, multiple_of: int = 1) -> None:
+    """Raises ValueError unless the width can be divided so; a head's width is a multiple of `multiple_of`."""
+    if width % (num_heads * multiple_of):
+        sizes = range(1, min(width // 8, 4096) + 1)
+        fitting = [str(heads) for heads in sizes if width % (heads * multiple_of) == 0]
+        evenly = "" if multiple_of == 1 else f" into heads of a multiple of {multiple_of}"
+        raise ValueError(
+            f"num_heads={num_heads} does not divide width={width}{evenly}; use one of " + ", ".join(fitting[-12:])
+        )
+
+
+class LlamaModel(Section):
+    kind: Literal["llama"]
+    """Llama's architecture, from scratch: rotary positions, RMS norms, a gated MLP; no biases, no dropout."""
+    num_layers: Annotated[int, Field(ge=1)] = 4
+    """Transformer blocks."""
+    num_heads: Annotated[int, Field(ge=1)] = 4
+    """Attention heads per block; must divide `width` into even parts."""
+    num_kv_heads: Annotated[int, Field(ge=1)] | None = None
+    """Heads of keys and values, each for several of queries; must divide `num_heads`. null: as many."""
+    width: Annotated[int, Field(ge=1)] = 256
+    """Size of the hidden states."""
+    mlp_width: Annotated[int, Field(ge=1)] | None = None
+    """Size inside the MLP; null: 8/3 of `width`, up to a multiple of 64 (a block is then as large as GPT-2's)."""
+    context: Annotated[int, Field(ge=2)] = 256
+    """Tokens that the model sees at once; also the length of a training row."""
+    rope_theta: Annotated[float, Field(gt=1)] = 10000.0
+    """Base of the rotary positions' wavelengths."""
+    tie_weights: bool = True
+    """Use the token embedding as output matrix too."""
+
+    @property
+    def architecture(self) -> str:
+        """For people."""
+        return "Llama"
+
+    @property
+    def model_type(self) -> str:
+        """transformers' name of it."""
+        return "llama"
+
+    @property
+    def has_dropout(self) -> bool:
+        """Whether random numbers are drawn in training."""
+        return False
+
+    @property
+    def kv_heads(self) -> int:
+        """num_kv_heads, or its default."""
+        return self.num_kv_heads or self.num_heads
+
+    @property
+    def inner_width(self) -> int:
+        """mlp_width, or its default."""
+        return self.mlp_width or -(-8 * self.width // (3 * 64)) * 64
+
+    @model_validator(mode="after")
+    def _heads_fit(self) -> Self:
+        _check_heads(self.num_heads, self.width, multiple_of=2)
+        if self.num_heads % self.kv_heads:
+            fitting = [str(heads) for heads in range(1, self.num_heads + 1) if self.num_heads % heads == 0]
             raise ValueError(
-                f"num_heads={self.num_heads} does not divide width={self.width}; use one of "
-                + ", ".join(map(str, fitting[-12:]))
+                f"num_kv_heads={self.num_kv_heads} does not divide num_heads={self.num_heads}; use one of "
+                + ", ".join(fitting)
             )
         return self
 
@@ -79,8 +162,14 @@ class QLoRAModel(Section):
     """Run Python code that comes with the base. Only for authors whom you trust with this machine."""
     lora: LoraSection = LoraSection()
 
+    @property
+    def has_dropout(self) -> bool:
+        """Whether random numbers are drawn in training."""
+        return self.lora.dropout > 0
 
-Model = Annotated[GPTModel | QLoRAModel, Field(discriminator="kind")]
+
+FromScratch = GPTModel | LlamaModel
+Model = Annotated[FromScratch | QLoRAModel, Field(discriminator="kind")]
 
 QLORA_DEFAULTS: dict[str, object] = {
     "data.packing": "bestfit",

@@ -1,23 +1,28 @@
 """What can be trained. `build_model` is the only place that knows the kinds, `Trainable` what each of them offers."""
 
+import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
-from llmtrain.config.model_sections import GPTModel, QLoRAModel
+from llmtrain.config.model_sections import GPTModel, LlamaModel, QLoRAModel
 from llmtrain.config.schema import RunConfig
 from llmtrain.data import Documents
+from llmtrain.errors import CheckpointError, disk_errors
 from llmtrain.manifest import FileInfo
 from llmtrain.models.attention import has_flash
 from llmtrain.models.cached import CachedGenerator
 from llmtrain.models.gpt import GPT
+from llmtrain.models.llama import Llama
 
 if TYPE_CHECKING:  # peft and bitsandbytes take seconds to import
     from llmtrain.models.qlora import QLoRA
 
-__all__ = ["GPT", "Trainable", "build_model"]
+__all__ = ["GPT", "FromScratch", "Llama", "Trainable", "build_model", "read_model"]
+
+FromScratch = GPT | Llama
 
 
 class Trainable(Protocol):
@@ -40,18 +45,49 @@ class Trainable(Protocol):
 
 def build_model(
     config: RunConfig, vocab_size: int, device: torch.device, is_loaded_next: bool = False
-) -> "GPT | QLoRA":
+) -> "FromScratch | QLoRA":
     """The model with initial weights that depend on configuration and seed alone.
 
-    `is_loaded_next`: a GPT's weights are not drawn, because `load` follows.
-    A GPT is in fp32 on the CPU; a base with LoRA on `device`, where its quantisation happens.
+    `is_loaded_next`: weights are not drawn, because `load` follows.
+    What is trained from scratch is in fp32 on the CPU; a base with LoRA on `device`, where its quantisation happens.
     """
-    recompute = config.train.activation_checkpointing
-    match config.model:
+    model, recompute = config.model, config.train.activation_checkpointing
+    seed = None if is_loaded_next else config.run.seed
+    match model:
         case GPTModel():
-            flash = has_flash(device, config.model.width // config.model.num_heads)
-            return GPT(config.model, vocab_size, None if is_loaded_next else config.run.seed, recompute, flash)
+            flash = has_flash(device, model.width // model.num_heads)
+            return GPT(model, vocab_size, seed, recompute, flash)
+        case LlamaModel():
+            flash = has_flash(device, model.width // model.num_heads)
+            return Llama(model, vocab_size, seed, recompute, flash)
         case QLoRAModel():
             from llmtrain.models.qlora import QLoRA
 
-            return QLoRA(config.model, config.train.precision, device, config.run.seed, recompute)
+            return QLoRA(model, config.train.precision, device, config.run.seed, recompute)
+
+
+def read_model(folder: Path) -> tuple[FromScratch, int]:
+    """The model that a GPT's or a Llama's `save` wrote, on the CPU, and its end-of-text id.
+
+    Raises:
+        CheckpointError: the folder is not readable as one.
+    """
+    file = folder / "config.json"
+    try:
+        settings = json.loads(file.read_text())
+        model, eos_id = _of_settings(settings), settings["eos_token_id"]
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{file}: cannot be read as a GPT-2 or a Llama of ours: {error}") from error
+    with disk_errors("model", folder, then="it is read"):
+        model.load(folder)
+    return model, eos_id
+
+
+def _of_settings(settings: dict[str, Any]) -> FromScratch:
+    match settings["model_type"]:
+        case "gpt2":
+            return GPT.of_settings(settings)
+        case "llama":
+            return Llama.of_settings(settings)
+        case other:
+            raise ValueError(f"a {other} model; only gpt2 and llama are read here")

@@ -37,13 +37,18 @@ def attention(
     dropout: float,
     scale: float | None = None,
 ) -> Tensor:
-    """(B, H, T, K). `apart`, from `kept_apart`, says who sees whom in place of `causal`; `scale`: 1/sqrt(K) if None.
+    """(B, H, T, K); keys and values may have fewer heads, each for several of the queries' (Ainslie et al. 2023).
 
+    `apart`, from `kept_apart`, says who sees whom in place of `causal`; `scale`: 1/sqrt(K) if None.
     Where documents begin is read on CPUs alone: on a GPU that would be a host sync.
     """
+    groups = q_BHTK.shape[1] // k_BHTK.shape[1]
+    is_flash = isinstance(apart, Documents) and q_BHTK.device.type != "cpu"  # which takes them as they are
+    if groups > 1 and not is_flash:
+        k_BHTK, v_BHTK = k_BHTK.repeat_interleave(groups, 1), v_BHTK.repeat_interleave(groups, 1)
     bf16 = q_BHTK.dtype == torch.bfloat16
     if isinstance(apart, Documents):
-        if q_BHTK.device.type != "cpu":
+        if is_flash:
             return _flash(q_BHTK, k_BHTK, v_BHTK, apart, scale)
         bounds: list[int] = apart.starts.tolist()
         longest = max(end - start for start, end in pairwise(bounds))

@@ -86,8 +86,5 @@ def _attention(
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling)
-    groups = query.shape[1] // key.shape[1]
-    if groups > 1 and query.device.type == "cpu":
-        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     out_BHTK = attention(query, key, value, Documents(cu_seq_lens_q, max_length_q), False, dropout, scaling)
     return out_BHTK.transpose(1, 2).contiguous(), None

@@ -1,9 +1,30 @@
 """Continuing one text with a key-value cache, whatever the model keeps in it."""
 
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+
+
+@dataclass
+class KVCache:
+    """Keys and values of the positions already seen, per layer, for generation."""
+
+    layers: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # (1, H, T, K) each
+
+    @property
+    def length(self) -> int:
+        return self.layers[0][0].shape[2] if self.layers else 0
+
+    def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        if layer < len(self.layers):
+            past_keys, past_values = self.layers[layer]
+            keys, values = torch.cat([past_keys, keys], 2), torch.cat([past_values, values], 2)
+            self.layers[layer] = (keys, values)
+        else:
+            self.layers.append((keys, values))
+        return keys, values
 
 
 class Forward(Protocol):

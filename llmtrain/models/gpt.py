@@ -9,49 +9,25 @@ weights transposed (Conv1D), and always has a bias on query, key and value.
 
 import contextlib
 import json
-import math
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from llmtrain import tensorfile
 from llmtrain.config.model_sections import GPTModel
 from llmtrain.data import IGNORE, Documents
-from llmtrain.errors import CheckpointError, disk_errors
 from llmtrain.manifest import FileInfo
+from llmtrain.models import parameters
 from llmtrain.models.attention import attention, kept_apart
-from llmtrain.models.cached import CachedGenerator
+from llmtrain.models.cached import CachedGenerator, KVCache
 from llmtrain.models.dropout import dropout
 from llmtrain.models.loss import Head, batch_loss, token_losses
 from llmtrain.models.projections import norm_linear, norm_mlp
 
-WEIGHTS = "model.safetensors"
 _CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
-
-
-@dataclass
-class KVCache:
-    """Keys and values of the positions already seen, per layer, for generation."""
-
-    layers: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # (1, H, T, K) each
-
-    @property
-    def length(self) -> int:
-        return self.layers[0][0].shape[2] if self.layers else 0
-
-    def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        if layer < len(self.layers):
-            past_keys, past_values = self.layers[layer]
-            keys, values = torch.cat([past_keys, keys], 2), torch.cat([past_values, values], 2)
-            self.layers[layer] = (keys, values)
-        else:
-            self.layers.append((keys, values))
-        return keys, values
 
 
 class Attention(nn.Module):
@@ -103,15 +79,6 @@ class Block(nn.Module):
         return x_BTD + dropout(self.mlp(x_BTD, self.ln_2), self.dropout, self.training)
 
 
-class _DrawNothing(TorchFunctionMode):
-    """Modules are made without torch's initialisation (a meta device would do, but imports torch's compiler: 1.1 s)."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if getattr(func, "__module__", "") != "torch.nn.init":
-            return func(*args, **(kwargs or {}))
-        return None  # torch's modules do not look at it
-
-
 class GPT(nn.Module):
     """`forward` returns the summed loss of a batch, `logits` what generation needs."""
 
@@ -132,9 +99,8 @@ class GPT(nn.Module):
         self.config, self.vocab_size = config, vocab_size
         self.activation_checkpointing = activation_checkpointing
         # GPT-2's initialisation draws every weight itself: torch's would be drawn before, and overwritten.
-        draws = _DrawNothing() if config.init == "gpt2" or seed is None else contextlib.nullcontext()
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed or 0)
+        draws = parameters.undrawn() if config.init == "gpt2" or seed is None else contextlib.nullcontext()
+        with parameters.seeded(seed):
             with draws:
                 self.transformer = nn.ModuleDict(
                     {
@@ -148,46 +114,24 @@ class GPT(nn.Module):
             if config.tie_weights:
                 self.lm_head.weight = cast(nn.Embedding, self.transformer["wte"]).weight
             if config.init == "gpt2" and seed is not None:
-                self._init_gpt2()
-
-    def _init_gpt2(self) -> None:
-        """N(0, 0.02), biases zero; residual projections scaled by 1/sqrt(2 layers) (GPT-2, section 2.3)."""
-        for name, parameter in self.named_parameters():
-            if name.endswith("bias"):
-                nn.init.zeros_(parameter)
-            elif parameter.ndim == 1:  # a LayerNorm's scale
-                nn.init.ones_(parameter)
-            else:
-                residual = name.endswith("c_proj.weight")
-                std = 0.02 / math.sqrt(2 * self.config.num_layers) if residual else 0.02
-                nn.init.normal_(parameter, std=std)
+                parameters.draw(self, ("c_proj.weight",), config.num_layers)
 
     @classmethod
-    def from_folder(cls, folder: Path) -> "tuple[GPT, int]":
-        """The model that `save` wrote, on the CPU, and its end-of-text id.
+    def of_settings(cls, settings: dict[str, Any]) -> "GPT":
+        """A model of the config.json that `save` wrote; its weights hold nothing until `load`.
 
         Raises:
-            CheckpointError: the folder is not readable as one.
+            KeyError, ValueError: it is none of ours.
         """
-        try:
-            c = json.loads((folder / "config.json").read_text())
-            if c["model_type"] != "gpt2":
-                raise CheckpointError(f"{folder / 'config.json'}: a {c['model_type']} model; only gpt2 is read here")
-            config = GPTModel(
-                num_layers=c["n_layer"],
-                num_heads=c["n_head"],
-                width=c["n_embd"],
-                context=c["n_positions"],
-                dropout=c["embd_pdrop"],
-                tie_weights=c["tie_word_embeddings"],
-            )
-            vocab_size, eos_id = c["vocab_size"], c["eos_token_id"]
-        except (OSError, ValueError, KeyError) as error:
-            raise CheckpointError(f"{folder / 'config.json'}: cannot be read as a GPT-2: {error}") from error
-        model = cls(config, vocab_size, seed=None)
-        with disk_errors("model", folder, then="it is read"):
-            model.load(folder)
-        return model, eos_id
+        config = GPTModel(
+            num_layers=settings["n_layer"],
+            num_heads=settings["n_head"],
+            width=settings["n_embd"],
+            context=settings["n_positions"],
+            dropout=settings["embd_pdrop"],
+            tie_weights=settings["tie_word_embeddings"],
+        )
+        return cls(config, settings["vocab_size"], seed=None)
 
     def forward(
         self,
@@ -283,7 +227,7 @@ class GPT(nn.Module):
             for layer in range(self.config.num_layers):
                 tensors[f"transformer.h.{layer}.attn.c_attn.bias"] = torch.zeros(3 * self.config.width)
         (folder / "config.json").write_text(json.dumps(self._hf_config(eos_id), indent=1) + "\n")
-        return {WEIGHTS: tensorfile.write(folder / WEIGHTS, tensors, {"format": "pt"})}
+        return {parameters.WEIGHTS: tensorfile.write(folder / parameters.WEIGHTS, tensors, {"format": "pt"})}
 
     def load(self, folder: Path) -> None:
         """Fill the parameters from what `save` wrote.
@@ -292,19 +236,8 @@ class GPT(nn.Module):
             CheckpointError: the file is missing or damaged, or its tensors are not this model's.
             OSError: it cannot be read now, which says nothing about it.
         """
-        tensors = tensorfile.read(folder / WEIGHTS)
-        try:
-            if not self.config.qkv_bias:
-                for layer in range(self.config.num_layers):
-                    tensors.pop(f"transformer.h.{layer}.attn.c_attn.bias", None)
-            with torch.no_grad():
-                for name, parameter in self.named_parameters():
-                    tensor = tensors.pop(name)
-                    parameter.copy_(tensor.t() if name.endswith(_CONV1D) else tensor)
-        except (KeyError, RuntimeError) as error:
-            raise CheckpointError(f"{folder / WEIGHTS}: not the weights of this model: {error}") from error
-        if tensors:
-            raise CheckpointError(f"{folder / WEIGHTS}: tensors that this model does not have: {sorted(tensors)}")
+        no_bias = () if self.config.qkv_bias else (".attn.c_attn.bias",)
+        parameters.fill(self, folder, transposed=_CONV1D, ignored=no_bias)
 
     def _hf_config(self, eos_id: int) -> dict[str, Any]:
         c = self.config

@@ -43,7 +43,10 @@ def render(repo: str, config: RunConfig, run: RunDir, best: Shown) -> str:
 
 def metadata(config: RunConfig, run: RunDir, shown: Upload) -> ModelCardData:
     """The card's YAML: how to load it, what it was made from, how well it did: that checkpoint, not one of its step."""
-    is_adapter = isinstance(config.model, QLoRAModel)
+    if isinstance(config.model, QLoRAModel):
+        library, kind = "peft", "lora"
+    else:
+        library, kind = "transformers", config.model.model_type
     scored = [(split, ledger.scores(run, split).get(shown.step)) for split in ("heldout", "test")]
     results = [
         EvalResult(
@@ -66,10 +69,10 @@ def metadata(config: RunConfig, run: RunDir, shown: Upload) -> ModelCardData:
     ]
     return ModelCardData(
         model_name=run.path.name,
-        library_name="peft" if is_adapter else "transformers",
+        library_name=library,
         pipeline_tag="text-generation",
         base_model=_base(config, run),
-        tags=["llmtrain", "lora"] if is_adapter else ["llmtrain", "gpt2"],
+        tags=["llmtrain", kind],
         eval_results=results or None,
     )
 
@@ -87,8 +90,8 @@ def _what(config: RunConfig, run: RunDir) -> str:
         return f"A LoRA adapter of rank {lora.r} on {base}, trained on the base in {how} with llmtrain."
     model = config.model
     return (
-        f"A GPT with {model.num_layers} layers, {model.num_heads} heads and width {model.width}, trained from scratch "
-        f"with llmtrain on a context of {model.context} tokens."
+        f"A {model.architecture} with {model.num_layers} layers, {model.num_heads} heads and width {model.width}, "
+        f"trained from scratch with llmtrain on a context of {model.context} tokens."
     )
 
 

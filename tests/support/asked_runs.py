@@ -111,7 +111,7 @@ def asked(made: Trained, prompt: str, system: str | None = None) -> tuple[list[i
     if adapters.is_adapter(made.model):
         _, _, ids, eos_id = generate.load_adapter(made.model, ask, CPU, trust_remote_code=False)
     else:
-        _, _, ids, eos_id = generate.load_gpt(made.model, ask, CPU)
+        _, _, ids, eos_id = generate.load_whole(made.model, ask, CPU)
     return ids, eos_id
 
 

@@ -73,8 +73,12 @@ class Workplace:
         )
 
 
-def make_workplace(folder: Path, files: int = 6, packing: str = "contiguous") -> Workplace:
-    """A small GPT on a few of Python's own modules, with dropout, in fp32."""
+GPT = "num_layers: 2, num_heads: 2, width: 32, context: 64, dropout: 0.1"
+LLAMA = "kind: llama, num_layers: 2, num_heads: 4, num_kv_heads: 2, width: 32, context: 64"
+
+
+def make_workplace(folder: Path, files: int = 6, packing: str = "contiguous", model: str = GPT) -> Workplace:
+    """A small model on a few of Python's own modules, in fp32."""
     paths = ", ".join(f'"{path}"' for path in python_sources(files))
     (folder / "config.yaml").write_text(
         f"""
@@ -85,7 +89,7 @@ data:
   tokenizer: {{kind: train, vocab_size: 512}}
   split: {{by: tail, heldout: 0.1, test: 0.05}}
   packing: {packing}
-model: {{num_layers: 2, num_heads: 2, width: 32, context: 64, dropout: 0.1}}
+model: {{{model}}}
 train: {{steps: 24, global_batch_size: 8, precision: fp32}}
 optim: {{lr: 3e-3, schedule: {{warmup_steps: 4}}}}
 evaluate: {{every_steps: 8, train_rows: 8, sample: {{tokens: 5}}}}

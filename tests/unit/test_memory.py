@@ -6,7 +6,7 @@ import torch
 from llmtrain.batches import BatchPlan
 from llmtrain.config.model_sections import GPTModel
 from llmtrain.config.schema import RunConfig, TrainSection
-from llmtrain.memory import GPTSizes, layer_activations, loss_chunk, num_parameters
+from llmtrain.memory import WholeSizes, layer_activations, loss_chunk, num_parameters
 from llmtrain.models import GPT
 from tests.support.kept import kept
 
@@ -41,7 +41,7 @@ def test_what_a_layer_keeps_is_what_autograd_keeps(bf16: bool, dropout: float):
 
 def total(kind: str, ranks: int = 1, **train: object) -> float:
     config = RunConfig(train=TrainSection.model_validate(train), model=GPTModel(num_layers=12, width=768, num_heads=12))
-    parts = GPTSizes(config.model, 50257).estimate(config, PLAN, ranks, kind, bf16=True, device="cuda")
+    parts = WholeSizes(config.model, 50257).estimate(config, PLAN, ranks, kind, bf16=True, device="cuda")
     assert all(part.size_bytes >= 0 for part in parts)
     return sum(part.size_bytes for part in parts)
 
@@ -52,7 +52,7 @@ def test_zero2_takes_less_the_more_ranks_there_are():
 
 def test_zero2_keeps_a_share_of_the_gradients():
     config = RunConfig()
-    sizes = GPTSizes(config.model, 8192)
+    sizes = WholeSizes(config.model, 8192)
 
     def gradients(ranks: int) -> float:
         parts = sizes.estimate(config, PLAN, ranks, "zero2", bf16=True, device="cuda")
@@ -68,7 +68,7 @@ def test_activation_checkpointing_takes_less():
 
 def test_saving_without_background_takes_no_host_memory():
     config = RunConfig()
-    sizes = GPTSizes(config.model, 8192)
+    sizes = WholeSizes(config.model, 8192)
     assert sizes.host_copy(config, 1) == 12 * num_parameters(config.model, 8192)
     plain = config.model_copy(update={"checkpoint": config.checkpoint.model_copy(update={"background": False})})
     assert sizes.host_copy(plain, 1) == 0

@@ -15,6 +15,7 @@ from llmtrain.data import IGNORE, Batch, Documents, make_batch
 from llmtrain.errors import CheckpointError
 from llmtrain.evaluate import continue_text, sample_token
 from llmtrain.models import loss as loss_module
+from llmtrain.models import read_model
 from llmtrain.models.attention import _flash
 from llmtrain.models.gpt import GPT
 from llmtrain.models.loss import Head, linear_cross_entropy
@@ -106,7 +107,7 @@ def test_transformers_gives_the_same_logits(tmp_path: Path, tied: bool, qkv_bias
         assert torch.allclose(theirs(ids).logits, model.logits(ids), atol=2e-5)
     assert theirs.config.eos_token_id == 7
 
-    again, eos_id = GPT.from_folder(tmp_path)
+    again, eos_id = read_model(tmp_path)
     with torch.no_grad():
         assert torch.equal(again.eval().logits(ids), model.logits(ids)) or not qkv_bias
         assert torch.allclose(again.logits(ids), model.logits(ids), atol=1e-6)

@@ -9,7 +9,7 @@ from llmtrain.config import load_config
 from llmtrain.config.model_sections import GPTModel
 from llmtrain.config.schema import OptimSection
 from llmtrain.errors import ConfigError
-from llmtrain.memory import GPTSizes
+from llmtrain.memory import WholeSizes
 from llmtrain.models import GPT
 from llmtrain.optim import MOMENTUM, Optimizer, build_optimizer, restore_state, saved_state
 from llmtrain.optim.muon import _cost, _divided
@@ -90,7 +90,7 @@ def test_what_is_saved_is_what_the_plan_counts():
     config = load_config(None, ["optim.kind=muon", "model.num_layers=2", "model.num_heads=2", "model.width=16",
                                 "model.context=8"])[0]  # fmt: skip
     size = sum(tensor.nbytes for state in states.values() for tensor in state.values())
-    sizes = GPTSizes(SMALL, 40)
+    sizes = WholeSizes(SMALL, 40)
     assert sizes.checkpoint_bytes(config) == size + 4 * model.num_parameters()
 
 

@@ -29,7 +29,7 @@ from llmtrain.config import load_config, resolved_yaml
 from llmtrain.config.load import Origins, with_precision
 from llmtrain.config.schema import RunConfig
 from llmtrain.errors import ConfigError, DataMismatch
-from llmtrain.memory import GPTSizes
+from llmtrain.memory import WholeSizes
 from llmtrain.rundir import RunDir
 from tests.support.runs import environment
 
@@ -96,7 +96,7 @@ def test_what_is_on_disk_and_what_is_uploaded():
     assert forecast.most_on_disk(config, steps(1000), 10) == 4
     assert forecast.most_on_disk(config, steps(1000), 2) == 2
     assert forecast.most_on_disk(configured("checkpoint.keep_every=100"), steps(1000), 100) == 15
-    sizes = GPTSizes(config.model, 1000)  # pyright: ignore[reportArgumentType]
+    sizes = WholeSizes(config.model, 1000)  # pyright: ignore[reportArgumentType]
     assert forecast.upload_volume(config, sizes, 10) is None
     weights = forecast.upload_volume(configured("hub.repo=a/b"), sizes, 10)
     whole = forecast.upload_volume(configured("hub.repo=a/b", "hub.optimizer_state=true"), sizes, 10)

@@ -1,0 +1,277 @@
+"""Llama (Touvron et al. 2023, arXiv:2302.13971), by configuration.
+
+Shapes: B rows, T positions, D width, H heads, G heads of keys and values, K = D / H, V vocabulary.
+
+Parameter names are those of transformers' Llama, and `save` writes its format: the folder loads with
+`AutoModelForCausalLM.from_pretrained`, and with what else reads Llamas.
+"""
+
+import json
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from llmtrain import tensorfile
+from llmtrain.config.model_sections import LlamaModel
+from llmtrain.data import IGNORE, Documents
+from llmtrain.manifest import FileInfo
+from llmtrain.models import parameters
+from llmtrain.models.attention import attention, computed_in, kept_apart
+from llmtrain.models.cached import CachedGenerator, KVCache
+from llmtrain.models.loss import Head, batch_loss, token_losses
+
+_EPS = 1e-5
+"""Of the RMS norms (Zhang and Sennrich 2019)."""
+
+Rotation = tuple[Tensor, Tensor]
+"""Cosines and sines of the positions' angles, (T, K) or (B, 1, T, K)."""
+
+
+def rotation(positions: Tensor, width: int, theta: float, dtype: torch.dtype) -> Rotation:
+    """For `positions` (T,) or (B, T), rotary embeddings (Su et al. 2021) of heads of `width` channels."""
+    frequencies = 1.0 / theta ** (torch.arange(0, width, 2, device=positions.device) / width)
+    angles = positions.unsqueeze(-1).float() * frequencies
+    angles = torch.cat([angles, angles], -1)
+    if positions.ndim == 2:
+        angles = angles.unsqueeze(1)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotated(x_BHTK: Tensor, by: Rotation) -> Tensor:
+    """Each channel of the first half with its partner in the second."""
+    one, two = x_BHTK.chunk(2, -1)
+    return x_BHTK * by[0] + torch.cat([-two, one], -1) * by[1]
+
+
+class Attention(nn.Module):
+    def __init__(self, config: LlamaModel):
+        super().__init__()
+        self.head_width = config.width // config.num_heads
+        narrow = config.kv_heads * self.head_width
+        self.q_proj = nn.Linear(config.width, config.width, bias=False)
+        self.k_proj = nn.Linear(config.width, narrow, bias=False)
+        self.v_proj = nn.Linear(config.width, narrow, bias=False)
+        self.o_proj = nn.Linear(config.width, config.width, bias=False)
+
+    def forward(
+        self, x_BTD: Tensor, by: Rotation, apart: Documents | Tensor | None, cache: KVCache | None, layer: int
+    ) -> Tensor:
+        batch, length, width = x_BTD.shape
+        q_BHTK, k_BGTK, v_BGTK = (
+            projection(x_BTD).view(batch, length, -1, self.head_width).transpose(1, 2)
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        q_BHTK, k_BGTK = rotated(q_BHTK, by), rotated(k_BGTK, by)
+        if cache is not None:
+            k_BGTK, v_BGTK = cache.extend(layer, k_BGTK, v_BGTK)
+        causal = apart is None and length > 1  # one new position may look at all cached ones
+        out_BHTK = attention(q_BHTK, k_BGTK, v_BGTK, apart, causal, 0.0)
+        return self.o_proj(out_BHTK.transpose(1, 2).reshape(batch, length, width))
+
+
+class MLP(nn.Module):
+    """SwiGLU (Shazeer 2020)."""
+
+    def __init__(self, config: LlamaModel):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.width, config.inner_width, bias=False)
+        self.up_proj = nn.Linear(config.width, config.inner_width, bias=False)
+        self.down_proj = nn.Linear(config.inner_width, config.width, bias=False)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x_BTD)) * self.up_proj(x_BTD))
+
+
+class Block(nn.Module):
+    def __init__(self, config: LlamaModel):
+        super().__init__()
+        self.input_layernorm = nn.RMSNorm(config.width, eps=_EPS)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = nn.RMSNorm(config.width, eps=_EPS)
+        self.mlp = MLP(config)
+
+    def forward(
+        self, x_BTD: Tensor, by: Rotation, apart: Documents | Tensor | None, cache: KVCache | None, layer: int
+    ) -> Tensor:
+        x_BTD = x_BTD + self.self_attn(_low(self.input_layernorm(x_BTD)), by, apart, cache, layer)
+        return x_BTD + self.mlp(_low(self.post_attention_layernorm(x_BTD)))
+
+
+def _low(x_BTD: Tensor) -> Tensor:
+    """As autocast would cast it for each product that takes it, once for all of them."""
+    return x_BTD.to(computed_in(x_BTD))
+
+
+class Llama(nn.Module):
+    """`forward` returns the summed loss of a batch, `logits` what generation needs."""
+
+    def __init__(
+        self,
+        config: LlamaModel,
+        vocab_size: int,
+        seed: int | None = 0,
+        activation_checkpointing: bool = False,
+        flash: bool = False,
+    ):
+        """Arguments as of `gpt.GPT`."""
+        super().__init__()
+        self._flash = flash
+        self.config, self.vocab_size = config, vocab_size
+        self.activation_checkpointing = activation_checkpointing
+        with parameters.seeded(seed):
+            with parameters.undrawn():
+                self.model = nn.ModuleDict(
+                    {
+                        "embed_tokens": nn.Embedding(vocab_size, config.width),
+                        "layers": nn.ModuleList(Block(config) for _ in range(config.num_layers)),
+                        "norm": nn.RMSNorm(config.width, eps=_EPS),
+                    }
+                )
+                self.lm_head = nn.Linear(config.width, vocab_size, bias=False)
+            if config.tie_weights:
+                self.lm_head.weight = cast(nn.Embedding, self.model["embed_tokens"]).weight
+            if seed is not None:
+                parameters.draw(self, ("o_proj.weight", "down_proj.weight"), config.num_layers)
+
+    @classmethod
+    def of_settings(cls, settings: dict[str, Any]) -> "Llama":
+        """A model of the config.json that `save` wrote; its weights hold nothing until `load`.
+
+        Raises:
+            KeyError, ValueError: it is none of ours.
+        """
+        unlike = {"attention_bias": False, "mlp_bias": False, "hidden_act": "silu", "rms_norm_eps": _EPS}
+        other = [f"{name}={settings[name]}" for name, ours in unlike.items() if settings[name] != ours]
+        rope = settings["rope_parameters"]
+        if other or rope["rope_type"] != "default":
+            raise ValueError(f"a Llama of another kind than are trained here ({', '.join(other) or rope})")
+        config = LlamaModel(
+            kind="llama",
+            num_layers=settings["num_hidden_layers"],
+            num_heads=settings["num_attention_heads"],
+            num_kv_heads=settings["num_key_value_heads"],
+            width=settings["hidden_size"],
+            mlp_width=settings["intermediate_size"],
+            context=settings["max_position_embeddings"],
+            rope_theta=rope["rope_theta"],
+            tie_weights=settings["tie_word_embeddings"],
+        )
+        return cls(config, settings["vocab_size"], seed=None)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        targets: Tensor,
+        documents: Documents | None = None,
+        positions: Tensor | None = None,
+        learned: Tensor | None = None,
+    ) -> Tensor:
+        """Sum of the cross-entropies of all supervised positions, in nats: fp32, without gradients float64."""
+        hidden_BTD = self._hidden(input_ids, documents, positions, None)
+        return batch_loss(hidden_BTD, Head(self.lm_head.weight), targets, learned, IGNORE)
+
+    @torch.no_grad()
+    def token_losses(
+        self, input_ids: Tensor, targets: Tensor, documents: Documents | None = None, positions: Tensor | None = None
+    ) -> Tensor:
+        """(B, T) cross-entropies in nats, 0 where a position is not supervised; their sum is `forward`'s result."""
+        hidden_BTD = self._hidden(input_ids, documents, positions, None)
+        head = Head(self.lm_head.weight)
+        return token_losses(hidden_BTD.flatten(0, 1), head, targets.flatten(), IGNORE).view_as(targets)
+
+    def logits(
+        self,
+        input_ids: Tensor,
+        documents: Documents | None = None,
+        positions: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """(B, T, V). With a cache, `input_ids` continues what the cache has seen."""
+        return self.lm_head(self._hidden(input_ids, documents, positions, cache))
+
+    def _hidden(
+        self, input_ids: Tensor, documents: Documents | None, positions: Tensor | None, cache: KVCache | None
+    ) -> Tensor:
+        if positions is None:
+            first = cache.length if cache is not None else 0
+            positions = torch.arange(first, first + input_ids.shape[1], device=input_ids.device)
+        parts: Any = self.model
+        x_BTD = parts["embed_tokens"](input_ids)
+        by = rotation(positions, self.config.width // self.config.num_heads, self.config.rope_theta, computed_in(x_BTD))
+        apart = kept_apart(documents, x_BTD, self._flash)
+        recompute = self.activation_checkpointing and torch.is_grad_enabled()
+        for layer, block in enumerate(parts["layers"]):
+            if recompute:
+                x_BTD = checkpoint(block, x_BTD, by, apart, cache, layer, use_reentrant=False)
+            else:
+                x_BTD = block(x_BTD, by, apart, cache, layer)
+        return parts["norm"](x_BTD)
+
+    def text_generator(self) -> CachedGenerator:
+        self.eval()
+        return CachedGenerator(self._continued, self.config.context, self.lm_head.weight.device)
+
+    def _continued(self, input_ids: Tensor, cache: KVCache | None) -> tuple[Tensor, KVCache]:
+        cache = KVCache() if cache is None else cache
+        return self.logits(input_ids, cache=cache)[0, -1], cache
+
+    def hidden_matrices(self) -> list[tuple[nn.Parameter, int]]:
+        """The weights inside the blocks, each one matrix."""
+        return [(p, 1) for name, p in self.named_parameters() if ".layers." in name and p.ndim == 2]
+
+    def title(self) -> str:
+        """What is trained, for people."""
+        return f"Llama with {self.num_parameters() / 1e6:.1f} M parameters, {self.vocab_size:,} tokens vocabulary"
+
+    def num_parameters(self) -> int:
+        return sum(p.numel() for p in self.parameters())
+
+    def flops_per_token(self) -> float:
+        """Forward and backward, after PaLM (Chowdhery et al. 2022, appendix B): 6 N + 12 L D T."""
+        parts: Any = self.model
+        embeddings = 0 if self.config.tie_weights else parts["embed_tokens"].weight.numel()
+        attention = 12 * self.config.num_layers * self.config.width * self.config.context
+        return 6 * (self.num_parameters() - embeddings) + attention
+
+    def save(self, folder: Path, weights: dict[str, Tensor], eos_id: int) -> dict[str, FileInfo]:
+        """Write `weights` (this model's parameters by name) and config.json in transformers' format.
+
+        Returns the weights' file, which is on the disk by then.
+        """
+        tensors = {name: p for name, p in weights.items() if name != "lm_head.weight" or not self.config.tie_weights}
+        (folder / "config.json").write_text(json.dumps(self._hf_config(eos_id), indent=1) + "\n")
+        return {parameters.WEIGHTS: tensorfile.write(folder / parameters.WEIGHTS, tensors, {"format": "pt"})}
+
+    def load(self, folder: Path) -> None:
+        """Fill the parameters from what `save` wrote. Raises as `parameters.fill` does."""
+        parameters.fill(self, folder)
+
+    def _hf_config(self, eos_id: int) -> dict[str, Any]:
+        c = self.config
+        return {
+            "model_type": "llama",
+            "architectures": ["LlamaForCausalLM"],
+            "vocab_size": self.vocab_size,
+            "num_hidden_layers": c.num_layers,
+            "num_attention_heads": c.num_heads,
+            "num_key_value_heads": c.kv_heads,
+            "hidden_size": c.width,
+            "head_dim": c.width // c.num_heads,
+            "intermediate_size": c.inner_width,
+            "max_position_embeddings": c.context,
+            "rope_theta": c.rope_theta,  # where transformers before 5, and others, look for it
+            "rope_parameters": {"rope_type": "default", "rope_theta": c.rope_theta},
+            "hidden_act": "silu",
+            "attention_bias": False,
+            "mlp_bias": False,
+            "attention_dropout": 0.0,
+            "rms_norm_eps": _EPS,
+            "tie_word_embeddings": c.tie_weights,
+            "bos_token_id": eos_id,
+            "eos_token_id": eos_id,
+            "dtype": "float32",
+        }
