@@ -13,7 +13,7 @@ from llmtrain import ledger
 from llmtrain.rundir import RunDir
 from tests.support.bases import write_llama, write_stirred, write_tokenizer
 from tests.support.data import shared
-from tests.support.runs import Workplace, environment, make_workplace
+from tests.support.runs import GPT, LLAMA, Workplace, environment, make_workplace
 from tests.support.service_runs import run_module, run_python, train
 
 PRETENDED = Path(__file__).parents[1] / "support" / "pretended_gpu"
@@ -135,10 +135,13 @@ def test_pretended_gpus_refuse_and_notice_what_real_ones_do(machine: Machine):
     }
 
 
-def test_a_run_on_two_gpus_waits_for_them_in_no_step_and_is_scored_there(machine: Machine, tmp_path: Path):
-    work = make_workplace(tmp_path, packing="bestfit")
-    common = ["model.dropout=0", "train.precision=bf16", "train.compile=false", "train.steps=12", "log.every_steps=4"]
-    settings = [str(work.config), *common, "evaluate.train_rows=0"]
+@pytest.mark.parametrize(("model", "own"), [(GPT, ["model.dropout=0"]), (LLAMA, ["optim.kind=muon"])])
+def test_a_run_on_two_gpus_waits_for_them_in_no_step_and_is_scored_there(
+    model: str, own: list[str], machine: Machine, tmp_path: Path
+):
+    work = make_workplace(tmp_path, packing="bestfit", model=model)
+    common = ["train.precision=bf16", "train.compile=false", "train.steps=12", "log.every_steps=4"]
+    settings = [str(work.config), *own, *common, "evaluate.train_rows=0"]
     said = run_module(
         "launcher", "run", *settings, "run.name=gpus", "service.start=auto",
         cwd=work.folder, env=machine.environment(2),
