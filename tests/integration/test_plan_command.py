@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from llmtrain.errors import ConfigError
-from tests.support.runs import Workplace, environment
+from tests.support.runs import LLAMA, Workplace, environment, make_workplace
 
 NOT_ENOUGH = 3
 
@@ -66,20 +66,37 @@ CONFIGURATIONS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "name", ["weights", *(pytest.param(name, marks=pytest.mark.soak) for name in ("activations", "dropout, bf16"))]
-)
-def test_the_estimate_is_near_the_measured_peak(workplace: Workplace, name: str):
-    settings = [str(workplace.config), "model.dropout=0.0", "model.context=256", "data.dir=shards256",
-                "train.steps=3", "checkpoint.every_steps=2", *CONFIGURATIONS[name]]  # fmt: skip
-    run = [f"run.name=peak-{name[:4]}", "evaluate.every_steps=null", "evaluate.also_at=[]", "evaluate.train_rows=0"]
-    command = [sys.executable, "-m", "llmtrain", *settings, *run]
+LLAMAS = {
+    "llama": ["model.width=512", "model.num_layers=8", "model.num_heads=8", "train.global_batch_size=8"],
+    "llama, bf16, muon": ["model.width=512", "model.num_layers=8", "model.num_heads=8", "model.num_kv_heads=2",
+                          "train.global_batch_size=16", "train.precision=bf16", "optim.kind=muon"],
+}  # fmt: skip
+
+
+def check_peak(workplace: Workplace, name: str, settings: list[str]) -> None:
+    common = ["model.context=256", "data.dir=shards256", "train.steps=3", "checkpoint.every_steps=2", *settings]
+    words = [str(workplace.config), *common]
+    run = ["run.name=peak", "evaluate.every_steps=null", "evaluate.also_at=[]", "evaluate.train_rows=0"]
+    command = [sys.executable, "-m", "llmtrain", *words, *run, "run.resume=never"]
     process = subprocess.Popen(command, cwd=workplace.folder, env=environment(), stderr=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = status
     assert status == 0
     measured = usage.ru_maxrss * 1024 / 1e9
-    said = plan(workplace.folder, *settings, "--device", "cpu")
+    said = plan(workplace.folder, *words, "--device", "cpu")
     estimated = float(said.split("fits         DDP takes ")[1].split()[0])
     print(f"{name}: estimated {estimated:.2f} GB, measured {measured:.2f} GB")
     assert estimated == pytest.approx(measured, rel=0.15)
+
+
+@pytest.mark.parametrize(
+    "name", ["weights", *(pytest.param(name, marks=pytest.mark.soak) for name in ("activations", "dropout, bf16"))]
+)
+def test_the_estimate_is_near_the_measured_peak(workplace: Workplace, name: str):
+    check_peak(workplace, name, ["model.dropout=0.0", *CONFIGURATIONS[name]])
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("name", list(LLAMAS))
+def test_the_estimate_of_a_llama_is_near_the_measured_peak(tmp_path: Path, name: str):
+    check_peak(make_workplace(tmp_path, model=LLAMA), name, LLAMAS[name])
