@@ -131,10 +131,13 @@ def write(pieces: Iterable[str]) -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):  # not a letter that this terminal's encoding lacks is to end it
         sys.stdout.reconfigure(errors="backslashreplace")
     shows = sys.stdout.isatty()
-    for piece in pieces:
-        sys.stdout.write(log.printable(piece, keep="\n\t") if shows else piece)
-        sys.stdout.flush()
-    sys.stdout.write("\n")
+    try:
+        for piece in pieces:
+            sys.stdout.write(log.printable(piece, keep="\n\t") if shows else piece)
+            sys.stdout.flush()
+        sys.stdout.write("\n")
+    except BrokenPipeError:  # `llmtrain generate ... | head` has seen enough
+        log.flush()
 
 
 Ask = Callable[[Path, int], tuple[Tokenizer, list[int]]]
