@@ -122,13 +122,16 @@ TrustRemoteCode = Annotated[
 @app.command(epilog='Example: `llmtrain generate runs/stdlib-gpt --prompt "import " --temperature 0.7`')
 def generate(
     checkpoint: Annotated[
-        Path, typer.Argument(help="A run (its best checkpoint), a checkpoint, or a folder with a GPT-2 or an adapter.")
+        Path,
+        typer.Argument(
+            help="A run (its best checkpoint), a checkpoint, or a folder with an exported model or an adapter."
+        ),
     ],
     prompt: Annotated[str, typer.Option(help="Text to continue, or what to ask.")] = "def main(",
     system: Annotated[
         str | None, typer.Option(metavar="TEXT", help="Of a run on chats: what the chat begins with, as in a sample.")
     ] = None,
-    tokens: Annotated[int, typer.Option(min=1, help="At most so many tokens.")] = 200,
+    tokens: Annotated[int, typer.Option("--tokens", "--max-new-tokens", min=1, help="At most so many tokens.")] = 200,
     temperature: Annotated[float, typer.Option(min=0, help="0 always takes the likeliest token.")] = 0.8,
     top_k: Annotated[int | None, typer.Option(min=1, help="Choose among the k likeliest tokens.")] = None,
     top_p: Annotated[float | None, typer.Option(min=0, max=1, help="Choose among the likeliest p of all.")] = None,

@@ -34,7 +34,7 @@ def test_it_learns_faster_than_adamw(runs: Workplace):
     assert losses(runs, "r1")[-1] < losses(runs, "adamw")[-1]
 
 
-@pytest.mark.parametrize(("before", "after"), [(1, 1), (2, 2), (3, 3), (1, 3), (3, 2)])
+@pytest.mark.parametrize(("before", "after"), [(2, 2), (3, 3), (1, 3), (3, 2)])
 def test_a_resumed_run_goes_on_where_it_was(runs: Workplace, before: int, after: int):
     name = f"from{before}-to{after}"
     shutil.copytree(runs.run_folder(f"half{before}"), runs.run_folder(name))
