@@ -59,9 +59,8 @@ def _check_heads(num_heads: int, width: int, multiple_of: int = 1) -> None:
         sizes = range(1, min(width // 8, 4096) + 1)
         fitting = [str(heads) for heads in sizes if width % (heads * multiple_of) == 0]
         evenly = "" if multiple_of == 1 else f" into heads of a multiple of {multiple_of}"
-        raise ValueError(
-            f"num_heads={num_heads} does not divide width={width}{evenly}; use one of " + ", ".join(fitting[-12:])
-        )
+        use = f"one of {', '.join(fitting[-12:])}" if fitting else f"a width of a multiple of {num_heads * multiple_of}"
+        raise ValueError(f"num_heads={num_heads} does not divide width={width}{evenly}; use {use}")
 
 
 class LlamaModel(Section):

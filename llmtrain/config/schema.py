@@ -59,10 +59,10 @@ class ScheduleSection(Section):
 
 class OptimSection(Section):
     kind: Literal["adamw", "muon", "adamw8bit", "paged_adamw8bit"] = "adamw"
-    """adamw: torch's fused one. muon: for the matrices of a GPT's blocks, AdamW for the rest; needs fewer steps for the
-    same loss, with the learning rate and weight decay that suit AdamW. adamw8bit: bitsandbytes', whose two moments take
-    a quarter of the memory. paged: they move to host memory when a GPU is full (on other devices the same as
-    adamw8bit)."""
+    """adamw: torch's fused one. muon: from scratch alone; Muon for the blocks' matrices, AdamW for the rest; needs fewer
+    steps for the same loss, with AdamW's weight decay and learning rate, or up to four times that. adamw8bit:
+    bitsandbytes', whose two moments take a quarter of the memory. paged: they move to host memory when a GPU is full
+    (on other devices the same as adamw8bit)."""
     lr: Annotated[float, Field(gt=0)] = 2e-3
     """Peak learning rate."""
     betas: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)] = [0.9, 0.95]
@@ -235,7 +235,7 @@ class RunConfig(Section):
             raise ValueError(f"optim.kind={self.optim.kind} works with strategy.kind=ddp alone; use one or the other")
         if self.model.kind == "qlora":
             if self.optim.kind == "muon":
-                raise ValueError("optim.kind=muon trains a GPT from scratch; with LoRA use adamw or adamw8bit")
+                raise ValueError("optim.kind=muon trains from scratch alone; with LoRA use adamw or adamw8bit")
             if self.strategy.kind == "zero2" and self.model.lora.dtype == "bf16":
                 raise ValueError(
                     "model.lora.dtype=bf16 works with strategy.kind=ddp alone (ZeRO-2 keeps fp32 masters); use fp32"

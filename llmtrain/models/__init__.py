@@ -76,7 +76,7 @@ def read_model(folder: Path) -> tuple[FromScratch, int]:
     try:
         settings = json.loads(file.read_text())
         model, eos_id = _of_settings(settings), settings["eos_token_id"]
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{file}: cannot be read as a GPT-2 or a Llama of ours: {error}") from error
     with disk_errors("model", folder, then="it is read"):
         model.load(folder)

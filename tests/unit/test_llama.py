@@ -186,6 +186,10 @@ def test_what_a_layer_keeps_is_what_autograd_keeps(bf16: bool, num_kv_heads: int
             ["model.num_heads=5"],
             "num_heads=5 does not divide width=256 into heads of a multiple of 2; use one of 1, 2, 4",
         ),
+        (
+            ["model.width=33"],
+            "num_heads=4 does not divide width=33 into heads of a multiple of 2; use a width of a multiple of 8",
+        ),
         (["model.num_kv_heads=3"], "num_kv_heads=3 does not divide num_heads=4; use one of 1, 2, 4"),
         (["model.dropout=0.1"], "dropout belongs to kind: gpt, not llama"),
     ],

@@ -112,7 +112,7 @@ def test_more_ranks_than_matrices():
     ("settings", "told"),
     [
         (["strategy.kind=zero2"], "optim.kind=muon works with strategy.kind=ddp alone"),
-        (["model.kind=qlora", "model.base=none"], "optim.kind=muon trains a GPT from scratch"),
+        (["model.kind=qlora", "model.base=none"], "optim.kind=muon trains from scratch alone"),
     ],
 )
 def test_where_it_does_not_work(settings: list[str], told: str):
