@@ -59,8 +59,8 @@ class ScheduleSection(Section):
 
 class OptimSection(Section):
     kind: Literal["adamw", "muon", "adamw8bit", "paged_adamw8bit"] = "adamw"
-    """adamw: torch's fused one. muon: from scratch alone; Muon for the blocks' matrices, AdamW for the rest; needs fewer
-    steps for the same loss, with AdamW's weight decay and learning rate, or up to four times that. adamw8bit:
+    """adamw: torch's fused one. muon: from scratch alone; Muon for the blocks' matrices, AdamW for the rest; needs
+    fewer steps for the same loss, with AdamW's weight decay and learning rate, or up to four times that. adamw8bit:
     bitsandbytes', whose two moments take a quarter of the memory. paged: they move to host memory when a GPU is full
     (on other devices the same as adamw8bit)."""
     lr: Annotated[float, Field(gt=0)] = 2e-3
