@@ -113,12 +113,16 @@ def build(
     plan = plan_batches(config, origins, world.size, training.num_rows)
     vocab_size = data.manifest.tokenizer.vocab_size
     state, resume_step = TrainState(), prepared.resume_step
-    model = build_model(config, vocab_size, world.device, is_loaded_next=resume_step is not None)
+    begun_from = None if config.model.kind == "qlora" else config.model.start_from
+    is_loaded_next = resume_step is not None or begun_from is not None
+    model = build_model(config, vocab_size, world.device, is_loaded_next)
     prove_isolation(config, model, training)
     if resume_step is not None:
         state = manifest.read(run_dir.checkpoint(resume_step)).train_state
         with checkpoint.reading(run_dir.checkpoint(resume_step)):
             model.load(run_dir.checkpoint(resume_step) / "model")
+    elif begun_from is not None:
+        model.load(Path(begun_from))
     strategy = build_strategy(config, model, world, bf16=config.train.precision == "bf16")
     if resume_step is not None:
         with checkpoint.reading(run_dir.checkpoint(resume_step)):

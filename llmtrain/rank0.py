@@ -15,7 +15,7 @@ from typing import IO, Any, NoReturn
 
 import torch
 
-from llmtrain import devices, early_stop, files, ledger, log, origin, recipe, resume, shards
+from llmtrain import devices, early_stop, files, ledger, log, model_files, origin, recipe, resume, shards
 from llmtrain.base_facts import OTHER_FORMATS, check_place
 from llmtrain.batches import ANY_ROWS, plan_batches
 from llmtrain.config import RunConfig, load_config, resolved_yaml
@@ -60,9 +60,13 @@ def prepare(
     check_device(config, origins, world.device)
     check_place(config, origins)
     check_base(config)
+    if before is None:
+        model_files.check_start(config, origins)
     plan_batches(config, origins, world.size, ANY_ROWS)
     data = prepare_shards(config)
     check_base(config)  # with what is known now of the tokenizer
+    if before is None:
+        model_files.check_vocabulary(config, origins, data.tokenizer / "tokenizer.json")
     base_folder = fetch_base(config)
     plan = plan_batches(config, origins, world.size, data.manifest.splits["train"].rows)  # before touching the run
     with disk_errors("run folder", run_dir.path):

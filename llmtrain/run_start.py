@@ -2,7 +2,7 @@
 
 import contextlib
 
-from llmtrain import checkpoint, files, jsonl, ledger, log, manifest, resume, retention, summary, unsaved
+from llmtrain import checkpoint, files, jsonl, ledger, log, manifest, model_files, resume, retention, summary, unsaved
 from llmtrain.config import RunConfig, resolved_yaml
 from llmtrain.config.load import Origins
 from llmtrain.errors import CheckpointError, DataMismatch, RunFolderError
@@ -40,7 +40,8 @@ def prepare_run(run: RunDir, config: RunConfig, origins: Origins, data: ShardFol
     if step is None:
         for old in run.tensorboard.glob("events.*"):  # of a start that never saved
             old.unlink()
-        ledger.append(run.events, Event(kind="started", message=f"from the beginning{again}", step=0))
+        begun = model_files.describe_start(config) or "from the beginning"
+        ledger.append(run.events, Event(kind="started", message=f"{begun}{again}", step=0))
     else:
         for rejected in checkpoint.discard_after(run, step):
             message = f"did not verify, moved to {run.quarantined(rejected)}"

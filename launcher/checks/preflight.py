@@ -28,7 +28,7 @@ from launcher.slurm import client
 from launcher.slurm.batch import JobSpec
 from launcher.slurm.limits import check_limits
 from launcher.slurm.partitions import partitions
-from llmtrain import locks, recipe, resume, shards
+from llmtrain import locks, model_files, recipe, resume, shards
 from llmtrain.batches import ANY_ROWS, BatchPlan, nodes_that_train, plan_batches
 from llmtrain.config.data_sections import Source
 from llmtrain.config.load import Origins, resolved_yaml
@@ -201,7 +201,17 @@ def _check_folder(config: RunConfig, origins: Origins, run: RunDir, spec: JobSpe
         return [*found, wrong("run folder", str(error))]
     if resumes:
         found.append(fine("resume", f"from step {max(run.checkpoint_steps()):,}, if that checkpoint verifies"))
+    elif config.model.kind != "qlora" and config.model.start_from is not None:
+        found += _check_start(config, origins, Path(config.model.start_from), spec)
     return found
+
+
+def _check_start(config: RunConfig, origins: Origins, folder: Path, spec: JobSpec) -> list[Finding]:
+    try:
+        model_files.check_start(config, origins)
+    except ConfigError as error:
+        return [wrong("weights", problem) for problem in error.problems]
+    return [check_reach("weights", folder, spec.profile.shared_folders(), spec.nodes)]
 
 
 def _check_disk(config: RunConfig, run: RunDir, plan: BatchPlan | None, built: ShardManifest | None) -> list[Finding]:

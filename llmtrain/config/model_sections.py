@@ -26,6 +26,9 @@ class GPTModel(Section):
     """Use the token embedding as output matrix too."""
     init: Literal["gpt2", "pytorch"] = "gpt2"
     """gpt2: N(0, 0.02), residual projections scaled by 1/sqrt(2 layers). pytorch: the layers' defaults."""
+    start_from: Annotated[Folder, Field(min_length=1, json_schema_extra=MAY_CHANGE)] | None = None
+    """Begin with the weights of this folder (`model/` of a checkpoint, what was exported, a GPT-2 of transformers')
+    instead of random ones; it is read at the first start alone, and its tokenizer is the default one."""
 
     @property
     def architecture(self) -> str:
@@ -82,6 +85,9 @@ class LlamaModel(Section):
     """Base of the rotary positions' wavelengths."""
     tie_weights: bool = True
     """Use the token embedding as output matrix too."""
+    start_from: Annotated[Folder, Field(min_length=1, json_schema_extra=MAY_CHANGE)] | None = None
+    """Begin with the weights of this folder (`model/` of a checkpoint, what was exported, a Llama of transformers')
+    instead of random ones; it is read at the first start alone, and its tokenizer is the default one."""
 
     @property
     def architecture(self) -> str:

@@ -224,7 +224,10 @@ class RunConfig(Section):
         if not isinstance(model, dict):
             return values
         if model.get("kind", "gpt") != "qlora":
-            return {**values, "model": {"kind": "gpt", **model}}
+            values = {**values, "model": {"kind": "gpt", **model}}
+            if isinstance(start := model.get("start_from"), str):
+                values = _with_default(values, "data.tokenizer", {"kind": "folder", "path": start})
+            return values
         for dotted, value in QLORA_DEFAULTS.items():
             values = _with_default(values, dotted, value)
         return _with_default(values, "data.tokenizer", _tokenizer_of(model))

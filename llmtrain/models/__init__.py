@@ -1,12 +1,12 @@
 """What can be trained. `build_model` is the only place that knows the kinds, `Trainable` what each of them offers."""
 
-import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
+from llmtrain import model_files
 from llmtrain.config.model_sections import GPTModel, LlamaModel, QLoRAModel
 from llmtrain.config.schema import RunConfig
 from llmtrain.data import Documents
@@ -72,22 +72,14 @@ def read_model(folder: Path) -> tuple[FromScratch, int]:
     Raises:
         CheckpointError: the folder is not readable as one.
     """
-    file = folder / "config.json"
-    try:
-        settings = json.loads(file.read_text())
-        model, eos_id = _of_settings(settings), settings["eos_token_id"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{file}: cannot be read as a GPT-2 or a Llama of ours: {error}") from error
+    found = model_files.read(folder)
+    if found.eos_id is None:
+        raise CheckpointError(f"{folder}: its config.json does not say which token ends a text")
+    match found.model:
+        case GPTModel():
+            model = GPT(found.model, found.vocab_size, seed=None)
+        case LlamaModel():
+            model = Llama(found.model, found.vocab_size, seed=None)
     with disk_errors("model", folder, then="it is read"):
         model.load(folder)
-    return model, eos_id
-
-
-def _of_settings(settings: dict[str, Any]) -> FromScratch:
-    match settings["model_type"]:
-        case "gpt2":
-            return GPT.of_settings(settings)
-        case "llama":
-            return Llama.of_settings(settings)
-        case other:
-            raise ValueError(f"a {other} model; only gpt2 and llama are read here")
+    return model, found.eos_id

@@ -8,7 +8,6 @@ weights transposed (Conv1D), and always has a bias on query, key and value.
 """
 
 import contextlib
-import json
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,10 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from llmtrain import tensorfile
+from llmtrain import model_files, tensorfile
 from llmtrain.config.model_sections import GPTModel
 from llmtrain.data import IGNORE, Documents
 from llmtrain.manifest import FileInfo
+from llmtrain.model_files import WEIGHTS
 from llmtrain.models import parameters
 from llmtrain.models.attention import attention, kept_apart
 from llmtrain.models.cached import CachedGenerator, KVCache
@@ -116,23 +116,6 @@ class GPT(nn.Module):
             if config.init == "gpt2" and seed is not None:
                 parameters.draw(self, ("c_proj.weight",), config.num_layers)
 
-    @classmethod
-    def of_settings(cls, settings: dict[str, Any]) -> "GPT":
-        """A model of the config.json that `save` wrote; its weights hold nothing until `load`.
-
-        Raises:
-            KeyError, ValueError: it is none of ours.
-        """
-        config = GPTModel(
-            num_layers=settings["n_layer"],
-            num_heads=settings["n_head"],
-            width=settings["n_embd"],
-            context=settings["n_positions"],
-            dropout=settings["embd_pdrop"],
-            tie_weights=settings["tie_word_embeddings"],
-        )
-        return cls(config, settings["vocab_size"], seed=None)
-
     def forward(
         self,
         input_ids: Tensor,
@@ -226,37 +209,21 @@ class GPT(nn.Module):
         if not self.config.qkv_bias:
             for layer in range(self.config.num_layers):
                 tensors[f"transformer.h.{layer}.attn.c_attn.bias"] = torch.zeros(3 * self.config.width)
-        (folder / "config.json").write_text(json.dumps(self._hf_config(eos_id), indent=1) + "\n")
-        return {parameters.WEIGHTS: tensorfile.write(folder / parameters.WEIGHTS, tensors, {"format": "pt"})}
+        model_files.write(folder, self.config, self.vocab_size, eos_id)
+        return {WEIGHTS: tensorfile.write(folder / WEIGHTS, tensors, {"format": "pt"})}
 
     def load(self, folder: Path) -> None:
-        """Fill the parameters from what `save` wrote.
+        """Fill the parameters from what `save` or transformers wrote.
 
         Raises:
             CheckpointError: the file is missing or damaged, or its tensors are not this model's.
             OSError: it cannot be read now, which says nothing about it.
         """
+        tensors = parameters.read(folder)
+        if "wte.weight" in tensors:  # the first GPT-2s on the Hub
+            tensors = {f"transformer.{name}": tensor for name, tensor in tensors.items()}
         no_bias = () if self.config.qkv_bias else (".attn.c_attn.bias",)
-        parameters.fill(self, folder, transposed=_CONV1D, ignored=no_bias)
-
-    def _hf_config(self, eos_id: int) -> dict[str, Any]:
-        c = self.config
-        return {
-            "model_type": "gpt2",
-            "architectures": ["GPT2LMHeadModel"],
-            "vocab_size": self.vocab_size,
-            "n_layer": c.num_layers,
-            "n_head": c.num_heads,
-            "n_embd": c.width,
-            "n_positions": c.context,
-            "n_inner": None,
-            "activation_function": "gelu_new",
-            "embd_pdrop": c.dropout,
-            "attn_pdrop": c.dropout,
-            "resid_pdrop": c.dropout,
-            "layer_norm_epsilon": 1e-5,
-            "tie_word_embeddings": c.tie_weights,
-            "bos_token_id": eos_id,
-            "eos_token_id": eos_id,
-            "dtype": "float32",
-        }
+        unused = (".attn.bias", ".attn.masked_bias")  # causal masks of old
+        if self.config.tie_weights:
+            unused += ("lm_head.weight",)
+        parameters.fill(self, tensors, folder, _CONV1D, zeros=no_bias, unused=unused)

@@ -6,7 +6,6 @@ Parameter names are those of transformers' Llama, and `save` writes its format: 
 `AutoModelForCausalLM.from_pretrained`, and with what else reads Llamas.
 """
 
-import json
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,17 +14,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from llmtrain import tensorfile
+from llmtrain import model_files, tensorfile
 from llmtrain.config.model_sections import LlamaModel
 from llmtrain.data import IGNORE, Documents
 from llmtrain.manifest import FileInfo
+from llmtrain.model_files import NORM_EPS, WEIGHTS
 from llmtrain.models import parameters
 from llmtrain.models.attention import attention, computed_in, kept_apart
 from llmtrain.models.cached import CachedGenerator, KVCache
 from llmtrain.models.loss import Head, batch_loss, token_losses
-
-_EPS = 1e-5
-"""Of the RMS norms (Zhang and Sennrich 2019)."""
 
 Rotation = tuple[Tensor, Tensor]
 """Cosines and sines of the positions' angles, (T, K) or (B, 1, T, K)."""
@@ -89,9 +86,9 @@ class MLP(nn.Module):
 class Block(nn.Module):
     def __init__(self, config: LlamaModel):
         super().__init__()
-        self.input_layernorm = nn.RMSNorm(config.width, eps=_EPS)
+        self.input_layernorm = nn.RMSNorm(config.width, eps=NORM_EPS)
         self.self_attn = Attention(config)
-        self.post_attention_layernorm = nn.RMSNorm(config.width, eps=_EPS)
+        self.post_attention_layernorm = nn.RMSNorm(config.width, eps=NORM_EPS)
         self.mlp = MLP(config)
 
     def forward(
@@ -128,7 +125,7 @@ class Llama(nn.Module):
                     {
                         "embed_tokens": nn.Embedding(vocab_size, config.width),
                         "layers": nn.ModuleList(Block(config) for _ in range(config.num_layers)),
-                        "norm": nn.RMSNorm(config.width, eps=_EPS),
+                        "norm": nn.RMSNorm(config.width, eps=NORM_EPS),
                     }
                 )
                 self.lm_head = nn.Linear(config.width, vocab_size, bias=False)
@@ -136,31 +133,6 @@ class Llama(nn.Module):
                 self.lm_head.weight = cast(nn.Embedding, self.model["embed_tokens"]).weight
             if seed is not None:
                 parameters.draw(self, ("o_proj.weight", "down_proj.weight"), config.num_layers)
-
-    @classmethod
-    def of_settings(cls, settings: dict[str, Any]) -> "Llama":
-        """A model of the config.json that `save` wrote; its weights hold nothing until `load`.
-
-        Raises:
-            KeyError, ValueError: it is none of ours.
-        """
-        unlike = {"attention_bias": False, "mlp_bias": False, "hidden_act": "silu", "rms_norm_eps": _EPS}
-        other = [f"{name}={settings[name]}" for name, ours in unlike.items() if settings[name] != ours]
-        rope = settings["rope_parameters"]
-        if other or rope["rope_type"] != "default":
-            raise ValueError(f"a Llama of another kind than are trained here ({', '.join(other) or rope})")
-        config = LlamaModel(
-            kind="llama",
-            num_layers=settings["num_hidden_layers"],
-            num_heads=settings["num_attention_heads"],
-            num_kv_heads=settings["num_key_value_heads"],
-            width=settings["hidden_size"],
-            mlp_width=settings["intermediate_size"],
-            context=settings["max_position_embeddings"],
-            rope_theta=rope["rope_theta"],
-            tie_weights=settings["tie_word_embeddings"],
-        )
-        return cls(config, settings["vocab_size"], seed=None)
 
     def forward(
         self,
@@ -243,35 +215,12 @@ class Llama(nn.Module):
         Returns the weights' file, which is on the disk by then.
         """
         tensors = {name: p for name, p in weights.items() if name != "lm_head.weight" or not self.config.tie_weights}
-        (folder / "config.json").write_text(json.dumps(self._hf_config(eos_id), indent=1) + "\n")
-        return {parameters.WEIGHTS: tensorfile.write(folder / parameters.WEIGHTS, tensors, {"format": "pt"})}
+        model_files.write(folder, self.config, self.vocab_size, eos_id)
+        return {WEIGHTS: tensorfile.write(folder / WEIGHTS, tensors, {"format": "pt"})}
 
     def load(self, folder: Path) -> None:
-        """Fill the parameters from what `save` wrote. Raises as `parameters.fill` does."""
-        parameters.fill(self, folder)
-
-    def _hf_config(self, eos_id: int) -> dict[str, Any]:
-        c = self.config
-        return {
-            "model_type": "llama",
-            "architectures": ["LlamaForCausalLM"],
-            "vocab_size": self.vocab_size,
-            "num_hidden_layers": c.num_layers,
-            "num_attention_heads": c.num_heads,
-            "num_key_value_heads": c.kv_heads,
-            "hidden_size": c.width,
-            "head_dim": c.width // c.num_heads,
-            "intermediate_size": c.inner_width,
-            "max_position_embeddings": c.context,
-            "rope_theta": c.rope_theta,  # where transformers before 5, and others, look for it
-            "rope_parameters": {"rope_type": "default", "rope_theta": c.rope_theta},
-            "hidden_act": "silu",
-            "attention_bias": False,
-            "mlp_bias": False,
-            "attention_dropout": 0.0,
-            "rms_norm_eps": _EPS,
-            "tie_word_embeddings": c.tie_weights,
-            "bos_token_id": eos_id,
-            "eos_token_id": eos_id,
-            "dtype": "float32",
-        }
+        """Fill the parameters from what `save` or transformers wrote. Raises as `gpt.GPT.load` does."""
+        unused = ("rotary_emb.inv_freq",)  # of old
+        if self.config.tie_weights:
+            unused += ("lm_head.weight",)
+        parameters.fill(self, parameters.read(folder), folder, unused=unused)

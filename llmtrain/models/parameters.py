@@ -12,8 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 from llmtrain import tensorfile
 from llmtrain.errors import CheckpointError
-
-WEIGHTS = "model.safetensors"
+from llmtrain.model_files import WEIGHTS
 
 
 class _DrawNothing(TorchFunctionMode):
@@ -50,24 +49,43 @@ def draw(model: nn.Module, residual: tuple[str, ...], num_layers: int) -> None:
             nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * num_layers) if name.endswith(residual) else 0.02)
 
 
-def fill(model: nn.Module, folder: Path, transposed: tuple[str, ...] = (), ignored: tuple[str, ...] = ()) -> None:
-    """Fill the parameters from a folder's file, whose tensors have their names.
+def read(folder: Path) -> dict[str, Tensor]:
+    """A folder's weights by name.
+
+    Raises:
+        CheckpointError: the file is missing or damaged.
+        OSError: it cannot be read now, which says nothing about it.
+    """
+    return tensorfile.read(folder / WEIGHTS)
+
+
+def fill(
+    model: nn.Module,
+    tensors: dict[str, Tensor],
+    folder: Path,
+    transposed: tuple[str, ...] = (),
+    zeros: tuple[str, ...] = (),
+    unused: tuple[str, ...] = (),
+) -> None:
+    """Fill the parameters from what `read` found in a folder, by their names.
 
     Args:
         transposed: ends of the names of those that lie there transposed.
-        ignored: ends of the names of tensors that may be there, and that the model does not have.
+        zeros: of tensors that the model does not have, and that may be there if they are zero.
+        unused: of tensors that the model does not have, and that may be there.
 
     Raises:
-        CheckpointError: the file is missing or damaged, or its tensors are not this model's.
-        OSError: it cannot be read now, which says nothing about it.
+        CheckpointError: the tensors are not this model's.
     """
-    tensors: dict[str, Tensor] = tensorfile.read(folder / WEIGHTS)
+    left = dict(tensors)
     try:
         with torch.no_grad():
             for name, parameter in model.named_parameters():
-                tensor = tensors.pop(name)
+                tensor = left.pop(name)
                 parameter.copy_(tensor.t() if name.endswith(transposed) else tensor)
     except (KeyError, RuntimeError) as error:
         raise CheckpointError(f"{folder / WEIGHTS}: not the weights of this model: {error}") from error
-    if unknown := sorted(name for name in tensors if not (ignored and name.endswith(ignored))):
+    known = [name for name, tensor in left.items() if name.endswith(zeros) and not tensor.any()]
+    known += [name for name in left if name.endswith(unused)]
+    if unknown := sorted(set(left) - set(known)):
         raise CheckpointError(f"{folder / WEIGHTS}: tensors that this model does not have: {unknown}")

@@ -89,9 +89,10 @@ def _what(config: RunConfig, run: RunDir) -> str:
         base = "a base model" if name is None else f"`{name}`"
         return f"A LoRA adapter of rank {lora.r} on {base}, trained on the base in {how} with llmtrain."
     model = config.model
+    how = "scratch" if model.start_from is None else "given weights"
     return (
         f"A {model.architecture} with {model.num_layers} layers, {model.num_heads} heads and width {model.width}, "
-        f"trained from scratch with llmtrain on a context of {model.context} tokens."
+        f"trained from {how} with llmtrain on a context of {model.context} tokens."
     )
 
 

@@ -15,8 +15,8 @@ CONTRACTS = [
     "config.yaml_lines", "config.section", "config.data_sections", "config.model_sections", "config.service_sections",
     "config.schema", "config.other_names", "config.explain",
     "config.load", "config", "config.reference", "rundir", "shards", "manifest", "source_files", "recipe",
-    "batches", "memory", "base_facts", "memory_lora", "ledger", "intervals", "ranking", "overfitting", "choose",
-    "early_stop", "retention", "resume", "summary", "origin", "unsaved",
+    "batches", "memory", "base_facts", "model_files", "memory_lora", "ledger", "intervals", "ranking", "overfitting",
+    "choose", "early_stop", "retention", "resume", "summary", "origin", "unsaved",
     "gpus", "scoring_place", "cpu", "prompts", "transformers_ids",
 ]  # fmt: skip
 PROCESS = ["devices", "world", "stop"]

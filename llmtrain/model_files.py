@@ -1,0 +1,210 @@
+"""The config.json of what is trained from scratch, in transformers' format: written, read, compared. No torch."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llmtrain import files
+from llmtrain.config.load import Origins
+from llmtrain.config.model_sections import FromScratch, GPTModel, LlamaModel
+from llmtrain.config.schema import RunConfig
+from llmtrain.errors import CheckpointError, ConfigError
+
+WEIGHTS = "model.safetensors"
+SETTINGS = "config.json"
+NORM_EPS = 1e-5
+"""Of layer norms and RMS norms: GPT-2's, and most Llamas'."""
+_GPT2 = {"activation_function": "gelu_new", "layer_norm_epsilon": NORM_EPS, "n_inner": None, "scale_attn_weights": True}
+_LLAMA = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "rms_norm_eps": NORM_EPS}
+"""What is the same in all that is trained here."""
+
+
+@dataclass(frozen=True)
+class Described:
+    """What a model's config.json says."""
+
+    model: FromScratch
+    vocab_size: int
+    eos_id: int | None
+
+
+def _settings(model: FromScratch, vocab_size: int, eos_id: int) -> dict[str, Any]:
+    common = {
+        "model_type": model.model_type,
+        "vocab_size": vocab_size,
+        "tie_word_embeddings": model.tie_weights,
+        "bos_token_id": eos_id,
+        "eos_token_id": eos_id,
+        "dtype": "float32",
+    }
+    if model.kind == "gpt":
+        return {
+            **common,
+            **_GPT2,
+            "architectures": ["GPT2LMHeadModel"],
+            "n_layer": model.num_layers,
+            "n_head": model.num_heads,
+            "n_embd": model.width,
+            "n_positions": model.context,
+            "embd_pdrop": model.dropout,
+            "attn_pdrop": model.dropout,
+            "resid_pdrop": model.dropout,
+        }
+    return {
+        **common,
+        **_LLAMA,
+        "architectures": ["LlamaForCausalLM"],
+        "num_hidden_layers": model.num_layers,
+        "num_attention_heads": model.num_heads,
+        "num_key_value_heads": model.kv_heads,
+        "hidden_size": model.width,
+        "head_dim": model.width // model.num_heads,
+        "intermediate_size": model.inner_width,
+        "max_position_embeddings": model.context,
+        "rope_theta": model.rope_theta,  # where transformers before 5, and others, look for it
+        "rope_parameters": {"rope_type": "default", "rope_theta": model.rope_theta},
+        "attention_dropout": 0.0,
+    }
+
+
+def write(folder: Path, model: FromScratch, vocab_size: int, eos_id: int) -> None:
+    """Write the config.json of this model."""
+    (folder / SETTINGS).write_text(json.dumps(_settings(model, vocab_size, eos_id), indent=1) + "\n", encoding="utf-8")
+
+
+def read(folder: Path) -> Described:
+    """What a folder's config.json describes, which `write` or transformers wrote.
+
+    Raises:
+        CheckpointError: it cannot be read, or the model is none that is trained here.
+    """
+    file = folder / SETTINGS
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        match found["model_type"]:
+            case "gpt2":
+                model = _gpt(found)
+            case "llama":
+                model = _llama(found)
+            case other:
+                raise ValueError(f"a {other} model; only gpt2 and llama are read here")
+        eos_id = found.get("eos_token_id")
+        return Described(model, found["vocab_size"], eos_id if isinstance(eos_id, int) else None)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{file}: cannot be read as a GPT-2 or a Llama of ours: {error}") from error
+
+
+def _gpt(found: dict[str, Any]) -> GPTModel:
+    _refuse_others(found, {**_GPT2, "n_inner": found.get("n_inner") and 4 * found["n_embd"]})
+    return GPTModel(
+        num_layers=found["n_layer"],
+        num_heads=found["n_head"],
+        width=found["n_embd"],
+        context=found["n_positions"],
+        dropout=found.get("embd_pdrop", 0.1),
+        tie_weights=found.get("tie_word_embeddings", True),
+    )
+
+
+def _llama(found: dict[str, Any]) -> LlamaModel:
+    head_width = found["hidden_size"] // found["num_attention_heads"]
+    _refuse_others(found, {**_LLAMA, "head_dim": found.get("head_dim") and head_width, "rope_scaling": None})
+    rope = found.get("rope_parameters") or {"rope_theta": found.get("rope_theta", 10000.0)}
+    if rope.get("rope_type", "default") != "default":
+        raise ValueError(f"its rotary positions are of the kind {rope['rope_type']}; only default is trained here")
+    return LlamaModel(
+        kind="llama",
+        num_layers=found["num_hidden_layers"],
+        num_heads=found["num_attention_heads"],
+        num_kv_heads=found.get("num_key_value_heads"),
+        width=found["hidden_size"],
+        mlp_width=found["intermediate_size"],
+        context=found["max_position_embeddings"],
+        rope_theta=rope["rope_theta"],
+        tie_weights=found.get("tie_word_embeddings", False),
+    )
+
+
+def _refuse_others(found: dict[str, Any], ours: dict[str, Any]) -> None:
+    """Raises ValueError for a setting with which the model computes something else. One that is absent is transformers'
+    default, which is ours but for the norms of a Llama."""
+    absent = {"rms_norm_eps": 1e-6}
+    other = [f"{name}={has}" for name, our in ours.items() if (has := found.get(name, absent.get(name, our))) != our]
+    if other:
+        raise ValueError(
+            f"{', '.join(other)}: computed otherwise here ({', '.join(f'{k}={v}' for k, v in ours.items())})"
+        )
+
+
+def check_start(config: RunConfig, origins: Origins) -> None:
+    """Before hours of sharding.
+
+    Raises:
+        ConfigError: a run cannot begin with the weights of `model.start_from`.
+    """
+    model = config.model
+    if model.kind == "qlora" or model.start_from is None:
+        return
+    folder, told = Path(model.start_from), origins.describe(config, "model.start_from")
+    if not (folder / SETTINGS).is_file():
+        inner = folder / "model"
+        instead = inner if (inner / SETTINGS).is_file() else "the folder model/ of a checkpoint, or what was exported"
+        raise ConfigError([f"{told}: no {SETTINGS} there; give {instead}"])
+    if not (folder / WEIGHTS).is_file():
+        raise ConfigError(
+            [
+                f"{told}: no {WEIGHTS} there. Weights in several files, or in torch's own format, transformers writes "
+                "anew: AutoModelForCausalLM.from_pretrained(OLD).save_pretrained(NEW, max_shard_size='1TB')"
+            ]
+        )
+    try:
+        has = read(folder)
+    except CheckpointError as error:
+        raise ConfigError([f"{told}: {error}"]) from error
+    if problems := _misfits(model, has):
+        raise ConfigError([f"{told}: {problem}" for problem in problems])
+
+
+def check_vocabulary(config: RunConfig, origins: Origins, tokenizer: Path) -> None:
+    """`tokenizer`: the tokenizer.json of the data. With another one of the same size the embedding would mean nothing.
+
+    Raises:
+        ConfigError: the weights of `model.start_from` were trained with another.
+    """
+    if config.model.kind == "qlora" or config.model.start_from is None:
+        return
+    from tokenizers import Tokenizer
+
+    folder, told = Path(config.model.start_from), origins.describe(config, "model.start_from")
+    use = "take the tokenizer that it was trained with (data.tokenizer: {kind: folder, path: ...})"
+    ids = Tokenizer.from_file(str(tokenizer)).get_vocab(with_added_tokens=True)
+    size, has = max(ids.values()) + 1, read(folder).vocab_size
+    if size != has:
+        raise ConfigError([f"{told}: it has a vocabulary of {has:,} tokens, the data's tokenizer {size:,}; {use}"])
+    own = folder / "tokenizer.json"
+    if own.is_file() and Tokenizer.from_file(str(own)).get_vocab(with_added_tokens=True) != ids:
+        raise ConfigError([f"{told}: its tokenizer has other tokens than the data's; {use}"])
+
+
+def describe_start(config: RunConfig) -> str | None:
+    """With which weights a run begins; None: with random ones."""
+    if config.model.kind == "qlora" or config.model.start_from is None:
+        return None
+    weights = Path(config.model.start_from) / WEIGHTS
+    return f"with the weights {weights} (SHA-256 {files.sha256(weights)[:16]})"
+
+
+def _misfits(model: FromScratch, has: Described) -> list[str]:
+    if has.model.kind != model.kind:
+        return [f"it is a {has.model.architecture}; set model.kind={has.model.kind}"]
+    names = ["num_layers", "num_heads", "width", "tie_weights"]
+    names += ["context"] if model.kind == "gpt" else ["kv_heads", "inner_width", "rope_theta"]
+    settings = {"kv_heads": "num_kv_heads", "inner_width": "mlp_width"}
+    found: list[str] = []
+    for name in names:
+        theirs, ours = (json.dumps(getattr(each, name)) for each in (has.model, model))
+        if theirs != ours:
+            key = settings.get(name, name)
+            found.append(f"it has {key}={theirs}, here {ours}; set model.{key}={theirs}")
+    return found
