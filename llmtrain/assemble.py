@@ -208,6 +208,8 @@ def announce(
     )
     log.info(f"data       {split.rows:,} rows, {split.tokens:,} tokens in {data.path} ({data.fingerprint[:12]})")
     log.info(f"model      {model.title()}")
+    if config.model.kind != "qlora" and config.model.start_from is not None and not state.step:
+        log.info(f"weights    those of {config.model.start_from}")
     log.info(
         f"batch      {plan.global_batch_size} rows = {ranks} x {plan.micro_batch_size} x {plan.accumulation} micro; "
         f"{plan.total_steps:,} steps, {plan.total_steps * plan.global_batch_size / split.rows:.2f} epochs"

@@ -148,8 +148,11 @@ def check_start(config: RunConfig, origins: Origins) -> None:
         return
     folder, told = Path(model.start_from), origins.describe(config, "model.start_from")
     if not (folder / SETTINGS).is_file():
-        inner = folder / "model"
-        instead = inner if (inner / SETTINGS).is_file() else "the folder model/ of a checkpoint, or what was exported"
+        instead = "the folder model/ of a checkpoint, or what was exported"
+        if (folder / "model" / SETTINGS).is_file():
+            instead = str(folder / "model")
+        elif (folder / "checkpoints").is_dir():
+            instead = f"{folder}/checkpoints/step-.../model, of the step that 'llmtrain checkpoints {folder}' names"
         raise ConfigError([f"{told}: no {SETTINGS} there; give {instead}"])
     if not (folder / WEIGHTS).is_file():
         raise ConfigError(

@@ -35,7 +35,7 @@ def test_it_begins_where_the_other_ended(trained: Workplace, ranks: int, own: li
     assert first == pytest.approx(ended, abs=1e-6)
     assert last < first
     assert "with the weights" in (trained.run_folder(name) / "events.jsonl").read_text()
-    assert "from scratch" not in said
+    assert "weights    those of" in said
 
 
 def test_it_resumes_when_that_folder_is_gone(trained: Workplace, tmp_path: Path):
@@ -62,6 +62,8 @@ def test_what_does_not_fit_is_told_before_anything_is_built(trained: Workplace, 
     assert not (tmp_path / "shards").exists()
     folder = Path(start_of(trained).partition("=")[2])
     assert f"give {folder}" in refused(trained, f"model.start_from={folder.parent}", fresh)
+    run = trained.run_folder("first")
+    assert f"'llmtrain checkpoints {run}' names" in refused(trained, f"model.start_from={run}", fresh)
     weights = folder / "model.safetensors"
     weights.rename(folder / "aside")
     try:

@@ -17,7 +17,9 @@ from launcher.slurm import partitions as told_by_slurm
 from launcher.slurm.batch import JobSpec
 from launcher.slurm.limits import check_limits
 from launcher.slurm.partitions import NodeGroup, Partition, partitions
+from llmtrain import model_files
 from llmtrain.config import RunConfig, load_config
+from llmtrain.config.model_sections import GPTModel
 
 MOUNTS = r"""
 /dev/sda / ext4 rw 0 0
@@ -316,6 +318,20 @@ def test_too_little_room_for_checkpoints(tmp_path: Path, monkeypatch: pytest.Mon
     (refused,) = [e for e in errors(findings(spec(Profile(gpus_per_node=0, shared=[str(tmp_path)]))))
                   if e.startswith("disk")]  # fmt: skip
     assert "3 checkpoints of 63.9 MB take 191.6 MB; 100.0 MB are free: free some space, or keep fewer" in refused
+
+
+def test_weights_to_begin_with_have_to_fit_and_be_seen_by_all_nodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    job, given = spec(Profile(gpus_per_node=0, shared=[str(tmp_path)])), tmp_path / "given"
+    start = f"model.start_from={given}"
+    assert any("weights: " in error and "no config.json there" in error for error in errors(findings(job, start)))
+    given.mkdir()
+    model_files.write(given, GPTModel(), 8192, 0)
+    (given / "model.safetensors").touch()
+    assert any("set model.width=256" in error for error in errors(findings(job, start, "model.width=128")))
+    assert not any(error.startswith("weights") for error in errors(findings(job, start)))
+    elsewhere = findings(spec(Profile(gpus_per_node=0, shared=["/srv/all"])), start)
+    assert any(finding.what == "weights" and finding.severity != "ok" for finding in elsewhere)
 
 
 def begun(folder: Path, monkeypatch: pytest.MonkeyPatch, config: str) -> Profile:
