@@ -11,7 +11,7 @@ train: .venv/ready  ## set up, then train the default model (5 to 9 minutes on 2
 	$(PY) -m llmtrain
 
 test: .venv/ready-dev  ## unit, multi-process and integration tests (16 to 20 minutes on 2 cores)
-	$(PY) -m pytest -n 4 --dist loadfile --no-loadscope-reorder
+	$(PY) -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 	@if $(PY) -c "from llmtrain.gpus import num_gpus; raise SystemExit(not num_gpus())"; then $(PY) -m pytest --gpu; fi
 
 soak: .venv/ready-dev  ## the long campaigns with their full counts

@@ -15,7 +15,10 @@ WEIGHTS = "model.safetensors"
 SETTINGS = "config.json"
 NORM_EPS = 1e-5
 """Of layer norms and RMS norms: GPT-2's, and most Llamas'."""
-_GPT2 = {"activation_function": "gelu_new", "layer_norm_epsilon": NORM_EPS, "n_inner": None, "scale_attn_weights": True}
+_GPT2 = {
+    "activation_function": "gelu_new", "layer_norm_epsilon": NORM_EPS, "n_inner": None, "scale_attn_weights": True,
+    "scale_attn_by_inverse_layer_idx": False,
+}  # fmt: skip
 _LLAMA = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "rms_norm_eps": NORM_EPS}
 """What is the same in all that is trained here."""
 
@@ -129,12 +132,10 @@ def _llama(found: dict[str, Any]) -> LlamaModel:
 def _refuse_others(found: dict[str, Any], ours: dict[str, Any]) -> None:
     """Raises ValueError for a setting with which the model computes something else. One that is absent is transformers'
     default, which is ours but for the norms of a Llama."""
-    absent = {"rms_norm_eps": 1e-6}
-    other = [f"{name}={has}" for name, our in ours.items() if (has := found.get(name, absent.get(name, our))) != our]
-    if other:
-        raise ValueError(
-            f"{', '.join(other)}: computed otherwise here ({', '.join(f'{k}={v}' for k, v in ours.items())})"
-        )
+    absent = {**ours, "rms_norm_eps": 1e-6}
+    theirs = {name: found.get(name, absent[name]) for name in ours}
+    if other := [f"{name}={theirs[name]} (here {our})" for name, our in ours.items() if theirs[name] != our]:
+        raise ValueError(f"it is computed with {', '.join(other)}")
 
 
 def check_start(config: RunConfig, origins: Origins) -> None:

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models
 
-from llmtrain import log
+from llmtrain import log, model_files
 from llmtrain.adapters import ADAPTER_CONFIG
 from llmtrain.config.schema import GPTModel
 from llmtrain.errors import CheckpointError, ConfigError, DiskFull, RunFolderError, disk_errors
@@ -114,13 +114,16 @@ def test_what_killed_exports_have_left_is_named(adapter: Path, tmp_path: Path, m
     ]
 
 
-def test_a_model_that_transformers_computes_otherwise_is_not_exported(tmp_path: Path):
+def test_a_model_that_transformers_computes_otherwise_is_not_exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     folder = tmp_path / "model"
     write_tokenizer(folder)
     model = GPT(GPTModel(num_layers=1, num_heads=1, width=8, context=8), VOCAB)
     model.save(folder, {name: p.detach() for name, p in model.named_parameters()}, eos_id=0)
     described = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**described, "activation_function": "relu"}))
+    with pytest.raises(CheckpointError, match=r"it is computed with activation_function=relu \(here gelu_new\)"):
+        copy(folder, tmp_path / "to")
+    monkeypatch.setitem(model_files._GPT2, "activation_function", "relu")  # as if it were not known here
     with pytest.raises(CheckpointError, match="transformers' forward pass changed the logits"):
         copy(folder, tmp_path / "to")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
