@@ -7,11 +7,14 @@ from typing import Any
 
 from llmtrain import files
 from llmtrain.config.load import Origins
-from llmtrain.config.model_sections import FromScratch, GPTModel, LlamaModel
+from llmtrain.config.model_sections import FromScratch, GPTModel, LlamaModel, RopeScalingSection
 from llmtrain.config.schema import RunConfig
+from llmtrain.config.section import Section
 from llmtrain.errors import CheckpointError, ConfigError
 
 WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+"""Of weights in several files, as transformers writes large ones."""
 SETTINGS = "config.json"
 NORM_EPS = 1e-5
 """Of layer norms and RMS norms: GPT-2's, and most Llamas'."""
@@ -54,6 +57,7 @@ def _settings(model: FromScratch, vocab_size: int, eos_id: int) -> dict[str, Any
             "attn_pdrop": model.dropout,
             "resid_pdrop": model.dropout,
         }
+    rope = _rope(model.rope_scaling)
     return {
         **common,
         **_LLAMA,
@@ -66,8 +70,21 @@ def _settings(model: FromScratch, vocab_size: int, eos_id: int) -> dict[str, Any
         "intermediate_size": model.inner_width,
         "max_position_embeddings": model.context,
         "rope_theta": model.rope_theta,  # where transformers before 5, and others, look for it
-        "rope_parameters": {"rope_type": "default", "rope_theta": model.rope_theta},
+        **({} if model.rope_scaling is None else {"rope_scaling": rope}),
+        "rope_parameters": {**rope, "rope_theta": model.rope_theta},
         "attention_dropout": 0.0,
+    }
+
+
+def _rope(scaling: RopeScalingSection | None) -> dict[str, Any]:
+    if scaling is None:
+        return {"rope_type": "default"}
+    return {
+        "rope_type": "llama3",
+        "factor": scaling.factor,
+        "low_freq_factor": scaling.low_freq_factor,
+        "high_freq_factor": scaling.high_freq_factor,
+        "original_max_position_embeddings": scaling.original_context,
     }
 
 
@@ -112,10 +129,9 @@ def _gpt(found: dict[str, Any]) -> GPTModel:
 
 def _llama(found: dict[str, Any]) -> LlamaModel:
     head_width = found["hidden_size"] // found["num_attention_heads"]
-    _refuse_others(found, {**_LLAMA, "head_dim": found.get("head_dim") and head_width, "rope_scaling": None})
-    rope = found.get("rope_parameters") or {"rope_theta": found.get("rope_theta", 10000.0)}
-    if rope.get("rope_type", "default") != "default":
-        raise ValueError(f"its rotary positions are of the kind {rope['rope_type']}; only default is trained here")
+    _refuse_others(found, {**_LLAMA, "head_dim": found.get("head_dim") and head_width})
+    rope = {"rope_theta": found.get("rope_theta", 10000.0), **(found.get("rope_scaling") or {})}
+    rope |= found.get("rope_parameters") or {}
     return LlamaModel(
         kind="llama",
         num_layers=found["num_hidden_layers"],
@@ -124,9 +140,44 @@ def _llama(found: dict[str, Any]) -> LlamaModel:
         width=found["hidden_size"],
         mlp_width=found["intermediate_size"],
         context=found["max_position_embeddings"],
-        rope_theta=rope["rope_theta"],
+        rope_theta=float(rope["rope_theta"]),
+        rope_scaling=_rope_scaling(rope),
         tie_weights=found.get("tie_word_embeddings", False),
     )
+
+
+def _rope_scaling(rope: dict[str, Any]) -> RopeScalingSection | None:
+    match rope.get("rope_type", rope.get("type", "default")):
+        case "default":
+            return None
+        case "llama3":
+            return RopeScalingSection(
+                factor=float(rope["factor"]),
+                low_freq_factor=float(rope["low_freq_factor"]),
+                high_freq_factor=float(rope["high_freq_factor"]),
+                original_context=rope["original_max_position_embeddings"],
+            )
+        case other:
+            raise ValueError(f"its rotary positions are of the kind {other}; only default and llama3 are trained here")
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Where a folder's weights lie, in one file or in those that an index names.
+
+    Raises:
+        CheckpointError: the index cannot be read, or names what does not lie beside it.
+        OSError: it cannot be read now, which says nothing about it.
+    """
+    index = folder / INDEX
+    if (folder / WEIGHTS).is_file() or not index.is_file():
+        return [folder / WEIGHTS]
+    try:
+        names: set[str] = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        if not names or any(Path(name).name != name for name in names):
+            raise ValueError("it has to name files beside it")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{index}: cannot be read: {error}") from error
+    return [folder / name for name in sorted(names)]
 
 
 def _refuse_others(found: dict[str, Any], ours: dict[str, Any]) -> None:
@@ -155,14 +206,15 @@ def check_start(config: RunConfig, origins: Origins) -> None:
         elif (folder / "checkpoints").is_dir():
             instead = f"{folder}/checkpoints/step-.../model, of the step that 'llmtrain checkpoints {folder}' names"
         raise ConfigError([f"{told}: no {SETTINGS} there; give {instead}"])
-    if not (folder / WEIGHTS).is_file():
-        raise ConfigError(
-            [
-                f"{told}: no {WEIGHTS} there. Weights in several files, or in torch's own format, transformers writes "
-                "anew: AutoModelForCausalLM.from_pretrained(OLD).save_pretrained(NEW, max_shard_size='1TB')"
-            ]
-        )
     try:
+        if missing := [file.name for file in weight_files(folder) if not file.is_file()]:
+            others = ""
+            if missing == [WEIGHTS]:
+                others = (
+                    ". Weights in torch's own format, transformers writes anew: "
+                    "AutoModelForCausalLM.from_pretrained(OLD).save_pretrained(NEW)"
+                )
+            raise ConfigError([f"{told}: no {', '.join(missing)} there{others}"])
         has = read(folder)
     except CheckpointError as error:
         raise ConfigError([f"{told}: {error}"]) from error
@@ -195,20 +247,25 @@ def describe_start(config: RunConfig) -> str | None:
     """With which weights a run begins; None: with random ones."""
     if config.model.kind == "qlora" or config.model.start_from is None:
         return None
-    weights = Path(config.model.start_from) / WEIGHTS
-    return f"with the weights {weights} (SHA-256 {files.sha256(weights)[:16]})"
+    weights = [f"{file} (SHA-256 {files.sha256(file)[:16]})" for file in weight_files(Path(config.model.start_from))]
+    return f"with the weights {', '.join(weights)}"
 
 
 def _misfits(model: FromScratch, has: Described) -> list[str]:
     if has.model.kind != model.kind:
         return [f"it is a {has.model.architecture}; set model.kind={has.model.kind}"]
     names = ["num_layers", "num_heads", "width", "tie_weights"]
-    names += ["context"] if model.kind == "gpt" else ["kv_heads", "inner_width", "rope_theta"]
+    names += ["context"] if model.kind == "gpt" else ["kv_heads", "inner_width", "rope_theta", "rope_scaling"]
     settings = {"kv_heads": "num_kv_heads", "inner_width": "mlp_width"}
     found: list[str] = []
     for name in names:
-        theirs, ours = (json.dumps(getattr(each, name)) for each in (has.model, model))
+        theirs, ours = (_as_written(getattr(each, name)) for each in (has.model, model))
         if theirs != ours:
             key = settings.get(name, name)
             found.append(f"it has {key}={theirs}, here {ours}; set model.{key}={theirs}")
     return found
+
+
+def _as_written(value: Any) -> str:
+    """As a person would write it into a configuration."""
+    return json.dumps(value.model_dump() if isinstance(value, Section) else value)

@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -12,7 +13,7 @@ from rich.table import Table
 from launcher import display
 from launcher.planning import forecast
 from launcher.planning.sizes import find_sizes
-from llmtrain import cpu, recipe, shards
+from llmtrain import cpu, model_files, recipe, shards
 from llmtrain.batches import ANY_ROWS, BatchPlan, plan_batches, warmup_problem
 from llmtrain.config.load import Origins, with_precision
 from llmtrain.config.schema import RunConfig
@@ -162,7 +163,12 @@ def count_rows(config: RunConfig, given: Given, built: ShardManifest | None) -> 
 
 
 def show(config: RunConfig, origins: Origins, machine: Machine, given: Given, console: Console) -> bool:
-    """Print the plan; returns whether the configured run fits."""
+    """Print the plan; returns whether the configured run fits.
+
+    Raises:
+        ConfigError: something has to be said first, or cannot be so.
+    """
+    begins_with = _describe_start(config, origins)
     folder = recipe.shard_folder(config)
     built = recipe.open_shards(config, "size").manifest if shards.exists(folder) else None
     rows, data = count_rows(config, given, built)
@@ -174,6 +180,8 @@ def show(config: RunConfig, origins: Origins, machine: Machine, given: Given, co
         console.print(f"{name:<12} {text}", highlight=False, soft_wrap=True, markup=False)
 
     say("model", sizes.title)
+    if begins_with is not None:
+        say("weights", begins_with)
     say("data", data)
     ranks = count(machine.ranks, "rank")
     say("batch", f"{plan.global_batch_size} rows = {ranks} x {plan.micro_batch_size} x {plan.accumulation}")
@@ -209,6 +217,17 @@ def show(config: RunConfig, origins: Origins, machine: Machine, given: Given, co
             "  ", "no setting here makes it fit: use a smaller model, a shorter model.context, or more GPUs with ZeRO-2"
         )
     return False
+
+
+def _describe_start(config: RunConfig, origins: Origins) -> str | None:
+    """Of given weights. Raises ConfigError where a run could not begin with them."""
+    if config.model.kind == "qlora" or config.model.start_from is None:
+        return None
+    folder = Path(config.model.start_from)
+    if not folder.is_dir():  # planned on another machine
+        return f"those of {folder}, which is not here to be looked at"
+    model_files.check_start(config, origins)
+    return f"those of {folder}"
 
 
 def _say_precision(

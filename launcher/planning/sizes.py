@@ -69,7 +69,9 @@ def vocab_size(config: RunConfig, given: int | None, built: ShardManifest | None
     if (size := recipe.tokenizer_size(config)) is not None:
         return size
     if tokenizer.kind == "folder":
-        raise ConfigError([f"data.tokenizer.path={tokenizer.path}: there is no tokenizer.json in it"])
+        raise ConfigError(
+            [f"data.tokenizer.path={tokenizer.path}: there is no tokenizer.json in it; --vocab-size will do for a plan"]
+        )
     assert tokenizer.kind == "hub"
     raise ConfigError(
         [

@@ -218,7 +218,7 @@ class DataSection(Section):
     format: Format = TextFormat()
     """What a record is: raw text, or a sample to fine-tune on."""
     tokenizer: Tokenizer = TrainedTokenizer()
-    """By default a new one for `model.kind: gpt`, the base model's for `qlora`."""
+    """By default the base model's for `model.kind: qlora`, that of given weights for others, else a new one."""
     split: SplitSection = SplitSection()
     packing: Literal["contiguous", "bestfit", "none"] = "contiguous"
     """contiguous: concatenate the documents and cut every `model.context` tokens. bestfit: whole documents

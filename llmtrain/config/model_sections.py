@@ -66,6 +66,26 @@ def _check_heads(num_heads: int, width: int, multiple_of: int = 1) -> None:
         raise ValueError(f"num_heads={num_heads} does not divide width={width}{evenly}; use {use}")
 
 
+class RopeScalingSection(Section):
+    factor: Annotated[float, Field(ge=1)] = 8.0
+    """How many times as slowly the slow channels turn; Llama 3.1 has 8, 3.2 has 32."""
+    low_freq_factor: Annotated[float, Field(gt=0)] = 1.0
+    """Channels that turn less often than this within `original_context` are slow."""
+    high_freq_factor: Annotated[float, Field(gt=0)] = 4.0
+    """Those that turn more often than this stay as they are; those between are mixed."""
+    original_context: Annotated[int, Field(ge=1)] = 8192
+    """Tokens that the model saw at once before it was stretched."""
+
+    @model_validator(mode="after")
+    def _factors_are_ordered(self) -> Self:
+        if self.high_freq_factor <= self.low_freq_factor:
+            raise ValueError(
+                f"high_freq_factor={self.high_freq_factor} has to be above low_freq_factor={self.low_freq_factor}; "
+                "Llama 3.1 has 4 and 1"
+            )
+        return self
+
+
 class LlamaModel(Section):
     kind: Literal["llama"]
     """Llama's architecture, from scratch: rotary positions, RMS norms, a gated MLP; no biases, no dropout."""
@@ -83,6 +103,8 @@ class LlamaModel(Section):
     """Tokens that the model sees at once; also the length of a training row."""
     rope_theta: Annotated[float, Field(gt=1)] = 10000.0
     """Base of the rotary positions' wavelengths."""
+    rope_scaling: RopeScalingSection | None = None
+    """Rotary positions stretched as in Llama 3.1, for weights that were trained so; null: not."""
     tie_weights: bool = True
     """Use the token embedding as output matrix too."""
     start_from: Annotated[Folder, Field(min_length=1, json_schema_extra=MAY_CHANGE)] | None = None

@@ -36,7 +36,7 @@ def _described(path: str, property: Schema, defs: Schema, level: int) -> Iterato
     """A section, or the kinds that stand for one; what lies inside it follows under headings of its own."""
     kinds = _kinds(property)
     if not kinds:
-        yield from _table(path, f"{'#' * level} `{path}`", _resolve(property["$ref"], defs), defs, level)
+        yield from _table(path, f"{'#' * level} `{path}`", _resolve(_references(property)[0], defs), defs, level)
     for kind, reference in kinds.items():
         yield from _table(path, f"{'#' * level} `{path}`, `kind: {kind}`", _resolve(reference, defs), defs, level)
 
@@ -78,7 +78,12 @@ def _order(holder: Schema, reference: str) -> int:
 
 
 def _is_section(property: Schema) -> bool:
-    return "$ref" in property or bool(_kinds(property))
+    return bool(_references(property) or _kinds(property))
+
+
+def _references(property: Schema) -> list[str]:
+    """Of a section that is one of a kind, or of null."""
+    return [each["$ref"] for each in property.get("anyOf", [property]) if "$ref" in each]
 
 
 def _is_constant(property: Schema) -> bool:

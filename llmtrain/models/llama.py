@@ -6,6 +6,7 @@ Parameter names are those of transformers' Llama, and `save` writes its format: 
 `AutoModelForCausalLM.from_pretrained`, and with what else reads Llamas.
 """
 
+import math
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from llmtrain import model_files, tensorfile
-from llmtrain.config.model_sections import LlamaModel
+from llmtrain.config.model_sections import LlamaModel, RopeScalingSection
 from llmtrain.data import IGNORE, Documents
 from llmtrain.manifest import FileInfo
 from llmtrain.model_files import NORM_EPS, WEIGHTS
@@ -28,14 +29,25 @@ Rotation = tuple[Tensor, Tensor]
 """Cosines and sines of the positions' angles, (T, K) or (B, 1, T, K)."""
 
 
-def rotation(positions: Tensor, width: int, theta: float, dtype: torch.dtype) -> Rotation:
-    """For `positions` (T,) or (B, T), rotary embeddings (Su et al. 2021) of heads of `width` channels."""
-    frequencies = 1.0 / theta ** (torch.arange(0, width, 2, device=positions.device) / width)
+def rotation(positions: Tensor, config: LlamaModel, dtype: torch.dtype) -> Rotation:
+    """For `positions` (T,) or (B, T), rotary embeddings (Su et al. 2021)."""
+    width = config.width // config.num_heads
+    frequencies = 1.0 / config.rope_theta ** (torch.arange(0, width, 2, device=positions.device) / width)
+    if config.rope_scaling is not None:
+        frequencies = _stretched(frequencies, config.rope_scaling)
     angles = positions.unsqueeze(-1).float() * frequencies
     angles = torch.cat([angles, angles], -1)
     if positions.ndim == 2:
         angles = angles.unsqueeze(1)
     return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def _stretched(frequencies: Tensor, by: RopeScalingSection) -> Tensor:
+    """Llama 3.1's (Grattafiori et al. 2024, arXiv:2407.21783, and Meta's published code): slow channels turn `factor`
+    times as slowly, fast ones as before."""
+    turns = by.original_context / (2 * math.pi) * frequencies
+    kept = ((turns - by.low_freq_factor) / (by.high_freq_factor - by.low_freq_factor)).clamp(0, 1)
+    return frequencies * (kept + (1 - kept) / by.factor)
 
 
 def rotated(x_BHTK: Tensor, by: Rotation) -> Tensor:
@@ -173,7 +185,7 @@ class Llama(nn.Module):
             positions = torch.arange(first, first + input_ids.shape[1], device=input_ids.device)
         parts: Any = self.model
         x_BTD = parts["embed_tokens"](input_ids)
-        by = rotation(positions, self.config.width // self.config.num_heads, self.config.rope_theta, computed_in(x_BTD))
+        by = rotation(positions, self.config, computed_in(x_BTD))
         apart = kept_apart(documents, x_BTD, self._flash)
         recompute = self.activation_checkpointing and torch.is_grad_enabled()
         for layer, block in enumerate(parts["layers"]):

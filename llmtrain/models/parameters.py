@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 from llmtrain import tensorfile
 from llmtrain.errors import CheckpointError
-from llmtrain.model_files import WEIGHTS
+from llmtrain.model_files import weight_files
 
 
 class _DrawNothing(TorchFunctionMode):
@@ -53,10 +53,13 @@ def read(folder: Path) -> dict[str, Tensor]:
     """A folder's weights by name.
 
     Raises:
-        CheckpointError: the file is missing or damaged.
+        CheckpointError: a file is missing or damaged.
         OSError: it cannot be read now, which says nothing about it.
     """
-    return tensorfile.read(folder / WEIGHTS)
+    tensors: dict[str, Tensor] = {}
+    for file in weight_files(folder):
+        tensors |= tensorfile.read(file)
+    return tensors
 
 
 def fill(
@@ -84,8 +87,8 @@ def fill(
                 tensor = left.pop(name)
                 parameter.copy_(tensor.t() if name.endswith(transposed) else tensor)
     except (KeyError, RuntimeError) as error:
-        raise CheckpointError(f"{folder / WEIGHTS}: not the weights of this model: {error}") from error
+        raise CheckpointError(f"{folder}: not the weights of this model: {error}") from error
     known = [name for name, tensor in left.items() if name.endswith(zeros) and not tensor.any()]
     known += [name for name in left if name.endswith(unused)]
     if unknown := sorted(set(left) - set(known)):
-        raise CheckpointError(f"{folder / WEIGHTS}: tensors that this model does not have: {unknown}")
+        raise CheckpointError(f"{folder}: tensors that this model does not have: {unknown}")

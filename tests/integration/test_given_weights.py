@@ -67,9 +67,22 @@ def test_what_does_not_fit_is_told_before_anything_is_built(trained: Workplace, 
     weights = folder / "model.safetensors"
     weights.rename(folder / "aside")
     try:
-        assert "save_pretrained(NEW, max_shard_size='1TB')" in refused(trained, start_of(trained), fresh)
+        assert "from_pretrained(OLD).save_pretrained(NEW)" in refused(trained, start_of(trained), fresh)
     finally:
         (folder / "aside").rename(weights)
+
+
+def test_of_weights_in_several_files_all_have_to_be_there(trained: Workplace, tmp_path: Path):
+    folder = shutil.copytree(start_of(trained).partition("=")[2], tmp_path / "folder")
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
+    start = [f"model.start_from={folder}", f"data.dir={tmp_path / 'shards'}"]
+    index = folder / "model.safetensors.index.json"
+    index.write_text(
+        '{"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}'
+    )
+    assert "no model-00002-of-00002.safetensors there" in refused(trained, *start)
+    index.write_text('{"weight_map": {"a": "../model-00001-of-00002.safetensors"}}')
+    assert "it has to name files beside it" in refused(trained, *start)
 
 
 def test_another_tokenizer_of_the_same_size_is_refused(trained: Workplace, tmp_path: Path):
@@ -88,6 +101,10 @@ def test_models_of_transformers_are_begun_with(kind: str, tmp_path: Path):
         "llama": {
             "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 32,
             "intermediate_size": 128, "max_position_embeddings": 64, "rms_norm_eps": 1e-5, "tie_word_embeddings": True,
+            "rope_parameters": {
+                "rope_type": "llama3", "rope_theta": 10000.0, "factor": 32.0, "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0, "original_max_position_embeddings": 32,
+            },
         },
     }  # fmt: skip
     work = make_workplace(tmp_path, model=LLAMA if kind == "llama" else GPT)
@@ -97,10 +114,12 @@ def test_models_of_transformers_are_begun_with(kind: str, tmp_path: Path):
     made = tmp_path / "made"
     torch.manual_seed(0)
     theirs = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, vocab_size=512, **sizes[kind]))
-    theirs.save_pretrained(made)
+    theirs.save_pretrained(made, max_shard_size="40KB")
+    assert len(list(made.glob("*.safetensors"))) > 1
     for file in (work.folder / "shards" / "tokenizer").iterdir():
         shutil.copy(file, made)
-    own = [f"model.start_from={made}", "data.tokenizer={kind: folder, path: made}", "data.dir=others"]
+    own = ["model.rope_scaling={factor: 32, original_context: 32}"] if kind == "llama" else []
+    own += [f"model.start_from={made}", "data.tokenizer={kind: folder, path: made}", "data.dir=others"]
     said = work.train("run.name=begun", *own, *SETTINGS)
     total, learned = 0.0, 0
     for tokens, doc_lens in zip(rows.tokens, rows.doc_lens, strict=True):

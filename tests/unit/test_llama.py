@@ -1,12 +1,13 @@
 """Llama from scratch: what transformers makes of it, its documents, its memory."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 
 from llmtrain.config import load_config
-from llmtrain.config.model_sections import LlamaModel
+from llmtrain.config.model_sections import LlamaModel, RopeScalingSection
 from llmtrain.config.schema import SampleSection
 from llmtrain.data import Documents
 from llmtrain.errors import CheckpointError, ConfigError
@@ -56,6 +57,31 @@ def test_transformers_gives_the_same_logits_and_gradients(tmp_path: Path, tied: 
     assert torch.equal(again.logits(ids), model.logits(ids))
 
 
+def test_positions_stretched_as_in_llama_31_are_those_of_transformers(tmp_path: Path):
+    """Of 8 channels some turn slowly within 16 positions, one is mixed, and some stay."""
+    from transformers import AutoModelForCausalLM
+
+    scaling = RopeScalingSection(factor=8.0, low_freq_factor=1.0, high_freq_factor=2.0, original_context=16)
+    config = SMALL.model_copy(update={"width": 64, "rope_theta": 50.0, "context": 128})
+    ids = random_ids(2, 120)
+    plain = Llama(config, 100, seed=3)
+    model = Llama(config.model_copy(update={"rope_scaling": scaling}), 100, seed=3)
+    model.save(tmp_path, dict(model.named_parameters()), eos_id=7)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path)
+    with torch.no_grad():
+        assert torch.allclose(theirs(ids).logits, model.logits(ids), atol=2e-5)
+    assert not torch.allclose(plain.logits(ids), model.logits(ids), atol=1e-3)
+
+    again, _ = read_model(tmp_path)
+    assert again.config.rope_scaling == scaling
+    assert torch.equal(again.logits(ids), model.logits(ids))
+    file = tmp_path / "config.json"  # as transformers wrote it before its version 5
+    settings = json.loads(file.read_text())
+    del settings["rope_parameters"]
+    file.write_text(json.dumps(settings))
+    assert read_model(tmp_path)[0].config == again.config
+
+
 def test_another_model_is_not_read(tmp_path: Path):
     model = Llama(SMALL, 100)
     model.save(tmp_path, dict(model.named_parameters()), eos_id=7)
@@ -63,7 +89,7 @@ def test_another_model_is_not_read(tmp_path: Path):
     whole = file.read_text()
     for before, after in [
         ("silu", "gelu"),
-        ('"default"', '"llama3"'),
+        ('"default"', '"yarn"'),
         ("llama", "mamba"),
         ('"hidden_size": 32', '"hidden_size": 34'),
     ]:

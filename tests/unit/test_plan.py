@@ -23,10 +23,11 @@ from launcher.planning.plan import Given, Machine, show
 from launcher.sharding.build import build
 from launcher.submitting.order import Order
 from launcher.submitting.plan_job import Wishes, find_job, find_nodes, machine_for, train_seconds
-from llmtrain import origin
+from llmtrain import model_files, origin
 from llmtrain.batches import ANY_ROWS, BatchPlan, plan_batches
 from llmtrain.config import load_config, resolved_yaml
 from llmtrain.config.load import Origins, with_precision
+from llmtrain.config.model_sections import GPTModel
 from llmtrain.config.schema import RunConfig
 from llmtrain.errors import ConfigError, DataMismatch
 from llmtrain.memory import WholeSizes
@@ -202,6 +203,27 @@ def test_a_plan_says_that_the_warmup_is_too_long():
         known = replace(NOTHING_GIVEN, vocab_size=300)
         show(config, Origins(), Machine("cpu", 1, None, ""), known, Console(file=out, width=300))
         assert ("\nwarm-up      50 of 30 steps: the learning rate ends at 0.0012 and" in out.getvalue()) == said
+
+
+def test_a_plan_looks_at_the_weights_that_a_run_begins_with(tmp_path: Path):
+    folder = tmp_path / "weights"
+    config = configured(f"model.start_from={folder}")
+    known = replace(NOTHING_GIVEN, vocab_size=300)
+
+    def planned() -> str:
+        out = io.StringIO()
+        show(config, Origins(), Machine("cpu", 1, None, ""), known, Console(file=out, width=300))
+        return out.getvalue()
+
+    assert f"those of {folder}, which is not here to be looked at" in planned()
+    folder.mkdir()
+    (folder / "model.safetensors").touch()
+    assert isinstance(config.model, GPTModel)
+    model_files.write(folder, config.model, 300, 0)
+    assert f"those of {folder}\n" in planned()
+    model_files.write(folder, config.model.model_copy(update={"width": 48}), 300, 0)
+    with pytest.raises(ConfigError, match="it has width=48"):
+        planned()
 
 
 def test_a_run_is_spread_over_jobs(tmp_path: Path):
