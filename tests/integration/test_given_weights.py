@@ -14,6 +14,9 @@ from tests.support.runs import GPT, LLAMA, Workplace, make_workplace
 
 SETTINGS = ["train.steps=8", "checkpoint.every_steps=4", "evaluate.train_rows=0"]
 
+ONE_KIND = pytest.mark.parametrize("trained", [GPT], ids=["gpt"], indirect=True)
+"""What is refused before a model is built."""
+
 
 @pytest.fixture(scope="module", params=[GPT, LLAMA], ids=["gpt", "llama"])
 def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Workplace:
@@ -54,6 +57,7 @@ def refused(workplace: Workplace, *settings: str) -> str:
     return said
 
 
+@ONE_KIND
 def test_what_does_not_fit_is_told_before_anything_is_built(trained: Workplace, tmp_path: Path):
     fresh = f"data.dir={tmp_path / 'shards'}"
     said = refused(trained, start_of(trained), "model.width=64", "model.num_layers=3", fresh)
@@ -72,6 +76,7 @@ def test_what_does_not_fit_is_told_before_anything_is_built(trained: Workplace, 
         (folder / "aside").rename(weights)
 
 
+@ONE_KIND
 def test_of_weights_in_several_files_all_have_to_be_there(trained: Workplace, tmp_path: Path):
     folder = shutil.copytree(start_of(trained).partition("=")[2], tmp_path / "folder")
     (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
@@ -85,6 +90,7 @@ def test_of_weights_in_several_files_all_have_to_be_there(trained: Workplace, tm
     assert "it has to name files beside it" in refused(trained, *start)
 
 
+@ONE_KIND
 def test_another_tokenizer_of_the_same_size_is_refused(trained: Workplace, tmp_path: Path):
     """512 tokens too, learned from other text: every row of the embedding would mean something else."""
     other = ["data.tokenizer={kind: train, vocab_size: 512}", f"data.dir={tmp_path / 'shards'}"]
