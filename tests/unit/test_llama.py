@@ -2,9 +2,12 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from torch._dynamo.exc import BackendCompilerFailed
 
 from llmtrain.config import load_config
 from llmtrain.config.model_sections import LlamaModel, RopeScalingSection
@@ -14,6 +17,7 @@ from llmtrain.errors import CheckpointError, ConfigError
 from llmtrain.evaluate import continue_text
 from llmtrain.memory import WholeSizes, block_matrices, layer_activations
 from llmtrain.models import GPT, read_model
+from llmtrain.models.attention import _flash
 from llmtrain.models.llama import Llama
 from tests.support.kept import kept
 
@@ -155,6 +159,28 @@ def test_the_compiled_model_is_one_graph_with_the_same_gradients(documents: bool
         found.append([loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
     for mine, reference in zip(*found, strict=True):
         torch.testing.assert_close(mine, reference)
+
+
+def test_with_a_gpus_kernel_for_documents_the_model_is_one_graph(monkeypatch: pytest.MonkeyPatch):
+    """As tests/unit/test_models.py has it for a GPT, up to the graph; keys and values with their own few heads."""
+
+    def as_on_a_gpu(q: Tensor, k: Tensor, v: Tensor, apart: Documents, causal: bool, dropout: float) -> Tensor:
+        return _flash(q, k, v, apart, None)
+
+    class Captured(Exception):
+        pass
+
+    def keep(graph: Any, inputs: Any) -> Any:
+        raise Captured(str(graph.graph))
+
+    monkeypatch.setattr("llmtrain.models.llama.kept_apart", lambda documents, x, flash: documents)
+    monkeypatch.setattr("llmtrain.models.llama.attention", as_on_a_gpu)
+    ids, starts = torch.zeros(2, 24, dtype=torch.int64), torch.tensor([0, 9, 24, 48], dtype=torch.int32)
+    with pytest.raises(BackendCompilerFailed) as caught:
+        torch.compile(Llama(SMALL, 100), backend=keep, fullgraph=True)(ids, ids, Documents(starts, 24))
+    assert isinstance(caught.value.inner_exception, Captured)
+    calls = [line for line in str(caught.value.inner_exception).splitlines() if "torch_attn._varlen_attn" in line]
+    assert [call.count("[-1, 0], True") for call in calls] == [1] * SMALL.num_layers  # causal, with few keys
 
 
 def test_initial_weights_depend_on_the_seed_alone():
