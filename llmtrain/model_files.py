@@ -9,7 +9,6 @@ from llmtrain import files
 from llmtrain.config.load import Origins
 from llmtrain.config.model_sections import FromScratch, GPTModel, LlamaModel, RopeScalingSection
 from llmtrain.config.schema import RunConfig
-from llmtrain.config.section import Section
 from llmtrain.errors import CheckpointError, ConfigError
 
 WEIGHTS = "model.safetensors"
@@ -219,7 +218,9 @@ def check_start(config: RunConfig, origins: Origins) -> None:
     except CheckpointError as error:
         raise ConfigError([f"{told}: {error}"]) from error
     if problems := _misfits(model, has):
-        raise ConfigError([f"{told}: {problem}" for problem in problems])
+        whole = {"start_from": model.start_from, **_sizes(has.model)}
+        settings = ", ".join(f"{name}: {json.dumps(value)}" for name, value in whole.items())
+        raise ConfigError([*(f"{told}: {problem}" for problem in problems), f"all of it: model: {{{settings}}}"])
 
 
 def check_vocabulary(config: RunConfig, origins: Origins, tokenizer: Path) -> None:
@@ -254,18 +255,24 @@ def describe_start(config: RunConfig) -> str | None:
 def _misfits(model: FromScratch, has: Described) -> list[str]:
     if has.model.kind != model.kind:
         return [f"it is a {has.model.architecture}; set model.kind={has.model.kind}"]
-    names = ["num_layers", "num_heads", "width", "tie_weights"]
-    names += ["context"] if model.kind == "gpt" else ["kv_heads", "inner_width", "rope_theta", "rope_scaling"]
-    settings = {"kv_heads": "num_kv_heads", "inner_width": "mlp_width"}
-    found: list[str] = []
-    for name in names:
-        theirs, ours = (_as_written(getattr(each, name)) for each in (has.model, model))
-        if theirs != ours:
-            key = settings.get(name, name)
-            found.append(f"it has {key}={theirs}, here {ours}; set model.{key}={theirs}")
-    return found
+    ours, theirs = _sizes(model), _sizes(has.model)
+    return [
+        f"it has {name}={json.dumps(value)}, here {json.dumps(ours[name])}; set model.{name}={json.dumps(value)}"
+        for name, value in theirs.items()
+        if ours[name] != value
+    ]
 
 
-def _as_written(value: Any) -> str:
-    """As a person would write it into a configuration."""
-    return json.dumps(value.model_dump() if isinstance(value, Section) else value)
+def _sizes(model: FromScratch) -> dict[str, Any]:
+    """Settings without which its weights would fit nowhere, or mean something else."""
+    sizes: dict[str, Any] = {"kind": model.kind}
+    sizes |= {name: getattr(model, name) for name in ("num_layers", "num_heads", "width", "tie_weights")}
+    if model.kind == "gpt":
+        return {**sizes, "context": model.context}
+    return {
+        **sizes,
+        "num_kv_heads": model.kv_heads,
+        "mlp_width": model.inner_width,
+        "rope_theta": model.rope_theta,
+        "rope_scaling": None if model.rope_scaling is None else model.rope_scaling.model_dump(),
+    }

@@ -1,5 +1,6 @@
 """`model.start_from`: a run that begins with the weights of another, or of transformers'."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from llmtrain import shards
 from llmtrain.errors import ConfigError
@@ -74,6 +76,14 @@ def test_what_does_not_fit_is_told_before_anything_is_built(trained: Workplace, 
         assert "from_pretrained(OLD).save_pretrained(NEW)" in refused(trained, start_of(trained), fresh)
     finally:
         (folder / "aside").rename(weights)
+
+
+@ONE_KIND
+def test_the_line_that_is_proposed_works(trained: Workplace, tmp_path: Path):
+    said = refused(trained, "model={num_layers: 3}", "model.kind=llama", start_of(trained))
+    assert "it is a GPT; set model.kind=gpt" in said
+    proposed = yaml.safe_load(said.partition("all of it: ")[2].partition("\n")[0])["model"]
+    trained.train("run.name=proposed", f"model={json.dumps(proposed)}", "train.steps=1")
 
 
 @ONE_KIND
