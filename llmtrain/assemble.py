@@ -111,11 +111,10 @@ def build(
     data = shards.open_folder(recipe.shard_folder(config), "size")  # rank 0 has verified every byte
     training = data.split("train")
     plan = plan_batches(config, origins, world.size, training.num_rows)
-    vocab_size = data.manifest.tokenizer.vocab_size
     state, resume_step = TrainState(), prepared.resume_step
     begun_from = None if config.model.kind == "qlora" else config.model.start_from
     is_loaded_next = resume_step is not None or begun_from is not None
-    model = build_model(config, vocab_size, world.device, is_loaded_next)
+    model = build_model(config, data.manifest.tokenizer.vocab_size, world.device, is_loaded_next)
     prove_isolation(config, model, training)
     if resume_step is not None:
         state = manifest.read(run_dir.checkpoint(resume_step)).train_state

@@ -184,7 +184,9 @@ def num_parameters(model: FromScratch, vocab_size: int) -> int:
     width = model.width
     tables = vocab_size * (1 if model.tie_weights else 2) * width
     if model.kind == "llama":
-        return tables + model.num_layers * (block_matrices(model) + 2 * width) + width
+        rest = 2 * width + (2 * model.head_channels if model.qk_norm else 0)  # norms, biases
+        rest += model.head_channels * (model.num_heads + 2 * model.kv_heads) if model.qkv_bias else 0
+        return tables + model.num_layers * (block_matrices(model) + rest) + width
     rest = 10 * width + (3 * width if model.qkv_bias else 0)  # biases, layer norms
     return tables + model.context * width + model.num_layers * (block_matrices(model) + rest) + 2 * width
 
@@ -193,8 +195,8 @@ def block_matrices(model: FromScratch) -> int:
     """Weights of a block's matrices."""
     if model.kind == "gpt":
         return 12 * model.width**2
-    narrow = model.width // model.num_heads * model.kv_heads
-    return model.width * (2 * model.width + 2 * narrow + 3 * model.inner_width)
+    heads = 2 * model.head_channels * (model.num_heads + model.kv_heads)
+    return model.width * (heads + 3 * model.inner_width)
 
 
 def keeps_probabilities(length: int, bf16: bool, dropout: float) -> bool:
@@ -219,7 +221,12 @@ def layer_activations(model: FromScratch, positions: int, bf16: bool, device: De
     width, length = model.width, model.context
     dropout = model.dropout if model.kind == "gpt" else 0.0
     if model.kind == "llama":
-        kept = (28 if bf16 else 40) * width + (8 if bf16 else 16) * model.inner_width + 8
+        channels = model.head_channels * model.num_heads
+        kept = (
+            (20 if bf16 else 24) * width + (8 if bf16 else 16) * channels + (8 if bf16 else 16) * model.inner_width + 8
+        )
+        if model.qk_norm:
+            kept += (8 if bf16 else 12) * model.head_channels * (model.num_heads + model.kv_heads)
     else:
         kept = (36 if bf16 else 64) * width
         if bf16 and device == "cpu":  # models/projections.py recomputes layer norms and GELU

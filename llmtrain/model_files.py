@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llmtrain import files
+from llmtrain import files, recipe
 from llmtrain.config.load import Origins
 from llmtrain.config.model_sections import FromScratch, GPTModel, LlamaModel, RopeScalingSection
 from llmtrain.config.schema import RunConfig
@@ -16,13 +16,18 @@ INDEX = "model.safetensors.index.json"
 """Of weights in several files, as transformers writes large ones."""
 SETTINGS = "config.json"
 NORM_EPS = 1e-5
-"""Of layer norms and RMS norms: GPT-2's, and most Llamas'."""
+"""Of layer norms: GPT-2's."""
 _GPT2 = {
     "activation_function": "gelu_new", "layer_norm_epsilon": NORM_EPS, "n_inner": None, "scale_attn_weights": True,
     "scale_attn_by_inverse_layer_idx": False,
 }  # fmt: skip
-_LLAMA = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "rms_norm_eps": NORM_EPS}
-"""What is the same in all that is trained here."""
+_LLAMA: dict[str, dict[str, Any]] = {
+    "llama": {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False},
+    "qwen2": {"hidden_act": "silu", "use_sliding_window": False},
+    "qwen3": {"hidden_act": "silu", "use_sliding_window": False, "attention_bias": False},
+}
+"""What is the same in all that is trained here, by transformers' names of the models."""
+_CLASSES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 
 
 @dataclass(frozen=True)
@@ -59,13 +64,14 @@ def _settings(model: FromScratch, vocab_size: int, eos_id: int) -> dict[str, Any
     rope = _rope(model.rope_scaling)
     return {
         **common,
-        **_LLAMA,
-        "architectures": ["LlamaForCausalLM"],
+        **_LLAMA[model.model_type],
+        "architectures": [_CLASSES[model.model_type]],
         "num_hidden_layers": model.num_layers,
         "num_attention_heads": model.num_heads,
         "num_key_value_heads": model.kv_heads,
         "hidden_size": model.width,
-        "head_dim": model.width // model.num_heads,
+        "head_dim": model.head_channels,
+        "rms_norm_eps": model.norm_eps,
         "intermediate_size": model.inner_width,
         "max_position_embeddings": model.context,
         "rope_theta": model.rope_theta,  # where transformers before 5, and others, look for it
@@ -104,10 +110,10 @@ def read(folder: Path) -> Described:
         match found["model_type"]:
             case "gpt2":
                 model = _gpt(found)
-            case "llama":
+            case kind if kind in _LLAMA:
                 model = _llama(found)
             case other:
-                raise ValueError(f"a {other} model; only gpt2 and llama are read here")
+                raise ValueError(f"a {other} model; only gpt2, {', '.join(_LLAMA)} are read here")
         eos_id = found.get("eos_token_id")
         return Described(model, found["vocab_size"], eos_id if isinstance(eos_id, int) else None)
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -127,8 +133,12 @@ def _gpt(found: dict[str, Any]) -> GPTModel:
 
 
 def _llama(found: dict[str, Any]) -> LlamaModel:
-    head_width = found["hidden_size"] // found["num_attention_heads"]
-    _refuse_others(found, {**_LLAMA, "head_dim": found.get("head_dim") and head_width})
+    """Of what is absent, transformers' defaults."""
+    _refuse_others(found, _LLAMA[found["model_type"]])
+    if others := set(found.get("layer_types") or ()) - {"full_attention"}:
+        raise ValueError(f"it has layers of the kinds {', '.join(sorted(others))}; only full_attention is trained here")
+    kind, usual = found["model_type"], found["hidden_size"] // found["num_attention_heads"]
+    head_width = found.get("head_dim") or (128 if kind == "qwen3" else usual)
     rope = {"rope_theta": found.get("rope_theta", 10000.0), **(found.get("rope_scaling") or {})}
     rope |= found.get("rope_parameters") or {}
     return LlamaModel(
@@ -136,11 +146,15 @@ def _llama(found: dict[str, Any]) -> LlamaModel:
         num_layers=found["num_hidden_layers"],
         num_heads=found["num_attention_heads"],
         num_kv_heads=found.get("num_key_value_heads"),
+        head_width=None if head_width == usual else head_width,
         width=found["hidden_size"],
         mlp_width=found["intermediate_size"],
         context=found["max_position_embeddings"],
         rope_theta=float(rope["rope_theta"]),
         rope_scaling=_rope_scaling(rope),
+        qk_norm=kind == "qwen3",
+        qkv_bias=kind == "qwen2",
+        norm_eps=float(found.get("rms_norm_eps", 1e-6)),
         tie_weights=found.get("tie_word_embeddings", False),
     )
 
@@ -181,9 +195,8 @@ def weight_files(folder: Path) -> list[Path]:
 
 def _refuse_others(found: dict[str, Any], ours: dict[str, Any]) -> None:
     """Raises ValueError for a setting with which the model computes something else. One that is absent is transformers'
-    default, which is ours but for the norms of a Llama."""
-    absent = {**ours, "rms_norm_eps": 1e-6}
-    theirs = {name: found.get(name, absent[name]) for name in ours}
+    default, which is ours."""
+    theirs = {name: found.get(name, ours[name]) for name in ours}
     if other := [f"{name}={theirs[name]} (here {our})" for name, our in ours.items() if theirs[name] != our]:
         raise ValueError(f"it is computed with {', '.join(other)}")
 
@@ -193,6 +206,7 @@ def check_start(config: RunConfig, origins: Origins) -> None:
 
     Raises:
         ConfigError: a run cannot begin with the weights of `model.start_from`.
+        TokenizerError: a tokenizer.json is none.
     """
     model = config.model
     if model.kind == "qlora" or model.start_from is None:
@@ -221,26 +235,36 @@ def check_start(config: RunConfig, origins: Origins) -> None:
         whole = {"start_from": model.start_from, **_sizes(has.model)}
         settings = ", ".join(f"{name}: {json.dumps(value)}" for name, value in whole.items())
         raise ConfigError([*(f"{told}: {problem}" for problem in problems), f"all of it: model: {{{settings}}}"])
+    if (file := recipe.tokenizer_file(config)) is not None:
+        check_vocabulary(config, origins, file)
 
 
 def check_vocabulary(config: RunConfig, origins: Origins, tokenizer: Path) -> None:
     """`tokenizer`: the tokenizer.json of the data. With another one of the same size the embedding would mean nothing.
 
     Raises:
-        ConfigError: the weights of `model.start_from` were trained with another.
+        ConfigError: there are fewer rows than tokens, or the weights of `model.start_from` were trained with others.
+        TokenizerError: a tokenizer.json is none.
     """
-    if config.model.kind == "qlora" or config.model.start_from is None:
+    model = config.model
+    if model.kind == "qlora" or (model.start_from is None and model.vocab_size is None):
         return
-    from tokenizers import Tokenizer
-
-    folder, told = Path(config.model.start_from), origins.describe(config, "model.start_from")
+    ids = recipe.tokenizer_ids(tokenizer)
+    tokens = max(ids.values()) + 1
+    if model.rows(tokens) < tokens:
+        told = origins.describe(config, "model.vocab_size")
+        raise ConfigError([f"{told}: the data's tokenizer has {tokens:,} tokens; set model.vocab_size=null"])
+    if model.start_from is None:
+        return
+    folder, told = Path(model.start_from), origins.describe(config, "model.start_from")
     use = "take the tokenizer that it was trained with (data.tokenizer: {kind: folder, path: ...})"
-    ids = Tokenizer.from_file(str(tokenizer)).get_vocab(with_added_tokens=True)
-    size, has = max(ids.values()) + 1, read(folder).vocab_size
-    if size != has:
-        raise ConfigError([f"{told}: it has a vocabulary of {has:,} tokens, the data's tokenizer {size:,}; {use}"])
-    own = folder / "tokenizer.json"
-    if own.is_file() and Tokenizer.from_file(str(own)).get_vocab(with_added_tokens=True) != ids:
+    own = recipe.tokenizer_ids(folder / "tokenizer.json") if (folder / "tokenizer.json").is_file() else None
+    has = read(folder).vocab_size
+    if has != model.rows(tokens):
+        if own == ids and has > tokens:
+            use = f"set model.vocab_size={has}"
+        raise ConfigError([f"{told}: it has a vocabulary of {has:,} tokens, the data's tokenizer {tokens:,}; {use}"])
+    if own is not None and own != ids:
         raise ConfigError([f"{told}: its tokenizer has other tokens than the data's; {use}"])
 
 
@@ -274,5 +298,7 @@ def _sizes(model: FromScratch) -> dict[str, Any]:
         "num_kv_heads": model.kv_heads,
         "mlp_width": model.inner_width,
         "rope_theta": model.rope_theta,
+        "head_width": model.head_channels,
         "rope_scaling": None if model.rope_scaling is None else model.rope_scaling.model_dump(),
+        **{name: getattr(model, name) for name in ("qk_norm", "qkv_bias", "norm_eps")},
     }

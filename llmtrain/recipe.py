@@ -62,15 +62,18 @@ def tokenizer_size(config: RunConfig) -> int | None:
         return shards.open_folder(folder, "size").manifest.tokenizer.vocab_size
     if config.data.tokenizer.kind == "train":
         return config.data.tokenizer.vocab_size
-    if (file := tokenizer_file(config)) is None:
-        return None
+    file = tokenizer_file(config)
+    return None if file is None else max(tokenizer_ids(file).values(), default=-1) + 1
+
+
+def tokenizer_ids(file: Path) -> dict[str, int]:
+    """The tokens of a tokenizer.json. Raises TokenizerError: it is none."""
     from tokenizers import Tokenizer
 
     try:
-        ids = Tokenizer.from_file(str(file)).get_vocab(with_added_tokens=True).values()
+        return Tokenizer.from_file(str(file)).get_vocab(with_added_tokens=True)
     except Exception as error:
         raise TokenizerError(f"{file}: not a tokenizer: {error}") from error
-    return max(ids, default=-1) + 1
 
 
 def shard_folder(config: RunConfig) -> Path:

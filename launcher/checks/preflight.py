@@ -211,6 +211,8 @@ def _check_start(config: RunConfig, origins: Origins, folder: Path, spec: JobSpe
         model_files.check_start(config, origins)
     except ConfigError as error:
         return [wrong("weights", problem) for problem in error.problems]
+    except UserError as error:
+        return [wrong("weights", str(error))]
     return [check_reach("weights", folder, spec.profile.shared_folders(), spec.nodes)]
 
 

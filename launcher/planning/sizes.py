@@ -35,7 +35,7 @@ def find_sizes(config: RunConfig, vocabulary: int | None, base: str | None, buil
     """
     model = config.model
     if model.kind != "qlora":
-        return memory.WholeSizes(model, vocab_size(config, vocabulary, built))
+        return memory.WholeSizes(model, model.rows(vocab_size(config, vocabulary, built)))
     if (facts := read_facts(model, base)) is not None:
         if problems := facts.tokenizer_problems(recipe.tokenizer_size(config)):
             raise ModelError(f"model.base={model.base} cannot be used so:" + "".join(f"\n  - {p}" for p in problems))

@@ -24,6 +24,8 @@ class GPTModel(Section):
     """Biases on query, key and value."""
     tie_weights: bool = True
     """Use the token embedding as output matrix too."""
+    vocab_size: Annotated[int, Field(ge=1)] | None = None
+    """Rows of the embedding; null: as many as the tokenizer has tokens. Given weights may have more."""
     init: Literal["gpt2", "pytorch"] = "gpt2"
     """gpt2: N(0, 0.02), residual projections scaled by 1/sqrt(2 layers). pytorch: the layers' defaults."""
     start_from: Annotated[Folder, Field(min_length=1, json_schema_extra=MAY_CHANGE)] | None = None
@@ -39,6 +41,15 @@ class GPTModel(Section):
     def inner_width(self) -> int:
         """Size inside the MLP."""
         return 4 * self.width
+
+    @property
+    def head_channels(self) -> int:
+        """Of queries and keys, in each head."""
+        return self.width // self.num_heads
+
+    def rows(self, tokens: int) -> int:
+        """Of the embedding, where the tokenizer has so many tokens."""
+        return self.vocab_size or tokens
 
     @property
     def model_type(self) -> str:
@@ -88,13 +99,16 @@ class RopeScalingSection(Section):
 
 class LlamaModel(Section):
     kind: Literal["llama"]
-    """Llama's architecture, from scratch: rotary positions, RMS norms, a gated MLP; no biases, no dropout."""
+    """Llama's architecture: rotary positions, RMS norms, a gated MLP; no dropout. With `qk_norm` it is Qwen 3's, with
+    `qkv_bias` Qwen 2's."""
     num_layers: Annotated[int, Field(ge=1)] = 4
     """Transformer blocks."""
     num_heads: Annotated[int, Field(ge=1)] = 4
-    """Attention heads per block; must divide `width` into even parts."""
+    """Attention heads per block; must divide `width` into even parts, unless `head_width` is given."""
     num_kv_heads: Annotated[int, Field(ge=1)] | None = None
     """Heads of keys and values, each for several of queries; must divide `num_heads`. null: as many."""
+    head_width: Annotated[int, Field(ge=2, multiple_of=2)] | None = None
+    """Channels of a head; null: `width` / `num_heads`."""
     width: Annotated[int, Field(ge=1)] = 256
     """Size of the hidden states."""
     mlp_width: Annotated[int, Field(ge=1)] | None = None
@@ -105,21 +119,38 @@ class LlamaModel(Section):
     """Base of the rotary positions' wavelengths."""
     rope_scaling: RopeScalingSection | None = None
     """Rotary positions stretched as in Llama 3.1, for weights that were trained so; null: not."""
+    qk_norm: bool = False
+    """RMS norms on each head's queries and keys, which bound the attention's scores."""
+    qkv_bias: bool = False
+    """Biases on query, key and value."""
+    norm_eps: Annotated[float, Field(gt=0)] = 1e-5
+    """Added to the mean square in RMS norms."""
     tie_weights: bool = True
     """Use the token embedding as output matrix too."""
+    vocab_size: Annotated[int, Field(ge=1)] | None = None
+    """Rows of the embedding; null: as many as the tokenizer has tokens. Given weights may have more."""
     start_from: Annotated[Folder, Field(min_length=1, json_schema_extra=MAY_CHANGE)] | None = None
-    """Begin with the weights of this folder (`model/` of a checkpoint, what was exported, a Llama of transformers')
+    """Begin with the weights of this folder (`model/` of a checkpoint, what was exported, transformers' Llama or Qwen)
     instead of random ones; it is read at the first start alone, and its tokenizer is the default one."""
 
     @property
     def architecture(self) -> str:
         """For people."""
-        return "Llama"
+        return "Qwen3" if self.qk_norm else "Qwen2" if self.qkv_bias else "Llama"
 
     @property
     def model_type(self) -> str:
         """transformers' name of it."""
-        return "llama"
+        return self.architecture.lower()
+
+    @property
+    def head_channels(self) -> int:
+        """Of queries and keys, in each head: head_width, or its default."""
+        return self.head_width or self.width // self.num_heads
+
+    def rows(self, tokens: int) -> int:
+        """Of the embedding, where the tokenizer has so many tokens."""
+        return self.vocab_size or tokens
 
     @property
     def has_dropout(self) -> bool:
@@ -138,7 +169,10 @@ class LlamaModel(Section):
 
     @model_validator(mode="after")
     def _heads_fit(self) -> Self:
-        _check_heads(self.num_heads, self.width, multiple_of=2)
+        if self.qk_norm and self.qkv_bias:
+            raise ValueError("qk_norm=true and qkv_bias=true: no model has both (Qwen 3 the one, Qwen 2 the other)")
+        if self.head_width is None:
+            _check_heads(self.num_heads, self.width, multiple_of=2)
         if self.num_heads % self.kv_heads:
             fitting = [str(heads) for heads in range(1, self.num_heads + 1) if self.num_heads % heads == 0]
             raise ValueError(

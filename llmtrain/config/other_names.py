@@ -49,6 +49,8 @@ MEANT = {
     "num_key_value_heads": "model.num_kv_heads",
     "n_kv_heads": "model.num_kv_heads",
     "intermediate_size": "model.mlp_width",
+    "head_dim": "model.head_width",
+    "rms_norm_eps": "model.norm_eps",
     "n_embd": "model.width",
     "hidden_size": "model.width",
     "block_size": _CONTEXT,

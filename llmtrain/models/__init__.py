@@ -44,22 +44,22 @@ class Trainable(Protocol):
 
 
 def build_model(
-    config: RunConfig, vocab_size: int, device: torch.device, is_loaded_next: bool = False
+    config: RunConfig, tokens: int, device: torch.device, is_loaded_next: bool = False
 ) -> "FromScratch | QLoRA":
     """The model with initial weights that depend on configuration and seed alone.
 
-    `is_loaded_next`: weights are not drawn, because `load` follows.
+    `tokens`: of the tokenizer. `is_loaded_next`: weights are not drawn, because `load` follows.
     What is trained from scratch is in fp32 on the CPU; a base with LoRA on `device`, where its quantisation happens.
     """
     model, recompute = config.model, config.train.activation_checkpointing
     seed = None if is_loaded_next else config.run.seed
     match model:
         case GPTModel():
-            flash = has_flash(device, model.width // model.num_heads)
-            return GPT(model, vocab_size, seed, recompute, flash)
+            flash = has_flash(device, model.head_channels)
+            return GPT(model, model.rows(tokens), seed, recompute, flash)
         case LlamaModel():
-            flash = has_flash(device, model.width // model.num_heads)
-            return Llama(model, vocab_size, seed, recompute, flash)
+            flash = has_flash(device, model.head_channels)
+            return Llama(model, model.rows(tokens), seed, recompute, flash)
         case QLoRAModel():
             from llmtrain.models.qlora import QLoRA
 

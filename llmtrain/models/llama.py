@@ -1,8 +1,8 @@
-"""Llama (Touvron et al. 2023, arXiv:2302.13971), by configuration.
+"""Llama (Touvron et al. 2023, arXiv:2302.13971), by configuration, and its kin: Qwen 2 and 3.
 
-Shapes: B rows, T positions, D width, H heads, G heads of keys and values, K = D / H, V vocabulary.
+Shapes: B rows, T positions, D width, H heads, G heads of keys and values, K channels of a head, V vocabulary.
 
-Parameter names are those of transformers' Llama, and `save` writes its format: the folder loads with
+Parameter names are those of transformers, and `save` writes its format: the folder loads with
 `AutoModelForCausalLM.from_pretrained`, and with what else reads Llamas.
 """
 
@@ -19,7 +19,7 @@ from llmtrain import model_files, tensorfile
 from llmtrain.config.model_sections import LlamaModel, RopeScalingSection
 from llmtrain.data import IGNORE, Documents
 from llmtrain.manifest import FileInfo
-from llmtrain.model_files import NORM_EPS, WEIGHTS
+from llmtrain.model_files import WEIGHTS
 from llmtrain.models import parameters
 from llmtrain.models.attention import attention, computed_in, kept_apart
 from llmtrain.models.cached import CachedGenerator, KVCache
@@ -31,7 +31,7 @@ Rotation = tuple[Tensor, Tensor]
 
 def rotation(positions: Tensor, config: LlamaModel, dtype: torch.dtype) -> Rotation:
     """For `positions` (T,) or (B, T), rotary embeddings (Su et al. 2021)."""
-    width = config.width // config.num_heads
+    width = config.head_channels
     frequencies = 1.0 / config.rope_theta ** (torch.arange(0, width, 2, device=positions.device) / width)
     if config.rope_scaling is not None:
         frequencies = _stretched(frequencies, config.rope_scaling)
@@ -59,27 +59,31 @@ def rotated(x_BHTK: Tensor, by: Rotation) -> Tensor:
 class Attention(nn.Module):
     def __init__(self, config: LlamaModel):
         super().__init__()
-        self.head_width = config.width // config.num_heads
-        narrow = config.kv_heads * self.head_width
-        self.q_proj = nn.Linear(config.width, config.width, bias=False)
-        self.k_proj = nn.Linear(config.width, narrow, bias=False)
-        self.v_proj = nn.Linear(config.width, narrow, bias=False)
-        self.o_proj = nn.Linear(config.width, config.width, bias=False)
+        self.head_width = config.head_channels
+        whole, narrow = config.num_heads * self.head_width, config.kv_heads * self.head_width
+        self.q_proj = nn.Linear(config.width, whole, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(config.width, narrow, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(config.width, narrow, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(whole, config.width, bias=False)
+        self.q_norm = nn.RMSNorm(self.head_width, eps=config.norm_eps) if config.qk_norm else None
+        self.k_norm = nn.RMSNorm(self.head_width, eps=config.norm_eps) if config.qk_norm else None
 
     def forward(
         self, x_BTD: Tensor, by: Rotation, apart: Documents | Tensor | None, cache: KVCache | None, layer: int
     ) -> Tensor:
-        batch, length, width = x_BTD.shape
+        batch, length, _ = x_BTD.shape
         q_BHTK, k_BGTK, v_BGTK = (
             projection(x_BTD).view(batch, length, -1, self.head_width).transpose(1, 2)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
+        if self.q_norm is not None and self.k_norm is not None:
+            q_BHTK, k_BGTK = _low(self.q_norm(q_BHTK.float())), _low(self.k_norm(k_BGTK.float()))
         q_BHTK, k_BGTK = rotated(q_BHTK, by), rotated(k_BGTK, by)
         if cache is not None:
             k_BGTK, v_BGTK = cache.extend(layer, k_BGTK, v_BGTK)
         causal = apart is None and length > 1  # one new position may look at all cached ones
         out_BHTK = attention(q_BHTK, k_BGTK, v_BGTK, apart, causal, 0.0)
-        return self.o_proj(out_BHTK.transpose(1, 2).reshape(batch, length, width))
+        return self.o_proj(out_BHTK.transpose(1, 2).reshape(batch, length, -1))
 
 
 class MLP(nn.Module):
@@ -98,9 +102,9 @@ class MLP(nn.Module):
 class Block(nn.Module):
     def __init__(self, config: LlamaModel):
         super().__init__()
-        self.input_layernorm = nn.RMSNorm(config.width, eps=NORM_EPS)
+        self.input_layernorm = nn.RMSNorm(config.width, eps=config.norm_eps)
         self.self_attn = Attention(config)
-        self.post_attention_layernorm = nn.RMSNorm(config.width, eps=NORM_EPS)
+        self.post_attention_layernorm = nn.RMSNorm(config.width, eps=config.norm_eps)
         self.mlp = MLP(config)
 
     def forward(
@@ -137,7 +141,7 @@ class Llama(nn.Module):
                     {
                         "embed_tokens": nn.Embedding(vocab_size, config.width),
                         "layers": nn.ModuleList(Block(config) for _ in range(config.num_layers)),
-                        "norm": nn.RMSNorm(config.width, eps=NORM_EPS),
+                        "norm": nn.RMSNorm(config.width, eps=config.norm_eps),
                     }
                 )
                 self.lm_head = nn.Linear(config.width, vocab_size, bias=False)
@@ -209,7 +213,8 @@ class Llama(nn.Module):
 
     def title(self) -> str:
         """What is trained, for people."""
-        return f"Llama with {self.num_parameters() / 1e6:.1f} M parameters, {self.vocab_size:,} tokens vocabulary"
+        millions = self.num_parameters() / 1e6
+        return f"{self.config.architecture} with {millions:.1f} M parameters, {self.vocab_size:,} tokens vocabulary"
 
     def num_parameters(self) -> int:
         return sum(p.numel() for p in self.parameters())
@@ -218,7 +223,8 @@ class Llama(nn.Module):
         """Forward and backward, after PaLM (Chowdhery et al. 2022, appendix B): 6 N + 12 L D T."""
         parts: Any = self.model
         embeddings = 0 if self.config.tie_weights else parts["embed_tokens"].weight.numel()
-        attention = 12 * self.config.num_layers * self.config.width * self.config.context
+        channels = self.config.num_heads * self.config.head_channels
+        attention = 12 * self.config.num_layers * channels * self.config.context
         return 6 * (self.num_parameters() - embeddings) + attention
 
     def save(self, folder: Path, weights: dict[str, Tensor], eos_id: int) -> dict[str, FileInfo]:

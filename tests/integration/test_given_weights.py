@@ -1,6 +1,5 @@
 """`model.start_from`: a run that begins with the weights of another, or of transformers'."""
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -8,7 +7,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import yaml
 
 from llmtrain import shards
 from llmtrain.errors import ConfigError
@@ -79,14 +77,6 @@ def test_what_does_not_fit_is_told_before_anything_is_built(trained: Workplace, 
 
 
 @ONE_KIND
-def test_the_line_that_is_proposed_works(trained: Workplace, tmp_path: Path):
-    said = refused(trained, "model={num_layers: 3}", "model.kind=llama", start_of(trained))
-    assert "it is a GPT; set model.kind=gpt" in said
-    proposed = yaml.safe_load(said.partition("all of it: ")[2].partition("\n")[0])["model"]
-    trained.train("run.name=proposed", f"model={json.dumps(proposed)}", "train.steps=1")
-
-
-@ONE_KIND
 def test_of_weights_in_several_files_all_have_to_be_there(trained: Workplace, tmp_path: Path):
     folder = shutil.copytree(start_of(trained).partition("=")[2], tmp_path / "folder")
     (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
@@ -108,37 +98,49 @@ def test_another_tokenizer_of_the_same_size_is_refused(trained: Workplace, tmp_p
     assert "its tokenizer has other tokens than the data's" in refused(trained, start_of(trained), *other)
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "llama"])
-def test_models_of_transformers_are_begun_with(kind: str, tmp_path: Path):
+@pytest.mark.parametrize(("kind", "rows"), [("gpt2", 512), ("llama", 512), ("qwen3", 576)])
+def test_models_of_transformers_are_begun_with(kind: str, rows: int, tmp_path: Path):
+    """Settings as the messages propose them; Qwen's embeddings have more rows than there are tokens."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    common = {
+        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 32,
+        "intermediate_size": 96, "max_position_embeddings": 128,
+    }  # fmt: skip
     sizes: dict[str, dict[str, Any]] = {
         "gpt2": {"n_layer": 2, "n_head": 2, "n_embd": 32, "n_positions": 64},
+        "qwen3": {**common, "head_dim": 16, "tie_word_embeddings": True},
         "llama": {
-            "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 32,
-            "intermediate_size": 128, "max_position_embeddings": 64, "rms_norm_eps": 1e-5, "tie_word_embeddings": True,
+            **common, "rms_norm_eps": 1e-5,
             "rope_parameters": {
                 "rope_type": "llama3", "rope_theta": 10000.0, "factor": 32.0, "low_freq_factor": 1.0,
                 "high_freq_factor": 4.0, "original_max_position_embeddings": 32,
             },
         },
     }  # fmt: skip
-    work = make_workplace(tmp_path, model=LLAMA if kind == "llama" else GPT)
+    work = make_workplace(tmp_path)
     work.train("run.name=tokens", "train.steps=1", *SETTINGS[1:])
     heldout = shards.open_folder(work.folder / "shards").split("heldout")
-    rows = heldout.rows(np.arange(heldout.num_rows))
+    texts = heldout.rows(np.arange(heldout.num_rows))
     made = tmp_path / "made"
     torch.manual_seed(0)
-    theirs = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, vocab_size=512, **sizes[kind]))
+    theirs = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, vocab_size=rows, **sizes[kind]))
     theirs.save_pretrained(made, max_shard_size="40KB")
     assert len(list(made.glob("*.safetensors"))) > 1
     for file in (work.folder / "shards" / "tokenizer").iterdir():
         shutil.copy(file, made)
-    own = ["model.rope_scaling={factor: 32, original_context: 32}"] if kind == "llama" else []
-    own += [f"model.start_from={made}", "data.tokenizer={kind: folder, path: made}", "data.dir=others"]
+    own = [f"model.start_from={made}", "data.tokenizer={kind: folder, path: made}", "data.dir=others"]
+    if kind != "gpt2":
+        said = refused(work, *own)
+        assert f"it is a {kind.title()}; set model.kind=llama" in said
+        proposed = said.partition("all of it: model: ")[2].partition("\n")[0]
+        own[0] = f"model={proposed.removesuffix('}')}, context: 64}}"
+    if rows > 512:
+        assert f"set model.vocab_size={rows}" in refused(work, *own)
+        own.append(f"model.vocab_size={rows}")
     said = work.train("run.name=begun", *own, *SETTINGS)
     total, learned = 0.0, 0
-    for tokens, doc_lens in zip(rows.tokens, rows.doc_lens, strict=True):
+    for tokens, doc_lens in zip(texts.tokens, texts.doc_lens, strict=True):
         length = int(doc_lens.sum())  # the last row is not full
         ids = torch.from_numpy(tokens[:length].astype(np.int64))[None]
         with torch.no_grad():

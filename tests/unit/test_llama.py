@@ -22,6 +22,8 @@ from llmtrain.models.llama import Llama
 from tests.support.kept import kept
 
 SMALL = LlamaModel(kind="llama", num_layers=2, num_heads=4, num_kv_heads=2, width=32, context=24)
+QWEN2 = SMALL.model_copy(update={"qkv_bias": True})
+QWEN3 = SMALL.model_copy(update={"qk_norm": True, "head_width": 12})
 
 
 def random_ids(*shape: int) -> torch.Tensor:
@@ -29,18 +31,27 @@ def random_ids(*shape: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("num_kv_heads", [None, 1, 2])
-def test_transformers_gives_the_same_logits_and_gradients(tmp_path: Path, tied: bool, num_kv_heads: int | None):
+@pytest.mark.parametrize(
+    ("own", "made"),
+    [
+        ({"num_kv_heads": None}, "LlamaForCausalLM"),
+        ({"num_kv_heads": 1, "head_width": 12, "norm_eps": 1e-2}, "LlamaForCausalLM"),
+        ({}, "LlamaForCausalLM"),
+        ({"qkv_bias": True, "norm_eps": 1e-6}, "Qwen2ForCausalLM"),
+        ({"qk_norm": True, "head_width": 16, "norm_eps": 1e-3}, "Qwen3ForCausalLM"),
+    ],
+)
+def test_transformers_gives_the_same_logits_and_gradients(tmp_path: Path, tied: bool, own: dict[str, Any], made: str):
     from transformers import AutoModelForCausalLM
 
-    changed = {"tie_weights": tied, "num_kv_heads": num_kv_heads, "rope_theta": 500.0, "mlp_width": 80}
+    changed = {"tie_weights": tied, "rope_theta": 500.0, "mlp_width": 80, **own}
     model = Llama(SMALL.model_copy(update=changed), 100, seed=3)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
     model.save(tmp_path, dict(model.named_parameters()), eos_id=7)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert type(theirs).__name__ == "LlamaForCausalLM"
+    assert type(theirs).__name__ == made
     assert theirs.config.eos_token_id == 7
     ids = random_ids(2, 20)
     with torch.no_grad():
@@ -56,7 +67,8 @@ def test_transformers_gives_the_same_logits_and_gradients(tmp_path: Path, tied: 
 
     again, eos_id = read_model(tmp_path)
     assert isinstance(again, Llama)
-    assert again.config.kv_heads == (num_kv_heads or 4)
+    ours = model.config.model_dump()
+    assert again.config.model_dump() == {**ours, "num_kv_heads": model.config.kv_heads}
     assert eos_id == 7
     assert torch.equal(again.logits(ids), model.logits(ids))
 
@@ -105,9 +117,10 @@ def test_another_model_is_not_read(tmp_path: Path):
         Llama(SMALL.model_copy(update={"mlp_width": 64}), 100).load(tmp_path)
 
 
+@pytest.mark.parametrize("config", [SMALL, QWEN3])
 @pytest.mark.parametrize("bf16", [False, True])
-def test_packed_documents_are_computed_as_if_alone(bf16: bool):
-    model = Llama(SMALL, 100, seed=1)
+def test_packed_documents_are_computed_as_if_alone(bf16: bool, config: LlamaModel):
+    model = Llama(config, 100, seed=1)
     ids = random_ids(2, 24)
     starts = torch.tensor([0, 9, 24, 30, 48], dtype=torch.int32)
     positions = torch.stack(
@@ -119,8 +132,9 @@ def test_packed_documents_are_computed_as_if_alone(bf16: bool):
     torch.testing.assert_close(packed.flatten(0, 1), torch.cat(alone), atol=2e-2 if bf16 else 1e-5, rtol=1e-3)
 
 
-def test_generation_with_the_cache_equals_generation_without():
-    model = Llama(SMALL, 100, seed=1).eval()
+@pytest.mark.parametrize("config", [SMALL, QWEN2, QWEN3])
+def test_generation_with_the_cache_equals_generation_without(config: LlamaModel):
+    model = Llama(config, 100, seed=1).eval()
     greedy = SampleSection(temperature=0, tokens=12)
     with_cache = list(continue_text(model.text_generator(), [1, 2, 3], greedy, 0, None))
     ids = [1, 2, 3]
@@ -145,9 +159,9 @@ def test_activation_checkpointing_changes_memory_not_numbers(bf16: bool):
     assert sizes[1] < sizes[0] / 2
 
 
-@pytest.mark.parametrize("documents", [False, True])
-def test_the_compiled_model_is_one_graph_with_the_same_gradients(documents: bool):
-    model = Llama(SMALL, 100, seed=3)
+@pytest.mark.parametrize(("documents", "config"), [(False, SMALL), (True, SMALL), (True, QWEN3)])
+def test_the_compiled_model_is_one_graph_with_the_same_gradients(documents: bool, config: LlamaModel):
+    model = Llama(config, 100, seed=3)
     ids = random_ids(2, 24)
     given = Documents(torch.tensor([0, 9, 24, 33, 48], dtype=torch.int32), 24) if documents else None
     positions = torch.cat([torch.arange(9), torch.arange(15)]).expand(2, -1) if documents else None
@@ -206,9 +220,9 @@ def test_a_block_is_about_as_large_as_gpt2s():
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("num_kv_heads", [None, 1, 2])
-def test_the_plan_counts_its_parameters_and_its_state(tied: bool, num_kv_heads: int | None):
-    config = SMALL.model_copy(update={"tie_weights": tied, "num_kv_heads": num_kv_heads})
+@pytest.mark.parametrize("config", [SMALL, SMALL.model_copy(update={"num_kv_heads": None}), QWEN2, QWEN3])
+def test_the_plan_counts_its_parameters_and_its_state(tied: bool, config: LlamaModel):
+    config = config.model_copy(update={"tie_weights": tied})
     model, sizes = Llama(config, 100), WholeSizes(config, 100)
     assert sizes.trainable == model.num_parameters()
     by_muon = sum(p.numel() for p, _ in model.hidden_matrices())
@@ -216,10 +230,12 @@ def test_the_plan_counts_its_parameters_and_its_state(tied: bool, num_kv_heads: 
     assert sizes.checkpoint_bytes(run) == 12 * model.num_parameters() - 4 * by_muon
 
 
-@pytest.mark.parametrize("num_kv_heads", [None, 2])
+@pytest.mark.parametrize(
+    "own", [{}, {"num_kv_heads": 2}, {"head_width": 32}, {"qkv_bias": True}, {"qk_norm": True, "num_kv_heads": 2}]
+)
 @pytest.mark.parametrize("bf16", [False, True])
-def test_what_a_layer_keeps_is_what_autograd_keeps(bf16: bool, num_kv_heads: int | None):
-    config = LlamaModel(kind="llama", num_layers=1, num_heads=8, num_kv_heads=num_kv_heads, width=128, context=256)
+def test_what_a_layer_keeps_is_what_autograd_keeps(bf16: bool, own: dict[str, Any]):
+    config = LlamaModel(kind="llama", num_layers=1, num_heads=8, width=128, context=256, **own)
     ids = random_ids(4, 256)
     seen: list[int] = []
     for num_layers in (2, 3):
@@ -243,6 +259,7 @@ def test_what_a_layer_keeps_is_what_autograd_keeps(bf16: bool, num_kv_heads: int
             "num_heads=4 does not divide width=33 into heads of a multiple of 2; use a width of a multiple of 8",
         ),
         (["model.num_kv_heads=3"], "num_kv_heads=3 does not divide num_heads=4; use one of 1, 2, 4"),
+        (["model.qk_norm=true", "model.qkv_bias=true"], "no model has both"),
         (["model.dropout=0.1"], "dropout belongs to kind: gpt, not llama"),
     ],
 )
