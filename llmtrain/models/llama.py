@@ -56,6 +56,11 @@ def rotated(x_BHTK: Tensor, by: Rotation) -> Tensor:
     return x_BHTK * by[0] + torch.cat([-two, one], -1) * by[1]
 
 
+def _low(x_BTD: Tensor) -> Tensor:
+    """As autocast would cast it for each product that takes it, once for all of them."""
+    return x_BTD.to(computed_in(x_BTD))
+
+
 class Attention(nn.Module):
     def __init__(self, config: LlamaModel):
         super().__init__()
@@ -112,11 +117,6 @@ class Block(nn.Module):
     ) -> Tensor:
         x_BTD = x_BTD + self.self_attn(_low(self.input_layernorm(x_BTD)), by, apart, cache, layer)
         return x_BTD + self.mlp(_low(self.post_attention_layernorm(x_BTD)))
-
-
-def _low(x_BTD: Tensor) -> Tensor:
-    """As autocast would cast it for each product that takes it, once for all of them."""
-    return x_BTD.to(computed_in(x_BTD))
 
 
 class Llama(nn.Module):
